@@ -1,0 +1,80 @@
+"""Configs: Python files that return an Experiment, the fingerprint of a config, and the error that bad input raises."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class InputError(ValueError):
+    """Bad input from the user: one line with the value, the limit and the fix. The command exits with code 2."""
+
+
+def canonical(value: Any) -> Any:
+    """`value` as plain JSON data. A dataclass becomes its class name and fields, so that equal configs are equal JSON.
+
+    Raises:
+      TypeError: for a value that has no canonical form (a function, an open file).
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__qualname__, **fields}
+    if isinstance(value, Mapping):
+        return {str(k): canonical(v) for k, v in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [canonical(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a config holds plain data only, not {type(value).__name__}: {value!r}")
+
+
+def fingerprint(value: Any) -> str:
+    """12 hex digits that change exactly when the canonical form of `value` changes."""
+    text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that ship in the package, by name."""
+    spec = importlib.util.find_spec("rac3.configs")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return {path.stem: path for folder in folders for path in sorted(Path(folder).glob("[!_]*.py"))}
+
+
+def load_config_module(name_or_path: str) -> ModuleType:
+    """Import a config: a path to a Python file, or the name of one that ships with rac3.
+
+    Raises:
+      InputError: no such file or name, the file fails to import, or it has no `get_config`.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".py":
+        shipped = shipped_configs()
+        if name_or_path not in shipped:
+            raise InputError(
+                f"config {name_or_path!r} is neither a .py file nor a shipped config; shipped: {', '.join(shipped)}"
+            )
+        path = shipped[name_or_path]
+    if not path.is_file():
+        raise InputError(f"config {name_or_path!r} does not exist; give a path to a .py file with get_config()")
+    spec = importlib.util.spec_from_file_location(f"rac3_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"config {name_or_path!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while they are defined
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"config {name_or_path!r} fails to import: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise InputError(f"config {name_or_path!r} has no get_config(); define one that returns an Experiment")
+    return module

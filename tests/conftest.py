@@ -1,0 +1,23 @@
+"""Eight fake CPU devices for every test, jaxtyping shapes checked at run time, and the marker for the shared data."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("rac3", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real test data that RAC3_TEST_DATA names; tests that ask for it are skipped elsewhere."""
+    folder = os.environ.get("RAC3_TEST_DATA")
+    if not folder:
+        pytest.skip("set RAC3_TEST_DATA to the folder that holds emoji-captions to run this test")
+    return Path(folder)
