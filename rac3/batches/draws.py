@@ -1,0 +1,37 @@
+"""Random numbers as a pure function of (seed, epoch, document, stream).
+
+A counter-based generator (the splitmix64 finalizer over the mixed-in words) needs no state: any host draws the numbers
+of any document at any time, and a restart draws the same ones.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+NUM_RETRIEVED = 0  # the streams: what a number is drawn for
+QUERY_PART = 1
+NEIGHBOR = 2
+MASK = 64  # and above: a document's position in its group is part of the stream
+ORDER = 1 << 20
+
+
+def uniform(
+    seed: int, epoch: Int[np.ndarray, " n"] | int, document: Int[np.ndarray, " n"] | int, stream: int, count: int = 1
+) -> Float[np.ndarray, "n {count}"]:
+    """`count` doubles in [0, 1) for each document, from 53 random bits each."""
+    document = np.atleast_1d(np.asarray(document)).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        state = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + np.uint64(0x9E3779B97F4A7C15))
+        state = _mix(state ^ (np.asarray(epoch).astype(np.uint64) + np.uint64(0xD1B54A32D192ED03)))
+        state = _mix(state ^ np.uint64(stream) * np.uint64(0x8CB92BA72F3D8DD7))
+        state = _mix(np.broadcast_to(state, document.shape) ^ document * np.uint64(0xABC98388FB8FAC03))
+        counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits = _mix(state[:, None] + counters[None, :])
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x ^ (x >> np.uint64(30))
+    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    x = x ^ (x >> np.uint64(27))
+    x = x * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,240 @@
+"""The training batches: a pure function of (seed, position), read through grain.
+
+Documents come in a new order every epoch. The stream of groups is cut into blocks; a block's groups are planned from
+lengths alone (who is retrieved, how long the group is, which row it goes to) and its rows are then read and built in
+parallel, each host its own. The state of the stream is two numbers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from rac3.batches import draws
+from rac3.batches.groups import GroupBuilder
+from rac3.batches.masking import TOKENS_PER_SPAN, Masking
+from rac3.batches.packing import PackedBatch, pack, packed_row
+from rac3.config import InputError
+from rac3.documents.store import DocumentStore
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What a training batch is made of. Lengths are in tokens.
+
+    Attributes:
+      context_length: the longest group: retrieved documents and main document (paper: 4096).
+      row_length: the length of a packed row; 0 means `context_length`. Longer rows waste less.
+      rows: rows in the global batch.
+      num_retrieved: K is drawn uniformly from these (paper: 0, 1, 2).
+      retrieved_weight: alpha, the loss weight of retrieved documents (paper, eq. 2-3: 0.1).
+      candidates: the K documents are drawn from this many at the top of the selected neighbors.
+      masking: CM3 masking.
+      read_threads: threads of the loader on each host.
+    """
+
+    context_length: int = 4096
+    row_length: int = 0
+    rows: int = 256
+    num_retrieved: tuple[int, ...] = (0, 1, 2)
+    retrieved_weight: float = 0.1
+    candidates: int = 4
+    masking: Masking = field(default_factory=Masking)
+    read_threads: int = 8
+
+    def __post_init__(self) -> None:
+        if self.row_length and self.row_length < self.context_length:
+            raise InputError(
+                f"batches.row_length={self.row_length} is below batches.context_length={self.context_length}; "
+                "a group is never split, so make rows at least as long, or 0 for the same"
+            )
+        if not self.num_retrieved or min(self.num_retrieved) < 0:
+            raise InputError(
+                f"batches.num_retrieved={self.num_retrieved} must list numbers from 0; the paper uses 0 1 2"
+            )
+        if max(self.num_retrieved) > self.candidates:
+            raise InputError(
+                f"batches.num_retrieved={self.num_retrieved} asks for more than batches.candidates={self.candidates}; "
+                "raise candidates"
+            )
+        if self.rows < 1 or self.retrieved_weight < 0:
+            raise InputError(f"batches.rows={self.rows} must be at least 1, and batches.retrieved_weight at least 0")
+
+    @property
+    def row(self) -> int:
+        return self.row_length or self.context_length
+
+
+class StreamState(NamedTuple):
+    """Where the stream stands: the next batch is batch `batch` of block `block`."""
+
+    block: int = 0
+    batch: int = 0
+
+
+class BlockPlan(NamedTuple):
+    """The groups of one block. A group's documents are its neighbors (-1 is none), then its main document."""
+
+    epoch: Int[np.ndarray, " groups"]
+    main: Int[np.ndarray, " groups"]
+    neighbors: Int[np.ndarray, "groups max_k"]
+    rows: list[list[int]]
+
+
+class BatchStream:
+    """An endless stream of `PackedBatch`es, restored exactly from a `StreamState`.
+
+    Args:
+      config: the batch.
+      seed: of every draw.
+      documents: the training documents.
+      neighbors: row numbers in `documents` of each document's neighbors, best first, for each query part (text,
+        image); -1 is none. None trains without retrieval (K = 0).
+      builder: makes the groups.
+      hosts, host: this host reads its share of each batch's rows.
+
+    Raises:
+      InputError: no documents, or a document that is longer than the context.
+    """
+
+    def __init__(
+        self,
+        config: BatchConfig,
+        seed: int,
+        documents: DocumentStore,
+        neighbors: Int[np.ndarray, "documents parts depth"] | None,
+        builder: GroupBuilder,
+        hosts: int = 1,
+        host: int = 0,
+    ) -> None:
+        if config.rows % hosts:
+            raise InputError(f"batches.rows={config.rows} is not a multiple of the {hosts} hosts; make it one")
+        if len(documents) == 0:
+            raise InputError("there are no training documents; the source gave none that passed the filter")
+        check_context(config, int(documents.lengths.max()))
+        self.config, self.seed, self.documents, self.neighbors = config, seed, documents, neighbors
+        self.builder, self.hosts, self.host = builder, hosts, host
+        # Whole batches are taken from a block and its last rows are dropped: of at least ~60 batches, so under 2%.
+        self.block_groups = max(4096, 256 * config.rows)
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def batches(self, state: StreamState) -> Iterator[tuple[PackedBatch, StreamState]]:
+        """Batches from `state` on, each with the state that comes after it."""
+        local = self.config.rows // self.hosts
+        block, first = state
+        while True:
+            plan = self.plan(block)
+            count = len(plan.rows) // self.config.rows
+            if count == 0:
+                raise InputError(
+                    f"batches.rows={self.config.rows} exceeds the {len(plan.rows)} rows that {self.block_groups} groups "
+                    "fill; use fewer rows, or a shorter row_length"
+                )
+            source = _BlockRows(self, plan, count * local, local)
+            dataset = grain.MapDataset.source(source).batch(local, batch_fn=_stack)[first:]
+            threads = grain.ReadOptions(num_threads=self.config.read_threads, prefetch_buffer_size=4)
+            for index, batch in enumerate(dataset.to_iter_dataset(threads), first):
+                last = index + 1 == count
+                yield batch, StreamState(block + 1, 0) if last else StreamState(block, index + 1)
+            block, first = block + 1, 0
+
+    def plan(self, block: int) -> BlockPlan:
+        """Which groups the block holds and how they are packed; reads no documents."""
+        number = np.arange(block * self.block_groups, (block + 1) * self.block_groups)
+        epoch, place = np.divmod(number, len(self.documents))
+        main = np.empty_like(number)
+        for each in np.unique(epoch):
+            main[epoch == each] = self._order(int(each))[place[epoch == each]]
+        neighbors = self._draw_neighbors(epoch, main)
+        lengths = self._lengths(epoch, main, neighbors)
+        # A group that is too long loses its least relevant documents first.
+        for column in reversed(range(neighbors.shape[1])):
+            too_long = lengths.sum(1) > self.config.context_length
+            lengths[too_long, column] = 0
+            neighbors[too_long, column] = -1
+        return BlockPlan(epoch, main, neighbors, pack(lengths.sum(1), self.config.row))
+
+    def row(self, plan: BlockPlan, number: int) -> PackedBatch:
+        """Row `number` of a block, without its rows axis."""
+        groups = []
+        for group in plan.rows[number]:
+            slots = np.append(np.arange(1, 1 + plan.neighbors.shape[1]), 0)  # the masking stream of each document
+            members = np.append(plan.neighbors[group], plan.main[group])
+            kept = members >= 0
+            count = self.builder.masking.draws_per_document
+            mask_draws = np.stack(
+                [
+                    draws.uniform(self.seed, plan.epoch[group], plan.main[group], draws.MASK + int(slot), count)[0]
+                    for slot in slots[kept]
+                ]
+            )
+            groups.append(self.builder.build(self.documents.many(members[kept]), mask_draws))
+        return packed_row(groups, self.config.row)
+
+    def _shuffled(self, epoch: int) -> Int[np.ndarray, " documents"]:
+        return np.random.default_rng([self.seed, draws.ORDER, epoch]).permutation(len(self.documents))
+
+    def _draw_neighbors(self, epoch: np.ndarray, main: np.ndarray) -> Int[np.ndarray, "groups max_k"]:
+        """K, the query part, and K of the top candidates, kept in their order."""
+        if self.neighbors is None:
+            return np.full((len(main), 0), -1, np.int64)
+        choices = np.array(self.config.num_retrieved)
+        most = int(choices.max())
+        k = choices[(draws.uniform(self.seed, epoch, main, draws.NUM_RETRIEVED)[:, 0] * len(choices)).astype(int)]
+        part = (draws.uniform(self.seed, epoch, main, draws.QUERY_PART)[:, 0] * self.neighbors.shape[1]).astype(int)
+        pool = self.neighbors[main, part, : self.config.candidates].astype(np.int64)
+        other = self.neighbors[main, 1 - part, : self.config.candidates].astype(np.int64)
+        pool = np.where((pool >= 0).any(1, keepdims=True), pool, other)  # a document of one part has one query
+        pool = np.pad(pool, ((0, 0), (0, max(0, most - pool.shape[1]))), constant_values=-1)
+        keys = draws.uniform(self.seed, epoch, main, draws.NEIGHBOR, pool.shape[1])
+        rank = np.where(pool >= 0, keys, 2.0).argsort(1).argsort(1)
+        taken = (rank < k[:, None]) & (pool >= 0)
+        first = np.argsort(~taken, axis=1, kind="stable")[:, :most]
+        return np.where(np.take_along_axis(taken, first, 1), np.take_along_axis(pool, first, 1), -1)
+
+    def _lengths(self, epoch: np.ndarray, main: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+        """Tokens of each group by document: neighbors, then main; room for the mask spans included."""
+        masking, columns = self.builder.masking, []
+        for slot in [*range(1, 1 + neighbors.shape[1]), 0]:
+            member = neighbors[:, slot - 1] if slot else main
+            drawn = draws.uniform(self.seed, epoch, main, draws.MASK + slot, 1)
+            length = self.documents.lengths[np.maximum(member, 0)] + TOKENS_PER_SPAN * masking.num_spans(drawn)
+            columns.append(np.where(member >= 0, length, 0))
+        return np.stack(columns, 1)
+
+
+def check_context(config: BatchConfig, longest: int) -> None:
+    """Refuses a context that is too short for one document.
+
+    Raises:
+      InputError: with the length that is needed.
+    """
+    needed = longest + (TOKENS_PER_SPAN * config.masking.max_spans if config.masking.preset != "none" else 0)
+    if needed > config.context_length:
+        raise InputError(
+            f"batches.context_length={config.context_length} is too short for one document: the longest has {longest} "
+            f"tokens, {needed} with room for its masks; use at least {needed}"
+        )
+
+
+class _BlockRows:
+    """The rows of one block that this host reads, as a grain source."""
+
+    def __init__(self, stream: BatchStream, plan: BlockPlan, size: int, local: int) -> None:
+        self.stream, self.plan, self.size, self.local = stream, plan, size, local
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> PackedBatch:
+        batch, row = divmod(int(index), self.local)
+        return self.stream.row(self.plan, batch * self.stream.config.rows + self.stream.host * self.local + row)
+
+
+def _stack(rows: list[PackedBatch]) -> PackedBatch:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)

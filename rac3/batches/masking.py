@@ -1,0 +1,140 @@
+"""CM3 masking: spans of a document move to its end, behind sentinels.
+
+    in : <img alt=" a red fox "  src=" I0 I1 I2 I3 "> <eod>
+    out: <img alt=" a <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> red fox <eoi> <eod>
+
+Sources: CM3 (arXiv 2201.07520, section 3.1); RA-CM3 (section 3.3). We draw the number of spans from 0, keep a span
+inside one text or one image, and give sentinels no loss.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from rac3.config import InputError
+from rac3.tokens.html import Sequenced
+from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
+
+TOKENS_PER_SPAN = 3  # a span adds two sentinels and an <eoi>
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How documents are masked.
+
+    Attributes:
+      preset: `ra_cm3` (number of spans clamped from 0, spans inside one text or image), `cm3` (from 1, spans anywhere
+        in the document, as in the CM3 paper), `cm3leon` (from 1, no span across a modality; the ids of our markup do
+        the work of its `<break>`) or `none`.
+      mean_spans: mean of the Poisson draw before clamping.
+      max_spans: the largest number of spans in one document.
+    """
+
+    preset: Literal["ra_cm3", "cm3", "cm3leon", "none"] = "ra_cm3"
+    mean_spans: float = 1.0
+    max_spans: int = 16
+
+    def __post_init__(self) -> None:
+        if self.mean_spans <= 0:
+            raise InputError(
+                f"masking.mean_spans={self.mean_spans} is not positive; use 1.0, or preset none for no mask"
+            )
+        if not 1 <= self.max_spans <= 32:
+            raise InputError(f"masking.max_spans={self.max_spans} is outside 1 to 32; the papers use 16")
+
+    @property
+    def draws_per_document(self) -> int:
+        return 1 + 2 * self.max_spans
+
+    def num_spans(self, draws: Float[np.ndarray, "documents draws"]) -> Int[np.ndarray, " documents"]:
+        """How many spans each document asks for; it gets fewer where two would overlap."""
+        if self.preset == "none":
+            return np.zeros(len(draws), np.int64)
+        k = np.arange(self.max_spans)
+        factorials = np.cumprod(np.maximum(k, 1).astype(np.float64))
+        cumulative = np.cumsum(np.exp(-self.mean_spans) * self.mean_spans**k / factorials)
+        drawn = np.searchsorted(cumulative, draws[:, 0], side="right")
+        return np.clip(drawn, 1 if self.preset in ("cm3", "cm3leon") else 0, self.max_spans)
+
+
+class Masked(NamedTuple):
+    """A masked document. `scored` is False where the id, as a target, carries no loss: at sentinels."""
+
+    ids: Int[np.ndarray, " seq"]
+    grid: Int[np.ndarray, " seq"]
+    scored: Bool[np.ndarray, " seq"]
+
+
+def mask_document(
+    masking: Masking, vocabulary: Vocabulary, document: Sequenced, draws: Float[np.ndarray, " draws"]
+) -> Masked:
+    """Masks one document (`<eod>` last) with `masking.draws_per_document` uniform draws.
+
+    The result is at most `TOKENS_PER_SPAN * masking.num_spans(draws)` longer.
+    """
+    ids, grid = document
+    spans = choose_spans(masking, vocabulary, ids, draws)
+    pieces, grids, scored = [], [], []
+
+    def emit(new_ids: np.ndarray, new_grid: np.ndarray, counts: bool) -> None:
+        pieces.append(new_ids)
+        grids.append(new_grid)
+        scored.append(np.full(len(new_ids), counts))
+
+    def emit_special(token: int, counts: bool) -> None:
+        emit(np.array([token], np.int32), np.zeros(1, np.int32), counts)
+
+    place = 0
+    for index, (start, end) in enumerate(spans):
+        emit(ids[place:start], grid[place:start], True)
+        emit_special(vocabulary.mask(index), False)
+        place = end
+    emit(ids[place:-1], grid[place:-1], True)
+    for index, (start, end) in enumerate(spans):
+        emit_special(vocabulary.mask(index), False)
+        emit(ids[start:end], grid[start:end], True)
+        emit_special(END_OF_INFILL, True)
+    emit(ids[-1:], grid[-1:], True)
+    return Masked(np.concatenate(pieces), np.concatenate(grids), np.concatenate(scored))
+
+
+def choose_spans(
+    masking: Masking, vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"], draws: Float[np.ndarray, " draws"]
+) -> list[tuple[int, int]]:
+    """Sorted, non-overlapping [start, end) spans; never the final `<eod>`.
+
+    A span is two uniform draws over the document. Inside segments, the first draw is over text and image ids and
+    names the segment; the second is clipped to it, so that a whole caption or image is masked now and then, as the
+    prompts of captioning and generation need. A span that would overlap an earlier draw is left out.
+    """
+    wanted = int(masking.num_spans(draws[None])[0])
+    if wanted == 0:
+        return []
+    inside = masking.preset != "cm3"
+    length = len(ids) - 1
+    candidates = np.flatnonzero(vocabulary.is_text(ids) | vocabulary.is_image(ids)) if inside else np.arange(length)
+    taken = np.zeros(len(ids), bool)
+    spans: list[tuple[int, int]] = []
+    for first_draw, second_draw in draws[1 : 1 + 2 * wanted].reshape(-1, 2):
+        if len(candidates) == 0:
+            break
+        first = int(candidates[int(first_draw * len(candidates))])
+        second = int(second_draw * length)
+        if inside:
+            low, high = _segment_around(vocabulary, ids, first)
+            second = min(max(second, low), high - 1)
+        start, end = min(first, second), max(first, second) + 1
+        if not taken[start:end].any():
+            taken[start:end] = True
+            spans.append((start, end))
+    return sorted(spans)
+
+
+def _segment_around(vocabulary: Vocabulary, ids: np.ndarray, place: int) -> tuple[int, int]:
+    """The [start, end) of the text or image that `place` is in."""
+    same = vocabulary.is_image(ids) if vocabulary.is_image(ids[place]) else vocabulary.is_text(ids)
+    others = np.flatnonzero(~same)
+    after = int(np.searchsorted(others, place))
+    return (int(others[after - 1]) + 1 if after else 0), (int(others[after]) if after < len(others) else len(ids))

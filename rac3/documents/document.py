@@ -1,0 +1,239 @@
+"""The document, a sequence of texts and images (paper, section 3.1), and what a source of documents is."""
+
+import contextlib
+import io
+import math
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+JSON = str | int | float | bool | list | dict | None  # not recursive: run-time type checkers cannot follow it
+
+MAX_PIXELS = 89_478_485  # 1 GiB of memory at 12 bytes a pixel (decoded, oriented, composited); Pillow's limit too
+
+_DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
+    (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (b"\xff\xd8\xff", JpegImageFile),
+    (b"RIFF", WebPImageFile),
+)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+_WARNING_FILTERS = threading.Lock()
+
+
+class SampleError(ValueError):
+    """Why a sample cannot become a document. The message is one line that starts with the category, then a colon."""
+
+
+class ImageError(SampleError):
+    """Why bytes are not a usable image: empty, not an image, truncated, or a decompression bomb."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stretch of text.
+
+    Raises:
+      ValueError: the text is empty.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("a Text holds at least one character; leave the segment out instead")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image as it was stored: `data` is a png, jpeg or webp file."""
+
+    data: bytes
+
+    def pixels(self) -> UInt8[np.ndarray, "height width 3"]:
+        """RGB in 0..255. Raises `ImageError` as `decode_image` does."""
+        return decode_image(self.data)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sequence of texts and images. `key` names it within its source, `metadata` is what the source says of it.
+
+    Raises:
+      ValueError: no segments, or two texts side by side (they are one text).
+    """
+
+    key: str
+    segments: tuple[Text | Image, ...]
+    metadata: Mapping[str, JSON]
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise ValueError(f"document {self.key!r} has no segments; a document holds at least one text or image")
+        for left, right in zip(self.segments, self.segments[1:], strict=False):
+            if isinstance(left, Text) and isinstance(right, Text):
+                raise ValueError(f"document {self.key!r} has two texts side by side; join them into one")
+
+    @property
+    def text(self) -> str:
+        """All its texts, joined by a space; empty if there are none."""
+        return " ".join(segment.text for segment in self.segments if isinstance(segment, Text))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(segment for segment in self.segments if isinstance(segment, Image))
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A sample that was dropped. `reason` is a fixed category, then maybe a colon and the details."""
+
+    key: str
+    reason: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where documents come from: a frozen dataclass with these two methods. Keys are unique over all of its shards."""
+
+    def shards(self, data_dir: Path) -> Sequence[str]:
+        """The names of the shards, sorted, the same on every call.
+
+        Raises:
+          InputError: the data is not there, or has no shards.
+        """
+        ...
+
+    def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
+        """The samples of one shard, good and bad, in the same order on every call."""
+        ...
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 text without white space (or a byte order mark) around it.
+
+    Raises:
+      SampleError: `undecodable text` or `empty text`.
+    """
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError(f"undecodable text: {error.reason} at byte {error.start}") from error
+    if not text:
+        raise SampleError("empty text")
+    return text
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "height width 3"]:
+    """Decode a whole png, jpeg or webp file to RGB in 0..255, upright by its EXIF orientation, on white if transparent.
+
+    The size that the header claims is checked first, so that a small file cannot claim gigabytes of memory. Of an
+    animation, the first frame.
+
+    Raises:
+      ImageError: `empty image`, `not an image`, `truncated image` (cut short or damaged: decoders cannot tell these
+        apart) or `decompression bomb`.
+    """
+    if not data:
+        raise ImageError("empty image")
+    decoder = next((decoder for magic, decoder in _DECODERS if data.startswith(magic)), None)
+    if decoder is None:
+        raise ImageError(f"not an image: png, jpeg and webp do not start with {data[:12]!r}")
+    try:
+        with _no_warnings():
+            image: PIL.Image.Image = decoder(io.BytesIO(data))  # PIL.Image.open would apply a limit of its own
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(f"decompression bomb: {width}x{height} exceeds {max_pixels} pixels")
+        image.load()
+        orientation = _orientation(image)
+        rgb = _rgb(image)
+    except (ImageError, MemoryError):
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(f"decompression bomb: {error}") from error
+    except Exception as error:  # the decoders raise a dozen types on damaged files
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ImageError(f"truncated image: {reason}") from error
+    return np.asarray(rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb)
+
+
+def prepare_image(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Scale the shorter side to `size` pixels (bicubic, antialiased) and keep the middle square.
+
+    The square is cut out first, which gives the same pixels and keeps a very long strip from growing huge.
+    """
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    if side == size:
+        return pixels[top : top + side, left : left + side]
+    box = (left, top, left + side, top + side)
+    return np.asarray(PIL.Image.fromarray(pixels).resize((size, size), PIL.Image.Resampling.BICUBIC, box=box))
+
+
+def plain_json(value: object) -> JSON:
+    """`value` as data that any JSON writer takes: numpy scalars and arrays become numbers and lists, NaN and infinity
+    None, what has no JSON form (a date) its string. Text that UTF-8 cannot carry loses the offending characters."""
+    if value is None or isinstance(value, bool | np.bool_):
+        return None if value is None else bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, Mapping):
+        return {str(k): plain_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain_json(v) for v in value]
+    return str(value).encode("utf-8", "replace").decode()
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence what Pillow warns of in damaged headers. The filters belong to the whole process, hence the lock."""
+    with _WARNING_FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8. Damaged EXIF counts as none: the picture itself is whole."""
+    with _no_warnings():
+        try:
+            return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        except Exception:  # as many types as there are ways to damage it
+            return 1
+
+
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Any mode to RGB: 16-bit gray by its high byte (Pillow would clip it), transparency on white."""
+    if image.mode.startswith("I"):
+        image = PIL.Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = PIL.Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")

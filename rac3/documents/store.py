@@ -1,0 +1,87 @@
+"""Tokenized documents on disk: `array_record` shards of msgpack records, read at random.
+
+A record is {"key", "segments": [{"text" | "image", "ids"}, ...], "metadata"}; `image` holds the encoded picture, `ids`
+little-endian uint32 text ids or image codes. Nothing in it is executable.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from jaxtyping import Int
+
+from rac3.documents.document import Document, Image, Text
+
+LENGTHS = "lengths.npy"
+
+
+@dataclass(frozen=True)
+class TokenizedDocument:
+    """A document with the ids of each of its segments, in the same order."""
+
+    document: Document
+    ids: tuple[Int[np.ndarray, " tokens"], ...]
+
+
+def pack_record(item: TokenizedDocument) -> bytes:
+    segments: list[dict[str, Any]] = []
+    for segment, ids in zip(item.document.segments, item.ids, strict=True):
+        raw = np.asarray(ids, "<u4").tobytes()
+        content = {"text": segment.text} if isinstance(segment, Text) else {"image": segment.data}
+        segments.append({**content, "ids": raw})
+    record = {"key": item.document.key, "segments": segments, "metadata": dict(item.document.metadata)}
+    return msgpack.packb(record)
+
+
+def unpack_record(data: bytes) -> TokenizedDocument:
+    record = msgpack.unpackb(data)
+    segments = tuple(Text(s["text"]) if "text" in s else Image(s["image"]) for s in record["segments"])
+    ids = tuple(np.frombuffer(s["ids"], "<u4").astype(np.int32) for s in record["segments"])
+    return TokenizedDocument(Document(record["key"], segments, record["metadata"]), ids)
+
+
+def write_shard(path: Path, items: Sequence[TokenizedDocument]) -> None:
+    """Writes one shard. The caller makes it atomic (a temporary name, then a rename)."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    # Groups of one record make every random read one record's decompression.
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    try:
+        for item in items:
+            writer.write(pack_record(item))
+    finally:
+        writer.close()
+
+
+class DocumentStore:
+    """The documents of one ingested split, in shard order. Safe to send to another process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, " documents"]:
+        """Ids of each document as one sequence, its final `<eod>` included."""
+        return np.load(self.folder / LENGTHS, allow_pickle=False)
+
+    @cached_property
+    def _source(self) -> Any:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        return ArrayRecordDataSource([str(path) for path in sorted(self.folder.glob("*.array_record"))])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenizedDocument:
+        return unpack_record(self._source[int(index)])
+
+    def many(self, indices: Sequence[int]) -> list[TokenizedDocument]:
+        return [unpack_record(data) for data in self._source.__getitems__([int(i) for i in indices])]

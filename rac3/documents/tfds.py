@@ -1,0 +1,268 @@
+"""Documents from a dataset of TensorFlow Datasets, prepared in a random-access format. TensorFlow is not needed.
+
+An example becomes a document of a caption and an image; its other texts, labels and numbers become the metadata.
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from rac3.config import InputError
+from rac3.documents.document import (
+    JSON,
+    MAX_PIXELS,
+    Document,
+    Image,
+    Reject,
+    SampleError,
+    Text,
+    decode_image,
+    decode_text,
+    plain_json,
+)
+
+
+@dataclass(frozen=True)
+class Tfds:
+    """One split of a dataset that `tfds` has prepared. The key of a document is `split/index`.
+
+    `image` and `text` name features, a nested one by its path: `captions/text`. `image` is an Image, which stays in
+    its stored encoding, or a uint8 Tensor. `text` is a string or a ClassLabel, whose name is then the text. Of a
+    sequence the first is taken; all of its texts are in the metadata.
+    """
+
+    name: str  # "coco_captions", "my_data/config:1.0.0"
+    split: str = "train"  # slices as tfds has them: "train[:10%]"
+    image: str | None = "image"  # None: the documents are texts
+    text: str | None = None  # None: the documents are images
+    folder: str = ""  # below the data folder; the dataset's own folder is in it
+    shard_size: int = 2000  # examples
+    max_pixels: int = MAX_PIXELS  # of the decoded image
+
+    def __post_init__(self) -> None:
+        if self.image is None and self.text is None:
+            raise InputError("source.image and source.text are both None; name the feature of at least one")
+        if self.shard_size < 1 or self.max_pixels < 1:
+            raise InputError(f"source.shard_size={self.shard_size} and max_pixels={self.max_pixels} must be at least 1")
+
+    def shards(self, data_dir: Path) -> Sequence[str]:
+        """Ranges of `shard_size` examples, `000000000-000002000` and so on: zeros in front, so that they sort.
+
+        Raises:
+          InputError: no such dataset, split or feature, an empty slice, or a format that needs TensorFlow.
+        """
+        count = len(self._open(data_dir)[1])
+        starts = range(0, count, self.shard_size)
+        return [f"{start:09d}-{min(start + self.shard_size, count):09d}" for start in starts]
+
+    def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
+        """The examples of one range, each by itself: a damaged one costs none of the others."""
+        features, examples = self._open(data_dir)
+        start, stop = map(int, shard.split("-"))
+        for index in range(start, stop):
+            key = f"{self.split}/{index}"
+            try:
+                example = _example(examples, index)
+                segments: tuple[Text | Image, ...] = (*self._texts(features, example), *self._images(example))
+            except SampleError as error:
+                yield Reject(key, str(error))
+                continue
+            yield Document(key, segments, _metadata(features, example))
+
+    def _open(self, data_dir: Path) -> tuple[Any, Any]:
+        """The dataset's features, and its examples: a sequence with random access, the images left encoded."""
+        builder = _builder(self.name, data_dir / self.folder)
+        features = builder.info.features
+        self._check(features)
+        try:
+            return features, builder.as_data_source(split=self.split, decoders=_leave_images_encoded(features))
+        except NotImplementedError as error:
+            raise InputError(
+                f"tfds dataset {self.name!r} is stored as {builder.info.file_format.value}, read by TensorFlow alone;"
+                " write it with file_format='array_record', or convert it with `tfds convert_format`"
+            ) from error
+        except ValueError as error:
+            splits = ", ".join(f"{name} ({split.num_examples})" for name, split in sorted(builder.info.splits.items()))
+            raise InputError(
+                f"tfds dataset {self.name!r} has no split {self.split!r}: {_line(error)}"
+                f"; its splits (examples): {splits}"
+            ) from error
+
+    def _check(self, features: Any) -> None:
+        """Raises `InputError` unless the named features exist and hold images and texts."""
+        for field, name, holds, kind in (
+            ("image", self.image, _holds_images, "an Image or a uint8 Tensor"),
+            ("text", self.text, _holds_texts, "a Text or a ClassLabel"),
+        ):
+            feature = features if name is None else _find(features, name)
+            if feature is None:
+                names = ", ".join(_names(features))
+                raise InputError(f"tfds dataset {self.name!r} has no feature source.{field}={name!r}; it has: {names}")
+            if name is not None and not holds(feature):
+                raise InputError(
+                    f"tfds dataset {self.name!r}: source.{field}={name!r} is a {type(feature).__name__};"
+                    f" name {kind}, one of: {', '.join(n for n in _names(features) if holds(_find(features, n)))}"
+                )
+
+    def _texts(self, features: Any, example: Mapping[str, Any]) -> Iterator[Text]:
+        if self.text is None:
+            return
+        value = _first(_value(example, self.text), element_rank=0)
+        if not isinstance(value, bytes):
+            value = _plain(_find(features, self.text), value)  # a label, by its name
+        if value is None:
+            raise SampleError("missing text")
+        yield Text(decode_text(value if isinstance(value, bytes) else str(value).encode()))
+
+    def _images(self, example: Mapping[str, Any]) -> Iterator[Image]:
+        if self.image is None:
+            return
+        data = _first(_value(example, self.image), element_rank=3)
+        if data is None:
+            raise SampleError("missing image")
+        if isinstance(data, np.ndarray):  # tfds kept no encoded file: the feature is a Tensor, or stood in a sequence
+            png = io.BytesIO()
+            PIL.Image.fromarray(data.squeeze(-1) if data.shape[-1] == 1 else data).save(png, "PNG")
+            data = png.getvalue()
+        decode_image(data, self.max_pixels)  # now, when a bad image can still be dropped
+        yield Image(data)
+
+
+def _builder(name: str, folder: Path) -> Any:
+    """The reader of a prepared dataset, made from its files alone: the code that wrote it is not needed.
+
+    Raises:
+      InputError: no such dataset in the folder.
+    """
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=str(folder))
+    except ValueError as error:  # not found, or not a name at all
+        there = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("*/**/features.json")})
+        raise InputError(
+            f"tfds dataset {name!r} is not prepared in {str(folder)!r}, which holds: {', '.join(there) or 'none'};"
+            f" run `tfds build {name} --data_dir={folder} --file_format=array_record`"
+        ) from error
+
+
+def _example(examples: Any, index: int) -> Mapping[str, Any]:
+    try:
+        return examples[index]
+    except MemoryError:
+        raise
+    except Exception as error:  # of array_record, protobuf or tfds, by where the damage is
+        raise SampleError(f"unreadable example: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].removesuffix(".")
+
+
+def _leave_images_encoded(features: Any) -> dict[str, Any]:
+    """The decoders that hand an Image over as its file. Inside a sequence tfds needs TensorFlow to do so."""
+    import tensorflow_datasets as tfds
+
+    decoders: dict[str, Any] = {}
+    for name, feature in features.items():
+        if isinstance(feature, tfds.features.FeaturesDict):
+            decoders[name] = _leave_images_encoded(feature)
+        elif isinstance(feature, tfds.features.Image):
+            decoders[name] = tfds.decode.SkipDecoding()
+    return decoders
+
+
+def _unwrap(feature: Any) -> Any:
+    """What a sequence, or a sequence of sequences, is of."""
+    from tensorflow_datasets import features as kinds
+
+    # A Dataset is a Sequence too, but its examples come as an iterator.
+    while isinstance(feature, kinds.Sequence) and not isinstance(feature, kinds.Dataset):
+        feature = feature.feature
+    return feature
+
+
+def _children(feature: Any) -> Mapping[str, Any]:
+    """The named features inside of one: none for a leaf. A sequence of dicts is stored as a dict of sequences."""
+    from tensorflow_datasets import features as kinds
+
+    inner = _unwrap(feature)
+    # Sorted: tfds reads them from a map without an order of its own.
+    return dict(sorted(inner.items())) if isinstance(inner, kinds.FeaturesDict) else {}
+
+
+def _names(features: Any) -> Iterator[str]:
+    """The paths of the leaves: image, captions/text, ..."""
+    for name, feature in _children(features).items():
+        below = [f"{name}/{path}" for path in _names(feature)]
+        yield from below or [name]
+
+
+def _find(features: Any, path: str) -> Any:
+    """The feature at a path, None if there is none."""
+    for name in path.split("/"):
+        features = _children(features).get(name)
+    return features
+
+
+def _value(example: Any, path: str) -> Any:
+    for name in path.split("/"):
+        example = example[name]
+    return example
+
+
+def _first(value: Any, element_rank: int) -> Any:
+    """The first element of nested sequences whose elements have `element_rank` axes; None if there is no element."""
+    while isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim > element_rank):
+        if len(value) == 0:
+            return None
+        value = value[0]
+    return value
+
+
+def _holds_images(feature: Any) -> bool:
+    from tensorflow_datasets import features as kinds
+
+    feature = _unwrap(feature)
+    if isinstance(feature, kinds.Image):  # float32 is stored as the bits of the floats, which is no picture
+        return feature.np_dtype != np.float32
+    is_pixels = isinstance(feature, kinds.Tensor) and feature.np_dtype == np.uint8
+    return is_pixels and len(feature.shape) == 3 and feature.shape[-1] in (1, 3, 4)
+
+
+def _holds_texts(feature: Any) -> bool:
+    from tensorflow_datasets import features as kinds
+
+    feature = _unwrap(feature)
+    is_string = isinstance(feature, kinds.Tensor) and np.dtype(feature.np_dtype).kind in "OSU"
+    return isinstance(feature, kinds.ClassLabel) or (is_string and feature.shape == ())
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether a feature is, or has inside, a text, a label or a number: what metadata is made of."""
+    from tensorflow_datasets import features as kinds
+
+    children = _children(feature)
+    leaf = _unwrap(feature)
+    return any(map(_is_plain, children.values())) or (isinstance(leaf, kinds.Tensor) and leaf.shape == ())
+
+
+def _metadata(features: Any, example: Any) -> dict[str, JSON]:
+    return {name: _plain(child, example[name]) for name, child in _children(features).items() if _is_plain(child)}
+
+
+def _plain(feature: Any, value: Any) -> JSON:
+    """The value of a feature as JSON data: labels by name, None for a label that is not set."""
+    if _children(feature):
+        return _metadata(feature, value)
+    if isinstance(value, list | np.ndarray):
+        return [_plain(feature, element) for element in value]
+    leaf = _unwrap(feature)
+    if hasattr(leaf, "int2str"):
+        return leaf.int2str(value) if value is not None and 0 <= value < leaf.num_classes else None
+    return plain_json(value)

@@ -1,0 +1,212 @@
+"""Documents from webdataset shards, as img2dataset writes them.
+
+00000.tar       000000000.jpg 000000000.txt 000000000.json 000000001.jpg ...
+00000.parquet   one row per sample, the failed downloads (not in the tar) too
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from rac3.config import InputError
+from rac3.documents.document import (
+    JSON,
+    MAX_PIXELS,
+    Document,
+    Image,
+    Reject,
+    SampleError,
+    Text,
+    decode_image,
+    decode_text,
+    plain_json,
+)
+
+_KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
+
+
+@dataclass(frozen=True)
+class WebDataset:
+    """The shards `*.tar` of one folder. A sample is an image, a caption and, if there is one, a json object.
+
+    What a sample has must be whole: it is a `Reject` if its image or caption is missing, if its image does not decode,
+    its caption is not UTF-8, or its json does not parse, even where the same words stand in another file. Without a
+    json its metadata is its row of the table, without a table it is empty. The key of a document is `shard/sample`.
+    """
+
+    folder: str = ""  # below the data folder
+    caption_field: str | None = None  # take the caption from this field of the metadata; None takes the .txt
+    max_pixels: int = MAX_PIXELS  # of the decoded image
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise InputError(f"source.max_pixels={self.max_pixels} admits no image; use 1 or more")
+
+    def shards(self, data_dir: Path) -> Sequence[str]:
+        """The names of the tars without `.tar`, sorted.
+
+        Raises:
+          InputError: the folder does not exist or holds no tar.
+        """
+        folder = data_dir / self.folder
+        if not folder.is_dir():
+            raise InputError(f"data folder {str(folder)!r} does not exist; give a folder of .tar shards")
+        names = sorted(path.stem for path in folder.glob("[!.]*.tar"))
+        if not names:
+            below = sorted({path.parent.name for path in folder.glob("*/*.tar")})
+            hint = f"; the folders below it that do: {', '.join(below)}" if below else "; give a folder of .tar shards"
+            raise InputError(f"data folder {str(folder)!r} holds no .tar file{hint}")
+        return names
+
+    def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
+        """The samples of `shard` in the order of the tar. One that is damaged costs none of the others.
+
+        A tar that ends early gives its whole samples, a `truncated tar` for the one at the cut and, where the table
+        knows them, a `lost after truncated tar` for each that was behind it.
+        """
+        path = data_dir / self.folder / f"{shard}.tar"
+        table = _Table(path.with_suffix(".parquet"))
+        seen: set[str] = set()
+        try:
+            for sample in _samples(path):
+                key = f"{shard}/{sample.key}"
+                yield Reject(key, "duplicate key") if sample.key in seen else self._document(key, sample, table)
+                seen.add(sample.key)
+        except _TruncatedTarError as cut:
+            yield from _lost(shard, cut, seen, table)
+        if table.defect:
+            yield Reject(f"{shard}.parquet", table.defect)
+
+    def _document(self, key: str, sample: "_Sample", table: "_Table") -> Document | Reject:
+        try:
+            image = sample.files.get("image")
+            if image is None:
+                raise SampleError("missing image")
+            metadata = _metadata(sample, table)
+            text = self._caption(sample, metadata)
+            decode_image(image, self.max_pixels)  # now, when a bad image can still be dropped; kept encoded
+        except SampleError as error:
+            return Reject(key, str(error))
+        return Document(key, (Text(text), Image(image)), metadata)
+
+    def _caption(self, sample: "_Sample", metadata: Mapping[str, JSON]) -> str:
+        caption: object = sample.files.get("text")
+        if self.caption_field is not None:
+            caption = metadata.get(self.caption_field)
+            if isinstance(caption, list) and caption:
+                caption = caption[0]
+        if isinstance(caption, str):
+            caption = caption.encode()
+        if not isinstance(caption, bytes):
+            raise SampleError("missing text")
+        return decode_text(caption)
+
+
+class _Sample(NamedTuple):
+    key: str
+    files: dict[str, bytes]  # by kind: image, text, json
+
+
+class _TruncatedTarError(Exception):
+    """A tar that ended early or cannot be read on; `key` is the sample that it broke off in, None if between two."""
+
+    def __init__(self, key: str | None, reason: str):
+        super().__init__(reason)
+        self.key = key
+
+
+class _Table:
+    """The parquet table beside a tar, read when first asked for: of most shards it is never needed."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.defect: str | None = None  # set once a damaged table was asked for
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, JSON]]:
+        """By sample key; empty if there is no table, or none that can be read."""
+        import pyarrow
+        import pyarrow.parquet
+
+        if not self._path.is_file():
+            return {}
+        try:
+            rows = pyarrow.parquet.ParquetFile(self._path).read().to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            self.defect = f"broken table: {' '.join(str(error).split())}"
+            return {}
+        return {str(row["key"]): {k: plain_json(v) for k, v in row.items()} for row in rows if "key" in row}
+
+
+def _samples(path: Path) -> Iterator[_Sample]:
+    """Consecutive files of one key are a sample; a second file of one kind begins a new one.
+
+    Raises:
+      _TruncatedTarError: after the last whole sample, if the tar does not end with its end-of-archive mark.
+    """
+    sample: _Sample | None = None
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, kind = _key_and_kind(member.name)
+                content = tar.extractfile(member) if key and kind and member.isfile() else None
+                if content is None:  # a folder, a link, a file of no interest
+                    continue
+                if sample is not None and (key != sample.key or kind in sample.files):
+                    yield sample
+                    sample = None
+                sample = sample or _Sample(key, {})
+                sample.files[kind] = content.read()
+            _check_end(file.seek(tar.offset), file.read(tarfile.BLOCKSIZE))
+    except (tarfile.TarError, ValueError) as error:  # ValueError: numbers in a damaged header
+        if sample is not None and len(sample.files) == 3:  # the cut came behind its image, caption and json
+            yield sample
+            sample = None
+        raise _TruncatedTarError(sample.key if sample else None, str(error)) from error
+    if sample is not None:
+        yield sample
+
+
+def _check_end(offset: int, block: bytes) -> None:
+    """`tarfile` takes a missing end mark, or a header that it cannot read, for the end. Tell them apart."""
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no end-of-archive mark at byte {offset}")
+    if any(block):
+        raise tarfile.ReadError(f"damaged header at byte {offset}")
+
+
+def _key_and_kind(name: str) -> tuple[str, str]:
+    """'./a/000.JPG' -> ('a/000', 'image'). As in webdataset, the key ends at the first dot of the file's name; one of
+    the two is empty for files that belong to no sample."""
+    path = PurePosixPath(name.lstrip("/"))
+    stem, _, extension = path.name.partition(".")
+    key = str(path.with_name(stem)) if stem else ""
+    # Names that are not UTF-8 come with surrogates, which no manifest could be written with.
+    return key.encode("utf-8", "replace").decode(), _KINDS.get(extension.lower(), "")
+
+
+def _metadata(sample: _Sample, table: _Table) -> Mapping[str, JSON]:
+    if "json" not in sample.files:
+        return table.rows.get(sample.key, {})
+    try:
+        metadata = json.loads(sample.files["json"])
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"broken json: {' '.join(str(error).split())}") from error
+    if not isinstance(metadata, dict):
+        raise SampleError(f"broken json: {type(metadata).__name__} where an object should be")
+    return {key: plain_json(value) for key, value in metadata.items()}
+
+
+def _lost(shard: str, cut: _TruncatedTarError, seen: set[str], table: _Table) -> Iterator[Reject]:
+    """What a tar that ended early takes away. Without a table, only that it did."""
+    if cut.key is not None:
+        yield Reject(f"{shard}/{cut.key}", f"truncated tar: {cut}")
+    elif not table.rows:
+        yield Reject(shard, f"truncated tar: {cut}")
+    for key, row in table.rows.items():
+        if key not in seen and key != cut.key and row.get("status", "success") == "success":
+            yield Reject(f"{shard}/{key}", "lost after truncated tar")

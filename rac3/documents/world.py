@@ -1,0 +1,219 @@
+"""A small world that is drawn rather than collected: entities with an emblem that their name does not give away.
+
+A picture shows one entity's emblem in a setting; its caption names the entity and the setting:
+
+    "vormika on grass in rain with a gold frame"
+
+The setting can be drawn from the caption. The emblem (layout, colors, charge) can only be known from other pictures of
+the entity: from training on them, or from retrieving them. Unseen entities are never trained on; the memory shows
+them in other settings than the test asks for. This is the knowledge-intensive generation of the paper (section 5.1) in
+a form that pixels can score.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Float, UInt8
+
+from rac3.config import InputError
+from rac3.documents.document import Document, Image, Reject, Text
+
+SIZE = 40  # pixels a side
+EMBLEM = slice(8, 32)  # its rows and columns: whole 8x8 patches, so that none mixes emblem and setting
+COLORS = {
+    "red": (214, 40, 40),
+    "blue": (36, 72, 200),
+    "green": (24, 140, 64),
+    "gold": (250, 190, 20),
+    "black": (20, 20, 24),
+    "white": (248, 248, 248),
+}
+GROUNDS = {"grass": (90, 170, 60), "sand": (226, 200, 130), "water": (50, 110, 190), "stone": (130, 130, 135)}
+WEATHERS = {"sun": (170, 214, 250), "rain": (120, 135, 150), "snow": (205, 215, 228), "night": (24, 26, 60)}
+FRAMES: dict[str, tuple[int, int, int] | None] = {
+    "no": None,
+    "a gold": (212, 160, 20),
+    "a red": (180, 20, 20),
+    "a black": (0, 0, 0),
+}
+CHARGES = ("disc", "square", "diamond", "ring", "plus", "bars")
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A coined name, and an emblem that is independent of it."""
+
+    name: str
+    layout: tuple[int, ...]  # which of the colors each of the 3x3 fields has, row by row
+    colors: tuple[str, str, str]
+    charge: str  # drawn on the middle field, in a color that it does not have
+    charge_color: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the caption tells beside the name."""
+
+    ground: str
+    weather: str
+    frame: str
+
+    @property
+    def words(self) -> str:
+        return f"on {self.ground} in {self.weather} with {self.frame} frame"
+
+
+@dataclass(frozen=True)
+class World:
+    """A split of the world as a document source.
+
+    Attributes:
+      split: `train` and `validation` show the seen entities, `memory` and `test` the unseen ones; no setting of an
+        entity stands in two splits.
+      seed: draws the entities and their settings.
+      seen, unseen: number of entities.
+      documents_per_entity: pictures of each entity in `train` (seen) or in `memory` (unseen).
+      questions_per_entity: pictures of each entity in `validation` (seen) or `test` (unseen).
+    """
+
+    split: Literal["train", "memory", "validation", "test"] = "train"
+    seed: int = 0
+    seen: int = 160
+    unseen: int = 40
+    documents_per_entity: int = 6
+    questions_per_entity: int = 2
+    documents_per_shard: int = 512
+
+    def __post_init__(self) -> None:
+        settings = len(GROUNDS) * len(WEATHERS) * len(FRAMES)
+        wanted = self.documents_per_entity + self.questions_per_entity
+        if wanted > settings:
+            raise InputError(f"{wanted} documents of an entity exceed the {settings} settings of the world; use fewer")
+        if min(self.seen, self.unseen, self.documents_per_entity, self.questions_per_entity) < 1:
+            raise InputError("world: seen, unseen and the documents per entity must be at least 1 each")
+
+    def shards(self, data_dir: Path) -> Sequence[str]:
+        return [f"{start:06d}" for start in range(0, len(self._plan()), self.documents_per_shard)]
+
+    def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
+        start = int(shard)
+        for index, (entity, setting) in enumerate(self._plan()[start : start + self.documents_per_shard], start):
+            yield Document(
+                key=f"{self.split}/{index:06d}",
+                segments=(Text(f"{entity.name} {setting.words}"), Image(_png(draw(entity, setting)))),
+                metadata={"entity": entity.name, "seen": self.split in ("train", "validation")},
+            )
+
+    def entities(self) -> tuple[Entity, ...]:
+        """All entities: the seen ones first."""
+        return _entities(self.seed, self.seen + self.unseen)
+
+    def _plan(self) -> list[tuple[Entity, Setting]]:
+        """The (entity, setting) of each document, shuffled."""
+        rng = np.random.default_rng([self.seed, 1])
+        settings = [Setting(g, w, f) for g in GROUNDS for w in WEATHERS for f in FRAMES]
+        told = self.documents_per_entity
+        plan = []
+        for index, entity in enumerate(self.entities()):
+            order = [settings[i] for i in rng.permutation(len(settings))]
+            group = (
+                order[:told] if self.split in ("train", "memory") else order[told : told + self.questions_per_entity]
+            )
+            if (index < self.seen) == (self.split in ("train", "validation")):
+                plan += [(entity, setting) for setting in group]
+        return [plan[i] for i in rng.permutation(len(plan))]
+
+
+@lru_cache(maxsize=8)
+def _entities(seed: int, count: int) -> tuple[Entity, ...]:
+    """`count` entities with names and emblems that are all different; any two emblems differ clearly in pixels."""
+    rng = np.random.default_rng([seed, 0])
+    names: dict[str, None] = {}
+    while len(names) < count:
+        syllables = rng.integers(2, 4)
+        names[
+            "".join(rng.choice(list("bdfgklmnprstvz")) + rng.choice(list("aeiou")) for _ in range(syllables))
+            + rng.choice(list("bdgklmnrstx"))
+        ] = None
+    entities: list[Entity] = []
+    pictures = np.zeros((count, 24, 24, 3), np.int16)
+    for name in names:
+        while True:
+            colors = tuple(str(color) for color in rng.choice(list(COLORS), 3, replace=False))
+            layout = tuple(int(field) for field in rng.integers(3, size=9))
+            charge_color = str(rng.choice([color for color in COLORS if color != colors[layout[4]]]))
+            entity = Entity(name, layout, colors, str(rng.choice(CHARGES)), charge_color)
+            picture = draw_emblem(entity).astype(np.int16)
+            distances = np.abs(pictures[: len(entities)] - picture).mean((1, 2, 3))
+            if not len(entities) or distances.min() > 12:
+                break
+        pictures[len(entities)] = picture
+        entities.append(entity)
+    return tuple(entities)
+
+
+def draw_emblem(entity: Entity) -> UInt8[np.ndarray, "24 24 3"]:
+    """The emblem alone."""
+    y, x = np.mgrid[0:24, 0:24] - 11.5
+    charge = {
+        "disc": np.hypot(x, y) < 3.6,
+        "square": (abs(x) < 3) & (abs(y) < 3),
+        "diamond": abs(x) + abs(y) < 4.5,
+        "ring": (np.hypot(x, y) > 1.5) & (np.hypot(x, y) < 3.9),
+        "plus": (np.minimum(abs(x), abs(y)) < 1) & (np.maximum(abs(x), abs(y)) < 3.6),
+        "bars": (abs(x) < 4) & (abs(abs(y) - 2) < 1),
+    }[entity.charge]
+    fields = np.array([COLORS[entity.colors[field]] for field in entity.layout], np.uint8).reshape(3, 3, 3)
+    picture = fields.repeat(8, 0).repeat(8, 1)
+    picture[charge] = COLORS[entity.charge_color]
+    return picture
+
+
+def draw(entity: Entity, setting: Setting) -> UInt8[np.ndarray, "40 40 3"]:
+    """The emblem in its setting: sky with weather, ground below, a frame around all."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    picture = np.empty((SIZE, SIZE, 3), np.uint8)
+    picture[:] = WEATHERS[setting.weather]
+    if setting.weather == "rain":
+        picture[(x + 2 * y) % 8 < 2] = (70, 90, 130)
+    elif setting.weather == "snow":
+        picture[((x % 8) // 2 == 1) & ((y % 8) // 2 == 2)] = (255, 255, 255)
+    elif setting.weather == "night":
+        picture[(x % 8 == 5) & (y % 8 == 3)] = (255, 250, 190)
+    else:
+        picture[(y < 8) & (x >= 32) & (np.hypot(x - 36, y - 4) < 3.5)] = (255, 220, 60)
+    ground = y >= 32
+    picture[ground] = GROUNDS[setting.ground]
+    if setting.ground == "water":
+        picture[ground & ((x // 2 + y // 2) % 4 == 0)] = (150, 190, 235)
+    elif setting.ground == "stone":
+        picture[ground & ((y % 4 == 3) | ((x + 4 * (y // 4 % 2)) % 8 == 7))] = (85, 85, 90)
+    elif setting.ground == "grass":
+        picture[ground & (x % 4 == 1) & (y % 8 < 5)] = (50, 120, 40)
+    frame = FRAMES[setting.frame]
+    if frame is not None:
+        picture[(np.minimum(x, y) < 2) | (np.maximum(x, y) >= SIZE - 2)] = frame
+    picture[EMBLEM, EMBLEM] = draw_emblem(entity)
+    return picture
+
+
+def nearest_entities(
+    images: UInt8[np.ndarray, "images 40 40 3"], entities: Sequence[Entity]
+) -> tuple[list[str], Float[np.ndarray, "images entities"]]:
+    """The entity whose emblem is nearest to each image's emblem region, and all mean absolute distances (0 to 255)."""
+    emblems = np.stack([draw_emblem(entity) for entity in entities]).astype(np.float32)
+    regions = images[:, EMBLEM, EMBLEM].astype(np.float32)
+    distances = np.stack([np.abs(emblems - region).mean((1, 2, 3)) for region in regions])
+    return [entities[i].name for i in distances.argmin(1)], distances
+
+
+def _png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,187 @@
+"""The CM3 Transformer: a pre-LayerNorm decoder of the OPT shape (paper, section 4.1)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rac3.config import InputError
+from rac3.model.attention import KVCache, SelfAttention, packed_mask
+from rac3.sharding import constrain
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The generator. The defaults are the paper's 2.7B model; its vocabulary and positions come from the data.
+
+    Attributes:
+      embed, num_heads, mlp: widths; `num_heads` divides `embed`.
+      image_positions: embed the place of an image token in its image, besides its place in the group. Retrieved and
+        main images stand at shifting places behind captions of varying lengths; with this, "the same patch in the
+        retrieved image" is a match of keys rather than arithmetic on positions. OPT has no images and lacks it.
+      dtype: of the computation. Parameters are float32.
+      remat: what the backward pass keeps of a layer: `none` all, `dots` the matrix products, `full` its input only.
+      init_std: of normal initializers; those that write to the residual stream are scaled by 1/sqrt(2 num_layers).
+    """
+
+    num_layers: int = 32
+    embed: int = 2560
+    num_heads: int = 32
+    mlp: int = 10240
+    image_positions: bool = True
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "dots"
+    init_std: float = 0.006
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "embed", "num_heads", "mlp"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}={getattr(self, name)} is below 1; use at least 1")
+        if self.embed % self.num_heads:
+            raise InputError(
+                f"model.num_heads={self.num_heads} does not divide model.embed={self.embed}; use heads of 64 to 128"
+            )
+
+    def build(self, vocab_size: int, max_positions: int, max_image_tokens: int) -> "Transformer":
+        return Transformer(self, vocab_size, max_positions, max_image_tokens)
+
+
+class Block(nn.Module):
+    """LayerNorm, attention, LayerNorm, ReLU MLP, each behind a residual."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        cache: KVCache | None,
+        mask: Bool[Array, "batch 1 seq slots"],
+        positions: Int[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+        config = self.config
+        output_std = config.init_std / (2 * config.num_layers) ** 0.5
+        attended, cache = SelfAttention(
+            num_heads=config.num_heads,
+            head_dim=config.embed // config.num_heads,
+            dtype=config.dtype,
+            init_std=config.init_std,
+            output_init_std=output_std,
+            name="attention",
+        )(_layer_norm(config, "attention_norm")(x), mask, positions, cache)
+        x = constrain(x + attended, "batch", "seq", None)
+        hidden = _dense(config, config.mlp, ("embed", "mlp"), config.init_std, "mlp_in")(
+            _layer_norm(config, "mlp_norm")(x)
+        )
+        hidden = constrain(jax.nn.relu(hidden), "batch", "seq", "mlp")
+        x = x + _dense(config, config.embed, ("mlp", "embed"), output_std, "mlp_out")(hidden)
+        return constrain(x, "batch", "seq", None), cache
+
+
+class Transformer(nn.Module):
+    """Ids -> hidden states; `logits` -> scores over the vocabulary with the tied embedding.
+
+    Attributes:
+      vocab_size: rows of the embedding table (`Vocabulary.padded_size`).
+      max_positions: the longest group, in tokens.
+      max_image_tokens: the longest image, in tokens.
+    """
+
+    config: TransformerConfig
+    vocab_size: int
+    max_positions: int
+    max_image_tokens: int
+
+    def setup(self) -> None:
+        def table(name: str, rows: int, axis: str) -> Array:
+            init = nn.initializers.normal(self.config.init_std)
+            return self.param(name, nn.with_logical_partitioning(init, (axis, "embed")), (rows, self.config.embed))
+
+        self.token_embedding = table("token_embedding", self.vocab_size, "vocab")
+        self.position_embedding = table("position_embedding", self.max_positions, "positions")
+        if self.config.image_positions:
+            self.image_position_embedding = table("image_position_embedding", self.max_image_tokens + 1, "positions")
+        block: Any = Block
+        if self.config.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.config)
+        self.final_norm = _layer_norm(self.config, "final_norm")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        grid: Int[Array, "batch seq"],
+        segments: Int[Array, "batch seq"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+        """Hidden states behind the final norm, and the cache with these tokens in it.
+
+        Args:
+          tokens: ids.
+          positions: place of each token in its group, from 0.
+          grid: 1 + raster index of an image token in its image, 0 for others.
+          segments: the group of each token, 0 for padding; needed without a cache.
+          cache: with it, the tokens continue what it holds.
+        """
+        dtype = self.config.dtype
+        x = jnp.take(self.token_embedding, tokens, axis=0).astype(dtype)
+        x = x + jnp.take(self.position_embedding, positions, axis=0).astype(dtype)
+        if self.config.image_positions:
+            x = x + jnp.take(self.image_position_embedding, grid, axis=0).astype(dtype)
+        x = constrain(x, "batch", "seq", None)
+        if cache is None:
+            if segments is None:
+                raise ValueError("a call without a cache needs the segments of the packed rows")
+            mask = packed_mask(segments)
+        else:
+            mask = (jnp.arange(cache.keys.shape[-3])[None, None, :] <= positions[:, :, None])[:, None]
+        x, cache = self.blocks(x, cache, mask, positions)
+        return self.final_norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
+        """Float32 scores over the vocabulary."""
+        table = self.token_embedding.astype(self.config.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache of zeros for `slots` positions. Bytes: 2 * layers * batch * slots * embed * itemsize."""
+        shape = (
+            self.config.num_layers,
+            batch,
+            slots,
+            self.config.num_heads,
+            self.config.embed // self.config.num_heads,
+        )
+        return KVCache(jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype))
+
+
+def _layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        dtype=config.dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+        name=name,
+    )
+
+
+def _dense(config: TransformerConfig, features: int, axes: tuple[str, str], std: float, name: str) -> nn.Dense:
+    return nn.Dense(
+        features,
+        dtype=config.dtype,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )

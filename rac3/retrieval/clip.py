@@ -1,0 +1,331 @@
+"""CLIP (arXiv 2103.00020) in Flax: the two frozen towers of the retriever, and the loss that fits them.
+
+The architecture and the config fields are those of Hugging Face `CLIPModel`, so that its checkpoints load by renaming:
+`text_model.encoder.layers.0.mlp.fc1` is `text_model/layers_0/mlp/fc1` here, and so on for every weight.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rac3.config import InputError
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5
+
+
+def _check_tower(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
+    name = "text" if isinstance(config, CLIPTextConfig) else "vision"
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"clip {name}: hidden_size={config.hidden_size} is not a multiple of "
+            f"num_attention_heads={config.num_attention_heads}; change either"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        raise InputError(
+            f"clip {name}: hidden_act={config.hidden_act!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
+        )
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Field names and defaults of `transformers.CLIPTextConfig`."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407  # 2 in old checkpoints, where it stands for "the highest id of the row"
+
+    def __post_init__(self) -> None:
+        _check_tower(self)
+        if self.max_position_embeddings < 3:
+            raise InputError(
+                f"clip text: max_position_embeddings={self.max_position_embeddings} has no room for a token between "
+                "begin and end of text; use at least 3"
+            )
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Field names and defaults of `transformers.CLIPVisionConfig`."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224  # pixels, height and width
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_tower(self)
+        if not 0 < self.patch_size <= self.image_size:
+            raise InputError(
+                f"clip vision: patch_size={self.patch_size} is outside [1, image_size={self.image_size}]; lower it"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Whole patches only: pixels to the right and below that do not fill one are not seen, as in `transformers`."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Field names and defaults of `transformers.CLIPConfig`."""
+
+    text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
+
+    def __post_init__(self) -> None:
+        if self.projection_dim < 1:
+            raise InputError(f"clip: projection_dim={self.projection_dim} is below 1; use at least 1")
+
+
+class CLIPAttention(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch seq embed"], mask: Bool[Array, "#batch 1 #seq seq"] | None
+    ) -> Float[Array, "batch seq embed"]:
+        batch, seq, embed = x.shape
+        heads = self.config.num_attention_heads
+        std = embed**-0.5 * (2 * self.config.num_hidden_layers) ** -0.5
+        q, k, v = (
+            nn.Dense(embed, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name)(x)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        split = (batch, seq, heads, embed // heads)
+        out = jax.nn.dot_product_attention(q.reshape(split), k.reshape(split), v.reshape(split), mask=mask)
+        init = nn.initializers.normal(embed**-0.5)
+        return nn.Dense(embed, dtype=self.dtype, kernel_init=init, name="out_proj")(out.reshape(x.shape))
+
+
+class CLIPMLP(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        config, embed = self.config, x.shape[-1]
+        init_in = nn.initializers.normal((2 * embed) ** -0.5)
+        init_out = nn.initializers.normal(embed**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
+        h = nn.Dense(config.intermediate_size, dtype=self.dtype, kernel_init=init_in, name="fc1")(x)
+        return nn.Dense(embed, dtype=self.dtype, kernel_init=init_out, name="fc2")(ACTIVATIONS[config.hidden_act](h))
+
+
+class CLIPLayer(nn.Module):
+    """A pre-LN Transformer layer."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch seq embed"], mask: Bool[Array, "#batch 1 #seq seq"] | None
+    ) -> Float[Array, "batch seq embed"]:
+        eps = self.config.layer_norm_eps
+        h = nn.LayerNorm(eps, dtype=self.dtype, name="layer_norm1")(x)
+        x = x + CLIPAttention(self.config, self.dtype, name="self_attn")(h, mask)
+        h = nn.LayerNorm(eps, dtype=self.dtype, name="layer_norm2")(x)
+        return x + CLIPMLP(self.config, self.dtype, name="mlp")(h)
+
+
+class CLIPTextModel(nn.Module):
+    config: CLIPTextConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"]) -> Float[Array, "batch embed"]:
+        """The features at each row's end-of-text token, or at its first token if it has none."""
+        config, seq = self.config, ids.shape[1]
+        if seq > config.max_position_embeddings:
+            raise InputError(
+                f"clip text: {seq} tokens exceed max_position_embeddings={config.max_position_embeddings}; cut them off"
+            )
+        init = nn.initializers.normal(0.02)
+        embed = nn.Embed(
+            config.vocab_size, config.hidden_size, dtype=self.dtype, embedding_init=init, name="token_embedding"
+        )
+        positions = self.param("position_embedding", init, (config.max_position_embeddings, config.hidden_size))
+        x = embed(ids) + positions[:seq].astype(self.dtype)
+        causal = jnp.tril(jnp.ones((seq, seq), bool))
+        for i in range(config.num_hidden_layers):
+            x = CLIPLayer(config, self.dtype, name=f"layers_{i}")(x, causal & mask[:, None, None, :])
+        x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
+        if config.eos_token_id == 2:
+            end = jnp.argmax(jnp.where(mask, ids, -1), axis=1)
+        else:
+            end = jnp.argmax((ids == config.eos_token_id) & mask, axis=1)
+        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+
+
+class CLIPVisionModel(nn.Module):
+    config: CLIPVisionConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, pixels: Float[Array, "batch height width channel"], patch_keep: Bool[Array, "batch patches"] | None
+    ) -> Float[Array, "batch embed"]:
+        """The features at the class position. Patches that are not kept take no part in attention."""
+        config = self.config
+        batch, embed, patch = pixels.shape[0], config.hidden_size, config.patch_size
+        if pixels.shape[1:] != (config.image_size, config.image_size, config.num_channels):
+            raise InputError(
+                f"clip vision: pixels are {pixels.shape[1:]}, not image_size={config.image_size} squared with "
+                f"num_channels={config.num_channels}; resize them"
+            )
+        init = nn.initializers.normal(0.02)
+        conv = nn.Conv(
+            embed,
+            (patch, patch),
+            patch,
+            "VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=init,
+            name="patch_embedding",
+        )
+        class_embedding = self.param("class_embedding", nn.initializers.normal(embed**-0.5), (embed,))
+        class_column = jnp.broadcast_to(class_embedding.astype(self.dtype), (batch, 1, embed))
+        x = jnp.concatenate([class_column, conv(pixels).reshape(batch, -1, embed)], axis=1)
+        x += self.param("position_embedding", init, (config.num_patches + 1, embed)).astype(x.dtype)
+        x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(x)
+        mask = None
+        if patch_keep is not None:
+            mask = jnp.pad(patch_keep, ((0, 0), (1, 0)), constant_values=True)[:, None, None, :]
+        for i in range(config.num_hidden_layers):
+            x = CLIPLayer(config, self.dtype, name=f"layers_{i}")(x, mask)
+        return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(x[:, 0])
+
+
+class CLIP(nn.Module):
+    config: CLIPConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.text_model = CLIPTextModel(config.text_config, self.dtype)
+        self.vision_model = CLIPVisionModel(config.vision_config, self.dtype)
+        self.text_projection = self._projection(config.text_config.hidden_size)
+        self.visual_projection = self._projection(config.vision_config.hidden_size)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(config.logit_scale_init_value), ())
+
+    def _projection(self, hidden_size: int) -> nn.Dense:
+        init = nn.initializers.normal(hidden_size**-0.5)
+        return nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, kernel_init=init)
+
+    def encode_text(
+        self, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"] | None = None
+    ) -> Float[Array, "batch projection"]:
+        """Texts as `<bos> ... <eos>` ids, padded where `mask` is False, to float32 vectors of L2 norm 1."""
+        mask = jnp.ones(ids.shape, bool) if mask is None else mask
+        return unit_norm(self.text_projection(self.text_model(ids, mask)))
+
+    def encode_image(
+        self,
+        pixels: Float[Array, "batch height width channel"],
+        patch_keep: Bool[Array, "batch patches"] | None = None,
+    ) -> Float[Array, "batch projection"]:
+        """Normalized pixels to float32 vectors of L2 norm 1; patches in raster order, see `drop_patches`."""
+        return unit_norm(self.visual_projection(self.vision_model(pixels, patch_keep)))
+
+    def __call__(
+        self,
+        ids: Int[Array, "batch seq"],
+        mask: Bool[Array, "batch seq"],
+        pixels: Float[Array, "batch height width channel"],
+    ) -> tuple[Float[Array, "batch projection"], Float[Array, "batch projection"], Float[Array, ""]]:
+        """The text vectors, the image vectors and the logit scale, a logarithm: what `contrastive_loss` takes."""
+        return self.encode_text(ids, mask), self.encode_image(pixels), self.logit_scale
+
+
+def unit_norm(x: Float[Array, "*batch channel"]) -> Float[Array, "*batch channel"]:
+    """`x` in float32, scaled to L2 norm 1 along the last axis; zeros stay zeros."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def _keep(keys: Key[Array, "batch"], droppable: Bool[Array, "batch seq"], rate: float) -> Bool[Array, "batch seq"]:
+    """True with probability 1 - rate where droppable, and at one droppable place at least; True everywhere else.
+
+    One draw per place, so that the outcome does not depend on how far a row is padded.
+    """
+    places = jnp.arange(droppable.shape[1])
+    draws = jax.vmap(lambda key: jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(key, place)))(places))(
+        keys
+    )
+    draws = jnp.where(droppable, draws, -1.0)
+    return ~droppable | (draws >= rate) | (draws == draws.max(axis=1, keepdims=True))
+
+
+def drop_text_tokens(
+    keys: Key[Array, "batch"], ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"], rate: float
+) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """Query dropout (paper 3.2) on texts: each token is dropped with probability `rate`, and the rest moves up.
+
+        in : <bos> a photo of a cat <eos> .
+        out: <bos> a photo cat <eos> . . .
+
+    The first and the last token of a row (`<bos>`, `<eos>`) always stay, and so does one token between them.
+    """
+    places = jnp.arange(ids.shape[1])
+    last = mask.sum(axis=1, keepdims=True) - 1
+    kept = mask & _keep(keys, mask & (places > 0) & (places < last), rate)
+    order = jnp.argsort(~kept, axis=1, stable=True)
+    mask = jnp.take_along_axis(kept, order, axis=1)
+    return jnp.where(mask, jnp.take_along_axis(ids, order, axis=1), 0), mask
+
+
+def drop_patches(keys: Key[Array, "batch"], patches: int, rate: float) -> Bool[Array, "batch patches"]:
+    """Query dropout (paper 3.2) on images: which patches stay, each with probability 1 - rate, at least one per row."""
+    return _keep(keys, jnp.ones((keys.shape[0], patches), bool), rate)
+
+
+def contrastive_loss(
+    text: Float[Array, "batch projection"],
+    image: Float[Array, "batch projection"],
+    logit_scale: Float[Array, ""],
+    duplicates: Bool[Array, "batch batch"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """CLIP's symmetric InfoNCE over the batch, in nats.
+
+    loss = (CE(s t v^T, diagonal) + CE(s v t^T, diagonal)) / 2, with s = min(exp(logit_scale), 100).
+
+    Args:
+      text: vectors of L2 norm 1, row i the caption of image i; under `jit` over a mesh, the global batch.
+      duplicates: True where text i also describes image j != i (the same caption): no negative there.
+
+    Returns:
+      the loss, and metrics: `loss`, `accuracy` (share of texts that score their own image highest, duplicates aside).
+    """
+    logits = jnp.exp(jnp.minimum(logit_scale, MAX_LOGIT_SCALE)) * text @ image.T
+    own = jnp.eye(logits.shape[0], dtype=bool)
+    if duplicates is not None:
+        logits = jnp.where(duplicates & ~own, -jnp.inf, logits)
+    matched = jnp.diagonal(logits)
+    to_image = jax.nn.logsumexp(logits, axis=1) - matched
+    to_text = jax.nn.logsumexp(logits, axis=0) - matched
+    loss = (to_image.mean() + to_text.mean()) / 2
+    return loss, {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(matched)))}

@@ -1,0 +1,194 @@
+"""The mixed-modal encoder (paper 3.1): a document's vector is the mean of its text's and its image's CLIP vectors."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from rac3.config import InputError
+from rac3.documents.document import prepare_image
+from rac3.retrieval.clip import CLIP, CLIPTextConfig, drop_patches, drop_text_tokens
+from rac3.tokens.text import Tokenizer
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """Texts to the ids of CLIP's text tower: `<bos> tokens <eos>`, cut to the tower's positions.
+
+    Raises:
+      InputError: the tower has no room for the ids, or looks for another end-of-text id than `eos`.
+    """
+
+    tokenizer: Tokenizer
+    config: CLIPTextConfig
+    bos: int
+    eos: int
+
+    def __post_init__(self) -> None:
+        largest = max(self.bos, self.eos, self.tokenizer.size - 1)
+        if largest >= self.config.vocab_size:
+            raise InputError(
+                f"clip text: vocab_size={self.config.vocab_size} has no room for id {largest}; use {largest + 1}"
+            )
+        # 2 marks an old checkpoint, whose tower takes the highest id of a row for the end of the text
+        end = largest if self.config.eos_token_id == 2 else self.config.eos_token_id
+        if self.eos != end:
+            raise InputError(f"clip text: eos={self.eos} is not {end}, where the tower looks for the end; use {end}")
+
+    @classmethod
+    def fitted(cls, tokenizer: Tokenizer, config: CLIPTextConfig) -> "ClipText":
+        """For a tower that is fitted here: `<bos>` and `<eos>` are the two ids after the tokenizer's own."""
+        return cls(tokenizer, config, bos=tokenizer.size, eos=tokenizer.size + 1)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "batch seq"], Bool[np.ndarray, "batch seq"]]:
+        """The ids, padded with 0, and where they are not padding; `seq` is the longest row's length.
+
+        "a cat", "cat" -> <bos> a   cat   <eos>
+                          <bos> cat <eos> .
+        """
+        room = self.config.max_position_embeddings - 2
+        rows = [[self.bos, *self.tokenizer.encode(text)[:room], self.eos] for text in texts]
+        ids = np.zeros((len(rows), max(map(len, rows), default=2)), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = True
+        return ids, mask
+
+
+def query_dropout_keys(seed: int, documents: Sequence[str]) -> Key[Array, "batch"]:
+    """One key per document, a function of (seed, document key) alone: how documents are batched changes nothing."""
+    digests = [hashlib.blake2b(key.encode(), digest_size=4).digest() for key in documents]
+    hashes = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hashes)
+
+
+class MixedEncoder:
+    """Frozen CLIP over batches, on all of this process's devices.
+
+    Batches are cut at `batch_size` and padded to it, a last or lone small one to a power of two; texts likewise to a
+    power of two tokens. Each such shape compiles once.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        params: dict[str, Any],
+        text: ClipText,
+        *,
+        batch_size: int = 256,
+        image_mean: tuple[float, float, float] = OPENAI_MEAN,
+        image_std: tuple[float, float, float] = OPENAI_STD,
+    ) -> None:
+        devices = jax.local_devices()
+        if batch_size < 1:
+            raise InputError(f"encoder batch_size={batch_size} is below 1; use at least 1, or hundreds to be fast")
+        self.clip, self.text = clip, text
+        self._smallest = len(devices)
+        self._batch_size = -(-batch_size // len(devices)) * len(devices)
+        mesh = Mesh(np.array(devices), ("batch",), axis_types=(AxisType.Auto,))
+        self._by_row = NamedSharding(mesh, PartitionSpec("batch"))
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        mean, std = jnp.array(image_mean) * 255, jnp.array(image_std) * 255
+
+        def embed_ids(params: Any, ids: Array, mask: Array, keys: Array | None, rate: float) -> Array:
+            if keys is not None:
+                ids, mask = drop_text_tokens(keys, ids, mask, rate)
+            return cast(Array, clip.apply({"params": params}, ids, mask, method="encode_text"))
+
+        def embed_pixels(params: Any, pixels: Array, keys: Array | None, rate: float) -> Array:
+            patches = clip.config.vision_config.num_patches
+            keep = None if keys is None else drop_patches(keys, patches, rate)
+            return cast(Array, clip.apply({"params": params}, (pixels - mean) / std, keep, method="encode_image"))
+
+        self._embed_ids, self._embed_pixels = jax.jit(embed_ids), jax.jit(embed_pixels)
+
+    def embed_texts(
+        self, texts: Sequence[str], *, drop_keys: Key[Array, "batch"] | None = None, drop_rate: float = 0.2
+    ) -> Float[np.ndarray, "batch embed"]:
+        """Vectors of L2 norm 1.
+
+        Args:
+          drop_keys: one per text (`query_dropout_keys`): query dropout (paper 3.2) at `drop_rate`. None: no dropout.
+        """
+
+        def embed(rows: np.ndarray, keys: Array | None) -> Array:
+            ids, mask = self.text([texts[row] for row in rows])
+            width = min(_power_of_two(ids.shape[1]), self.text.config.max_position_embeddings)
+            padding = ((0, 0), (0, width - ids.shape[1]))
+            ids, mask = jax.device_put((np.pad(ids, padding), np.pad(mask, padding)), self._by_row)
+            return self._embed_ids(self._params, ids, mask, keys, drop_rate)
+
+        return self._batched(len(texts), drop_keys, drop_rate, embed)
+
+    def embed_images(
+        self,
+        images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+        *,
+        drop_keys: Key[Array, "batch"] | None = None,
+        drop_rate: float = 0.2,
+    ) -> Float[np.ndarray, "batch embed"]:
+        """Vectors of L2 norm 1 for images of any size: shorter side scaled to CLIP's image size, middle square kept.
+
+        Args:
+          drop_keys: one per image: query dropout of patches at `drop_rate`. None: no dropout.
+        """
+        size = self.clip.config.vision_config.image_size
+
+        def embed(rows: np.ndarray, keys: Array | None) -> Array:
+            # uint8 until it is on the device: a quarter of the bytes to move
+            pixels = jax.device_put(np.stack([prepare_image(images[row], size) for row in rows]), self._by_row)
+            return self._embed_pixels(self._params, pixels, keys, drop_rate)
+
+        return self._batched(len(images), drop_keys, drop_rate, embed)
+
+    def _batched(
+        self, total: int, keys: Array | None, rate: float, embed: Callable[[np.ndarray, Array | None], Array]
+    ) -> Float[np.ndarray, "batch embed"]:
+        """`embed` over rows 0..total, batch by batch; the host prepares one batch while the device works on another."""
+        if keys is not None and not 0 <= rate < 1:
+            raise InputError(f"query dropout rate={rate} is outside [0, 1); the paper uses 0.2")
+        if keys is not None and len(keys) != total:
+            raise ValueError(f"{len(keys)} dropout keys for {total} items; give one each")
+        done = [np.zeros((0, self.clip.config.projection_dim), np.float32)]
+        running: tuple[Array, int] | None = None
+        for start in range(0, total, self._batch_size):
+            count = min(self._batch_size, total - start)
+            padded = min(self._batch_size, self._smallest * _power_of_two(-(-count // self._smallest)))
+            rows = start + np.minimum(np.arange(padded), count - 1)  # padded by repeating the last row
+            batch = embed(rows, None if keys is None else jax.device_put(keys[rows], self._by_row))
+            if running is not None:
+                done.append(np.asarray(running[0])[: running[1]])
+            running = batch, count
+        if running is not None:
+            done.append(np.asarray(running[0])[: running[1]])
+        return np.concatenate(done)
+
+
+def mix(
+    text: Float[np.ndarray, "batch embed"],
+    image: Float[np.ndarray, "batch embed"],
+    has_text: Bool[np.ndarray, "batch"],
+    has_image: Bool[np.ndarray, "batch"],
+) -> Float[np.ndarray, "batch embed"]:
+    """Document vectors (paper 3.1, eq. 1): the mean of the parts that are there, scaled to L2 norm 1.
+
+    A document of one part has that part's vector; one without any has zeros, which match nothing.
+    """
+    total = np.where(has_text[:, None], text, 0) + np.where(has_image[:, None], image, 0)
+    norm = np.linalg.norm(total, axis=1, keepdims=True)
+    return (total / np.maximum(norm, 1e-12)).astype(np.float32)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,128 @@
+"""The memory: the documents that a retriever searches, in parts that are appended and never rebuilt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+
+from rac3.config import InputError
+
+
+@runtime_checkable
+class EmbeddingRows(Protocol):
+    """float [documents, embed], sliced or gathered by row: a numpy array, a memory map or a tensorstore."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> ArrayLike: ...
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryPart:
+    """The documents of one split. A row of `embeddings` and the same item of `texts` are one document.
+
+    Raises:
+      InputError: `embeddings` is not a matrix, or has more or fewer rows than `texts` has items.
+    """
+
+    name: str  # the split; distinct within a memory
+    embeddings: EmbeddingRows  # [documents, embed]: mixed-modal document embeddings of norm 1 (or 0: matches nothing)
+    texts: Sequence[str]  # may read each document only when it is asked for
+
+    def __post_init__(self) -> None:
+        if len(self.embeddings.shape) != 2:
+            raise InputError(
+                f"memory part {self.name!r} has embeddings of shape {tuple(self.embeddings.shape)}; "
+                "give a matrix [documents, embed]"
+            )
+        if len(self.texts) != len(self):
+            raise InputError(
+                f"memory part {self.name!r} has {len(self)} embeddings but {len(self.texts)} texts; give one each"
+            )
+
+    def __len__(self) -> int:
+        return self.embeddings.shape[0]
+
+    @property
+    def embed_dim(self) -> int:
+        return self.embeddings.shape[1]
+
+    def read(self, rows: slice | Int[np.ndarray, "rows"]) -> Float[np.ndarray, "rows embed"]:
+        """Rows of the embeddings as float32, in host memory. Every retriever reads them here, so that none can
+        search a NaN: it would outrank every score, or silently lose the document, depending on the index.
+
+        Args:
+          rows: a slice with step 1, or row ids in [0, len(self)).
+
+        Raises:
+          InputError: a row holds NaN or infinity.
+        """
+        block = np.ascontiguousarray(self.embeddings[rows], dtype=np.float32)
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            bad = int(np.argmin(finite))
+            row = (rows.start or 0) + bad if isinstance(rows, slice) else rows[bad]
+            raise InputError(
+                f"memory part {self.name!r}: the embedding of document {row} holds NaN or infinity; "
+                "embed that document again, or reject it"
+            )
+        return block
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Parts in the order they were added. The global id of a document is its part's offset plus its row, so that
+    appending a part leaves every earlier id and index as it was.
+
+    Raises:
+      InputError: no part, two parts of one name, or parts whose embeddings differ in width.
+    """
+
+    parts: tuple[MemoryPart, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise InputError("the memory has 0 parts; give at least one")
+        names = [part.name for part in self.parts]
+        if len(set(names)) < len(names):
+            raise InputError(f"the memory's parts are named {', '.join(names)}; give each a name of its own")
+        for part in self.parts:
+            if part.embed_dim != self.embed_dim:
+                raise InputError(
+                    f"memory part {part.name!r} has embeddings of width {part.embed_dim}, but "
+                    f"{names[0]!r} has {self.embed_dim}; embed both with the same encoder"
+                )
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def embed_dim(self) -> int:
+        return self.parts[0].embed_dim
+
+    @property
+    def offsets(self) -> Int[np.ndarray, "parts_plus_1"]:
+        """Global id of each part's first document, then the size of the whole memory."""
+        return np.cumsum([0, *(len(part) for part in self.parts)], dtype=np.int64)
+
+    def embeddings_of(self, ids: Int[np.ndarray, "*ids"]) -> Float[np.ndarray, "*ids embed"]:
+        """Embeddings of the documents with these global ids, float32; zeros for the id -1 (no document).
+
+        Raises:
+          IndexError: an id below -1 or not below the size of the memory.
+          InputError: one of the embeddings holds NaN or infinity.
+        """
+        flat = ids.ravel()
+        if flat.size and (flat.min() < -1 or flat.max() >= len(self)):
+            raise IndexError(f"document ids {flat.min()} to {flat.max()} are not all in [-1, {len(self)})")
+        embeddings = np.zeros((flat.size, self.embed_dim), np.float32)
+        part_of = np.searchsorted(self.offsets, flat, side="right") - 1  # -1 for the id -1
+        for number, (part, offset) in enumerate(zip(self.parts, self.offsets[:-1], strict=True)):
+            here = np.flatnonzero(part_of == number)
+            if here.size:
+                embeddings[here] = part.read(flat[here] - offset)
+        return embeddings.reshape(*ids.shape, self.embed_dim)

@@ -1,0 +1,137 @@
+"""What a retriever is: two protocols, which any dataclass may satisfy, and the search over all parts of a memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from rac3.config import InputError
+from rac3.retrieval.memory import Memory, MemoryPart
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """A batch of queries, three views of each; a retriever uses those it needs.
+
+    Raises:
+      InputError: the three differ in length, or an embedding holds NaN or infinity.
+    """
+
+    keys: Sequence[str]  # names the query: random choices are drawn from it
+    embeddings: Float[np.ndarray, "queries embed"]  # norm 1
+    texts: Sequence[str]  # the empty string for a query that is an image only
+
+    def __post_init__(self) -> None:
+        if not len(self.keys) == len(self.embeddings) == len(self.texts):
+            raise InputError(
+                f"queries have {len(self.keys)} keys, {len(self.embeddings)} embeddings and {len(self.texts)} texts; "
+                "give one of each per query"
+            )
+        finite = np.isfinite(self.embeddings).all(axis=1)
+        if not finite.all():
+            raise InputError(f"the embedding of query {self.keys[int(np.argmin(finite))]!r} holds NaN or infinity")
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+@runtime_checkable
+class Index(Protocol):
+    """One part of the memory, ready to be searched."""
+
+    def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
+        """The k best documents of the part for each query.
+
+        Returns:
+          scores: descending, comparable between the parts of a memory. An index over embeddings gives the inner
+            products r(q, m) of section 3.2, equation 1; any other ranking will do too, since `selection` computes
+            the similarities that it needs by itself.
+          rows: distinct rows of the part, best first. Where the part has no k documents: score -inf, row -1.
+        """
+        ...
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """The config of a retriever. A frozen dataclass with these three members is one; nothing is registered."""
+
+    @property
+    def num_neighbors(self) -> int:
+        """Candidates per query that go on to selection."""
+        ...
+
+    def build(self, part: MemoryPart, folder: Path) -> None:
+        """Write the index of one part into an empty folder, which may be renamed later. May write nothing."""
+        ...
+
+    def open(self, part: MemoryPart, folder: Path) -> Index:
+        """The index that `build` wrote for this part."""
+        ...
+
+
+def check_num_neighbors(num_neighbors: int) -> None:
+    """Raises InputError unless a retriever's `num_neighbors` is at least 1."""
+    if num_neighbors < 1:
+        raise InputError(
+            f"retriever.num_neighbors={num_neighbors} is below 1; use at least 1, or retriever:none to retrieve nothing"
+        )
+
+
+def no_candidates(num_queries: int, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
+    """What an index returns that has found nothing: scores of -inf and rows of -1."""
+    return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)
+
+
+def ranked(
+    scores: Float[np.ndarray, "queries candidates"], ids: Int[np.ndarray, "queries candidates"], k: int
+) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
+    """The k candidates (of at least k) with the highest scores, descending; of equal scores the lower id first."""
+    order = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def search_memory(
+    indexes: Sequence[Index], memory: Memory, queries: Queries, k: int
+) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
+    """Search every part and merge by score.
+
+    Args:
+      indexes: one per part of `memory`, in its order.
+
+    Returns:
+      scores: float32, descending.
+      ids: global ids, int64; of equal scores the lower id comes first. Score -inf and id -1 where the memory
+        has no k documents.
+
+    Raises:
+      InputError: an index breaks the contract of `Index.search`.
+    """
+    if len(queries) == 0 or k == 0:
+        return no_candidates(len(queries), k)
+    all_scores, all_ids = [], []
+    for index, part, offset in zip(indexes, memory.parts, memory.offsets[:-1], strict=True):
+        scores, rows = index.search(queries, k)
+        _check_found(scores, rows, (len(queries), k), index, part)
+        all_scores.append(np.asarray(scores, np.float32))
+        all_ids.append(np.where(rows < 0, -1, rows.astype(np.int64) + offset))
+    return ranked(np.concatenate(all_scores, axis=1), np.concatenate(all_ids, axis=1), k)
+
+
+def _check_found(scores: np.ndarray, rows: np.ndarray, shape: tuple[int, int], index: Index, part: MemoryPart) -> None:
+    """A retriever of a user's own errs here with one line, rather than with a wrong neighbor in training."""
+    name = f"{type(index).__name__}.search"
+    if scores.shape != shape or rows.shape != shape:
+        raise InputError(
+            f"{name} returned scores {scores.shape} and rows {rows.shape} where [queries, k] = {shape} was asked for; "
+            "pad with score -inf and row -1"
+        )
+    if rows.min() < -1 or rows.max() >= len(part):
+        raise InputError(
+            f"{name} returned rows {rows.min()} to {rows.max()} of a part of {len(part)} documents; "
+            f"return rows from 0 to {len(part) - 1}, or -1 for none"
+        )
+    if np.isnan(scores).any() or (scores[rows < 0] != -np.inf).any():
+        raise InputError(f"{name} returned a NaN score, or a row -1 whose score is not -inf; give -inf to rows of -1")

@@ -1,0 +1,100 @@
+"""The device mesh, and the one table that maps the logical axes of every array to it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rac3.config import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Parameters: `embed` is cut by FSDP; heads, mlp and vocab by tensor parallelism (Megatron's
+# column and row cuts). Activations name `batch` and `heads` or `mlp`, and leave `seq` and their `embed` whole.
+DEFAULT_RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("seq", None),
+    ("embed", ("fsdp",)),
+    ("heads", ("tensor",)),
+    ("head_dim", None),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+    ("positions", None),
+    ("layers", None),
+)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each mesh axis has; `data=-1` takes all that the two others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    rules: tuple[tuple[str, tuple[str, ...] | None], ...] = field(default=DEFAULT_RULES)
+
+    def __post_init__(self) -> None:
+        for name in ("fsdp", "tensor"):
+            if getattr(self, name) < 1:
+                raise InputError(f"mesh.{name}={getattr(self, name)} is below 1; use at least 1")
+        if self.data == 0 or self.data < -1:
+            raise InputError(f"mesh.data={self.data} is not a size; use -1 (all devices left) or at least 1")
+
+    def build(self, devices: list[Any] | None = None) -> Mesh:
+        """The mesh over `devices` (default: all).
+
+        Raises:
+          InputError: the axes do not multiply to the number of devices.
+        """
+        devices = list(jax.devices() if devices is None else devices)
+        inner = self.fsdp * self.tensor
+        data = len(devices) // inner if self.data == -1 else self.data
+        if data * inner != len(devices):
+            raise InputError(
+                f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not divide the "
+                f"{len(devices)} devices; make the product {len(devices)}"
+            )
+        return Mesh(np.array(devices).reshape(data, self.fsdp, self.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
+        """The mesh axes of an array with the logical axes `names`; None is an axis that is not cut.
+
+        Raises:
+          InputError: a name that has no rule.
+        """
+        table = dict(self.rules)
+        for name in names:
+            if name is not None and name not in table:
+                raise InputError(
+                    f"logical axis {name!r} has no rule in mesh.rules; add ({name!r}, None) or a mesh axis"
+                )
+        return PartitionSpec(*(None if name is None else table[name] for name in names))
+
+
+@contextlib.contextmanager
+def use_mesh(config: MeshConfig, mesh: Mesh) -> Iterator[Mesh]:
+    """Sets `mesh` and the axis rules for everything that is traced inside."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(config.rules):
+        yield mesh
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Asks for the layout of an activation by its logical axes. Without a mesh it is the identity."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(names))
+
+
+def shardings_of(config: MeshConfig, mesh: Mesh, abstract: Any) -> Any:
+    """The sharding of each leaf of an abstract state whose leaves may be boxed with logical axis names."""
+
+    def one(leaf: Any) -> NamedSharding:
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+        return NamedSharding(mesh, config.spec(tuple(names)))
+
+    return jax.tree.map(one, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))

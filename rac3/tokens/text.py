@@ -1,0 +1,101 @@
+"""The text tokenizer: a byte-level BPE fitted on the captions, or any tokenizer that `transformers` loads.
+
+It has text ids only; `<eod>`, sentinels and the like are rac3's own, see `vocabulary.py`.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rac3.config import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BYTES = 256  # every byte is a token, so that any text can be written
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Which tokenizer: `checkpoint` if given, else one that is fitted to `vocab_size` ids at most."""
+
+    checkpoint: str | None = None  # a folder, or a name on the Hugging Face hub
+    vocab_size: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < BYTES:
+            raise InputError(
+                f"text.vocab_size={self.vocab_size} is below {BYTES}, one id per byte; use at least {BYTES}"
+            )
+
+    def fit(self, texts: Iterable[str], folder: str | os.PathLike[str]) -> None:
+        """Fit a byte-level BPE (arXiv 1508.07909, on bytes as in GPT-2) on `texts` and save it into `folder`.
+
+        The same texts give the same files. Few texts give fewer than `vocab_size` ids. The folder is one that
+        `transformers.AutoTokenizer.from_pretrained` loads.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size, special_tokens=[], initial_alphabet=alphabet, show_progress=False
+        )
+        bpe.train_from_iterator(texts, trainer)
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        bpe.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    def load(self, folder: str | os.PathLike[str] | None = None) -> "Tokenizer":
+        """The tokenizer of `checkpoint` if that is set, else the one that `fit` saved into `folder`.
+
+        Raises:
+          InputError: there is no such tokenizer, or `transformers` cannot read it.
+        """
+        source = self.checkpoint or folder
+        if source is None:
+            raise InputError("text.checkpoint is not set and no folder of a fitted tokenizer is given; give either")
+        return Tokenizer(_load_pretrained(os.fspath(source)))
+
+
+class Tokenizer:
+    """A loaded tokenizer: text to ids in [0, size) and back, without added special tokens."""
+
+    def __init__(self, pretrained: "PreTrainedTokenizerBase") -> None:
+        self._pretrained = pretrained
+        # ids may have gaps, so the number of tokens is not always the bound of their ids
+        self.size: int = max(pretrained.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._pretrained.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`: for a tokenizer that `fit` made, `decode(encode(text)) == text` for any Unicode text.
+
+        Bytes that are not valid UTF-8, as when a character is cut, become U+FFFD.
+        """
+        plain = [int(i) for i in ids]
+        text = self._pretrained.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text if isinstance(text, str) else "".join(text)
+
+
+def _load_pretrained(source: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    is_folder = Path(source).is_dir()
+    if not is_folder and (Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
+        raise InputError(f"tokenizer {source!r} is not a folder; give one with tokenizer.json, or a hub name")
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=is_folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fix = "a folder needs tokenizer.json" if is_folder else "check the hub name and the network, or give a folder"
+        raise InputError(f"tokenizer {source!r} cannot be loaded: {reason} ({fix})") from error

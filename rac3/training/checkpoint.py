@@ -1,0 +1,89 @@
+"""Checkpoints of a training run: orbax, asynchronous, restored onto any mesh."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from rac3.config import InputError
+from rac3.training.state import TrainState
+
+StreamPosition = list[int]
+
+
+class Checkpoints:
+    """The checkpoints below `folder`: the training state, and where the stream of batches stood."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self.folder = folder
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, state: TrainState, position: StreamPosition) -> None:
+        """Starts to save; training goes on while the state is written."""
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), stream=ocp.args.JsonSave({"position": position})
+            ),
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, StreamPosition] | None:
+        """The newest checkpoint in the shardings of `like` (arrays or abstract ones), or None if there is none.
+
+        Raises:
+          InputError: the checkpoint is of a model of another shape.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        self._check_shapes(step, abstract)
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), stream=ocp.args.JsonRestore()),
+        )
+        return restored["state"], restored["stream"]["position"]
+
+    def restore_params(self, like: Any) -> Any:
+        """Only the parameters of the newest checkpoint, in the shardings of `like`.
+
+        Raises:
+          InputError: there is no checkpoint, or it is of a model of another shape.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            raise InputError(f"{self.folder} holds no checkpoint; run `rac3 train` first")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        self._check_shapes(step, {"params": abstract})
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            args = ocp.checkpoint_utils.construct_restore_args({"params": abstract})
+            restored = checkpointer.restore(
+                (self.folder / str(step) / "state").absolute(),
+                args=ocp.args.PyTreeRestore({"params": abstract}, restore_args=args, partial_restore=True),
+            )
+        return restored["params"]
+
+    def close(self) -> None:
+        """Waits until the last save is whole."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+    def _check_shapes(self, step: int, wanted: Any) -> None:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata((self.folder / str(step) / "state").absolute()).item_metadata.tree
+        have = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+            name = _name(path)
+            if have.get(name) != tuple(leaf.shape):
+                raise InputError(
+                    f"checkpoint {self.folder}/{step} is of another model: {name} is {have.get(name, 'missing')} there, "
+                    f"{tuple(leaf.shape)} in this config; use the config it was trained with, or another workdir"
+                )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """A leaf's place, alike for dicts, dataclasses and named tuples: what orbax stores as nested names."""
+    parts = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path]
+    return "/".join(str(part) for part in parts)

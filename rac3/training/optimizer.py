@@ -1,0 +1,62 @@
+"""AdamW with warm-up and linear decay (paper, section 4.1)."""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+from jaxtyping import PyTree
+
+from rac3.config import InputError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The defaults are the paper's: Adam, linear decay to 0, clipping by the global norm.
+
+    Attributes:
+      warmup_steps: steps of linear rise to `peak_lr`; cut to a tenth of a run that is shorter than ten times it.
+      weight_decay: decoupled, on matrices only; the paper names none.
+    """
+
+    peak_lr: float = 1e-4
+    warmup_steps: int = 1500
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.peak_lr <= 0 or self.clip_norm <= 0:
+            raise InputError(f"optimizer.peak_lr={self.peak_lr} and clip_norm={self.clip_norm} must be positive")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise InputError(
+                f"optimizer.warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: use 0 or more"
+            )
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        warmup = min(self.warmup_steps, max(1, steps // 10))
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, self.peak_lr, warmup),
+                optax.linear_schedule(self.peak_lr, 0.0, max(1, steps - warmup)),
+            ],
+            [warmup],
+        )
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The update rule for a run of `steps` steps."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip_norm),
+            optax.adamw(
+                self.schedule(steps), self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=_matrices
+            ),
+        )
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """True for what decays: matrices, not the biases and scales (which nn.scan stacks to one axis more)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim > 1 and not jax.tree_util.keystr(path).rstrip("']").endswith(("bias", "scale")),
+        params,
+    )

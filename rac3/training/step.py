@@ -1,0 +1,51 @@
+"""The training step of the CM3 Transformer."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from rac3.batches.packing import KIND_NAMES, PackedBatch
+from rac3.model.loss import token_losses
+from rac3.model.transformer import Transformer
+from rac3.training.state import TrainState, apply_gradients
+
+Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count); sums add over steps and hosts
+
+
+def losses(model: Transformer, params: PyTree, batch: PackedBatch, chunk: int = 512) -> Float[Array, "rows seq"]:
+    """-log p(target) of every token, in nats."""
+    hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.grid, batch.segments)
+    return token_losses(lambda hidden: model.apply(params, hidden, method="logits"), hidden, batch.targets, chunk)
+
+
+def objective(
+    model: Transformer, params: PyTree, batch: PackedBatch, chunk: int = 512
+) -> tuple[Float[Array, ""], Metrics]:
+    """L_main + alpha L_retr per unit of loss weight (paper, eq. 2-3), and the loss by kind of target."""
+    nats = losses(model, params, batch, chunk)
+    weight = jnp.sum(batch.loss_weight)
+    total = jnp.sum(nats * batch.loss_weight)
+    metrics: Metrics = {"loss": (total, weight)}
+    for kind, name in KIND_NAMES.items():
+        chosen = batch.kind == kind
+        metrics[f"loss/{name}"] = (jnp.sum(nats * chosen), jnp.sum(chosen))
+    metrics["tokens"] = (jnp.sum(batch.segments > 0), jnp.ones(()))
+    return total / jnp.maximum(weight, 1.0), metrics
+
+
+def make_train_step(
+    model: Transformer, optimizer: optax.GradientTransformation, chunk: int = 512
+) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (next state, metrics), jitted; the state is donated."""
+
+    def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, Metrics]:
+        (_, metrics), gradients = jax.value_and_grad(
+            lambda params: objective(model, params, batch, chunk), has_aux=True
+        )(state.params)
+        metrics["gradient_norm"] = (optax.global_norm(gradients), jnp.ones(()))
+        return apply_gradients(state, gradients, optimizer), metrics
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,47 @@
+"""The LAION filter of the paper's section 4.1."""
+
+import dataclasses
+
+import pytest
+
+from rac3.config import InputError
+from rac3.documents.filter import LaionFilter
+
+GOOD = {"pwatermark": 0.1, "punsafe": 0.1, "original_width": 640, "original_height": 480}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"pwatermark": 0.5}, None),  # only above the limit
+        ({"pwatermark": 0.5001}, "watermark"),
+        ({"punsafe": 0.9}, "unsafe"),
+        ({"original_width": 256, "original_height": 256}, None),
+        ({"original_width": 255}, "small"),
+        ({"original_height": 255}, "small"),
+        ({"pwatermark": None, "punsafe": float("nan")}, None),
+        ({"pwatermark": "0.9"}, None),  # not a number: no score
+        ({"width": 64, "height": 64}, None),  # the stored size counts only where the original's is not known
+        ({"original_width": None, "original_height": None, "width": 64, "height": 300}, "small"),
+        ({"original_width": None, "width": 300}, None),
+    ],
+)
+def test_reason(change, reason):
+    assert LaionFilter().reason(GOOD | change) == reason
+
+
+def test_nothing_known_is_kept():
+    assert LaionFilter().reason({}) is None
+
+
+def test_limits_are_settings():
+    off = LaionFilter(max_watermark=1.0, max_unsafe=1.0, min_side=0)
+    assert off.reason({"pwatermark": 1.0, "punsafe": 1.0, "original_width": 1, "original_height": 1}) is None
+    assert dataclasses.replace(off, min_side=2).reason({"original_width": 1, "original_height": 9}) == "small"
+
+
+@pytest.mark.parametrize("field", [{"max_watermark": 1.5}, {"max_unsafe": -0.1}, {"min_side": -1}])
+def test_bad_limits(field):
+    with pytest.raises(InputError, match=next(iter(field))):
+        LaionFilter(**field)

@@ -1,0 +1,76 @@
+"""Parts and global ids, appending, and embeddings that must not be searched."""
+
+import numpy as np
+import pytest
+
+from rac3.config import InputError
+from rac3.retrieval.memory import Memory, MemoryPart
+
+
+def part(name: str, size: int, embed: int = 4, seed: int = 0) -> MemoryPart:
+    embeddings = np.random.default_rng(seed).normal(size=(size, embed)).astype(np.float32)
+    return MemoryPart(name, embeddings, [f"{name} {row}" for row in range(size)])
+
+
+def test_a_global_id_is_the_offset_of_the_part_plus_the_row():
+    parts = (part("a", 3, seed=1), part("empty", 0), part("b", 2, seed=2))
+    memory = Memory(parts)
+    assert len(memory) == 5
+    np.testing.assert_array_equal(memory.offsets, [0, 3, 3, 5])
+    rows = np.concatenate([np.asarray(p.embeddings) for p in parts])
+    ids = np.array([[4, 0, -1], [2, 3, 4]])
+    np.testing.assert_array_equal(memory.embeddings_of(ids)[ids >= 0], rows[ids[ids >= 0]])
+    np.testing.assert_array_equal(memory.embeddings_of(ids)[0, 2], np.zeros(4))
+    assert memory.embeddings_of(np.zeros((2, 0), np.int64)).shape == (2, 0, 4)
+
+
+def test_appending_a_part_leaves_earlier_ids_as_they_were():
+    first = Memory((part("a", 3),))
+    second = Memory((*first.parts, part("b", 9, seed=1)))
+    ids = np.arange(3)
+    np.testing.assert_array_equal(first.embeddings_of(ids), second.embeddings_of(ids))
+
+
+@pytest.mark.parametrize("outside", [-2, 3])
+def test_an_id_outside_the_memory_raises(outside: int):
+    with pytest.raises(IndexError, match=str(outside)):
+        Memory((part("a", 3),)).embeddings_of(np.array([outside]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_embedding_that_is_not_finite_is_refused_by_its_row(value: float):
+    broken = part("train", 10)
+    embeddings = np.asarray(broken.embeddings).copy()
+    embeddings[6, 1] = embeddings[8, 0] = value
+    broken = MemoryPart("train", embeddings, broken.texts)
+    for rows in (slice(4, 10), np.array([9, 6, 0])):
+        with pytest.raises(InputError, match=r"'train'.*document 6 "):
+            broken.read(rows)
+    with pytest.raises(InputError, match="document 8 "):
+        Memory((part("a", 2), broken)).embeddings_of(np.array([10]))
+    assert broken.read(slice(0, 6)).shape == (6, 4)
+
+
+def test_embeddings_may_stay_on_disk(tmp_path):
+    import tensorstore
+
+    embeddings = np.asarray(part("a", 7).embeddings)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "embeddings")}}
+    store = tensorstore.open(spec, create=True, dtype="float32", shape=embeddings.shape).result()
+    store[...] = embeddings
+    lazy = MemoryPart("a", store, [""] * 7)
+    np.testing.assert_array_equal(lazy.read(slice(2, 5)), embeddings[2:5])
+    np.testing.assert_array_equal(lazy.read(np.array([6, 0, 6])), embeddings[[6, 0, 6]])
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="0 parts"):
+        Memory(())
+    with pytest.raises(InputError, match="name of its own"):
+        Memory((part("a", 1), part("a", 2)))
+    with pytest.raises(InputError, match="width 5"):
+        Memory((part("a", 1), part("b", 2, embed=5)))
+    with pytest.raises(InputError, match="3 embeddings but 2 texts"):
+        MemoryPart("a", np.zeros((3, 4), np.float32), ["", ""])
+    with pytest.raises(InputError, match="matrix"):
+        MemoryPart("a", np.zeros(3, np.float32), [""] * 3)

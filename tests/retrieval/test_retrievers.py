@@ -1,0 +1,320 @@
+"""The contract that every retriever keeps, and what each promises besides."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rac3.config import InputError
+from rac3.retrieval.controls import NoRetriever, Random
+from rac3.retrieval.exact import Exact, _search_block
+from rac3.retrieval.memory import Memory, MemoryPart
+from rac3.retrieval.retriever import Index, Queries, Retriever, no_candidates, ranked, search_memory
+from rac3.retrieval.scann import Scann
+
+EMBED = 15  # odd: ScaNN codes pairs of dimensions
+ATOL = 4e-7  # two sums of 15 float32 products of unit vectors: 15 roundings of at most 2**-24 each way, and 4 x less
+
+
+@dataclass(frozen=True)
+class WordOverlap:
+    """A retriever as a user would write it in a config: no base class, and no embeddings."""
+
+    num_neighbors: int = 4
+
+    def build(self, part: MemoryPart, folder: Path) -> None:
+        pass
+
+    def open(self, part: MemoryPart, folder: Path) -> "WordOverlapIndex":
+        return WordOverlapIndex(part.texts)
+
+
+@dataclass(frozen=True)
+class WordOverlapIndex:
+    texts: Sequence[str]
+
+    def search(self, queries: Queries, k: int):
+        scores, rows = no_candidates(len(queries), max(k, len(self.texts)))
+        for q, query in enumerate(queries.texts):
+            for row, text in enumerate(self.texts):
+                scores[q, row], rows[q, row] = len(set(query.split()) & set(text.split())), row
+        return ranked(scores, rows, k)
+
+
+# Block sizes that do not divide the sizes below; a tree that is searched in full, so that only its codes approximate.
+SEARCHERS = [
+    Exact(),
+    Exact(block_rows=37, query_rows=16),
+    Scann(),
+    Scann(num_leaves=1, num_leaves_to_search=1),
+    Scann(num_leaves=1, reorder_dtype="bfloat16"),
+    Scann(num_leaves=1, reorder_dtype="int8"),
+]
+ALL = [*SEARCHERS, Random(), NoRetriever(), WordOverlap()]
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def embeddings(size: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors in a cone, as CLIP's are."""
+    return unit(np.random.default_rng(seed).normal(size=(size, EMBED)) + 0.5)
+
+
+def part_of(rows: np.ndarray, name: str = "train") -> MemoryPart:
+    return MemoryPart(name, rows, [f"a photo of {row % 7}" for row in range(len(rows))])
+
+
+def queries_of(rows: np.ndarray) -> Queries:
+    return Queries([f"query {i}" for i in range(len(rows))], rows, [f"a photo of {i}" for i in range(len(rows))])
+
+
+def index_of(retriever: Retriever, part: MemoryPart, folder: Path) -> Index:
+    """Built into a folder that is renamed before it is opened, as artifacts are."""
+    unfinished, finished = folder / f"{part.name}.partial", folder / part.name
+    unfinished.mkdir()
+    retriever.build(part, unfinished)
+    unfinished.rename(finished)
+    return retriever.open(part, finished)
+
+
+@pytest.mark.parametrize("retriever", ALL, ids=str)
+@pytest.mark.parametrize("size", [0, 1, 5, 16, 150])
+def test_contract(retriever: Retriever, size: int, tmp_path: Path):
+    assert isinstance(retriever, Retriever)
+    index = index_of(retriever, part_of(embeddings(size)), tmp_path)
+    assert isinstance(index, Index)
+    for num_queries in (0, 1, 19):
+        queries = queries_of(embeddings(num_queries, seed=1))
+        for k in (0, 1, 4, 40):
+            scores, rows = index.search(queries, k)
+            assert scores.shape == rows.shape == (num_queries, k)
+            assert scores.dtype == np.float32
+            assert rows.dtype == np.int64
+            found = rows >= 0
+            assert (found.sum(axis=1) == (0 if isinstance(retriever, NoRetriever) else min(k, size))).all()
+            assert (scores[~found] == -np.inf).all()
+            assert (scores[:, :-1] >= scores[:, 1:]).all()
+            assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in rows)
+            assert (rows < size).all()
+
+
+@pytest.mark.parametrize("retriever", SEARCHERS, ids=str)
+def test_inner_products_agree_with_sorting_all_of_them(retriever: Retriever, tmp_path: Path):
+    memory, queries = embeddings(300), queries_of(embeddings(50, seed=1))
+    products = queries.embeddings @ memory.T
+    scores, rows = index_of(retriever, part_of(memory), tmp_path).search(queries, 12)
+    np.testing.assert_allclose(scores, np.take_along_axis(products, rows, axis=1), atol=ATOL)
+    best = -np.sort(-products, axis=1)[:, :12]
+    rounded = isinstance(retriever, Scann) and retriever.reorder_dtype != "float32"
+    # int8 moves a product by at most half a step (0.6 / 127) times the query's L1 norm (3.9), so it may swap two
+    # neighbors that lie within twice that; bfloat16 moves it less.
+    np.testing.assert_allclose(scores, best, atol=0.02 if rounded else ATOL)
+    assert (np.abs(scores - best) < ATOL).mean() > 0.9
+
+
+@pytest.mark.parametrize("retriever", SEARCHERS, ids=str)
+def test_zero_vectors_and_duplicates(retriever: Retriever, tmp_path: Path):
+    rows = embeddings(120)
+    rows[3] = rows[50] = rows[51] = rows[4]
+    rows[7] = rows[119] = 0
+    index = index_of(retriever, part_of(rows), tmp_path)
+    found_scores, found = index.search(queries_of(rows[4:5]), 4)
+    assert set(found[0]) == {3, 4, 50, 51}
+    np.testing.assert_allclose(found_scores, np.ones((1, 4)), atol=ATOL)
+    zero_scores, _ = index.search(queries_of(np.zeros((1, EMBED), np.float32)), 4)
+    np.testing.assert_array_equal(zero_scores, np.zeros((1, 4)))
+    all_zero = index_of(retriever, part_of(np.zeros((30, EMBED), np.float32), "zero"), tmp_path)
+    np.testing.assert_array_equal(all_zero.search(queries_of(rows[:2]), 4)[0], np.zeros((2, 4)))
+
+
+def test_exact_gives_ties_to_the_lower_row_across_blocks(tmp_path: Path):
+    rows = np.eye(EMBED, dtype=np.float32)[np.arange(100) % 3]
+    _, found = index_of(Exact(block_rows=8), part_of(rows), tmp_path).search(queries_of(rows[:3]), 6)
+    np.testing.assert_array_equal(found, np.arange(3)[:, None] + np.arange(0, 18, 3))
+
+
+def test_exact_never_finds_the_padding_of_its_last_block(tmp_path: Path):
+    rows = -np.abs(embeddings(9))  # every product is negative, and that with a row of zeros would be higher
+    scores, found = index_of(Exact(block_rows=8), part_of(rows), tmp_path).search(queries_of(-rows[:3]), 12)
+    assert (np.sort(found, axis=1) == [-1, -1, -1, *range(9)]).all()
+    assert (scores[:, :9] < 0).all()
+
+
+@pytest.mark.parametrize("retriever", [Exact(), Scann()], ids=str)
+def test_a_memory_in_parts_is_searched_as_one(retriever: Retriever, tmp_path: Path):
+    # Multiples of 1/8: every sum is exact, in any order, and there are ties everywhere, also between parts.
+    rows = np.random.default_rng(0).integers(-2, 3, (200, EMBED)).astype(np.float32) / 8
+    rows[150:160] = rows[10:20]
+    queries = queries_of(rows[::5])
+    whole = Memory((part_of(rows),))
+    parts = Memory(tuple(part_of(r, name) for name, r in zip("abcd", np.split(rows, [3, 3, 120]), strict=True)))
+    found = []
+    for folder, memory in (("whole", whole), ("parts", parts)):
+        (tmp_path / folder).mkdir()
+        indexes = [index_of(retriever, part, tmp_path / folder) for part in memory.parts]
+        found.append(search_memory(indexes, memory, queries, 9))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    order = np.argsort(-(queries.embeddings @ rows.T), axis=1, kind="stable")[:, :9]
+    if isinstance(retriever, Exact):  # ScaNN may leave out any of those that tie for the last place
+        np.testing.assert_array_equal(found[0][1], order)
+        np.testing.assert_array_equal(found[1][1], order)
+
+
+@pytest.mark.parametrize("retriever", ALL, ids=str)
+def test_search_memory_pads_a_small_memory(retriever: Retriever, tmp_path: Path):
+    memory = Memory((part_of(embeddings(2), "a"), part_of(embeddings(0), "b"), part_of(embeddings(3, seed=2), "c")))
+    indexes = [index_of(retriever, part, tmp_path) for part in memory.parts]
+    scores, ids = search_memory(indexes, memory, queries_of(embeddings(4, seed=1)), 7)
+    assert ids.shape == scores.shape == (4, 7)
+    if not isinstance(retriever, NoRetriever):
+        assert all(sorted(row[:5]) == list(range(5)) for row in ids)
+        assert (scores[:, 5:] == -np.inf).all()
+    assert (ids[:, 5:] == -1).all()
+
+
+def test_scann_tree_recalls_what_exact_finds(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    centers = 1.5 * rng.normal(size=(100, 32)) + 0.7
+    memory = part_of(unit(centers[rng.integers(0, 100, 20_000)] + rng.normal(size=(20_000, 32))))
+    queries = queries_of(memory.read(slice(0, 200)))
+    assert Scann().leaves_for(len(memory)) == 141
+    _, exact = Exact().open(memory, tmp_path).search(queries, 16)
+    scores, found = index_of(Scann(), memory, tmp_path).search(queries, 16)
+    recall = np.mean([len(set(a) & set(b)) / 16 for a, b in zip(exact, found, strict=True)])
+    assert recall > 0.95
+    products = np.einsum("qe,qke->qk", queries.embeddings, memory.read(found.ravel()).reshape(200, 16, 32))
+    np.testing.assert_allclose(scores, products, atol=1e-6)
+
+
+def test_scann_pads_where_the_leaves_it_searches_run_out(tmp_path: Path):
+    memory = part_of(embeddings(400))
+    retriever = Scann(num_leaves=40, num_leaves_to_search=1)
+    scores, rows = index_of(retriever, memory, tmp_path).search(queries_of(embeddings(20, seed=1)), 300)
+    assert (rows[:, -1] == -1).all()
+    assert ((rows == -1) == (scores == -np.inf)).all()
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in rows)
+
+
+def test_scann_checks_its_leaves(tmp_path: Path):
+    with pytest.raises(InputError, match=r"retriever\.num_leaves=4000 .* 1000 documents .* at most 1000, about 32"):
+        Scann(num_leaves=4000).build(part_of(embeddings(1000)), tmp_path)
+    with pytest.raises(InputError, match="num_leaves_to_search=9 exceeds"):
+        Scann(num_leaves=8, num_leaves_to_search=9)
+    with pytest.raises(InputError, match="reorder_num_neighbors=8 is below"):
+        Scann(num_neighbors=16, reorder_num_neighbors=8)
+    with pytest.raises(InputError, match="num_leaves=0"):
+        Scann(num_leaves=0)
+
+
+@pytest.mark.parametrize("retriever", [Exact(), Scann()], ids=str)
+def test_nan_in_the_memory_is_refused(retriever: Retriever, tmp_path: Path):
+    rows = embeddings(20)
+    rows[13, 2] = np.nan
+    with pytest.raises(InputError, match="document 13 "):
+        index_of(retriever, part_of(rows), tmp_path).search(queries_of(rows[:1]), 2)
+    with pytest.raises(InputError, match="query 13"):
+        queries_of(rows)
+
+
+def test_random_is_uniform_over_the_union_of_unequal_parts(tmp_path: Path):
+    sizes, k, draws = (2, 3, 15), 4, 20_000
+    memory = Memory(tuple(part_of(embeddings(n), name) for n, name in zip(sizes, "abc", strict=True)))
+    indexes = [index_of(Random(), part, tmp_path) for part in memory.parts]
+    queries = queries_of(np.zeros((draws, EMBED), np.float32))
+    _, ids = search_memory(indexes, memory, queries, k)
+    for place in range(k):  # at every place of the ranking, each document equally often
+        counts = np.bincount(ids[:, place], minlength=20)
+        chi_squared = ((counts - draws / 20) ** 2 / (draws / 20)).sum()
+        assert chi_squared < 43.8  # 19 degrees of freedom: exceeded once in 1000 draws, and this one is fixed
+    pairs = np.zeros((20, 20))
+    np.add.at(pairs, (ids[:, 0], ids[:, 1]), 1)
+    assert (np.diag(pairs) == 0).all()
+    expected = draws / 380
+    assert ((pairs[~np.eye(20, dtype=bool)] - expected) ** 2 / expected).sum() < 468  # 379 degrees, once in 1000
+
+
+def test_random_is_a_function_of_the_seed_and_the_key_alone(tmp_path: Path):
+    part = part_of(embeddings(1000))
+    queries = queries_of(embeddings(30))
+    index = index_of(Random(), part, tmp_path)
+    scores, rows = index.search(queries, 10)
+    one = Queries(queries.keys[7:8], embeddings(1, seed=5), ["other words"])
+    np.testing.assert_array_equal(index.search(one, 10)[1], rows[7:8])
+    np.testing.assert_array_equal(index.search(queries, 4)[1], rows[:, :4])
+    assert (Random(seed=1).open(part, tmp_path).search(queries, 10)[1] != rows).mean() > 0.9
+    assert (Random().open(part_of(embeddings(1000), "other"), tmp_path).search(queries, 10)[0] != scores).all()
+
+
+def test_random_draws_from_150_million_without_visiting_them(tmp_path: Path):
+    class Rows:
+        shape = (150_000_000, EMBED)
+
+        def __getitem__(self, rows):
+            raise AssertionError("a random draw reads no embedding")
+
+    class Texts(Sequence[str]):
+        def __len__(self) -> int:
+            return 150_000_000
+
+        def __getitem__(self, item):
+            return ""
+
+    part = MemoryPart("train", Rows(), Texts())
+    scores, rows = Random().open(part, tmp_path).search(queries_of(embeddings(500)), 16)
+    assert abs(rows.mean() / 75e6 - 1) < 0.03  # 8000 uniform draws: 4.6 standard errors of 1 / sqrt(3 * 8000)
+    assert (np.diff(scores, axis=1) < 0).all()
+
+
+def test_word_overlap_ranks_by_text(tmp_path: Path):
+    memory = Memory((part_of(embeddings(20), "a"), part_of(embeddings(20), "b")))
+    indexes = [index_of(WordOverlap(), part, tmp_path) for part in memory.parts]
+    scores, ids = search_memory(indexes, memory, queries_of(embeddings(2)), 4)
+    np.testing.assert_array_equal(ids, [[0, 7, 14, 20], [1, 8, 15, 21]])
+    np.testing.assert_array_equal(scores, np.full((2, 4), 4))
+
+
+@pytest.mark.parametrize(
+    ("scores", "rows", "message"),
+    [
+        (np.zeros((2, 1), np.float32), np.zeros((2, 1), np.int64), "pad with"),
+        (np.zeros((2, 2), np.float32), np.array([[0, 1], [0, 5]]), "part of 5 documents"),
+        (np.zeros((2, 2), np.float32), np.array([[0, 1], [0, -1]]), "-inf"),
+        (np.full((2, 2), np.nan, np.float32), np.array([[0, 1], [0, 1]]), "NaN"),
+    ],
+)
+def test_an_index_that_breaks_the_contract_is_named(scores: np.ndarray, rows: np.ndarray, message: str):
+    class Broken:
+        def search(self, queries: Queries, k: int):
+            return scores, rows
+
+    memory = Memory((part_of(embeddings(5)),))
+    with pytest.raises(InputError, match=f"Broken.search .*{message}"):
+        search_memory([Broken()], memory, queries_of(embeddings(2)), 2)
+
+
+@pytest.mark.parametrize("retriever", [Exact, Scann, Random])
+def test_num_neighbors_is_checked(retriever: type):
+    with pytest.raises(InputError, match=r"retriever\.num_neighbors=0"):
+        retriever(num_neighbors=0)
+    with pytest.raises(InputError, match=r"retriever\.num_neighbors=2"):
+        NoRetriever(num_neighbors=2)
+
+
+def test_exact_compiles_once_for_a_part_whatever_the_number_of_queries_and_blocks(tmp_path: Path):
+    index = Exact(block_rows=30, query_rows=8).open(part_of(embeddings(100)), tmp_path)
+    index.search(queries_of(embeddings(5)), 3)
+    compiled = _search_block._cache_size()  # type: ignore[attr-defined]
+    for num_queries in (6, 8, 20, 64):
+        index.search(queries_of(embeddings(num_queries)), 3)
+    assert _search_block._cache_size() == compiled  # type: ignore[attr-defined]
+
+
+def test_reading_a_config_does_not_import_scann():
+    code = "import sys; from rac3.retrieval.scann import Scann; Scann(); sys.exit('scann' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,98 @@
+"""Redundancy avoidance against a walk through the lists in plain Python."""
+
+import numpy as np
+import pytest
+
+from rac3.config import InputError
+from rac3.retrieval import selection as selection_module
+from rac3.retrieval.memory import Memory, MemoryPart
+from rac3.retrieval.selection import Selection, select
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def memory_of(*parts: np.ndarray) -> Memory:
+    return Memory(tuple(MemoryPart(str(i), rows, [""] * len(rows)) for i, rows in enumerate(parts)))
+
+
+def walk(config: Selection, query: np.ndarray, ids: np.ndarray, rows: np.ndarray, main: int):
+    """Section 3.2 as it reads."""
+    taken: list[int] = []
+    dropped = [0, 0, 0]
+    for i in ids:
+        if len(taken) == config.depth or i < 0:
+            break
+        if i == main:
+            dropped[0] += 1
+        elif config.max_similarity < 1 and query @ rows[i] > config.max_similarity:
+            dropped[1] += 1
+        elif config.max_similarity < 1 and any(rows[i] @ rows[j] > config.max_similarity for j in taken):
+            dropped[2] += 1
+        else:
+            taken.append(int(i))
+    return taken, dropped
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_select_agrees_with_the_plain_walk(seed: int, monkeypatch):
+    monkeypatch.setattr(selection_module, "_QUERIES_AT_ONCE", 7)  # several chunks, the last not full
+    rng = np.random.default_rng(seed)
+    documents, queries, candidates = int(rng.integers(10, 60)), int(rng.integers(1, 30)), int(rng.integers(1, 10))
+    # Few clusters, so that every rule fires often.
+    rows = unit(rng.normal(size=(4, 8))[rng.integers(0, 4, documents)] + 0.25 * rng.normal(size=(documents, 8)))
+    config = Selection(max_similarity=float(rng.choice([0.5, 0.8, 0.9, 1.0])), depth=int(rng.integers(1, 7)))
+    main = rng.integers(-1, documents, queries)
+    query = unit(rows[main] + 0.2 * rng.normal(size=(queries, 8)))
+    ids = np.stack([rng.permutation(documents)[:candidates] for _ in range(queries)])
+    ids[np.arange(candidates) >= rng.integers(0, candidates + 1, queries)[:, None]] = -1
+    cut = int(rng.integers(0, documents))
+
+    found = select(config, query, ids, memory_of(rows[:cut], rows[cut:]), main)
+
+    assert found.ids.shape == found.scores.shape == (queries, config.depth)
+    expected = [walk(config, *each) for each in zip(query, ids, [rows] * queries, main, strict=True)]
+    for q, (taken, _) in enumerate(expected):
+        assert found.ids[q].tolist() == taken + [-1] * (config.depth - len(taken))
+        np.testing.assert_allclose(found.scores[q, : len(taken)], rows[taken] @ query[q], atol=1e-6)  # 8 float32 terms
+        assert (found.scores[q, len(taken) :] == -np.inf).all()
+    assert list(found.dropped) == np.sum([dropped for _, dropped in expected], axis=0).tolist()
+
+
+def test_the_main_document_is_never_selected_even_without_a_limit():
+    rows = unit(np.random.default_rng(0).normal(size=(30, 8)))
+    ranked = np.argsort(-(rows @ rows.T), axis=1)
+    found = select(Selection(max_similarity=1.0, depth=8), rows, ranked, memory_of(rows), np.arange(30))
+    assert not (found.ids == np.arange(30)[:, None]).any()
+    assert (found.ids >= 0).all()
+    assert found.dropped == (30, 0, 0)
+
+
+def test_near_duplicates_are_taken_once_and_kept_with_a_limit_of_1():
+    row = unit(np.array([[1.0, 2.0, 3.0]]))
+    rows = np.repeat(row, 5, axis=0)
+    query = unit(np.array([[3.0, 2.0, 1.0]]))
+    ids, exclude = np.arange(5)[None], np.array([-1])
+    assert select(Selection(depth=3), query, ids, memory_of(rows), exclude).ids.tolist() == [[0, -1, -1]]
+    kept = select(Selection(max_similarity=1.0, depth=3), row, ids, memory_of(rows), exclude)
+    assert kept.ids.tolist() == [[0, 1, 2]]
+
+
+def test_no_queries_and_no_candidates():
+    memory = memory_of(np.zeros((3, 4), np.float32))
+    empty = select(Selection(), np.zeros((0, 4), np.float32), np.zeros((0, 5), np.int64), memory, np.zeros(0, np.int64))
+    assert empty.ids.shape == (0, 8)
+    nothing = select(
+        Selection(depth=2), np.zeros((3, 4), np.float32), np.zeros((3, 0), np.int64), memory, np.zeros(3, np.int64)
+    )
+    assert nothing.ids.tolist() == [[-1, -1]] * 3
+    assert nothing.dropped == (0, 0, 0)
+
+
+def test_limits_are_checked():
+    for limit in (0.0, 1.1, float("nan")):
+        with pytest.raises(InputError, match="max_similarity"):
+            Selection(max_similarity=limit)
+    with pytest.raises(InputError, match=r"selection\.depth=0"):
+        Selection(depth=0)

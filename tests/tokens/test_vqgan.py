@@ -1,0 +1,346 @@
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from rac3.config import InputError
+from rac3.tokens.params_file import load_params, save_params
+from rac3.tokens.vqgan import (
+    VQGAN,
+    CodebookState,
+    VQGANConfig,
+    VQGANObjective,
+    init_codebook_from_batch,
+    nearest_codes,
+    preprocess,
+    psnr,
+    to_pixels,
+    update_codebook,
+    vqgan_loss,
+    with_codebook,
+)
+
+TINY = VQGANConfig(
+    ch=8,
+    ch_mult=(1, 2, 2),
+    num_res_blocks=1,
+    attn_resolutions=(8,),
+    resolution=16,
+    z_channels=16,
+    embed_dim=8,
+    n_embed=32,
+    norm_groups=4,
+)
+
+
+def rectangles(seed: int, number: int, size: int) -> np.ndarray:
+    """Pictures of one to three flat rectangles on a flat ground."""
+    rng = np.random.default_rng(seed)
+    colors = rng.permutation(np.array([[220, 40, 40], [40, 160, 60], [40, 60, 200], [250, 240, 230]], np.uint8))
+    pictures = np.empty((number, size, size, 3), np.uint8)
+    for picture in pictures:
+        picture[:] = colors[rng.integers(4)]
+        for _ in range(rng.integers(1, 4)):
+            top, left = rng.integers(0, size * 3 // 4, 2)
+            height, width = rng.integers(size // 4, size, 2)
+            picture[top : top + height, left : left + width] = colors[rng.integers(4)]
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[VQGAN, dict]:
+    model = VQGAN(TINY)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    return model, params
+
+
+def test_shapes_and_raster_order(tiny):
+    model, params = tiny
+    assert (TINY.grid, TINY.tokens_per_image) == (4, 16)
+    images = preprocess(rectangles(0, 3, 16))
+    codes = model.apply({"params": params}, images, method="encode")
+    assert codes.shape == (3, 16)
+    assert codes.min() >= 0
+    assert codes.max() < TINY.n_embed
+    decoded = model.apply({"params": params}, codes, method="decode")
+    assert decoded.shape == images.shape
+
+    # plain oracle: walk the grid row by row
+    latents = np.asarray(model.apply({"params": params}, images, method="latents"))
+    embedding = np.asarray(params["codebook"]["embedding"])
+    plain = [
+        np.argmin(np.sum((embedding - latents[0, y, x]) ** 2, axis=1))
+        for y in range(TINY.grid)
+        for x in range(TINY.grid)
+    ]
+    np.testing.assert_array_equal(codes[0], plain)
+
+    out = model.apply({"params": params}, images)
+    np.testing.assert_array_equal(out.codes, codes)
+    # z + (code - z) rounds differently from the code itself
+    np.testing.assert_allclose(out.reconstruction, decoded, atol=1e-4)
+
+
+def test_gradient_passes_straight_through(tiny):
+    model, params = tiny
+    images = preprocess(rectangles(0, 2, 16))
+
+    def through_codes(params):
+        return jnp.sum(model.apply({"params": params}, images).reconstruction ** 2)
+
+    gradient = jax.grad(through_codes)(params)
+    assert jnp.abs(gradient["encoder"]["conv_in"]["kernel"]).max() > 0
+    assert jnp.abs(gradient["codebook"]["embedding"]).max() == 0
+
+
+def test_chunked_distances_agree_with_the_plain_ones():
+    vectors, embedding = jax.random.normal(jax.random.key(0), (53, 5)), jax.random.normal(jax.random.key(1), (19, 5))
+    plain = jnp.argmin(jnp.sum((vectors[:, None] - embedding) ** 2, axis=-1), axis=1)
+    for max_distances in (1, 19 * 10, 19 * 53, 2**24):
+        np.testing.assert_array_equal(nearest_codes(vectors, embedding, max_distances), plain)
+
+
+def test_large_codebook_never_makes_the_whole_distance_matrix():
+    compiled = (
+        jax.jit(nearest_codes)
+        .lower(jax.ShapeDtypeStruct((65_536, 4), jnp.float32), jax.ShapeDtypeStruct((16_384, 4), jnp.float32))
+        .compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 300e6  # all at once: 4.3 GB
+
+
+def test_bfloat16_computes_distances_in_float32(tiny):
+    _, params = tiny
+    images = preprocess(rectangles(0, 2, 16))
+    out = VQGAN(TINY, dtype=jnp.bfloat16).apply({"params": params}, images)
+    assert out.latents.dtype == out.reconstruction.dtype == jnp.float32
+    exact = VQGAN(TINY).apply({"params": params}, images)
+    # 8 bits of mantissa through some 20 layers; values are of order 1
+    np.testing.assert_allclose(out.latents, exact.latents, atol=0.2)
+
+
+def test_preprocess_inverts_and_clips():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    np.testing.assert_array_equal(to_pixels(preprocess(pixels)), pixels)
+    np.testing.assert_array_equal(to_pixels(jnp.full((1, 1, 1, 2), 3.0).at[..., 0].set(-2.0)), [[[[0, 255]]]])
+
+
+def test_psnr():
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert psnr(black, black) == np.inf
+    assert psnr(black, black + 255) == pytest.approx(0)
+    assert psnr(black, np.full_like(black, 16)) == pytest.approx(20 * np.log10(255 / 16))  # no uint8 wrap-around
+
+
+def test_codebook_update_by_hand():
+    objective = VQGANObjective(decay=0.5, smoothing=0.0, revive_below=0.1)
+    start = CodebookState(
+        embedding=jnp.array([[0.0], [1.0], [9.0]]),
+        cluster_size=jnp.array([1.0, 1.0, 0.1]),
+        vector_sum=jnp.array([[0.0], [1.0], [0.9]]),
+    )
+    vectors = jnp.array([[0.2], [0.4], [2.0]])
+    after = update_codebook(objective, start, vectors, jnp.array([0, 0, 1]), jax.random.key(0))
+    np.testing.assert_allclose(after.cluster_size, [1.5, 1.0, 1.0])  # the third was at 0.05 < 0.1 * (3 / 3): revived
+    np.testing.assert_allclose(after.embedding[:2], [[0.3 / 1.5], [1.5 / 1.0]])
+    assert after.embedding[2] in vectors
+    np.testing.assert_allclose(after.vector_sum[2], after.embedding[2])
+
+    kept = update_codebook(
+        VQGANObjective(decay=0.5, smoothing=0.0, revive_below=0), start, vectors, jnp.zeros(3, int), jax.random.key(0)
+    )
+    np.testing.assert_allclose(kept.cluster_size[2], 0.05)
+
+
+def test_metrics_of_a_known_batch(tiny):
+    model, params = tiny
+    images = preprocess(rectangles(0, 4, 16))
+    codebook = init_codebook_from_batch(model, params, images, jax.random.key(1))
+    assert codebook.embedding.shape == (TINY.n_embed, TINY.embed_dim)
+    assert len(np.unique(codebook.embedding, axis=0)) > TINY.n_embed // 2
+    objective = VQGANObjective(l1=1.0, l2=0.0, beta=0.0)
+    loss, (_, metrics) = vqgan_loss(model, objective, params, codebook, images, jax.random.key(2))
+    out = model.apply({"params": with_codebook(params, codebook)}, images)
+    error = np.asarray(out.reconstruction - images)
+    np.testing.assert_allclose(loss, np.abs(error).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["psnr"], -10 * np.log10(np.mean((error / 2) ** 2)), rtol=1e-5)
+    share = np.bincount(np.asarray(out.codes).ravel(), minlength=TINY.n_embed) / out.codes.size
+    entropy = -sum(p * np.log(p) for p in share if p)
+    np.testing.assert_allclose(metrics["perplexity"], np.exp(entropy), rtol=1e-5)
+    np.testing.assert_allclose(metrics["codes_used"], np.mean(share > 0), rtol=1e-6)
+
+
+def test_fitting_raises_psnr():
+    config = VQGANConfig(
+        ch=16, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=32, embed_dim=8,
+        n_embed=64, norm_groups=4, mid_attn=False,
+    )  # fmt: skip
+    model, objective, optimizer = VQGAN(config), VQGANObjective(), optax.adam(3e-3)
+    data, unseen = rectangles(0, 512, 16), rectangles(0, 544, 16)[512:]
+    params = jax.jit(model.init)(jax.random.key(0), preprocess(data[:1]))["params"]
+    codebook = jax.jit(partial(init_codebook_from_batch, model))(params, preprocess(data[:64]), jax.random.key(1))
+    state = optimizer.init(params)
+
+    @jax.jit
+    def reconstruct(params, pixels):
+        codes = model.apply({"params": params}, preprocess(pixels), method="encode")
+        return to_pixels(model.apply({"params": params}, codes, method="decode"))
+
+    @jax.jit
+    def step(params, state, codebook, pixels, key):
+        grad = jax.value_and_grad(vqgan_loss, argnums=2, has_aux=True)
+        (_, (codebook, metrics)), gradient = grad(model, objective, params, codebook, preprocess(pixels), key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, codebook, metrics
+
+    before = psnr(unseen, np.asarray(reconstruct(with_codebook(params, codebook), unseen)))
+    for i in range(80):
+        batch = data[np.arange(i * 32, i * 32 + 32) % len(data)]
+        params, state, codebook, metrics = step(params, state, codebook, batch, jax.random.key(i))
+    after = psnr(unseen, np.asarray(reconstruct(with_codebook(params, codebook), unseen)))
+    print(before, after, metrics)
+    assert after > before + 5
+    assert metrics["perplexity"] > 8  # of 64: no collapse onto a few codes
+
+
+def test_parameters_on_disk(tiny, tmp_path):
+    _, params = tiny
+    save_params(tmp_path / "vqgan.safetensors", params)
+    loaded = load_params(tmp_path / "vqgan.safetensors")
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert [p.name for p in tmp_path.iterdir()] == ["vqgan.safetensors"]
+
+    half = {
+        "a": {"b": jnp.array([1.5, 2], jnp.bfloat16)},
+        "c": jnp.float32(3),
+        "d": jnp.zeros((0, 2)),
+        "t": np.ones((2, 3)).T,
+    }
+    save_params(tmp_path / "half.safetensors", half)
+    loaded = load_params(tmp_path / "half.safetensors")
+    assert loaded["a"]["b"].dtype == jnp.bfloat16
+    assert loaded["c"].shape == ()
+    jax.tree.map(np.testing.assert_array_equal, loaded, half)
+
+
+def test_unreadable_parameters_are_one_clear_line(tiny, tmp_path):
+    path = tmp_path / "vqgan.safetensors"
+    save_params(path, tiny[1])
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[:50], b"", b"not safetensors at all, but long enough to be read"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"vqgan\.safetensors.*(cut short|not safetensors)") as error:
+            load_params(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="does not exist"):
+        load_params(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"resolution": 100}, "resolution=100 is not a multiple of 16"),
+        ({"ch_mult": ()}, "ch_mult is empty"),
+        ({"n_embed": 0}, "n_embed=0 is below 1"),
+        ({"dropout": 1.0}, r"dropout=1\.0"),
+    ],
+)
+def test_bad_config(fields, message):
+    with pytest.raises(InputError, match=message):
+        VQGANConfig(**fields)
+
+
+def torch_vqgan(w, config, x):
+    """taming-transformers' encoder or decoder, as functions of its state dict; `x` is NCHW."""
+    import torch
+    import torch.nn.functional as F
+
+    def conv(name, x, stride=1, padding=None):
+        kernel = w[f"{name}.weight"]
+        return F.conv2d(x, kernel, w[f"{name}.bias"], stride, kernel.shape[-1] // 2 if padding is None else padding)
+
+    def norm(name, x):
+        return F.group_norm(x, 32, w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+    def resnet(name, x):
+        h = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", x)))
+        h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)))
+        return h + (conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in w else x)
+
+    def attention(name, x):
+        h = norm(f"{name}.norm", x)
+        q, k, v = (conv(f"{name}.{part}", h).flatten(2) for part in "qkv")
+        weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) * x.shape[1] ** -0.5, dim=2)
+        return x + conv(f"{name}.proj_out", torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape))
+
+    def level(name, blocks, x):
+        for block in range(blocks):
+            x = resnet(f"{name}.block.{block}", x)
+            if x.shape[-1] in config.attn_resolutions:
+                x = attention(f"{name}.attn.{block}", x)
+        return x
+
+    def middle(name, x):
+        return resnet(f"{name}.mid.block_2", attention(f"{name}.mid.attn_1", resnet(f"{name}.mid.block_1", x)))
+
+    def encode(x):
+        x = conv("encoder.conv_in", x)
+        for i in range(len(config.ch_mult)):
+            x = level(f"encoder.down.{i}", config.num_res_blocks, x)
+            if i < len(config.ch_mult) - 1:
+                x = conv(f"encoder.down.{i}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2, padding=0)
+        x = conv("encoder.conv_out", F.silu(norm("encoder.norm_out", middle("encoder", x))))
+        return conv("quant_conv", x)
+
+    def decode(z):
+        x = middle("decoder", conv("decoder.conv_in", conv("post_quant_conv", z)))
+        for i in reversed(range(len(config.ch_mult))):
+            x = level(f"decoder.up.{i}", config.num_res_blocks + 1, x)
+            if i:
+                x = conv(f"decoder.up.{i}.upsample.conv", F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return conv("decoder.conv_out", F.silu(norm("decoder.norm_out", x)))
+
+    return encode(x) if x.shape[1] == config.in_channels else decode(x)
+
+
+def taming_name(path: str) -> str:
+    name = re.sub(r"(down|up)_(\d)_", r"\1.\2.", path).replace("mid_", "mid.").replace("codebook", "quantize")
+    name = re.sub(r"\.(block|attn)_(\d)/", r".\1.\2/", name) if "mid." not in name else name
+    return re.sub(r"(kernel|scale)$", "weight", name).replace("/", ".")
+
+
+def test_parity_with_the_taming_architecture_in_torch():
+    torch = pytest.importorskip("torch")
+    config = VQGANConfig(
+        ch=32, ch_mult=(1, 2, 2), attn_resolutions=(16,), resolution=32, z_channels=48, embed_dim=24, n_embed=64
+    )
+    model, rng = VQGAN(config), np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    # biases and scales away from their 0 and 1, so that a swapped one shows
+    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params)
+    weights = {
+        taming_name(path): torch.from_numpy(np.array(x.transpose(3, 2, 0, 1) if x.ndim == 4 else x))
+        for path, x in flatten_dict(params, sep="/").items()
+    }
+    assert "encoder.down.0.block.1.norm1.weight" in weights
+    assert "decoder.up.1.upsample.conv.bias" in weights
+
+    latents = model.apply({"params": params}, images, method="latents")
+    expected = torch_vqgan(weights, config, torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    # float32 sums over up to 576 terms, some 30 layers deep; relative to the largest value
+    np.testing.assert_allclose(latents, expected, atol=1e-5 * np.abs(expected).max())
+
+    codes = model.apply({"params": params}, images, method="encode")
+    vectors = weights["quantize.embedding.weight"][torch.from_numpy(np.array(codes)).long()]
+    expected = (
+        torch_vqgan(weights, config, vectors.reshape(2, 8, 8, 24).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    )
+    decoded = model.apply({"params": params}, codes, method="decode")
+    np.testing.assert_allclose(decoded, expected, atol=1e-5 * np.abs(expected).max())
