@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
@@ -98,7 +97,7 @@ class MixedEncoder:
         mesh = Mesh(np.array(devices), ("batch",), axis_types=(AxisType.Auto,))
         self._by_row = NamedSharding(mesh, PartitionSpec("batch"))
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        mean, std = jnp.array(image_mean) * 255, jnp.array(image_std) * 255
+        mean, std = np.array(image_mean, np.float32) * 255, np.array(image_std, np.float32) * 255
 
         def embed_ids(params: Any, ids: Array, mask: Array, keys: Array | None, rate: float) -> Array:
             if keys is not None:
@@ -110,7 +109,8 @@ class MixedEncoder:
             keep = None if keys is None else drop_patches(keys, patches, rate)
             return cast(Array, clip.apply({"params": params}, (pixels - mean) / std, keep, method="encode_image"))
 
-        self._embed_ids, self._embed_pixels = jax.jit(embed_ids), jax.jit(embed_pixels)
+        self._embed_ids = jax.jit(embed_ids, static_argnames="rate")
+        self._embed_pixels = jax.jit(embed_pixels, static_argnames="rate")
 
     def embed_texts(
         self, texts: Sequence[str], *, drop_keys: Key[Array, "batch"] | None = None, drop_rate: float = 0.2

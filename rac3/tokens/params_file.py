@@ -15,7 +15,8 @@ def save_params(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None
     """Write nested parameters (dicts down to arrays) to `path`; a killed write leaves what was there before."""
     from safetensors.numpy import save_file
 
-    arrays = {name: np.ascontiguousarray(array) for name, array in flatten_dict(params, sep="/").items()}
+    # not np.ascontiguousarray: it makes a vector of a scalar
+    arrays = {name: np.asarray(array, order="C") for name, array in flatten_dict(params, sep="/").items()}
     partial = Path(f"{os.fspath(path)}.partial")
     save_file(arrays, partial)
     partial.replace(path)
@@ -35,7 +36,5 @@ def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         arrays = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"parameters {os.fspath(path)!r} cannot be read as safetensors: {error}; write it again"
-        ) from error
+        raise InputError(f"parameters {os.fspath(path)!r} are cut short or not safetensors: {error}") from error
     return unflatten_dict(arrays, sep="/")

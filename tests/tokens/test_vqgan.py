@@ -27,10 +27,10 @@ from rac3.tokens.vqgan import (
 
 TINY = VQGANConfig(
     ch=8,
-    ch_mult=(1, 2, 2),
+    ch_mult=(1, 2),
     num_res_blocks=1,
-    attn_resolutions=(8,),
-    resolution=16,
+    attn_resolutions=(4,),
+    resolution=8,
     z_channels=16,
     embed_dim=8,
     n_embed=32,
@@ -52,35 +52,49 @@ def rectangles(seed: int, number: int, size: int) -> np.ndarray:
     return pictures
 
 
+def random_params(model: VQGAN, seed: int = 0) -> dict:
+    """Parameters of the usual sizes, drawn with NumPy: compiling `init` takes longer than a whole test."""
+    size, rng = model.config.resolution, np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+
+    def draw(path, shape):
+        values = rng.standard_normal(shape.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            return jnp.asarray(values / np.sqrt(np.prod(shape.shape[:-1])))
+        return jnp.asarray(0.1 * values + (path[-1].key == "scale"))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> tuple[VQGAN, dict]:
     model = VQGAN(TINY)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
-    return model, params
+    return model, random_params(model)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def apply(model: VQGAN, params: dict, x: jax.Array, method: str = "__call__"):
+    return model.apply({"params": params}, x, method=method)
 
 
 def test_shapes_and_raster_order(tiny):
     model, params = tiny
     assert (TINY.grid, TINY.tokens_per_image) == (4, 16)
-    images = preprocess(rectangles(0, 3, 16))
-    codes = model.apply({"params": params}, images, method="encode")
+    images = preprocess(rectangles(0, 3, 8))
+    codes = apply(model, params, images, "encode")
     assert codes.shape == (3, 16)
-    assert codes.min() >= 0
-    assert codes.max() < TINY.n_embed
-    decoded = model.apply({"params": params}, codes, method="decode")
+    decoded = apply(model, params, codes, "decode")
     assert decoded.shape == images.shape
 
     # plain oracle: walk the grid row by row
-    latents = np.asarray(model.apply({"params": params}, images, method="latents"))
+    latents = np.asarray(apply(model, params, images, "latents"))
     embedding = np.asarray(params["codebook"]["embedding"])
-    plain = [
-        np.argmin(np.sum((embedding - latents[0, y, x]) ** 2, axis=1))
-        for y in range(TINY.grid)
-        for x in range(TINY.grid)
-    ]
+    grid = [(y, x) for y in range(4) for x in range(4)]
+    plain = [np.argmin(np.sum((embedding - latents[0, y, x]) ** 2, axis=1)) for y, x in grid]
+    assert len(set(plain)) > 2
     np.testing.assert_array_equal(codes[0], plain)
 
-    out = model.apply({"params": params}, images)
+    out = apply(model, params, images)
     np.testing.assert_array_equal(out.codes, codes)
     # z + (code - z) rounds differently from the code itself
     np.testing.assert_allclose(out.reconstruction, decoded, atol=1e-4)
@@ -88,14 +102,15 @@ def test_shapes_and_raster_order(tiny):
 
 def test_gradient_passes_straight_through(tiny):
     model, params = tiny
-    images = preprocess(rectangles(0, 2, 16))
+    images = preprocess(rectangles(0, 2, 8))
 
-    def through_codes(params):
+    @jax.jit
+    @jax.grad
+    def gradient(params):
         return jnp.sum(model.apply({"params": params}, images).reconstruction ** 2)
 
-    gradient = jax.grad(through_codes)(params)
-    assert jnp.abs(gradient["encoder"]["conv_in"]["kernel"]).max() > 0
-    assert jnp.abs(gradient["codebook"]["embedding"]).max() == 0
+    assert jnp.abs(gradient(params)["encoder"]["conv_in"]["kernel"]).max() > 0
+    assert jnp.abs(gradient(params)["codebook"]["embedding"]).max() == 0
 
 
 def test_chunked_distances_agree_with_the_plain_ones():
@@ -116,12 +131,12 @@ def test_large_codebook_never_makes_the_whole_distance_matrix():
 
 def test_bfloat16_computes_distances_in_float32(tiny):
     _, params = tiny
-    images = preprocess(rectangles(0, 2, 16))
-    out = VQGAN(TINY, dtype=jnp.bfloat16).apply({"params": params}, images)
+    images = preprocess(rectangles(0, 2, 8))
+    out = apply(VQGAN(TINY, dtype=jnp.bfloat16), params, images)
     assert out.latents.dtype == out.reconstruction.dtype == jnp.float32
-    exact = VQGAN(TINY).apply({"params": params}, images)
-    # 8 bits of mantissa through some 20 layers; values are of order 1
-    np.testing.assert_allclose(out.latents, exact.latents, atol=0.2)
+    exact = apply(VQGAN(TINY), params, images)
+    # 8 bits of mantissa through some 15 layers; values are of order 1
+    np.testing.assert_allclose(out.latents, exact.latents, atol=0.1)
 
 
 def test_preprocess_inverts_and_clips():
@@ -148,24 +163,25 @@ def test_codebook_update_by_hand():
     after = update_codebook(objective, start, vectors, jnp.array([0, 0, 1]), jax.random.key(0))
     np.testing.assert_allclose(after.cluster_size, [1.5, 1.0, 1.0])  # the third was at 0.05 < 0.1 * (3 / 3): revived
     np.testing.assert_allclose(after.embedding[:2], [[0.3 / 1.5], [1.5 / 1.0]])
-    assert after.embedding[2] in vectors
+    assert after.embedding[2, 0] in vectors[:, 0]
     np.testing.assert_allclose(after.vector_sum[2], after.embedding[2])
 
     kept = update_codebook(
-        VQGANObjective(decay=0.5, smoothing=0.0, revive_below=0), start, vectors, jnp.zeros(3, int), jax.random.key(0)
+        VQGANObjective(decay=0.5, smoothing=0.0, revive_below=0.0), start, vectors, jnp.zeros(3, int), jax.random.key(0)
     )
     np.testing.assert_allclose(kept.cluster_size[2], 0.05)
 
 
 def test_metrics_of_a_known_batch(tiny):
     model, params = tiny
-    images = preprocess(rectangles(0, 4, 16))
+    images = preprocess(rectangles(0, 4, 8))
     codebook = init_codebook_from_batch(model, params, images, jax.random.key(1))
     assert codebook.embedding.shape == (TINY.n_embed, TINY.embed_dim)
     assert len(np.unique(codebook.embedding, axis=0)) > TINY.n_embed // 2
     objective = VQGANObjective(l1=1.0, l2=0.0, beta=0.0)
-    loss, (_, metrics) = vqgan_loss(model, objective, params, codebook, images, jax.random.key(2))
-    out = model.apply({"params": with_codebook(params, codebook)}, images)
+    evaluate = jax.jit(partial(vqgan_loss, model, objective))
+    loss, (_, metrics) = evaluate(params, codebook, images, jax.random.key(2))
+    out = apply(model, with_codebook(params, codebook), images)
     error = np.asarray(out.reconstruction - images)
     np.testing.assert_allclose(loss, np.abs(error).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["psnr"], -10 * np.log10(np.mean((error / 2) ** 2)), rtol=1e-5)
@@ -182,14 +198,13 @@ def test_fitting_raises_psnr():
     )  # fmt: skip
     model, objective, optimizer = VQGAN(config), VQGANObjective(), optax.adam(3e-3)
     data, unseen = rectangles(0, 512, 16), rectangles(0, 544, 16)[512:]
-    params = jax.jit(model.init)(jax.random.key(0), preprocess(data[:1]))["params"]
+    params = random_params(model)
     codebook = jax.jit(partial(init_codebook_from_batch, model))(params, preprocess(data[:64]), jax.random.key(1))
     state = optimizer.init(params)
 
-    @jax.jit
     def reconstruct(params, pixels):
-        codes = model.apply({"params": params}, preprocess(pixels), method="encode")
-        return to_pixels(model.apply({"params": params}, codes, method="decode"))
+        codes = apply(model, params, preprocess(pixels), "encode")
+        return np.asarray(to_pixels(apply(model, params, codes, "decode")))
 
     @jax.jit
     def step(params, state, codebook, pixels, key):
@@ -198,12 +213,11 @@ def test_fitting_raises_psnr():
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state, codebook, metrics
 
-    before = psnr(unseen, np.asarray(reconstruct(with_codebook(params, codebook), unseen)))
+    before = psnr(unseen, reconstruct(with_codebook(params, codebook), unseen))
     for i in range(80):
         batch = data[np.arange(i * 32, i * 32 + 32) % len(data)]
         params, state, codebook, metrics = step(params, state, codebook, batch, jax.random.key(i))
-    after = psnr(unseen, np.asarray(reconstruct(with_codebook(params, codebook), unseen)))
-    print(before, after, metrics)
+    after = psnr(unseen, reconstruct(with_codebook(params, codebook), unseen))
     assert after > before + 5
     assert metrics["perplexity"] > 8  # of 64: no collapse onto a few codes
 
@@ -238,7 +252,7 @@ def test_unreadable_parameters_are_one_clear_line(tiny, tmp_path):
         with pytest.raises(InputError, match=r"vqgan\.safetensors.*(cut short|not safetensors)") as error:
             load_params(path)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="do not exist"):
         load_params(tmp_path / "nothing.safetensors")
 
 
@@ -310,9 +324,10 @@ def torch_vqgan(w, config, x):
 
 
 def taming_name(path: str) -> str:
-    name = re.sub(r"(down|up)_(\d)_", r"\1.\2.", path).replace("mid_", "mid.").replace("codebook", "quantize")
+    name = re.sub(r"(down|up)_(\d)_", r"\1.\2.", path).replace("mid_", "mid.")
     name = re.sub(r"\.(block|attn)_(\d)/", r".\1.\2/", name) if "mid." not in name else name
-    return re.sub(r"(kernel|scale)$", "weight", name).replace("/", ".")
+    name = re.sub(r"(kernel|scale)$", "weight", name).replace("/", ".")
+    return name.replace("codebook.embedding", "quantize.embedding.weight")
 
 
 def test_parity_with_the_taming_architecture_in_torch():
@@ -322,9 +337,7 @@ def test_parity_with_the_taming_architecture_in_torch():
     )
     model, rng = VQGAN(config), np.random.default_rng(0)
     images = rng.uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    # biases and scales away from their 0 and 1, so that a swapped one shows
-    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params)
+    params = random_params(model)
     weights = {
         taming_name(path): torch.from_numpy(np.array(x.transpose(3, 2, 0, 1) if x.ndim == 4 else x))
         for path, x in flatten_dict(params, sep="/").items()
@@ -332,15 +345,15 @@ def test_parity_with_the_taming_architecture_in_torch():
     assert "encoder.down.0.block.1.norm1.weight" in weights
     assert "decoder.up.1.upsample.conv.bias" in weights
 
-    latents = model.apply({"params": params}, images, method="latents")
+    latents = apply(model, params, jnp.asarray(images), "latents")
     expected = torch_vqgan(weights, config, torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
     # float32 sums over up to 576 terms, some 30 layers deep; relative to the largest value
     np.testing.assert_allclose(latents, expected, atol=1e-5 * np.abs(expected).max())
 
-    codes = model.apply({"params": params}, images, method="encode")
+    codes = apply(model, params, jnp.asarray(images), "encode")
     vectors = weights["quantize.embedding.weight"][torch.from_numpy(np.array(codes)).long()]
     expected = (
         torch_vqgan(weights, config, vectors.reshape(2, 8, 8, 24).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
     )
-    decoded = model.apply({"params": params}, codes, method="decode")
+    decoded = apply(model, params, codes, "decode")
     np.testing.assert_allclose(decoded, expected, atol=1e-5 * np.abs(expected).max())

@@ -1,0 +1,37 @@
+"""What is evaluated, and how much of it."""
+
+from dataclasses import dataclass, field
+
+from rac3.config import InputError
+from rac3.generation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on the validation and test splits.
+
+    Attributes:
+      num_retrieved: documents in context where the retriever is on; perplexity is given at 0 to this many.
+      documents: at most this many of each split.
+      image_samples: images per caption, of which CLIP keeps the best (paper, section 4.2: 10).
+      caption_samples: captions per image, of which the lowest perplexity is kept (paper: 32).
+      image_sampling, caption_sampling: how ids are drawn.
+      max_caption_tokens: longest caption.
+      control: also evaluate the model with the `random` retriever in place of its own.
+    """
+
+    num_retrieved: int = 2
+    documents: int = 1000
+    image_samples: int = 10
+    caption_samples: int = 32
+    image_sampling: Sampling = field(default_factory=Sampling)
+    caption_sampling: Sampling = field(default_factory=Sampling)
+    max_caption_tokens: int = 64
+    control: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "image_samples", "caption_samples", "max_caption_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"evaluation.{name}={getattr(self, name)} is below 1; use at least 1")
+        if self.num_retrieved < 0:
+            raise InputError(f"evaluation.num_retrieved={self.num_retrieved} is below 0; use 0 to 2")

@@ -1,0 +1,140 @@
+"""The `Experiment` that a config returns: everything that decides what rac3 computes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rac3.batches.loader import BatchConfig
+from rac3.config import InputError
+from rac3.documents.document import Source
+from rac3.documents.filter import LaionFilter
+from rac3.evaluation.settings import EvaluationConfig
+from rac3.model.transformer import TransformerConfig
+from rac3.retrieval.clip import CLIPConfig
+from rac3.retrieval.retriever import Retriever
+from rac3.retrieval.scann import Scann
+from rac3.retrieval.selection import Selection
+from rac3.sharding import MeshConfig
+from rac3.tokens.text import TextTokenizer
+from rac3.tokens.vqgan import VQGANConfig, VQGANObjective
+from rac3.training.loop import TrainingConfig
+from rac3.training.optimizer import OptimizerConfig
+
+Split = Literal["train", "memory", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The document sources.
+
+    Attributes:
+      train: trained on, and the memory that training retrieves from.
+      memory: joins the memory at inference only; the model never trains on it.
+      validation, test: held out; encoders are never fitted on them.
+      entity_field: the metadata field that names what a document shows, for retrieval recall and accuracies; "" if
+        there is none.
+    """
+
+    train: Source
+    memory: Source | None = None
+    validation: Source | None = None
+    test: Source | None = None
+    entity_field: str = ""
+
+    def sources(self) -> dict[Split, Source]:
+        """The splits that there are, in the order in which they are prepared."""
+        named: dict[Split, Source | None] = {
+            "train": self.train, "memory": self.memory, "validation": self.validation, "test": self.test,
+        }
+        return {split: source for split, source in named.items() if source is not None}
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How an encoder is fitted on the training and memory documents.
+
+    Attributes:
+      steps: optimizer steps.
+      batch: images, or caption-image pairs, in a step.
+      peak_lr: of Adam, with a short warm-up and linear decay.
+      max_documents: at most this many documents are read, evenly from all shards.
+    """
+
+    steps: int = 10_000
+    batch: int = 256
+    peak_lr: float = 1e-3
+    max_documents: int = 50_000
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.max_documents) < 1 or self.peak_lr <= 0:
+            raise InputError(f"fit: steps={self.steps}, batch={self.batch}, peak_lr={self.peak_lr} must be positive")
+
+
+@dataclass(frozen=True)
+class ImageTokenizer:
+    """The VQGAN, fitted here."""
+
+    model: VQGANConfig = field(default_factory=VQGANConfig)
+    objective: VQGANObjective = field(default_factory=VQGANObjective)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+@dataclass(frozen=True)
+class ImageTextEncoder:
+    """CLIP, fitted here; the text tower's vocabulary follows the text tokenizer."""
+
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment. Every field can be set on the command line, except the sources and the name.
+
+    Attributes:
+      name: names the workdir, which no other experiment may share.
+      seed: of every random choice.
+      workdir: where artifacts go; "" is `runs/<name>`.
+      data_dir: the folder that relative paths of sources start from.
+      max_reject_fraction: a source with a larger share of damaged documents stops the run.
+      max_text_tokens: longer texts are cut, and counted.
+      query_dropout: share of a training query's tokens (text, or image patches) that is dropped (paper, section 3.2).
+      compare_with_cm3: train and evaluate the vanilla CM3 of the same size, data and compute beside the model.
+    """
+
+    name: str
+    data: Data
+    seed: int = 0
+    workdir: str = ""
+    data_dir: str = ""
+    max_reject_fraction: float = 0.05
+    max_text_tokens: int = 256
+    query_dropout: float = 0.2
+    compare_with_cm3: bool = True
+    filter: LaionFilter = field(default_factory=LaionFilter)
+    text: TextTokenizer = field(default_factory=TextTokenizer)
+    vqgan: ImageTokenizer = field(default_factory=ImageTokenizer)
+    clip: ImageTextEncoder = field(default_factory=ImageTextEncoder)
+    retriever: Retriever = field(default_factory=Scann)
+    selection: Selection = field(default_factory=Selection)
+    batches: BatchConfig = field(default_factory=BatchConfig)
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise InputError(f"max_reject_fraction={self.max_reject_fraction} is outside 0 to 1; use 0.05, say")
+        if not 0 <= self.query_dropout < 1:
+            raise InputError(f"query_dropout={self.query_dropout} is outside 0 to 1; the paper uses 0.2")
+        if self.selection.depth < self.batches.candidates:
+            raise InputError(
+                f"batches.candidates={self.batches.candidates} exceeds selection.depth={self.selection.depth}, the "
+                "neighbors kept per document; raise selection.depth"
+            )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.workdir or f"runs/{self.name}")

@@ -1,0 +1,157 @@
+"""Cached decoding: prefill the prompts, then one id at a time, within what the grammar allows.
+
+The grammar of the two tasks is small. An image is exactly its grid: `count` ids of the image range. A caption is text
+ids up to `count`, or until `<eoi>`. So a grammar is a set of allowed ids, a stop id and a count, whatever is generated.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from rac3.config import InputError
+from rac3.generation.sampling import Sampling, sample
+from rac3.model.transformer import Transformer
+from rac3.tokens.html import grid_positions
+from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
+
+
+class Grammar(NamedTuple):
+    """What may be generated.
+
+    Attributes:
+      allowed: True at ids that may follow.
+      count: how many ids at most; exactly this many where there is no stop id.
+      stop: the id that ends a row, -1 if none does.
+      image: the ids are those of an image, from its first place on.
+    """
+
+    allowed: Bool[np.ndarray, " vocab"]
+    count: int
+    stop: int
+    image: bool
+
+
+def image_grammar(vocabulary: Vocabulary, tokens_per_image: int) -> Grammar:
+    """Exactly one image."""
+    allowed = vocabulary.is_image(np.arange(vocabulary.padded_size))
+    return Grammar(allowed, tokens_per_image, -1, True)
+
+
+def caption_grammar(vocabulary: Vocabulary, max_tokens: int) -> Grammar:
+    """Text until `<eoi>`."""
+    allowed = vocabulary.is_text(np.arange(vocabulary.padded_size))
+    allowed[END_OF_INFILL] = True
+    return Grammar(allowed, max_tokens, END_OF_INFILL, False)
+
+
+class Generated(NamedTuple):
+    """Ids after each prompt (cut at the stop id, which is left out), and the mean log probability of each row's ids.
+
+    The mean is over the ids and the stop id, in nats per id.
+    """
+
+    ids: list[Int[np.ndarray, " count"]]
+    mean_log_prob: Float[np.ndarray, " rows"]
+
+
+def generate(
+    model: Transformer,
+    params: PyTree,
+    vocabulary: Vocabulary,
+    prompts: Sequence[Int[np.ndarray, " seq"]],
+    grammar: Grammar,
+    sampling: Sampling,
+    keys: Key[Array, " rows"],
+    batch: int = 64,
+) -> Generated:
+    """Continues each prompt; `keys` are one per prompt.
+
+    Prompts are padded to a multiple of 32 and rows to `batch`, so that few shapes compile.
+
+    Raises:
+      InputError: a prompt that leaves no room for what is to be generated.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + grammar.count > model.max_positions:
+        raise InputError(
+            f"a prompt of {longest} tokens and {grammar.count} to generate exceed the {model.max_positions} positions of "
+            "the model; use fewer retrieved documents or a shorter prompt"
+        )
+    width = min(-(-longest // 32) * 32, model.max_positions - grammar.count)
+    rows: list[np.ndarray] = []
+    scores = []
+    for start in range(0, len(prompts), batch):
+        chunk = [*prompts[start : start + batch]]
+        filled = np.minimum(np.arange(min(batch, _power_of_two(len(chunk)))), len(chunk) - 1)
+        tokens, grid, lengths = _pad([chunk[i] for i in filled], width, vocabulary)
+        ids, log_probs = _decode(
+            model, sampling, grammar.count, grammar.stop, grammar.image, params, tokens, grid, lengths,
+            grammar.allowed, keys[start : start + len(chunk)][filled],
+        )
+        ids, log_probs = np.asarray(ids)[: len(chunk)], np.asarray(log_probs)[: len(chunk)]
+        for row, log_prob in zip(ids, log_probs, strict=True):
+            stops = np.flatnonzero(row == grammar.stop)
+            end = int(stops[0]) if len(stops) else grammar.count
+            rows.append(row[:end])
+            scores.append(log_prob[: end + 1].mean())
+    return Generated(rows, np.array(scores, np.float32))
+
+
+def _pad(
+    prompts: Sequence[Int[np.ndarray, " seq"]], width: int, vocabulary: Vocabulary
+) -> tuple[Int[np.ndarray, "rows width"], Int[np.ndarray, "rows width"], Int[np.ndarray, " rows"]]:
+    tokens = np.zeros((len(prompts), width), np.int32)
+    grid = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        grid[row, : len(prompt)] = grid_positions(vocabulary, prompt)
+    return tokens, grid, np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _decode(
+    model: Transformer,
+    sampling: Sampling,
+    count: int,
+    stop: int,
+    image: bool,
+    params: PyTree,
+    tokens: Int[Array, "rows width"],
+    grid: Int[Array, "rows width"],
+    lengths: Int[Array, " rows"],
+    allowed: Bool[Array, " vocab"],
+    keys: Key[Array, " rows"],
+) -> tuple[Int[Array, "rows count"], Float[Array, "rows count"]]:
+    """Prefill, then `count` steps. Rows that have stopped go on unseen: the rest of the batch needs the step anyway."""
+    rows, width = tokens.shape
+    cache = model.empty_cache(rows, width + count)
+    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+    hidden, cache = model.apply(params, tokens, positions, grid, None, cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+    def draw(hidden: Array, step: Array) -> tuple[Array, Array]:
+        logits = model.apply(params, hidden, method="logits")
+        return sample(sampling, logits, allowed, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys))
+
+    def advance(carry: tuple[Array, PyTree], step: Array) -> tuple[tuple[Array, PyTree], tuple[Array, Array]]:
+        hidden, cache = carry
+        ids, log_prob = draw(hidden, step)
+        place = jnp.where(image, step + 1, 0)
+        hidden, cache = model.apply(
+            params, ids[:, None], (lengths + step)[:, None], jnp.full((rows, 1), place), None, cache
+        )
+        return (hidden[:, 0], cache), (ids, log_prob)
+
+    (last, _), (ids, log_probs) = jax.lax.scan(advance, (last, cache), jnp.arange(count - 1))
+    final, final_log_prob = draw(last, jnp.asarray(count - 1))
+    ids = jnp.concatenate([ids, final[None]]).T
+    return ids, jnp.concatenate([log_probs, final_log_prob[None]]).T
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

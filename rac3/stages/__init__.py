@@ -1,0 +1,1 @@
+"""What runs when: each stage reads artifacts and writes one."""

@@ -1,0 +1,100 @@
+"""The recipe of each artifact: which part of the config and which inputs decide its content."""
+
+from pathlib import Path
+from typing import Any
+
+from rac3.artifacts import Recipe
+from rac3.config import canonical
+from rac3.experiment import Experiment, Split
+from rac3.retrieval.controls import NoRetriever
+
+
+def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
+    """What a split's documents depend on: its source, the folder it reads, its shards, and the filter."""
+    source = experiment.data.sources()[split]
+    data_dir = str(Path(experiment.data_dir).resolve()) if experiment.data_dir else ""
+    shards = list(source.shards(Path(experiment.data_dir)))
+    return {"source": canonical(source), "data_dir": data_dir, "shards": shards, "filter": canonical(experiment.filter)}
+
+
+def fitting_data(experiment: Experiment) -> list[dict[str, Any]]:
+    """The documents that encoders are fitted on: training and memory, never held out."""
+    splits: list[Split] = [split for split in experiment.data.sources() if split in ("train", "memory")]
+    return [source_identity(experiment, split) for split in splits]
+
+
+def text(experiment: Experiment) -> Recipe:
+    data = None if experiment.text.checkpoint else fitting_data(experiment)
+    return Recipe("text", {"text": experiment.text, "data": data}, {})
+
+
+def vqgan(experiment: Experiment) -> Recipe:
+    return Recipe("vqgan", {"vqgan": experiment.vqgan, "data": fitting_data(experiment), "seed": experiment.seed}, {})
+
+
+def clip(experiment: Experiment) -> Recipe:
+    config = {"clip": experiment.clip, "data": fitting_data(experiment), "seed": experiment.seed}
+    return Recipe("clip", config, {"text": text(experiment).fingerprint})
+
+
+def documents(experiment: Experiment, split: Split) -> Recipe:
+    config = {"data": source_identity(experiment, split), "max_text_tokens": experiment.max_text_tokens}
+    return Recipe("documents", config, {"text": text(experiment).fingerprint, "vqgan": vqgan(experiment).fingerprint})
+
+
+def embeddings(experiment: Experiment, split: Split) -> Recipe:
+    config: dict[str, Any] = {"split": split}
+    if split == "train":
+        config |= {"query_dropout": experiment.query_dropout, "seed": experiment.seed}
+    inputs = {"documents": documents(experiment, split).fingerprint, "clip": clip(experiment).fingerprint}
+    return Recipe("embeddings", config, inputs)
+
+
+def index(experiment: Experiment, split: Split) -> Recipe:
+    inputs = {"embeddings": embeddings(experiment, split).fingerprint}
+    return Recipe("index", {"retriever": experiment.retriever}, inputs)
+
+
+def memory_splits(experiment: Experiment, split: Split) -> list[Split]:
+    """The parts of the memory that queries of `split` search: training never sees the `memory` split."""
+    wanted = ("train",) if split == "train" else ("train", "memory")
+    return [part for part in experiment.data.sources() if part in wanted]
+
+
+def neighbors(experiment: Experiment, split: Split) -> Recipe:
+    inputs = {f"index {part}": index(experiment, part).fingerprint for part in memory_splits(experiment, split)}
+    inputs["queries"] = embeddings(experiment, split).fingerprint
+    return Recipe("neighbors", {"selection": experiment.selection, "training": split == "train"}, inputs)
+
+
+def retrieves(experiment: Experiment) -> bool:
+    """False for the vanilla CM3."""
+    return not isinstance(experiment.retriever, NoRetriever)
+
+
+def train(experiment: Experiment) -> Recipe:
+    batches = canonical(experiment.batches)
+    del batches["read_threads"]  # how fast, not what
+    config = {
+        "model": experiment.model,
+        "optimizer": experiment.optimizer,
+        "batches": batches,
+        "steps": experiment.training.steps,
+        "seed": experiment.seed,
+    }
+    inputs = {"documents": documents(experiment, "train").fingerprint}
+    if retrieves(experiment):
+        inputs["neighbors"] = neighbors(experiment, "train").fingerprint
+    return Recipe("train", config, inputs)
+
+
+def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
+    """The evaluation of the model of `trained` with the retriever of `experiment`."""
+    inputs = {"train": train(trained).fingerprint}
+    for split in experiment.data.sources():
+        if split in ("validation", "test"):
+            inputs[f"documents {split}"] = documents(experiment, split).fingerprint
+            if retrieves(experiment):
+                inputs[f"neighbors {split}"] = neighbors(experiment, split).fingerprint
+    config = {"evaluation": experiment.evaluation, "entity_field": experiment.data.entity_field, "seed": experiment.seed}
+    return Recipe("evaluation", config, inputs)

@@ -1,0 +1,123 @@
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from rac3.config import InputError
+from rac3.tokens.text import TextTokenizer, Tokenizer
+
+CAPTIONS = ["a photo of a red circle", "a photo of a blue square on grass", "the old lighthouse of Zorvath"] * 4
+
+STRINGS = [
+    "",
+    " ",
+    "  two  spaces, and one at the end ",
+    "line\r\nbreaks\n\n\tand tabs",
+    "I 'm , don 't . clean !",  # what a tidying decoder would join
+    "<|endoftext|> </s> <mask:0> [SEP]",  # no text is special
+    "日本語 and العربية, mixed",
+    "👩‍👩‍👧‍👦 🇫🇷 e\u0301 \u200d\ufeff\u2028",
+    "\x00\x01\x7f\x85",
+    "\U0010ffff\ue000",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text")
+    TextTokenizer(vocab_size=300).fit(CAPTIONS, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> Tokenizer:
+    return TextTokenizer().load(folder)
+
+
+def random_text(rng: random.Random) -> str:
+    """Any characters but surrogates, which UTF-8 does not have; small code points and spaces often."""
+    pools = [(0x20, 0x7E), (0x00, 0x2FF), (0x300, 0xD7FF), (0xE000, 0x10FFFF), (0x20, 0x20)]
+    return "".join(chr(rng.randint(*rng.choice(pools))) for _ in range(rng.randint(0, 40)))
+
+
+def test_any_unicode_text_survives(tokenizer):
+    rng = random.Random(0)
+    for text in STRINGS + CAPTIONS + [random_text(rng) for _ in range(2000)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.size for i in ids)
+
+
+def test_fitted_on_the_captions(tokenizer):
+    assert tokenizer.size == 300
+    assert len(tokenizer.encode("a photo of a red circle")) < len("a photo of a red circle") / 2
+    assert len(tokenizer.encode("xqxqxq")) == 6  # unseen: one id per byte
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"  # half a character
+
+
+def test_few_texts_give_fewer_ids(tmp_path):
+    TextTokenizer(vocab_size=5000).fit(["aa"], tmp_path)
+    tokenizer = TextTokenizer().load(tmp_path)
+    assert 256 <= tokenizer.size < 300
+    TextTokenizer(vocab_size=256).fit([], tmp_path)
+    tokenizer = TextTokenizer().load(tmp_path)
+    assert tokenizer.size == 256
+    assert tokenizer.decode(tokenizer.encode("日本")) == "日本"
+
+
+def test_fit_is_deterministic(folder, tmp_path):
+    TextTokenizer(vocab_size=300).fit(iter(CAPTIONS), tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_folder_is_a_checkpoint(folder, tokenizer):
+    again = TextTokenizer(checkpoint=str(folder)).load()
+    assert again.size == tokenizer.size
+    assert again.encode(STRINGS[2]) == tokenizer.encode(STRINGS[2])
+
+
+def test_tokenizer_with_special_tokens(folder, tmp_path):
+    """A public tokenizer adds special tokens of its own; here none is added, and ids may have gaps."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    special = {"id": 310, "content": "<s>", "special": True, "normalized": False}
+    data["added_tokens"] = [special | {"single_word": False, "lstrip": False, "rstrip": False}]
+    piece = {"id": "<s>", "ids": [310], "tokens": ["<s>"]}
+    start = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    data["post_processor"] = {
+        "type": "TemplateProcessing", "single": start, "pair": start, "special_tokens": {"<s>": piece}
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}'
+    )
+    tokenizer = TextTokenizer(checkpoint=str(tmp_path)).load()
+    ids = tokenizer.encode("a photo")
+    assert 310 not in ids
+    assert tokenizer.decode(ids) == "a photo"
+    assert max(tokenizer.encode("<s>")) < tokenizer.size
+
+
+def test_missing_tokenizers_are_one_clear_line(tmp_path):
+    for config, folder, message in [
+        (TextTokenizer(checkpoint=str(tmp_path / "nowhere")), None, "nowhere' is not a folder"),
+        (TextTokenizer(checkpoint="./nowhere"), None, "'./nowhere' is not a folder"),
+        (TextTokenizer(), tmp_path, "needs tokenizer.json"),
+        (TextTokenizer(), None, r"text\.checkpoint is not set"),
+    ]:
+        with pytest.raises(InputError, match=message) as error:
+            config.load(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_bad_config():
+    with pytest.raises(InputError, match="vocab_size=100 is below 256"):
+        TextTokenizer(vocab_size=100)
+
+
+def test_config_does_not_import_transformers():
+    heavy = "{'transformers', 'tokenizers'}"
+    code = f"import sys; from rac3.tokens.text import *; TextTokenizer(); assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
