@@ -108,15 +108,18 @@ class Workdir:
         After an error or a kill the draft stays, and the next `write` of the recipe gets it back to go on.
 
         Raises:
-          InputError: another process writes this artifact now.
+          InputError: another process writes this artifact now, or has just completed it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / OWNER, json.dumps({"config": self._owner}) + "\n")
         final = self.path / recipe.stage / recipe.fingerprint
         partial = final.with_name(final.name + ".partial")
-        partial.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(exist_ok=True)
         started = time.monotonic()
-        with _locked(partial.with_suffix(".lock"), final):
+        with _locked(final.with_name(final.name + ".lock"), final):
+            if final.exists():
+                raise InputError(f"{final} was completed by another process meanwhile; run the command again to use it")
+            partial.mkdir(exist_ok=True)
             draft = Draft(partial)
             yield draft
             manifest = {
@@ -149,7 +152,9 @@ def _locked(path: Path, artifact: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{artifact} is being written by another process; wait for it, or use another --workdir") from None
+            raise InputError(
+                f"{artifact} is being written by another process; wait for it, or use another --workdir"
+            ) from None
         yield
         path.unlink()
 

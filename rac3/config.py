@@ -30,6 +30,8 @@ def canonical(value: Any) -> Any:
         return [canonical(v) for v in value]
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 1 and 1.0 are equal, whichever of them a config or the command line says
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a config holds plain data only, not {type(value).__name__}: {value!r}")

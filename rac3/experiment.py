@@ -81,9 +81,16 @@ class ImageTokenizer:
 
 @dataclass(frozen=True)
 class ImageTextEncoder:
-    """CLIP, fitted here; the text tower's vocabulary follows the text tokenizer."""
+    """CLIP, fitted here; the text tower's vocabulary follows the text tokenizer.
+
+    Attributes:
+      text_crop: share of the captions that are cut to a random length while fitting.
+      image_crop: the smallest side of a random square crop while fitting, as a share of the image; 1 for none.
+    """
 
     model: CLIPConfig = field(default_factory=CLIPConfig)
+    text_crop: float = 0.0
+    image_crop: float = 0.7
     fit: FitConfig = field(default_factory=FitConfig)
 
 

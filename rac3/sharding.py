@@ -1,7 +1,7 @@
 """The device mesh, and the one table that maps the logical axes of every array to it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,13 +67,7 @@ class MeshConfig:
         Raises:
           InputError: a name that has no rule.
         """
-        table = dict(self.rules)
-        for name in names:
-            if name is not None and name not in table:
-                raise InputError(
-                    f"logical axis {name!r} has no rule in mesh.rules; add ({name!r}, None) or a mesh axis"
-                )
-        return PartitionSpec(*(None if name is None else table[name] for name in names))
+        return _spec(self.rules, names)
 
 
 @contextlib.contextmanager
@@ -84,10 +78,14 @@ def use_mesh(config: MeshConfig, mesh: Mesh) -> Iterator[Mesh]:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks for the layout of an activation by its logical axes. Without a mesh it is the identity."""
+    """Asks for the layout of an activation by its logical axes. Without a mesh it is the identity.
+
+    Raises:
+      InputError: a name that has no rule.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(names))
+    return jax.lax.with_sharding_constraint(x, _spec(nn.get_logical_axis_rules(), names))
 
 
 def shardings_of(config: MeshConfig, mesh: Mesh, abstract: Any) -> Any:
@@ -98,3 +96,12 @@ def shardings_of(config: MeshConfig, mesh: Mesh, abstract: Any) -> Any:
         return NamedSharding(mesh, config.spec(tuple(names)))
 
     return jax.tree.map(one, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def _spec(rules: Iterable[tuple[str, str | tuple[str, ...] | None]], names: tuple[str | None, ...]) -> PartitionSpec:
+    """As `MeshConfig.spec`. Flax's own lookup would leave an axis without a rule whole, and say nothing."""
+    table = dict(rules)
+    for name in names:
+        if name is not None and name not in table:
+            raise InputError(f"logical axis {name!r} has no rule in mesh.rules; add ({name!r}, None) or a mesh axis")
+    return PartitionSpec(*(None if name is None else table[name] for name in names))

@@ -20,8 +20,8 @@ def uniform(
     """`count` doubles in [0, 1) for each document, from 53 random bits each."""
     document = np.atleast_1d(np.asarray(document)).astype(np.uint64)
     with np.errstate(over="ignore"):
-        state = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + np.uint64(0x9E3779B97F4A7C15))
-        state = _mix(state ^ (np.asarray(epoch).astype(np.uint64) + np.uint64(0xD1B54A32D192ED03)))
+        state = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        state = _mix(state ^ (np.atleast_1d(epoch).astype(np.uint64) + np.uint64(0xD1B54A32D192ED03)))
         state = _mix(state ^ np.uint64(stream) * np.uint64(0x8CB92BA72F3D8DD7))
         state = _mix(np.broadcast_to(state, document.shape) ^ document * np.uint64(0xABC98388FB8FAC03))
         counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-import grain
 import jax
 import numpy as np
 from jaxtyping import Int
@@ -119,22 +118,21 @@ class BatchStream:
         check_context(config, int(documents.lengths.max()))
         self.config, self.seed, self.documents, self.neighbors = config, seed, documents, neighbors
         self.builder, self.hosts, self.host = builder, hosts, host
-        # Whole batches are taken from a block and its last rows are dropped: of at least ~60 batches, so under 2%.
-        self.block_groups = max(4096, 256 * config.rows)
+        # Whole batches are taken from a block, and the rows behind the last are dropped: of 64 batches or more, so that
+        # it is under 2%. Retrieved documents make groups longer than documents, and the batches more.
+        groups_per_row = -(-config.row // int(documents.lengths.mean()))
+        self.block_groups = max(4096, 64 * config.rows * groups_per_row)
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def batches(self, state: StreamState) -> Iterator[tuple[PackedBatch, StreamState]]:
         """Batches from `state` on, each with the state that comes after it."""
+        import grain
+
         local = self.config.rows // self.hosts
         block, first = state
         while True:
             plan = self.plan(block)
             count = len(plan.rows) // self.config.rows
-            if count == 0:
-                raise InputError(
-                    f"batches.rows={self.config.rows} exceeds the {len(plan.rows)} rows that {self.block_groups} groups "
-                    "fill; use fewer rows, or a shorter row_length"
-                )
             source = _BlockRows(self, plan, count * local, local)
             dataset = grain.MapDataset.source(source).batch(local, batch_fn=_stack)[first:]
             threads = grain.ReadOptions(num_threads=self.config.read_threads, prefetch_buffer_size=4)
@@ -164,16 +162,14 @@ class BatchStream:
         groups = []
         for group in plan.rows[number]:
             slots = np.append(np.arange(1, 1 + plan.neighbors.shape[1]), 0)  # the masking stream of each document
-            members = np.append(plan.neighbors[group], plan.main[group])
+            epoch, main = int(plan.epoch[group]), int(plan.main[group])
+            members = np.append(plan.neighbors[group], main)
             kept = members >= 0
             count = self.builder.masking.draws_per_document
             mask_draws = np.stack(
-                [
-                    draws.uniform(self.seed, plan.epoch[group], plan.main[group], draws.MASK + int(slot), count)[0]
-                    for slot in slots[kept]
-                ]
+                [draws.uniform(self.seed, epoch, main, draws.MASK + int(slot), count)[0] for slot in slots[kept]]
             )
-            groups.append(self.builder.build(self.documents.many(members[kept]), mask_draws))
+            groups.append(self.builder.build(self.documents.many(members[kept].tolist()), mask_draws))
         return packed_row(groups, self.config.row)
 
     def _shuffled(self, epoch: int) -> Int[np.ndarray, " documents"]:

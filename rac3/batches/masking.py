@@ -7,6 +7,7 @@ Sources: CM3 (arXiv 2201.07520, section 3.1); RA-CM3 (section 3.3). We draw the 
 inside one text or one image, and give sentinels no loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from rac3.config import InputError
 from rac3.tokens.html import Sequenced
-from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
+from rac3.tokens.vocabulary import END_OF_INFILL, NUM_MASKS, Vocabulary
 
 TOKENS_PER_SPAN = 3  # a span adds two sentinels and an <eoi>
 
@@ -41,8 +42,11 @@ class Masking:
             raise InputError(
                 f"masking.mean_spans={self.mean_spans} is not positive; use 1.0, or preset none for no mask"
             )
-        if not 1 <= self.max_spans <= 32:
-            raise InputError(f"masking.max_spans={self.max_spans} is outside 1 to 32; the papers use 16")
+        if not 1 <= self.max_spans <= NUM_MASKS:
+            raise InputError(
+                f"masking.max_spans={self.max_spans} is outside 1 to {NUM_MASKS}, the mask sentinels that there are; "
+                f"use {NUM_MASKS}, as the papers do"
+            )
 
     @property
     def draws_per_document(self) -> int:
@@ -74,8 +78,12 @@ def mask_document(
 
     The result is at most `TOKENS_PER_SPAN * masking.num_spans(draws)` longer.
     """
+    return move_spans(vocabulary, document, choose_spans(masking, vocabulary, document.ids, draws))
+
+
+def move_spans(vocabulary: Vocabulary, document: Sequenced, spans: Sequence[tuple[int, int]]) -> Masked:
+    """The document with each of the sorted [start, end) `spans` behind a sentinel at its end."""
     ids, grid = document
-    spans = choose_spans(masking, vocabulary, ids, draws)
     pieces, grids, scored = [], [], []
 
     def emit(new_ids: np.ndarray, new_grid: np.ndarray, counts: bool) -> None:
@@ -134,7 +142,8 @@ def choose_spans(
 
 def _segment_around(vocabulary: Vocabulary, ids: np.ndarray, place: int) -> tuple[int, int]:
     """The [start, end) of the text or image that `place` is in."""
-    same = vocabulary.is_image(ids) if vocabulary.is_image(ids[place]) else vocabulary.is_text(ids)
+    image = vocabulary.is_image(ids)
+    same = image if image[place] else vocabulary.is_text(ids)
     others = np.flatnonzero(~same)
     after = int(np.searchsorted(others, place))
     return (int(others[after - 1]) + 1 if after else 0), (int(others[after]) if after < len(others) else len(ids))

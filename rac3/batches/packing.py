@@ -4,7 +4,7 @@ group: <eod> retrieved <eod> retrieved <eod> main <eod>      (the last id is a t
 row  : group 1 | group 2 | ... | padding
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import flax.struct
 import numpy as np
@@ -15,9 +15,9 @@ IGNORED, MAIN_TEXT, MAIN_IMAGE, RETRIEVED_TEXT, RETRIEVED_IMAGE, MARKUP = range(
 KIND_NAMES = {1: "main/text", 2: "main/image", 3: "retrieved/text", 4: "retrieved/image"}
 
 
-@flax.struct.dataclass
-class PackedBatch:
-    """Rows of packed groups; all fields are aligned.
+@no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind
+class PackedBatch(flax.struct.PyTreeNode):
+    """Rows of packed groups; all fields are aligned. One row alone has no `rows` axis.
 
     Attributes:
       tokens: input ids.
@@ -29,13 +29,13 @@ class PackedBatch:
       kind: what the target is, see `KIND_NAMES`.
     """
 
-    tokens: Int[Array | np.ndarray, "rows seq"]
-    targets: Int[Array | np.ndarray, "rows seq"]
-    segments: Int[Array | np.ndarray, "rows seq"]
-    positions: Int[Array | np.ndarray, "rows seq"]
-    grid: Int[Array | np.ndarray, "rows seq"]
-    loss_weight: Float[Array | np.ndarray, "rows seq"]
-    kind: Int[Array | np.ndarray, "rows seq"]
+    tokens: Int[Array | np.ndarray, "*rows seq"]
+    targets: Int[Array | np.ndarray, "*rows seq"]
+    segments: Int[Array | np.ndarray, "*rows seq"]
+    positions: Int[Array | np.ndarray, "*rows seq"]
+    grid: Int[Array | np.ndarray, "*rows seq"]
+    loss_weight: Float[Array | np.ndarray, "*rows seq"]
+    kind: Int[Array | np.ndarray, "*rows seq"]
 
 
 class Group(NamedTuple):
@@ -78,7 +78,7 @@ def packed_row(groups: list[Group], row_length: int) -> PackedBatch:
     """The groups side by side, padded to `row_length`: a batch without its rows axis."""
 
     def join(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-        row = np.zeros(row_length, dtype)
+        row: np.ndarray = np.zeros(row_length, dtype)
         flat = np.concatenate(parts)
         row[: len(flat)] = flat
         return row

@@ -24,7 +24,7 @@ class TokenizedDocument:
     """A document with the ids of each of its segments, in the same order."""
 
     document: Document
-    ids: tuple[Int[np.ndarray, " tokens"], ...]
+    ids: tuple[Int[np.ndarray, " _"], ...]
 
 
 def pack_record(item: TokenizedDocument) -> bytes:
@@ -84,4 +84,6 @@ class DocumentStore:
         return unpack_record(self._source[int(index)])
 
     def many(self, indices: Sequence[int]) -> list[TokenizedDocument]:
+        if len(indices) == 0:
+            return []  # the reader refuses to read nothing
         return [unpack_record(data) for data in self._source.__getitems__([int(i) for i in indices])]

@@ -5,8 +5,9 @@ ids up to `count`, or until `<eoi>`. So a grammar is a set of allowed ids, a sto
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from rac3.tokens.html import grid_positions
 from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
 
 
-class Grammar(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Grammar:
     """What may be generated.
 
     Attributes:
@@ -55,7 +57,7 @@ class Generated(NamedTuple):
     The mean is over the ids and the stop id, in nats per id.
     """
 
-    ids: list[Int[np.ndarray, " count"]]
+    ids: list[Int[np.ndarray, " _"]]
     mean_log_prob: Float[np.ndarray, " rows"]
 
 
@@ -63,7 +65,7 @@ def generate(
     model: Transformer,
     params: PyTree,
     vocabulary: Vocabulary,
-    prompts: Sequence[Int[np.ndarray, " seq"]],
+    prompts: Sequence[Int[np.ndarray, " _"]],
     grammar: Grammar,
     sampling: Sampling,
     keys: Key[Array, " rows"],
@@ -79,19 +81,20 @@ def generate(
     longest = max(len(prompt) for prompt in prompts)
     if longest + grammar.count > model.max_positions:
         raise InputError(
-            f"a prompt of {longest} tokens and {grammar.count} to generate exceed the {model.max_positions} positions of "
-            "the model; use fewer retrieved documents or a shorter prompt"
+            f"a prompt of {longest} tokens and {grammar.count} to generate exceed the {model.max_positions} positions "
+            "of the model; use fewer retrieved documents or a shorter prompt"
         )
     width = min(-(-longest // 32) * 32, model.max_positions - grammar.count)
+    allowed = jnp.asarray(grammar.allowed)
     rows: list[np.ndarray] = []
     scores = []
     for start in range(0, len(prompts), batch):
         chunk = [*prompts[start : start + batch]]
         filled = np.minimum(np.arange(min(batch, _power_of_two(len(chunk)))), len(chunk) - 1)
+        chunk_keys = keys[start : start + len(chunk)]
         tokens, grid, lengths = _pad([chunk[i] for i in filled], width, vocabulary)
         ids, log_probs = _decode(
-            model, sampling, grammar.count, grammar.stop, grammar.image, params, tokens, grid, lengths,
-            grammar.allowed, keys[start : start + len(chunk)][filled],
+            model, sampling, grammar.count, grammar.image, params, tokens, grid, lengths, allowed, chunk_keys[filled]
         )
         ids, log_probs = np.asarray(ids)[: len(chunk)], np.asarray(log_probs)[: len(chunk)]
         for row, log_prob in zip(ids, log_probs, strict=True):
@@ -103,7 +106,7 @@ def generate(
 
 
 def _pad(
-    prompts: Sequence[Int[np.ndarray, " seq"]], width: int, vocabulary: Vocabulary
+    prompts: Sequence[Int[np.ndarray, " _"]], width: int, vocabulary: Vocabulary
 ) -> tuple[Int[np.ndarray, "rows width"], Int[np.ndarray, "rows width"], Int[np.ndarray, " rows"]]:
     tokens = np.zeros((len(prompts), width), np.int32)
     grid = np.zeros_like(tokens)
@@ -113,12 +116,11 @@ def _pad(
     return tokens, grid, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _decode(
     model: Transformer,
     sampling: Sampling,
     count: int,
-    stop: int,
     image: bool,
     params: PyTree,
     tokens: Int[Array, "rows width"],
@@ -128,23 +130,22 @@ def _decode(
     keys: Key[Array, " rows"],
 ) -> tuple[Int[Array, "rows count"], Float[Array, "rows count"]]:
     """Prefill, then `count` steps. Rows that have stopped go on unseen: the rest of the batch needs the step anyway."""
+    apply: Any = partial(model.apply, params)  # flax types its result by what is mutable
     rows, width = tokens.shape
     cache = model.empty_cache(rows, width + count)
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    hidden, cache = model.apply(params, tokens, positions, grid, None, cache)
+    hidden, cache = apply(tokens, positions, grid, None, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def draw(hidden: Array, step: Array) -> tuple[Array, Array]:
-        logits = model.apply(params, hidden, method="logits")
+        logits = apply(hidden, method="logits")
         return sample(sampling, logits, allowed, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys))
 
     def advance(carry: tuple[Array, PyTree], step: Array) -> tuple[tuple[Array, PyTree], tuple[Array, Array]]:
         hidden, cache = carry
         ids, log_prob = draw(hidden, step)
         place = jnp.where(image, step + 1, 0)
-        hidden, cache = model.apply(
-            params, ids[:, None], (lengths + step)[:, None], jnp.full((rows, 1), place), None, cache
-        )
+        hidden, cache = apply(ids[:, None], (lengths + step)[:, None], jnp.full((rows, 1), place), None, cache)
         return (hidden[:, 0], cache), (ids, log_prob)
 
     (last, _), (ids, log_probs) = jax.lax.scan(advance, (last, cache), jnp.arange(count - 1))

@@ -35,9 +35,7 @@ def image_to_caption(
 ) -> Int[np.ndarray, " seq"]:
     """The prompt that a caption follows."""
     mask = [vocabulary.mask(0)]
-    return _join(
-        retrieved, [[IMAGE_ALT], mask, [IMAGE_SOURCE], vocabulary.from_image(codes), [IMAGE_END], mask]
-    )
+    return _join(retrieved, [[IMAGE_ALT], mask, [IMAGE_SOURCE], vocabulary.from_image(codes), [IMAGE_END], mask])
 
 
 def _join(retrieved: Sequence[Sequenced], main: Sequence[Sequence[int] | np.ndarray]) -> Int[np.ndarray, " seq"]:

@@ -1,6 +1,6 @@
 """Causal attention inside packed segments, and over a key-value cache while decoding."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -93,8 +93,10 @@ class SelfAttention(nn.Module):
 
     def _kernel(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-        return self.param(name, init, shape).astype(self.dtype)
+        value: Any = self.param(name, init, shape)
+        return value.astype(self.dtype)
 
     def _bias(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-        return self.param(name, init, shape).astype(self.dtype)
+        value: Any = self.param(name, init, shape)
+        return value.astype(self.dtype)

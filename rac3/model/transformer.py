@@ -96,7 +96,7 @@ class Transformer(nn.Module):
     max_image_tokens: int
 
     def setup(self) -> None:
-        def table(name: str, rows: int, axis: str) -> Array:
+        def table(name: str, rows: int, axis: str) -> Any:
             init = nn.initializers.normal(self.config.init_std)
             return self.param(name, nn.with_logical_partitioning(init, (axis, "embed")), (rows, self.config.embed))
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from rac3.config import InputError
 
@@ -301,6 +301,43 @@ def drop_text_tokens(
 def drop_patches(keys: Key[Array, "batch"], patches: int, rate: float) -> Bool[Array, "batch patches"]:
     """Query dropout (paper 3.2) on images: which patches stay, each with probability 1 - rate, at least one per row."""
     return _keep(keys, jnp.ones((keys.shape[0], patches), bool), rate)
+
+
+def crop_texts(
+    key: PRNGKeyArray, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"], share: float
+) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """Augmentation for fitting: `share` of the rows keep only a random number of their first tokens, and `<eos>`.
+
+        <bos> a photo of a cat <eos>  ->  <bos> a photo <eos>
+
+    A caption tells its subject first and its surroundings later, or not at all; cut captions keep the model from
+    relying on the surroundings alone.
+    """
+    which, how_many = jax.random.split(key)
+    last = mask.sum(axis=1) - 1  # the place of <eos>
+    cut = 2 + jnp.floor(jax.random.uniform(how_many, last.shape) * (last - 1)).astype(last.dtype)
+    end = jnp.where(jax.random.uniform(which, last.shape) < share, jnp.minimum(cut, last), last)
+    eos = jnp.take_along_axis(ids, last[:, None], axis=1)
+    places = jnp.arange(ids.shape[1])
+    return jnp.where(places == end[:, None], eos, jnp.where(places < end[:, None], ids, 0)), places <= end[:, None]
+
+
+def crop_images(
+    key: PRNGKeyArray, pixels: Float[Array, "batch size size channel"], smallest: float
+) -> Float[Array, "batch size size channel"]:
+    """Augmentation for fitting: a random square of `smallest` to all of the side, scaled back to the full size."""
+    if smallest >= 1:
+        return pixels
+    size = pixels.shape[1]
+    scale_key, place_key = jax.random.split(key)
+    share = jax.random.uniform(scale_key, (len(pixels),), minval=smallest, maxval=1.0)
+    corner = jax.random.uniform(place_key, (len(pixels), 2)) * (1 - share)[:, None] * size
+
+    def one(image: Array, share: Array, corner: Array) -> Array:
+        scale = jnp.full(2, 1 / share)
+        return jax.image.scale_and_translate(image, image.shape, (0, 1), scale, -corner * scale, "linear")
+
+    return jax.vmap(one)(pixels, share, corner)
 
 
 def contrastive_loss(

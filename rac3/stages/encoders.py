@@ -21,7 +21,7 @@ from rac3.config import InputError, canonical
 from rac3.documents.document import Document, Reject, prepare_image
 from rac3.experiment import Experiment, FitConfig, Split
 from rac3.progress import progress
-from rac3.retrieval.clip import CLIP, CLIPConfig, contrastive_loss
+from rac3.retrieval.clip import CLIP, CLIPConfig, contrastive_loss, crop_images, crop_texts
 from rac3.retrieval.encoder import OPENAI_MEAN, OPENAI_STD, ClipText, MixedEncoder
 from rac3.sharding import MeshConfig, use_mesh
 from rac3.stages import recipes
@@ -220,9 +220,12 @@ def _fit_clip(experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[
 
     def step(state: TrainState, batch: tuple[Array, Array, Array]) -> tuple[TrainState, Metrics]:
         ids, mask, pixels = batch
+        text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step))
+        ids, mask = crop_texts(text_key, ids, mask, experiment.clip.text_crop)
+        pixels = crop_images(image_key, pixels_of(pixels), experiment.clip.image_crop)
 
         def objective(params: PyTree) -> tuple[Array, dict[str, Array]]:
-            text, image, scale = model.apply({"params": params}, ids, mask, pixels_of(pixels))
+            text, image, scale = model.apply({"params": params}, ids, mask, pixels)
             same = jnp.all(ids[:, None] == ids[None], axis=-1)
             return contrastive_loss(text, image, scale, same)
 

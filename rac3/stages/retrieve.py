@@ -1,6 +1,7 @@
 """Index and retrieve: memory parts -> indexes -> selected neighbors of every document, for each query part."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,10 +42,12 @@ class OpenMemory:
         self.experiment = experiment
         self.stores = [open_documents(experiment, workdir, split) for split in splits]
         self.memory = Memory(tuple(memory_part(experiment, workdir, split) for split in splits))
-        folders = [workdir.require(recipes.index(experiment, split), "rac3 index").folder for split in splits]
-        self.indexes: list[Index] = [
-            experiment.retriever.open(part, folder) for part, folder in zip(self.memory.parts, folders, strict=True)
-        ]
+        self.folders = [workdir.require(recipes.index(experiment, split), "rac3 index").folder for split in splits]
+
+    @cached_property
+    def indexes(self) -> list[Index]:
+        pairs = zip(self.memory.parts, self.folders, strict=True)
+        return [self.experiment.retriever.open(part, folder) for part, folder in pairs]
 
     def retrieve(
         self, queries: Queries, exclude: Int[np.ndarray, " queries"]

@@ -40,7 +40,7 @@ def encode(vocabulary: Vocabulary, segments: Sequence[Segment]) -> Sequenced:
     Raises:
       ValueError: two texts in a row (they would come back as one), an empty segment, an id outside its range.
     """
-    ids: list[np.ndarray] = []
+    ids: list[Sequence[int] | np.ndarray] = []
     alt: np.ndarray | None = None
     for segment in segments:
         if len(segment.ids) == 0:
@@ -96,8 +96,6 @@ def decode(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> list[Segment
     text_offset = vocabulary.image_start - vocabulary.text_size
     while place < len(ids):
         if text[place]:
-            if segments and not segments[-1].is_image:
-                raise ValueError(f"place {place}: a text follows a text")
             place = run(text, place, text_offset, False)
             if place < len(ids):
                 raise ValueError(f"place {place}: a text outside an image is the end of a document")

@@ -12,6 +12,7 @@ IMAGE_SOURCE = 3  # `" src="`
 IMAGE_END = 4  # `">`
 END_OF_INFILL = 5
 NUM_SPECIALS = 8  # two are spare
+NUM_MASKS = 16  # sentinels, as many as the spans of the CM3 paper
 
 SPECIAL_NAMES = ("<pad>", "<eod>", '<img alt="', '" src="', '">', "<eoi>", "<spare:0>", "<spare:1>")
 
@@ -25,7 +26,7 @@ class Vocabulary:
 
     text_size: int
     image_size: int
-    num_masks: int = 16
+    num_masks: int = NUM_MASKS
 
     @property
     def image_start(self) -> int:

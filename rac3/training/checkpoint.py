@@ -71,15 +71,18 @@ class Checkpoints:
         self.manager.close()
 
     def _check_shapes(self, step: int, wanted: Any) -> None:
+        """Compares `wanted` with the part of the checkpoint that has its top-level names."""
         with ocp.PyTreeCheckpointer() as checkpointer:
             stored = checkpointer.metadata((self.folder / str(step) / "state").absolute()).item_metadata.tree
         have = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-            name = _name(path)
-            if have.get(name) != tuple(leaf.shape):
+        want = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
+        parts = {name.split("/")[0] for name in want}
+        for name in sorted(want.keys() | {name for name in have if name.split("/")[0] in parts}):
+            if have.get(name) != want.get(name):
+                there, here = have.get(name, "missing"), want.get(name, "missing")
                 raise InputError(
-                    f"checkpoint {self.folder}/{step} is of another model: {name} is {have.get(name, 'missing')} there, "
-                    f"{tuple(leaf.shape)} in this config; use the config it was trained with, or another workdir"
+                    f"checkpoint {self.folder}/{step} is of another model: {name} is {there} there, {here} in this "
+                    "config; use the config it was trained with, or another workdir"
                 )
 
 

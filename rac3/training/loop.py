@@ -1,5 +1,6 @@
 """The one training loop: for the CM3 Transformer, and for encoders that are fitted here."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,14 +63,14 @@ def fit(
     the position of the stream, and nothing else is random.
     """
     checkpoints = Checkpoints(folder / "checkpoints", config.keep)
-    with use_mesh(mesh_config, mesh):
+    with contextlib.closing(checkpoints), use_mesh(mesh_config, mesh):
         restored = checkpoints.restore(state)
         if restored is not None:
             state, start = restored
         done = int(state.step)
-        writer = MetricsWriter(folder, done)
-        window = _Window(writer)
-        with Progress(label, config.steps, "steps", done) as bar:
+        bar = Progress(label, config.steps, "steps", done)
+        with contextlib.closing(MetricsWriter(folder, done)) as writer, bar:
+            window = _Window(writer)
             batches = stream(start) if done < config.steps else iter(())
             while done < config.steps:
                 waiting = time.monotonic()
@@ -78,15 +79,15 @@ def fit(
                 state, metrics = step_fn(state, put(batch, mesh_config, mesh))
                 done += 1
                 window.add(metrics, wait)
+                saves = done % config.checkpoint_every == 0 or done == config.steps
                 # Metrics are read one window late, so that the device never waits for the host.
-                if done % config.log_every == 0 or done == config.steps:
+                if done % config.log_every == 0 or saves:
                     window.close(done)
-                if done % config.checkpoint_every == 0 or done == config.steps:
+                # A run that goes on from here must find all lines up to here, so these are written before the state.
+                if saves:
+                    window.flush()
                     checkpoints.save(done, state, list(start))
                 bar.update(1, window.note)
-        window.flush()
-        writer.close()
-        checkpoints.close()
     return state
 
 
@@ -108,7 +109,8 @@ class _Window:
         self.writer = writer
         self.note = ""
         self.pending: tuple[int, Metrics, int, float, float] | None = None
-        self._restart()
+        self.sums: Metrics | None = None
+        self.steps, self.wait, self.started = 0, 0.0, time.monotonic()
 
     def add(self, metrics: Metrics, wait: float) -> None:
         self.sums = metrics if self.sums is None else jax.tree.map(lambda a, b: a + b, self.sums, metrics)
@@ -120,22 +122,18 @@ class _Window:
             return
         self.flush()
         self.pending = (step, self.sums, self.steps, self.wait, time.monotonic() - self.started)
-        self._restart()
+        self.sums, self.steps, self.wait, self.started = None, 0, 0.0, time.monotonic()
 
     def flush(self) -> None:
-        """Writes the window that was closed last, if any."""
+        """Writes the window that was closed last, if any. A mean over nothing (no retrieved text, say) is left out."""
         if self.pending is None:
             return
         step, sums, steps, wait, seconds = self.pending
         self.pending = None
         totals = jax.device_get(sums)
-        values = {name: float(total) / max(float(count), 1e-9) for name, (total, count) in totals.items()}
+        values = {name: float(total) / float(count) for name, (total, count) in totals.items() if count > 0}
         values |= {"step_seconds": seconds / steps, "input_wait_seconds": wait / steps}
         if "tokens" in values:
             values["tokens_per_second"] = values.pop("tokens") * steps / seconds
         self.note = f"loss {values['loss']:.3f}" if "loss" in values else ""
         self.writer.write(step, values)
-
-    def _restart(self) -> None:
-        self.sums: Metrics | None = None
-        self.steps, self.wait, self.started = 0, 0.0, time.monotonic()

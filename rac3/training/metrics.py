@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to `folder/metrics.jsonl` and to TensorBoard event files beside it.
+    """Appends to `folder/metrics.jsonl` and to TensorBoard event files beside it; only the first process writes.
 
     Lines of steps after `start` are dropped first: a resumed run writes them again.
     """
@@ -16,6 +18,9 @@ class MetricsWriter:
     def __init__(self, folder: Path, start: int) -> None:
         from tensorboardX import SummaryWriter
 
+        self.writes = jax.process_index() == 0
+        if not self.writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         kept = [line for line in read_metrics(folder) if line["step"] <= start]
@@ -26,12 +31,16 @@ class MetricsWriter:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if not self.writes:
+            return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        if not self.writes:
+            return
         self.file.close()
         self.board.close()
 

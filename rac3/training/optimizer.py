@@ -1,6 +1,7 @@
 """AdamW with warm-up and linear decay (paper, section 4.1)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -56,7 +57,9 @@ class OptimizerConfig:
 
 def _matrices(params: PyTree) -> PyTree:
     """True for what decays: matrices, not the biases and scales (which nn.scan stacks to one axis more)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim > 1 and not jax.tree_util.keystr(path).rstrip("']").endswith(("bias", "scale")),
-        params,
-    )
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return leaf.ndim > 1 and not names[-1].endswith(("bias", "scale"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)

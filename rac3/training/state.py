@@ -1,7 +1,7 @@
 """What training changes, allocated straight into its shardings."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -14,8 +14,8 @@ from jaxtyping import Array, Int, PyTree
 from rac3.sharding import MeshConfig, shardings_of
 
 
-@flax.struct.dataclass
-class TrainState:
+@no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind
+class TrainState(flax.struct.PyTreeNode):
     """Parameters (float32), optimizer state, and what else a model carries from step to step (`extra`)."""
 
     step: Int[Array, ""]

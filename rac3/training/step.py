@@ -1,6 +1,7 @@
 """The training step of the CM3 Transformer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count); sums add over 
 
 def losses(model: Transformer, params: PyTree, batch: PackedBatch, chunk: int = 512) -> Float[Array, "rows seq"]:
     """-log p(target) of every token, in nats."""
-    hidden, _ = model.apply(params, batch.tokens, batch.positions, batch.grid, batch.segments)
-    return token_losses(lambda hidden: model.apply(params, hidden, method="logits"), hidden, batch.targets, chunk)
+    apply: Any = model.apply  # flax types its result by what is mutable
+    hidden, _ = apply(params, batch.tokens, batch.positions, batch.grid, batch.segments)
+    targets = jnp.asarray(batch.targets)
+    return token_losses(lambda hidden: apply(params, hidden, method="logits"), hidden, targets, chunk)
 
 
 def objective(
@@ -45,7 +48,7 @@ def make_train_step(
         (_, metrics), gradients = jax.value_and_grad(
             lambda params: objective(model, params, batch, chunk), has_aux=True
         )(state.params)
-        metrics["gradient_norm"] = (optax.global_norm(gradients), jnp.ones(()))
+        metrics["gradient_norm"] = (optax.tree.norm(gradients), jnp.ones(()))
         return apply_gradients(state, gradients, optimizer), metrics
 
     return jax.jit(step, donate_argnums=0)

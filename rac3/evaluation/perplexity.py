@@ -1,0 +1,60 @@
+"""Held-out perplexity by modality, with the documents that the prompt retrieves in context."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from rac3.batches.groups import GroupBuilder
+from rac3.batches.masking import Masked, move_spans
+from rac3.batches.packing import Group, PackedBatch, pack, packed_row
+from rac3.model.transformer import Transformer
+from rac3.tokens.html import Sequenced
+from rac3.training.step import losses
+
+ROWS = 16  # rows of a batch
+
+
+def image_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequenced) -> Group:
+    """Caption to image: the document as it is, behind what its text retrieved."""
+    return builder.join([*[_whole(document) for document in retrieved], _whole(main)])
+
+
+def text_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequenced) -> Group:
+    """Image to caption: all text of the document behind a sentinel, after what its image retrieved.
+
+    main: <img alt=" <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> a red fox <eoi> <eod>
+    """
+    text = builder.vocabulary.is_text(main.ids)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], text, [False]]).astype(int)))
+    spans = [(int(start), int(end)) for start, end in edges.reshape(-1, 2)][: builder.vocabulary.num_masks]
+    return builder.join([*[_whole(document) for document in retrieved], move_spans(builder.vocabulary, main, spans)])
+
+
+def make_losses(model: Transformer) -> Callable[[PyTree, PackedBatch], jax.Array]:
+    return jax.jit(lambda params, batch: losses(model, params, batch))
+
+
+def perplexity(
+    token_losses: Callable[[PyTree, PackedBatch], jax.Array], params: PyTree, groups: Sequence[Group], kind: int,
+    row_length: int,
+) -> float | None:
+    """exp of the mean -log p over the targets of one kind (`MAIN_TEXT`, `MAIN_IMAGE`); None if there are none."""
+    rows = pack(np.array([len(group.tokens) for group in groups]), row_length)
+    total, count = 0.0, 0
+    for start in range(0, len(rows), ROWS):
+        chosen = [packed_row([groups[number] for number in row], row_length) for row in rows[start : start + ROWS]]
+        blank = jax.tree.map(np.zeros_like, chosen[0])
+        padded = chosen + [blank] * (ROWS - len(chosen))
+        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
+        nats = np.asarray(token_losses(params, batch), np.float64)
+        total += float(nats[batch.kind == kind].sum())
+        count += int((batch.kind == kind).sum())
+    return float(np.exp(total / count)) if count else None
+
+
+def _whole(document: Sequenced) -> Masked:
+    return Masked(document.ids, document.grid, np.ones(len(document.ids), bool))
+
+

@@ -1,0 +1,33 @@
+"""Image to caption (paper, section 4.2): N samples, the one of lowest perplexity is kept."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from rac3.generation.decode import caption_grammar
+from rac3.generation.generator import Generator
+from rac3.generation.prompts import image_to_caption
+from rac3.generation.rerank import best_by_perplexity
+from rac3.generation.sampling import Sampling
+from rac3.tokens.html import Sequenced
+from rac3.tokens.vocabulary import NUM_SPECIALS
+
+
+def generate_captions(
+    generator: Generator,
+    images: Sequence[Int[np.ndarray, " tokens"]],
+    retrieved: Sequence[Sequence[Sequenced]],
+    sampling: Sampling,
+    samples: int,
+    max_tokens: int,
+    seed: int,
+) -> list[Int[np.ndarray, " ids"]]:
+    """Text ids of the best of `samples` captions for each image (as VQGAN codes), behind what it retrieved."""
+    vocabulary = generator.vocabulary
+    prompts = [image_to_caption(vocabulary, documents, codes) for documents, codes in zip(retrieved, images, strict=True)]
+    longest = max(len(prompt) for prompt in prompts)
+    count = min(max_tokens, generator.model.max_positions - longest)
+    ids, log_probs = generator.samples(prompts, caption_grammar(vocabulary, max(1, count)), sampling, samples, seed)
+    best = best_by_perplexity(log_probs)
+    return [row[choice] - NUM_SPECIALS for row, choice in zip(ids, best.tolist(), strict=True)]

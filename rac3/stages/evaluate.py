@@ -1,0 +1,278 @@
+"""Evaluate: a trained model on the held-out splits, with a retriever (its own, or another one) at inference."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from rac3.artifacts import Workdir, write_atomic
+from rac3.batches.groups import GroupBuilder
+from rac3.batches.masking import Masking
+from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT
+from rac3.documents.document import Image, Text
+from rac3.documents.store import DocumentStore, TokenizedDocument
+from rac3.documents.world import World
+from rac3.evaluation.entities import emblem_accuracy, name_accuracy
+from rac3.evaluation.perplexity import image_group, make_losses, perplexity, text_group
+from rac3.evaluation.recall import pair_recall_at, recall_at
+from rac3.experiment import Experiment, Split
+from rac3.generation.captions import generate_captions
+from rac3.generation.generator import Generator
+from rac3.generation.images import generate_images
+from rac3.generation.rerank import best_by_clip
+from rac3.progress import Progress
+from rac3.retrieval.encoder import MixedEncoder
+from rac3.stages import recipes
+from rac3.stages.embed import PARTS, open_documents, query_embeddings
+from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan, vqgan_metrics
+from rac3.stages.ingest import vocabulary_of
+from rac3.stages.retrieve import OpenMemory, read_neighbors
+from rac3.stages.train import build_model, model_name, open_params
+from rac3.tokens.html import Sequenced
+from rac3.tokens.text import Tokenizer
+
+METRICS = "metrics.json"
+SPLITS: tuple[Split, ...] = ("validation", "test")
+
+
+def evaluate(experiment: Experiment, trained: Experiment, workdir: Workdir) -> dict[str, Any]:
+    """The metrics of the model of `trained` with the retriever of `experiment`, made or read.
+
+    The artifact holds `metrics.json`, and for each split `SPLIT.json` (prompts, what was retrieved, captions) and
+    `SPLIT.npy` (the generated images).
+
+    Raises:
+      InputError: the model is not trained yet, or its checkpoint has another shape.
+    """
+    recipe = recipes.evaluation(experiment, trained)
+    artifact = workdir.find(recipe)
+    if artifact is None:
+        with workdir.write(recipe) as draft:
+            held_out = _HeldOut.open(experiment, trained, workdir)
+            metrics = {}
+            for split in SPLITS:
+                if split in experiment.data.sources():
+                    metrics[split] = _evaluate_split(held_out, split, draft.folder)
+            write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+        artifact = workdir.require(recipe, "rac3 evaluate")
+    return json.loads((artifact.folder / METRICS).read_text())
+
+
+def evaluate_encoders(experiment: Experiment, workdir: Workdir) -> dict[str, Any]:
+    """Reconstruction by the VQGAN and recall of CLIP (text to image and back, own pair) on held-out documents."""
+    codec = open_vqgan(experiment, workdir)
+    out: dict[str, Any] = {}
+    for split in SPLITS:
+        if split not in experiment.data.sources():
+            continue
+        documents = open_documents(experiment, workdir, split)
+        items = documents.many(range(min(len(documents), experiment.evaluation.documents)))
+        images = [image.pixels() for item in items for image in item.document.images]
+        folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
+        text, image = (query_embeddings(folder, part, training=False)[: len(items)] for part in PARTS)
+        pairs = text.any(1) & image.any(1)
+        clip: dict[str, float] = {"pairs": int(pairs.sum())}
+        for k in (1, 5):
+            clip[f"text_to_image_recall_at_{k}"] = pair_recall_at(k, text[pairs], image[pairs])
+            clip[f"image_to_text_recall_at_{k}"] = pair_recall_at(k, image[pairs], text[pairs])
+        out[split] = {"vqgan": vqgan_metrics(codec, images) if images else None, "clip": clip}
+    return out
+
+
+def evaluate_retrieval(experiment: Experiment, workdir: Workdir, split: Split, k: int) -> dict[str, float] | None:
+    """Recall at k by query part: is a document of the query's entity among the first k neighbors?"""
+    field = experiment.data.entity_field
+    if not field or not recipes.retrieves(experiment) or split not in experiment.data.sources():
+        return None
+    memory = [_entities(open_documents(experiment, workdir, part), field)
+              for part in recipes.memory_splits(experiment, split)]
+    queries = _entities(open_documents(experiment, workdir, split), field)
+    neighbors = read_neighbors(experiment, workdir, split)
+    flat = [entity for part in memory for entity in part]
+    return {part: recall_at(k, neighbors[:, number], queries, flat) for number, part in enumerate(PARTS)}
+
+
+def _entities(documents: DocumentStore, field: str) -> list[str]:
+    return [str(item.document.metadata.get(field, "")) for item in documents.many(range(len(documents)))]
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """All that evaluation opens once."""
+
+    experiment: Experiment
+    workdir: Workdir
+    generator: Generator
+    builder: GroupBuilder
+    tokenizer: Tokenizer
+    codec: ImageCodec
+    encoder: MixedEncoder
+    memory: OpenMemory | None
+    name: str
+
+    @classmethod
+    def open(cls, experiment: Experiment, trained: Experiment, workdir: Workdir) -> "_HeldOut":
+        tokenizer, codec = open_text(experiment, workdir), open_vqgan(experiment, workdir)
+        vocabulary = vocabulary_of(tokenizer, codec)
+        model = build_model(experiment, vocabulary)
+        generator = Generator(model, open_params(trained, workdir, model), vocabulary, codec.tokens_per_image)
+        memory = None
+        if recipes.retrieves(experiment):
+            memory = OpenMemory(experiment, workdir, recipes.memory_splits(experiment, "test"))
+        name = model_name(trained)
+        if memory is not None and experiment.retriever != trained.retriever:
+            name += f" with {type(experiment.retriever).__name__.lower()}"
+        return cls(
+            experiment, workdir, generator, GroupBuilder(vocabulary, Masking("none"), 1.0), tokenizer, codec,
+            open_clip(experiment, workdir), memory, name,
+        )
+
+    def retrieved(self, neighbors: Int[np.ndarray, " depth"], k: int) -> list[TokenizedDocument]:
+        if self.memory is None:
+            return []
+        return [self.memory.document(int(number)) for number in neighbors[:k] if number >= 0]
+
+    def sequences(self, documents: list[TokenizedDocument]) -> list[Sequenced]:
+        return [self.builder.sequence(document) for document in documents]
+
+
+def _evaluate_split(held_out: _HeldOut, split: Split, folder: Any) -> dict[str, Any]:
+    settings = held_out.experiment.evaluation
+    documents = open_documents(held_out.experiment, held_out.workdir, split)
+    items = documents.many(range(min(len(documents), settings.documents)))
+    depth = held_out.experiment.selection.depth
+    neighbors = np.full((len(items), len(PARTS), depth), -1)
+    if held_out.memory is not None:
+        neighbors = read_neighbors(held_out.experiment, held_out.workdir, split)[: len(items)]
+    most = settings.num_retrieved if held_out.memory is not None else 0
+    with Progress(f"evaluate {held_out.name} on {split}", most + 3, "parts") as bar:
+        by_k: dict[str, dict[str, float | None]] = {"image": {}, "text": {}}
+        token_losses = make_losses(held_out.generator.model)
+        for k in range(most + 1):
+            for modality, value in _perplexities(held_out, token_losses, items, neighbors, k).items():
+                by_k[modality][str(k)] = value
+            bar.update()
+        images, scores = _images(held_out, items, neighbors[:, 0], most)
+        bar.update()
+        captions = _captions(held_out, items, neighbors[:, 1], most)
+        bar.update()
+    _write_samples(held_out, split, folder, items, neighbors, most, images, captions)
+    return {
+        "documents": len(items),
+        "perplexity": {modality: values[str(most)] for modality, values in by_k.items()},
+        "perplexity_by_k": by_k,
+        "clip_score": float(scores.mean()) if len(scores) else None,
+        **_accuracies(held_out.experiment, items, images, captions),
+    }
+
+
+def _perplexities(
+    held_out: _HeldOut, token_losses: Any, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n parts depth"],
+    k: int,
+) -> dict[str, float | None]:
+    """Perplexity of images behind their text's neighbors, and of texts behind their image's: the prompt retrieves."""
+    out = {}
+    for modality, number, build, kind in (("image", 0, image_group, MAIN_IMAGE), ("text", 1, text_group, MAIN_TEXT)):
+        groups = []
+        for item, row in zip(items, neighbors[:, number], strict=True):
+            documents = held_out.sequences(held_out.retrieved(row, k))
+            main = held_out.builder.sequence(item)
+            group = build(held_out.builder, documents, main)
+            while len(group.tokens) > held_out.generator.model.max_positions and documents:
+                documents = documents[:-1]  # as in training: the least relevant goes first
+                group = build(held_out.builder, documents, main)
+            groups.append(group)
+        length = max(held_out.experiment.batches.row, max(len(group.tokens) for group in groups))
+        out[modality] = perplexity(token_losses, held_out.generator.params, groups, kind, length)
+    return out
+
+
+def _segment_ids(item: TokenizedDocument, kind: type[Text] | type[Image]) -> np.ndarray | None:
+    """The ids of the first text, or of the first image."""
+    pairs = zip(item.document.segments, item.ids, strict=True)
+    return next((ids for segment, ids in pairs if isinstance(segment, kind)), None)
+
+
+def _images(
+    held_out: _HeldOut, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
+) -> tuple[UInt8[np.ndarray, "n height width 3"], np.ndarray]:
+    """The best image of each document's text by CLIP, and its score."""
+    settings = held_out.experiment.evaluation
+    codec = held_out.codec
+    captions = [_segment_ids(item, Text) for item in items]
+    chosen = [row for row, ids in enumerate(captions) if ids is not None]
+    if not chosen:
+        return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
+    retrieved = [_fitting(held_out, neighbors[row], k, codec.tokens_per_image + len(captions[row])) for row in chosen]
+    codes = generate_images(
+        held_out.generator, [captions[row] for row in chosen], retrieved, settings.image_sampling,
+        settings.image_samples, held_out.experiment.seed,
+    )
+    pixels = codec.decode(codes.reshape(-1, codes.shape[-1]))
+    image_vectors = held_out.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
+    text_vectors = held_out.encoder.embed_texts([items[row].document.text for row in chosen])
+    best, scores = best_by_clip(text_vectors, image_vectors)
+    return pixels.reshape(len(chosen), settings.image_samples, *pixels.shape[1:])[np.arange(len(chosen)), best], scores
+
+
+def _captions(
+    held_out: _HeldOut, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
+) -> list[str]:
+    """The caption of lowest perplexity of each document's image."""
+    settings = held_out.experiment.evaluation
+    images = [_segment_ids(item, Image) for item in items]
+    chosen = [row for row, codes in enumerate(images) if codes is not None]
+    if not chosen:
+        return []
+    room = held_out.codec.tokens_per_image + settings.max_caption_tokens
+    ids = generate_captions(
+        held_out.generator, [images[row] for row in chosen],
+        [_fitting(held_out, neighbors[row], k, room) for row in chosen], settings.caption_sampling,
+        settings.caption_samples, settings.max_caption_tokens, held_out.experiment.seed,
+    )
+    return [held_out.tokenizer.decode(row.tolist()) for row in ids]
+
+
+def _fitting(held_out: _HeldOut, neighbors: Int[np.ndarray, " depth"], k: int, main: int) -> list[Sequenced]:
+    """The first k neighbors as far as the context has room for them beside `main` ids (and markup)."""
+    room = held_out.generator.model.max_positions - main - 8
+    kept: list[Sequenced] = []
+    for document in held_out.sequences(held_out.retrieved(neighbors, k)):
+        room -= len(document.ids)
+        if room < 0:
+            break
+        kept.append(document)
+    return kept
+
+
+def _accuracies(
+    experiment: Experiment, items: list[TokenizedDocument], images: np.ndarray, captions: list[str]
+) -> dict[str, float | None]:
+    """Entity accuracy of images (procedural world only) and of captions; None where it has no meaning."""
+    field = experiment.data.entity_field
+    wanted = [str(item.document.metadata.get(field, "")) for item in items]
+    world = experiment.data.train
+    drawn = isinstance(world, World) and len(images) == len(items)
+    named = bool(field) and len(captions) == len(items)
+    return {
+        "entity_accuracy": emblem_accuracy(images, wanted, world.entities()) if drawn else None,  # type: ignore[union-attr]
+        "name_accuracy": name_accuracy(captions, wanted) if named else None,
+    }
+
+
+def _write_samples(
+    held_out: _HeldOut, split: Split, folder: Any, items: list[TokenizedDocument],
+    neighbors: Int[np.ndarray, "n parts depth"], k: int, images: np.ndarray, captions: list[str],
+) -> None:
+    """What the report and the notebook show."""
+    rows = []
+    for number, (item, row) in enumerate(zip(items, neighbors, strict=True)):
+        found = {part: [document.document.key for document in held_out.retrieved(row[index], k)]
+                 for index, part in enumerate(PARTS)}
+        caption = captions[number] if len(captions) == len(items) else None
+        rows.append({"key": item.document.key, "text": item.document.text, "caption": caption, "retrieved": found,
+                     "neighbors": row.tolist()})
+    write_atomic(folder / f"{split}.json", json.dumps(rows, ensure_ascii=False) + "\n")
+    np.save(folder / f"{split}.npy", images)

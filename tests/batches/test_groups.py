@@ -1,0 +1,87 @@
+"""Groups: retrieved documents, then the main one, with the right weight and kind for each target."""
+
+import numpy as np
+
+from rac3.batches import draws
+from rac3.batches.groups import GroupBuilder
+from rac3.batches.masking import Masking
+from rac3.batches.packing import (
+    IGNORED,
+    MAIN_IMAGE,
+    MAIN_TEXT,
+    MARKUP,
+    RETRIEVED_IMAGE,
+    RETRIEVED_TEXT,
+)
+from rac3.documents.document import Document, Image, Text
+from rac3.documents.store import TokenizedDocument
+from rac3.tokens.vocabulary import EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, Vocabulary
+
+VOCABULARY = Vocabulary(text_size=40, image_size=30)
+
+
+def item(text: list[int], codes: list[int]) -> TokenizedDocument:
+    segments: list[Text | Image] = [Text("x")] * bool(text) + [Image(b"x")] * bool(codes)  # type: ignore[list-item]
+    ids = tuple(np.array(each, np.int32) for each in (text, codes) if each)
+    return TokenizedDocument(Document("k", tuple(segments), {}), ids)
+
+
+ITEMS = [item([1, 2], [3, 4, 5]), item([6], []), item([7, 8], [9, 10])]
+
+
+def test_an_unmasked_group_by_hand():
+    builder = GroupBuilder(VOCABULARY, Masking("none"), 0.1)
+    group = builder.build(ITEMS, np.zeros((3, builder.masking.draws_per_document)))
+    t, i = 8, 48
+    retrieved = [IMAGE_ALT, t + 1, t + 2, IMAGE_SOURCE, i + 3, i + 4, i + 5, IMAGE_END, EOD, t + 6, EOD]
+    main = [IMAGE_ALT, t + 7, t + 8, IMAGE_SOURCE, i + 9, i + 10, IMAGE_END, EOD]
+    np.testing.assert_array_equal(group.tokens, [EOD, *retrieved, *main[:-1]])
+    np.testing.assert_array_equal(group.targets, [*retrieved, *main])
+    np.testing.assert_array_equal(group.grid, [0, 0, 0, 0, 0, 1, 2, 3, *[0] * 8, 1, 2, 0])
+    np.testing.assert_array_equal(group.loss_weight, np.float32([0.1] * len(retrieved) + [1.0] * len(main)))
+    text, image = RETRIEVED_TEXT, RETRIEVED_IMAGE
+    kinds = [MARKUP, text, text, MARKUP, image, image, image, MARKUP, MARKUP, text, MARKUP]
+    kinds += [MARKUP, MAIN_TEXT, MAIN_TEXT, MARKUP, MAIN_IMAGE, MAIN_IMAGE, MARKUP, MARKUP]
+    np.testing.assert_array_equal(group.kind, kinds)
+
+
+def test_weights_and_kinds_of_masked_groups():
+    """The oracle walks over the targets with the one thing that it cannot see from them: which document they are of."""
+    builder = GroupBuilder(VOCABULARY, Masking("cm3leon"), 0.25)
+    rows = draws.uniform(0, 0, np.arange(300), draws.MASK, builder.masking.draws_per_document).reshape(100, 3, -1)
+    seen = set()
+    for row in rows:
+        group = builder.build(ITEMS, row)
+        document = 0
+        assert group.tokens[0] == EOD
+        np.testing.assert_array_equal(group.tokens[1:], group.targets[:-1])
+        for target, weight, kind in zip(group.targets, group.loss_weight, group.kind, strict=True):
+            main, one = document == 2, np.array([target])
+            if VOCABULARY.is_mask(one)[0]:
+                expected = (0.0, IGNORED)
+            elif VOCABULARY.is_text(one)[0]:
+                expected = (1.0, MAIN_TEXT) if main else (0.25, RETRIEVED_TEXT)
+            elif VOCABULARY.is_image(one)[0]:
+                expected = (1.0, MAIN_IMAGE) if main else (0.25, RETRIEVED_IMAGE)
+            else:
+                expected = (1.0 if main else 0.25, MARKUP)
+            assert (weight, kind) == expected
+            seen.add(expected)
+            document += target == EOD
+        assert document == 3
+    assert len(seen) == 7
+
+
+def test_a_document_may_be_its_own_neighbor_by_content():
+    """Duplicates exist in any web data: the same document twice is one retrieved and one main document."""
+    builder = GroupBuilder(VOCABULARY, Masking("none"), 0.0)
+    group = builder.build([ITEMS[0], ITEMS[0]], np.zeros((2, builder.masking.draws_per_document)))
+    half = len(group.targets) // 2
+    np.testing.assert_array_equal(group.loss_weight, [0.0] * half + [1.0] * half)
+
+
+def test_a_group_of_one():
+    builder = GroupBuilder(VOCABULARY, Masking("none"), 0.1)
+    group = builder.build(ITEMS[1:2], np.zeros((1, builder.masking.draws_per_document)))
+    np.testing.assert_array_equal(group.targets, [14, EOD])
+    np.testing.assert_array_equal(group.loss_weight, [1.0, 1.0])

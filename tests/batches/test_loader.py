@@ -1,0 +1,239 @@
+"""The stream of batches: a pure function of (seed, position), whatever the number of hosts and restarts."""
+
+import dataclasses
+from itertools import islice, pairwise
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rac3.batches.groups import GroupBuilder
+from rac3.batches.loader import BatchConfig, BatchStream, StreamState
+from rac3.batches.masking import Masking
+from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, RETRIEVED_IMAGE, RETRIEVED_TEXT, PackedBatch
+from rac3.config import InputError
+from rac3.documents.document import Document, Image, Text
+from rac3.documents.store import LENGTHS, DocumentStore, TokenizedDocument, write_shard
+from rac3.tokens.vocabulary import EOD, Vocabulary
+
+DOCUMENTS = 300
+VOCABULARY = Vocabulary(text_size=DOCUMENTS, image_size=20)
+CONFIG = BatchConfig(context_length=110, row_length=160, rows=8, read_threads=2)
+PLAIN = dataclasses.replace(CONFIG, masking=Masking("none"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
+    """Document n has its own number as its first text id, so that groups can be read back."""
+    folder: Path = tmp_path_factory.mktemp("documents")
+    rng = np.random.default_rng(0)
+    builder = GroupBuilder(VOCABULARY, Masking("none"), 1.0)
+    items = []
+    for number in range(DOCUMENTS):
+        ids = (np.array([number] * rng.integers(2, 9), np.int32), rng.integers(0, 20, 16).astype(np.int32))
+        items.append(TokenizedDocument(Document(str(number), (Text("x"), Image(b"x")), {}), ids))
+    write_shard(folder / "00000.array_record", items[:200])
+    write_shard(folder / "00001.array_record", items[200:])
+    np.save(folder / LENGTHS, np.array([len(builder.sequence(item).ids) for item in items], np.int32))
+    return DocumentStore(folder)
+
+
+@pytest.fixture(scope="module")
+def neighbors() -> np.ndarray:
+    """Six neighbors by text and six others by image; some documents have fewer, and some none by text."""
+    table = (np.arange(DOCUMENTS)[:, None, None] + np.array([[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 15, 16]])) % DOCUMENTS
+    table[5, :, 1:] = -1
+    table[6, 0] = -1
+    table[7] = -1
+    return table
+
+
+def stream(store, neighbors, config=PLAIN, seed=0, hosts=1, host=0) -> BatchStream:
+    builder = GroupBuilder(VOCABULARY, config.masking, config.retrieved_weight)
+    made = BatchStream(config, seed, store, neighbors, builder, hosts, host)
+    made.block_groups = 250  # most blocks hold the end of one epoch and the start of the next
+    return made
+
+
+def equal(one: PackedBatch, other: PackedBatch) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def take(from_stream: BatchStream, count: int, state: StreamState = StreamState()) -> list:  # noqa: B008  # a tuple
+    return list(islice(from_stream.batches(state), count))
+
+
+def groups_of(batch: PackedBatch) -> list[list[int]]:
+    """The documents of each group, the main one last."""
+    found = []
+    for tokens, segments in zip(batch.tokens, batch.segments, strict=True):
+        for segment in range(1, segments.max() + 1):
+            ids = tokens[segments == segment]
+            assert ids[0] == EOD
+            documents = np.split(ids[1:], np.flatnonzero(ids[1:] == EOD) + 1)
+            found.append([int(part[VOCABULARY.is_text(part)][0]) - 8 for part in documents])
+    return found
+
+
+def test_a_restart_goes_on_where_the_stream_stood(store, neighbors):
+    """Across the borders of blocks, and with masking."""
+    made = stream(store, neighbors, CONFIG)
+    whole = take(made, 26)
+    assert len({state.block for _, state in whole}) >= 3
+    for place in (0, 7, 20):
+        again = take(stream(store, neighbors, CONFIG), 3, StreamState(*list(whole[place][1])))
+        for (batch, state), (other, other_state) in zip(again, whole[place + 1 : place + 4], strict=True):
+            assert equal(batch, other)
+            assert state == other_state
+    assert not equal(whole[0][0], whole[1][0])
+    assert not equal(whole[0][0], take(stream(store, neighbors, CONFIG, seed=1), 1)[0][0])
+
+
+def test_four_hosts_read_what_one_host_reads(store, neighbors):
+    one = take(stream(store, neighbors, CONFIG), 12)
+    four = [take(stream(store, neighbors, CONFIG, hosts=4, host=host), 12) for host in range(4)]
+    for number, (whole, state) in enumerate(one):
+        parts = [host[number][0] for host in four]
+        assert all(part.tokens.shape == (2, 160) for part in parts)
+        assert equal(jax.tree.map(lambda *rows: np.concatenate(rows), *parts), whole)
+        assert all(host[number][1] == state for host in four)
+
+
+def test_every_epoch_visits_every_document_once(store, neighbors):
+    made = stream(store, neighbors)
+    plans = [made.plan(block) for block in range(6)]
+    epochs, mains = (np.concatenate([getattr(plan, name) for plan in plans]) for name in ("epoch", "main"))
+    orders = [mains[epochs == epoch] for epoch in range(5)]
+    assert all(sorted(order) == list(range(DOCUMENTS)) for order in orders)
+    assert not any(np.array_equal(one, other) for one, other in pairwise(orders))
+
+
+def test_little_is_dropped_at_the_end_of_a_block(store, neighbors):
+    """At the real block size: fewer rows than a batch, of at least 64 batches."""
+    builder = GroupBuilder(VOCABULARY, Masking(), 0.1)
+    for config in (CONFIG, dataclasses.replace(CONFIG, row_length=1600), dataclasses.replace(CONFIG, rows=64)):
+        plan = BatchStream(config, 0, store, neighbors, builder).plan(0)
+        assert len(plan.rows) // config.rows >= 64
+
+
+def test_batches_hold_the_groups_of_the_plan(store, neighbors):
+    made = stream(store, neighbors)
+    plan = made.plan(0)
+    for number, (batch, _) in enumerate(take(made, 4)):
+        rows = plan.rows[number * 8 : number * 8 + 8]
+        members = [[*plan.neighbors[group], plan.main[group]] for row in rows for group in row]
+        assert groups_of(batch) == [[int(each) for each in group if each >= 0] for group in members]
+
+
+def test_k_is_uniform_and_neighbors_come_from_the_candidates(store, neighbors):
+    """6,000 groups: the share of each K has a standard deviation of 0.006."""
+    made = stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160))
+    made.block_groups = 6000
+    plan = made.plan(0)
+    plain = ~np.isin(plan.main, [5, 6, 7])
+    k = (plan.neighbors >= 0).sum(1)
+    for number in (0, 1, 2):
+        assert (k[plain] == number).mean() == pytest.approx(1 / 3, abs=0.03)
+    uses = {1: 0, 2: 0, 3: 0, 4: 0, 11: 0, 12: 0, 13: 0, 14: 0}
+    for main, row in zip(plan.main[plain], plan.neighbors[plain], strict=True):
+        away = [int(each - main) % DOCUMENTS for each in row if each >= 0]
+        assert away == sorted(set(away))  # most relevant first, none twice
+        assert len({each > 10 for each in away}) <= 1  # by text or by image, not both
+        for each in away:
+            uses[each] += 1
+    total = sum(uses.values())
+    assert all(count / total == pytest.approx(1 / 8, abs=0.02) for count in uses.values())
+
+
+def test_a_document_with_few_neighbors_gets_those(store, neighbors):
+    made = stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160, num_retrieved=(2,)))
+    made.block_groups = 3000
+    plan = made.plan(0)
+    found = {document: plan.neighbors[plan.main == document] for document in (5, 6, 7, 8)}
+    assert {tuple(row) for row in found[5]} == {(6, -1), (16, -1)}
+    assert all(set(row) <= {17, 18, 19, 20} and len(set(row)) == 2 for row in found[6])  # it has only its image
+    assert (found[7] == -1).all()
+    assert (found[8] >= 0).all()
+
+
+def test_the_main_document_is_never_among_the_retrieved(store, neighbors):
+    batches = take(stream(store, neighbors), 10)
+    groups = [group for batch, _ in batches for group in groups_of(batch)]
+    assert sum(len(group) for group in groups) > 300
+    assert all(len(set(group)) == len(group) for group in groups)
+
+
+def test_without_neighbors_every_group_is_one_document(store):
+    groups = [group for batch, _ in take(stream(store, None), 4) for group in groups_of(batch)]
+    assert all(len(group) == 1 for group in groups)
+    assert len(groups) > 50
+
+
+def test_weights_by_kind(store, neighbors):
+    config = dataclasses.replace(PLAIN, retrieved_weight=0.25)
+    batch = jax.tree.map(lambda *b: np.concatenate(b), *[b for b, _ in take(stream(store, neighbors, config), 5)])
+    for kind, weight in ((MAIN_TEXT, 1), (MAIN_IMAGE, 1), (RETRIEVED_TEXT, 0.25), (RETRIEVED_IMAGE, 0.25)):
+        assert (batch.kind == kind).sum() > 100
+        assert (batch.loss_weight[batch.kind == kind] == weight).all()
+    assert not batch.loss_weight[batch.segments == 0].any()
+    inside = (batch.segments[:, 1:] == batch.segments[:, :-1]) & (batch.segments[:, 1:] > 0)
+    np.testing.assert_array_equal(batch.targets[:, :-1][inside], batch.tokens[:, 1:][inside])
+
+
+def test_a_group_that_is_too_long_loses_its_least_relevant_document(store, neighbors):
+    lengths = store.lengths
+    wide = stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160)).plan(0)
+    config = dataclasses.replace(PLAIN, context_length=int(lengths.max()) * 2 + 10)
+    plan = stream(store, neighbors, config).plan(0)
+    np.testing.assert_array_equal(wide.main, plan.main)
+    cut = 0
+    for main, all_of_them, kept in zip(plan.main, wide.neighbors, plan.neighbors, strict=True):
+        members = [int(each) for each in all_of_them if each >= 0]
+        while lengths[[main, *members]].sum() > config.context_length:
+            members.pop()
+            cut += 1
+        assert [each for each in kept if each >= 0] == members
+    assert cut > 20
+
+
+def test_no_group_is_longer_than_the_context(store, neighbors):
+    """With many masks, which make documents longer."""
+    config = dataclasses.replace(CONFIG, masking=Masking(mean_spans=3.0))
+    for batch, _ in take(stream(store, neighbors, config), 6):
+        assert batch.positions.max() < CONFIG.context_length
+        assert batch.tokens.shape == (8, 160)
+
+
+def test_what_cannot_be_batched_is_refused(store, neighbors, tmp_path: Path):
+    longest = int(store.lengths.max())
+    builder = GroupBuilder(VOCABULARY, Masking(), 0.1)
+    config = dataclasses.replace(CONFIG, context_length=longest + 47)
+    with pytest.raises(InputError, match=rf"the longest has {longest} tokens, .*use at least {longest + 48}"):
+        BatchStream(config, 0, store, neighbors, builder)
+    BatchStream(dataclasses.replace(CONFIG, context_length=longest + 48), 0, store, neighbors, builder)
+    unmasked = dataclasses.replace(PLAIN, context_length=longest)
+    BatchStream(unmasked, 0, store, neighbors, GroupBuilder(VOCABULARY, Masking("none"), 0.1))
+    with pytest.raises(InputError, match="rows=8 is not a multiple of the 3 hosts"):
+        BatchStream(CONFIG, 0, store, neighbors, builder, hosts=3)
+    np.save(tmp_path / LENGTHS, np.zeros(0, np.int32))
+    with pytest.raises(InputError, match="no training documents"):
+        BatchStream(CONFIG, 0, DocumentStore(tmp_path), None, builder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"row_length": 4095}, "row_length=4095 is below batches.context_length=4096"),
+        ({"num_retrieved": ()}, "num_retrieved"),
+        ({"num_retrieved": (0, -1)}, "num_retrieved"),
+        ({"num_retrieved": (0, 5)}, "asks for more than batches.candidates=4"),
+        ({"rows": 0}, "rows=0"),
+        ({"retrieved_weight": -0.1}, "retrieved_weight"),
+    ],
+)
+def test_fields_are_checked(fields: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        BatchConfig(**fields)
+    assert BatchConfig().row == 4096
+    assert BatchConfig(row_length=9000).row == 9000

@@ -1,0 +1,158 @@
+"""CM3 masking: nothing is lost, nothing leaks, and the spans are where and as many as they should be."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rac3.batches import draws
+from rac3.batches.masking import TOKENS_PER_SPAN, Masked, Masking, choose_spans, mask_document
+from rac3.config import InputError
+from rac3.tokens.html import Segment, Sequenced, encode
+from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, NUM_MASKS, Vocabulary
+
+VOCABULARY = Vocabulary(text_size=40, image_size=30)
+MARKUP = (IMAGE_ALT, IMAGE_SOURCE, IMAGE_END, EOD)
+
+
+def document(*sizes: int, rng: np.random.Generator) -> Sequenced:
+    """Segments of `sizes` ids, text and image in turn (a size of 0 leaves one out)."""
+    segments = [
+        Segment(bool(n % 2), rng.integers(0, 30 if n % 2 else 40, size)) for n, size in enumerate(sizes) if size
+    ]
+    return encode(VOCABULARY, segments)
+
+
+SHAPES = [(6, 16), (5, 0), (0, 9), (3, 9, 4, 12, 2), (1, 1), (0, 4, 0, 4)]
+
+
+def many(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Sequenced, np.ndarray, Masked]]:
+    rng = np.random.default_rng(0)
+    rows = draws.uniform(3, 0, np.arange(count), draws.MASK, masking.draws_per_document)
+    sequences = [document(*shape, rng=rng) for _ in range(count)]
+    return [
+        (sequence, row, mask_document(masking, VOCABULARY, sequence, row))
+        for sequence, row in zip(sequences, rows, strict=True)
+    ]
+
+
+def unmask(ids: np.ndarray, grid: np.ndarray) -> tuple[list[int], list[int]]:
+    """The document that was masked: each span back in the place of its sentinel."""
+    pairs = list(zip(ids.tolist(), grid.tolist(), strict=True))
+    masks = [n for n, (token, _) in enumerate(pairs) if VOCABULARY.mask_start <= token]
+    body, tail = pairs[: masks[len(masks) // 2]] if masks else pairs[:-1], []
+    spans: dict[int, list[tuple[int, int]]] = {}
+    if masks:
+        tail = pairs[masks[len(masks) // 2] : -1]
+        for token in tail:
+            if token[0] >= VOCABULARY.mask_start:
+                spans[token[0]] = current = []
+            elif token[0] != END_OF_INFILL:
+                current.append(token)
+    restored = [each for token in body for each in spans.get(token[0], [token])]
+    restored.append(pairs[-1])
+    return [token for token, _ in restored], [place for _, place in restored]
+
+
+def test_the_example_of_the_module():
+    t, i = [8, 9, 10], [48, 49, 50, 51]
+    sequence = Sequenced(
+        np.array([IMAGE_ALT, *t, IMAGE_SOURCE, *i, IMAGE_END, EOD], np.int32),
+        np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 0, 0], np.int32),
+    )
+    row = np.zeros(Masking().draws_per_document)
+    row[0] = 0.5  # one span, as 0.368 < 0.5 < 0.736
+    row[1:3] = 1.5 / 7, 3.5 / 10  # from the 2nd of 7 candidates to place 3 of 10: "red fox"
+    masked = mask_document(Masking(), VOCABULARY, sequence, row)
+    mask = VOCABULARY.mask(0)
+    expected = [IMAGE_ALT, t[0], mask, IMAGE_SOURCE, *i, IMAGE_END, mask, *t[1:], END_OF_INFILL, EOD]
+    np.testing.assert_array_equal(masked.ids, expected)
+    np.testing.assert_array_equal(masked.grid, [0, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(masked.scored, np.array(expected) != mask)
+
+
+@pytest.mark.parametrize("preset", ["ra_cm3", "cm3", "cm3leon", "none"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unmasking_gives_the_document_back(preset, shape):
+    masking = Masking(preset, mean_spans=3.0)
+    for sequence, row, (ids, grid, scored) in many(masking, shape, 40):
+        assert unmask(ids, grid) == (sequence.ids.tolist(), sequence.grid.tolist())
+        np.testing.assert_array_equal(scored, ids < VOCABULARY.mask_start)  # no loss at sentinels, and only there
+        assert len(ids) <= len(sequence.ids) + TOKENS_PER_SPAN * int(masking.num_spans(row[None])[0])
+        assert ids.dtype == grid.dtype == np.int32
+
+
+@pytest.mark.parametrize("preset", ["ra_cm3", "cm3", "cm3leon"])
+def test_spans_are_sorted_apart_and_inside_one_segment(preset):
+    masking = Masking(preset, mean_spans=4.0)
+    crossing = 0
+    for sequence, row, _ in many(masking, (6, 16, 5, 9), 150):
+        spans = choose_spans(masking, VOCABULARY, sequence.ids, row)
+        flat = [edge for span in spans for edge in span]
+        assert flat == sorted(flat)
+        assert all(start < end < len(sequence.ids) for start, end in spans)  # so never the final <eod>
+        crossing += sum(bool(np.isin(sequence.ids[start:end], MARKUP).any()) for start, end in spans)
+    assert (crossing > 0) == (preset == "cm3")  # markup lies between any two segments
+
+
+def test_masked_ids_are_never_seen_before_their_infill():
+    """The loss of a span's ids is not given away: they stand nowhere before their sentinel at the end."""
+    rng = np.random.default_rng(0)
+    sequence = encode(VOCABULARY, [Segment(False, rng.permutation(40)[:12]), Segment(True, rng.permutation(30)[:16])])
+    masking = Masking("cm3", mean_spans=3.0)
+    for row in draws.uniform(0, 0, np.arange(100), draws.MASK, masking.draws_per_document):
+        ids = mask_document(masking, VOCABULARY, sequence, row).ids
+        content = ids[(VOCABULARY.is_text(ids)) | (VOCABULARY.is_image(ids))]
+        assert len(np.unique(content)) == len(content) == 28
+
+
+def test_the_number_of_spans_is_poisson():
+    """Standard deviations of 40,000 draws are below 0.0025: 36.8% none, 36.8% one, 18.4% two, ..."""
+    masking = Masking()
+    number = masking.num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
+    for k in range(5):
+        assert (number == k).mean() == pytest.approx(math.exp(-1) / math.factorial(k), abs=0.01)
+    clamped = Masking("cm3").num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
+    np.testing.assert_array_equal(clamped, np.maximum(number, 1))
+    assert not Masking("none").num_spans(draws.uniform(0, 0, np.arange(100), draws.MASK)).any()
+    assert Masking(mean_spans=50.0, max_spans=5).num_spans(draws.uniform(0, 0, np.arange(100), 0)).max() == 5
+    assert Masking(max_spans=2).num_spans(np.array([[0.0], [np.nextafter(1.0, 0.0)]])).tolist() == [0, 2]
+
+
+def test_whole_captions_and_images_are_masked_now_and_then():
+    """As prompts of captioning and image generation are: `<img alt=" <mask:0> " src=" ...`."""
+    wholes = {"text": 0, "image": 0}
+    masking = Masking("cm3leon")
+    for sequence, row, _ in many(masking, (4, 9), 800):
+        for start, end in choose_spans(masking, VOCABULARY, sequence.ids, row):
+            wholes["text"] += (start, end) == (1, 5)
+            wholes["image"] += (start, end) == (6, 15)
+    assert min(wholes.values()) >= 5
+
+
+def test_masking_is_a_function_of_its_draws():
+    masking = Masking()
+    for (_, _, one), (_, _, other) in zip(many(masking, (6, 16), 20), many(masking, (6, 16), 20), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_as_many_spans_as_there_are_sentinels():
+    masking = Masking(mean_spans=200.0)
+    assert masking.max_spans == VOCABULARY.num_masks == NUM_MASKS
+    for sequence, row, (ids, grid, _) in many(masking, (3,) * 100, 20):
+        number = len(choose_spans(masking, VOCABULARY, sequence.ids, row))
+        assert 12 <= number <= 16  # of 16 in 100 segments, a pair or two fall into the same one
+        assert unmask(ids, grid) == (sequence.ids.tolist(), sequence.grid.tolist())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mean_spans": 0.0}, "mean_spans=0.0"),
+        ({"max_spans": 0}, "max_spans=0"),
+        ({"max_spans": NUM_MASKS + 1}, "max_spans=17 is outside 1 to 16"),
+    ],
+)
+def test_fields_are_checked(fields: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        Masking(**fields)

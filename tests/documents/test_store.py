@@ -1,0 +1,69 @@
+"""Records and shards of tokenized documents: what is written comes back."""
+
+import copy
+from pathlib import Path
+
+import msgpack
+import numpy as np
+
+from rac3.documents.document import Document, Image, Text
+from rac3.documents.store import LENGTHS, DocumentStore, TokenizedDocument, pack_record, unpack_record, write_shard
+
+
+def item(number: int) -> TokenizedDocument:
+    """A document of varying form; images are bytes that nobody decodes here."""
+    rng = np.random.default_rng(number)
+    segments: list[Text | Image] = [Text(f"caption {number} é"), Image(rng.bytes(20)), Image(rng.bytes(3)), Text("end")]
+    segments = segments[number % 2 : 2 + number % 3]
+    ids = tuple(rng.integers(0, 2**31, rng.integers(1, 9)).astype(np.int32) for _ in segments)
+    return TokenizedDocument(Document(f"shard/{number}", tuple(segments), {"n": number, "tags": ["a", None]}), ids)
+
+
+def same(one: TokenizedDocument, other: TokenizedDocument) -> bool:
+    alike = all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one.ids, other.ids, strict=True))
+    return one.document == other.document and alike
+
+
+def write(folder: Path, sizes: list[int]) -> list[TokenizedDocument]:
+    items = [item(number) for number in range(sum(sizes))]
+    start = 0
+    for shard, size in enumerate(sizes):
+        write_shard(folder / f"{shard:05d}.array_record", items[start : start + size])
+        start += size
+    np.save(folder / LENGTHS, np.array([sum(map(len, each.ids)) for each in items], np.int32))
+    return items
+
+
+def test_a_record_comes_back():
+    for number in range(12):
+        assert same(unpack_record(pack_record(item(number))), item(number))
+
+
+def test_a_record_is_plain_msgpack():
+    record = msgpack.unpackb(pack_record(item(2)))
+    assert record.keys() == {"key", "segments", "metadata"}
+    assert record["segments"][0]["text"] == "caption 2 é"
+    np.testing.assert_array_equal(np.frombuffer(record["segments"][1]["ids"], "<u4"), item(2).ids[1])
+
+
+def test_documents_are_read_at_random_in_shard_order(tmp_path: Path):
+    """Also with a shard whose documents were all filtered."""
+    items = write(tmp_path, [3, 0, 5, 1])
+    store = DocumentStore(tmp_path)
+    assert len(store) == 9
+    assert all(same(store[index], items[index]) for index in (8, 0, 3, 2))
+    wanted = [5, 0, 5, 8, 2]
+    assert all(same(got, items[index]) for got, index in zip(store.many(wanted), wanted, strict=True))
+    assert store.many([]) == []
+    np.testing.assert_array_equal(store.lengths, [sum(map(len, each.ids)) for each in items])
+
+
+def test_a_store_travels_as_its_folder(tmp_path: Path):
+    """Worker processes get a copy of it: that must not carry open files or the lengths of 150M documents."""
+    items = write(tmp_path, [4])
+    store = DocumentStore(tmp_path)
+    assert same(store[1], items[1])
+    assert len(store) == 4
+    state = store.__getstate__()
+    assert state == {"folder": tmp_path}
+    assert same(copy.copy(store)[3], items[3])

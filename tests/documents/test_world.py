@@ -1,0 +1,137 @@
+"""The drawn world: what is held out stays held out, and the emblem can be read off the pixels."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from rac3.config import InputError
+from rac3.documents.document import Document, Source
+from rac3.documents.world import (
+    EMBLEM,
+    FRAMES,
+    GROUNDS,
+    SIZE,
+    WEATHERS,
+    Setting,
+    World,
+    draw,
+    draw_emblem,
+    nearest_entities,
+)
+
+SPLITS = ("train", "memory", "validation", "test")
+SETTINGS = len(GROUNDS) * len(WEATHERS) * len(FRAMES)
+
+
+def world(split: str, **fields: int) -> World:
+    sizes = {"seen": 12, "unseen": 5, "documents_per_entity": 4, "questions_per_entity": 2, "documents_per_shard": 10}
+    return World(split=split, **sizes | fields)  # type: ignore[arg-type]
+
+
+def documents(source: World) -> list[Document]:
+    found = [item for shard in source.shards(Path()) for item in source.read(Path(), shard)]
+    assert all(isinstance(item, Document) for item in found)
+    return found  # type: ignore[return-value]
+
+
+def settings_of(split: str) -> set[tuple[str, str]]:
+    """(entity, words of the setting) of each document."""
+    return {tuple(document.text.split(" ", 1)) for document in documents(world(split))}  # type: ignore[misc]
+
+
+def test_seen_and_unseen_entities_are_apart():
+    names = {split: {name for name, _ in settings_of(split)} for split in SPLITS}
+    entities = [entity.name for entity in world("train").entities()]
+    assert names["train"] == names["validation"] == set(entities[:12])
+    assert names["memory"] == names["test"] == set(entities[12:])
+    assert len(set(entities)) == 17
+
+
+def test_no_picture_is_in_two_splits():
+    each = [settings_of(split) for split in SPLITS]
+    assert [len(pairs) for pairs in each] == [12 * 4, 5 * 4, 12 * 2, 5 * 2]  # and none twice in a split
+    assert len(set().union(*each)) == sum(map(len, each))
+
+
+def test_documents_name_their_entity_and_keep_their_keys_apart():
+    assert isinstance(world("train"), Source)
+    for split in SPLITS:
+        found = documents(world(split))
+        assert len({document.key for document in found}) == len(found)
+        for document in found:
+            assert document.key.startswith(split)
+            assert document.metadata["entity"] == document.text.split()[0]
+            assert document.metadata["seen"] == (split in ("train", "validation"))
+
+
+def test_the_world_is_a_function_of_its_fields():
+    assert documents(world("test")) == documents(world("test"))
+    assert documents(world("test")) != documents(world("test", seed=1))
+    whole = [document.segments for document in documents(world("train", documents_per_shard=1000))]
+    assert whole == [document.segments for document in documents(world("train"))]  # however it is cut into shards
+
+
+def test_emblems_are_apart_in_pixels():
+    emblems = np.stack([draw_emblem(e) for e in world("train", seen=60).entities()]).astype(np.float32)
+    distances = np.abs(emblems[:, None] - emblems[None]).mean((2, 3, 4))
+    assert distances[~np.eye(len(emblems), dtype=bool)].min() > 12
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("weather", WEATHERS)
+def test_the_setting_leaves_the_emblem_alone(frame: str, weather: str):
+    entities = world("train").entities()
+    for ground in GROUNDS:
+        for entity in entities[:3]:
+            picture = draw(entity, Setting(ground, weather, frame))
+            np.testing.assert_array_equal(picture[EMBLEM, EMBLEM], draw_emblem(entity))
+
+
+def test_every_setting_looks_different():
+    entity = world("train").entities()[0]
+    pictures = {draw(entity, Setting(g, w, f)).tobytes() for g in GROUNDS for w in WEATHERS for f in FRAMES}
+    assert len(pictures) == SETTINGS
+
+
+def test_the_picture_of_a_document_shows_its_entity():
+    source = world("test")
+    found = documents(source)
+    images = np.stack([document.images[0].pixels() for document in found])
+    assert images.shape == (10, SIZE, SIZE, 3)
+    names, distances = nearest_entities(images, source.entities())
+    assert names == [document.metadata["entity"] for document in found]
+    assert (distances.min(1) == 0).all()
+    with PIL.Image.open(io.BytesIO(found[0].images[0].data)) as picture:
+        assert picture.format == "PNG"
+
+
+def test_a_name_says_nothing_of_the_emblem():
+    """The same names come with other emblems in another world: nothing in the name decides the emblem."""
+    one, other = world("train", seen=50).entities(), world("train", seen=51).entities()
+    assert [entity.name for entity in one] == [entity.name for entity in other][: len(one)]
+    shared = {entity.name: entity for entity in one}
+    firsts = {entity.name[0] for entity in one}
+    for letter in firsts:
+        alike = [shared[name].colors for name in shared if name[0] == letter]
+        assert len(alike) < 3 or len(set(alike)) > 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"documents_per_entity": SETTINGS - 1},
+            f"{SETTINGS + 1} documents of an entity exceed the {SETTINGS} settings",
+        ),
+        ({"seen": 0}, "seen=0"),
+        ({"unseen": 0}, "unseen=0"),
+        ({"questions_per_entity": 0}, "questions_per_entity=0"),
+        ({"documents_per_shard": 0}, "documents_per_shard=0"),
+    ],
+)
+def test_fields_are_checked(fields: dict[str, int], message: str):
+    with pytest.raises(InputError, match=message):
+        world("train", **fields)

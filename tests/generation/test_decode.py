@@ -1,0 +1,156 @@
+"""Cached decoding against computing everything anew for each id, and what the grammars allow."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rac3.config import InputError
+from rac3.generation.decode import Generated, Grammar, caption_grammar, generate, image_grammar
+from rac3.generation.sampling import Sampling
+from rac3.model.transformer import TransformerConfig
+from rac3.tokens.html import Segment, encode, grid_positions
+from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_SOURCE, Vocabulary
+
+VOCABULARY = Vocabulary(text_size=40, image_size=30)
+POSITIONS, IMAGE = 64, 9
+MODEL = TransformerConfig(
+    num_layers=2, embed=32, num_heads=4, mlp=48, dtype="float32", remat="none", init_std=0.2
+).build(VOCABULARY.padded_size, POSITIONS, IMAGE)
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return nn.unbox(jax.jit(MODEL.init)(jax.random.key(0), ids, ids, ids, ids))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[np.ndarray]:
+    """Of 8, 28 and 12 ids; the second one has an image in it."""
+    rng = np.random.default_rng(0)
+    retrieved = encode(
+        VOCABULARY, [Segment(False, rng.integers(0, 40, 7)), Segment(True, rng.integers(0, 30, IMAGE))]
+    ).ids
+    ends = [VOCABULARY.from_text(rng.integers(0, 40, size)) for size in (5, 4, 9)]
+    start = ([EOD], [EOD, *retrieved], [EOD])
+    return [
+        np.array([*before, IMAGE_ALT, *end, IMAGE_SOURCE], np.int32) for before, end in zip(start, ends, strict=True)
+    ]
+
+
+def keys(count: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), count)
+
+
+@pytest.fixture(scope="module")
+def log_probs_of(params):
+    """Log probabilities over `allowed` at the last of `length` ids, with no cache."""
+
+    @jax.jit
+    def last(tokens, grid, length, allowed):
+        segments = (jnp.arange(POSITIONS) < length).astype(jnp.int32)[None]
+        places = jnp.arange(POSITIONS)[None]
+        hidden, _ = MODEL.apply(params, tokens[None], places, grid[None], segments)
+        logits = MODEL.apply(params, hidden[0, length - 1], method="logits")
+        return jax.nn.log_softmax(jnp.where(allowed, logits, -jnp.inf))
+
+    def of(ids: np.ndarray, grammar: Grammar) -> np.ndarray:
+        tokens, grid = np.zeros((2, POSITIONS), np.int32)
+        tokens[: len(ids)], grid[: len(ids)] = ids, grid_positions(VOCABULARY, ids)
+        return np.asarray(last(tokens, grid, len(ids), grammar.allowed))
+
+    return of
+
+
+def greedy(log_probs_of, prompt: np.ndarray, grammar: Grammar) -> tuple[list[int], float]:
+    """The oracle: the whole sequence again for each id."""
+    ids: list[int] = []
+    terms = []
+    while len(ids) < grammar.count:
+        log_probs = log_probs_of(np.array([*prompt, *ids], np.int32), grammar)
+        best = int(log_probs.argmax())
+        terms.append(float(log_probs[best]))
+        if best == grammar.stop:
+            break
+        ids.append(best)
+    return ids, float(np.mean(terms))
+
+
+@pytest.mark.parametrize("kind", ["image", "caption"])
+def test_greedy_decoding_is_the_best_id_again_and_again(params, prompts, log_probs_of, kind):
+    grammar = image_grammar(VOCABULARY, IMAGE) if kind == "image" else caption_grammar(VOCABULARY, 10)
+    out = generate(MODEL, params, VOCABULARY, prompts, grammar, GREEDY, keys(3))
+    for prompt, ids, mean in zip(prompts, out.ids, out.mean_log_prob, strict=True):
+        expected, expected_mean = greedy(log_probs_of, prompt, grammar)
+        assert ids.tolist() == expected
+        assert mean == pytest.approx(expected_mean, abs=1e-4)  # float32 logits of scale 10 in two orders of summation
+
+
+def test_an_image_is_exactly_its_grid(params, prompts):
+    out = generate(MODEL, params, VOCABULARY, prompts, image_grammar(VOCABULARY, IMAGE), Sampling(), keys(3))
+    assert all(ids.shape == (IMAGE,) and VOCABULARY.is_image(ids).all() for ids in out.ids)
+    assert len({tuple(ids) for ids in out.ids}) == 3
+
+
+@pytest.fixture(scope="module")
+def captions(params, prompts) -> Generated:
+    """Sixty samples of one prompt."""
+    return generate(MODEL, params, VOCABULARY, [prompts[1]] * 60, caption_grammar(VOCABULARY, 10), Sampling(), keys(60))
+
+
+def test_a_caption_is_text_until_the_end_of_infill(captions, prompts, log_probs_of):
+    """And its mean log probability is that of its ids and the stop id, by the plain model."""
+    grammar = caption_grammar(VOCABULARY, 10)
+    lengths = [len(ids) for ids in captions.ids]
+    assert all(VOCABULARY.is_text(ids).all() for ids in captions.ids)
+    assert min(lengths) < 10  # some stop
+    stopped = int(np.argmin(lengths))
+    for row in {stopped, int(np.argmax(lengths)), 0}:
+        ids = captions.ids[row].tolist()
+        targets = [*ids, END_OF_INFILL] if len(ids) < 10 else ids
+        terms = [
+            log_probs_of(np.array([*prompts[1], *ids[:place]], np.int32), grammar)[target]
+            for place, target in enumerate(targets)
+        ]
+        assert captions.mean_log_prob[row] == pytest.approx(np.mean(terms), abs=1e-4)
+
+
+def test_samples_follow_the_distribution(captions, prompts, log_probs_of):
+    """The first id of sixty samples: their mean log probability is minus the entropy, within 5 standard errors."""
+    log_probs = log_probs_of(prompts[1], caption_grammar(VOCABULARY, 10))
+    finite = np.isfinite(log_probs)
+    probs = np.exp(log_probs[finite])
+    mean = (probs * log_probs[finite]).sum()
+    deviation = np.sqrt((probs * (log_probs[finite] - mean) ** 2).sum() / 60)
+    first = [int(ids[0]) if len(ids) else END_OF_INFILL for ids in captions.ids]
+    assert log_probs[first].mean() == pytest.approx(mean, abs=5 * float(deviation))
+
+
+def test_a_row_does_not_depend_on_its_batch(params, prompts):
+    """Other rows, another order, other widths, and batches of another size."""
+    grammar, each = caption_grammar(VOCABULARY, 6), keys(3)
+    together = generate(MODEL, params, VOCABULARY, prompts, grammar, Sampling(), each)
+    split = generate(MODEL, params, VOCABULARY, prompts, grammar, Sampling(), each, batch=2)
+    order = np.array([2, 0])
+    some = [prompts[i] for i in order]
+    turned = generate(MODEL, params, VOCABULARY, some, grammar, Sampling(), each[order])
+    same = Generated([together.ids[i] for i in order], together.mean_log_prob[order])
+    for one, other in [(together, split), (same, turned)]:
+        assert [ids.tolist() for ids in one.ids] == [ids.tolist() for ids in other.ids]
+        np.testing.assert_allclose(one.mean_log_prob, other.mean_log_prob, atol=1e-4)
+
+
+def test_a_caption_of_one_id(params, prompts):
+    out = generate(MODEL, params, VOCABULARY, prompts[:1], caption_grammar(VOCABULARY, 1), GREEDY, keys(1))
+    assert len(out.ids[0]) <= 1
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(params):
+    prompt = np.full(POSITIONS - IMAGE + 1, 9, np.int32)
+    with pytest.raises(InputError, match=r"a prompt of 56 tokens and 9 to generate exceed the 64 positions"):
+        generate(MODEL, params, VOCABULARY, [prompt], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
+    out = generate(MODEL, params, VOCABULARY, [prompt[1:]], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
+    assert len(out.ids[0]) == IMAGE

@@ -1,0 +1,137 @@
+"""The ladder of imports: a module imports from floors below its own, or from an earlier module of its own package."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rac3"
+
+FLOORS = (
+    ("config", "sharding", "artifacts", "arrays", "progress"),
+    ("documents", "tokens"),
+    ("retrieval", "batches"),
+    ("model",),
+    ("training", "generation"),
+    ("evaluation",),
+    ("experiment", "stages", "report"),
+    ("cli",),
+)
+# The order inside a package. Modules that are not listed come behind those that are, in any order without a cycle.
+ORDER = {
+    "": ("config", "sharding", "artifacts", "arrays", "progress", "experiment", "stages", "report", "cli"),
+    "documents": ("document", "filter", "webdataset", "tfds", "world", "store"),
+    "tokens": ("vocabulary", "text", "params_file", "vqgan", "vqgan_checkpoints", "html"),
+    "retrieval": ("clip", "clip_checkpoints", "encoder", "memory", "retriever", "scann", "exact", "faiss", "controls"),
+    "batches": ("draws", "masking", "packing", "groups", "loader"),
+    "model": ("attention", "transformer", "loss"),
+    "training": ("optimizer", "state", "step", "checkpoint", "metrics", "loop"),
+    "generation": ("sampling", "decode", "prompts"),
+    "stages": ("recipes", "encoders", "ingest", "embed", "retrieve", "train", "evaluate"),
+}
+
+
+def modules() -> list[tuple[str, ...]]:
+    """Every module by its parts below `rac3`: ("batches", "masking")."""
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    return sorted(path.parts for path in paths if path.name != "__init__")
+
+
+def imports(module: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The modules of rac3 that `module` imports, anywhere in it."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse((PACKAGE.joinpath(*module).with_suffix(".py")).read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    known = set(modules())
+    for name in names:
+        parts = tuple(name.split("."))
+        if parts[0] == "rac3" and parts != ("rac3", "__version__"):
+            inside = next((parts[1:end] for end in range(len(parts), 1, -1) if parts[1:end] in known), None)
+            assert inside, f"{module} imports {name}, which is no module of rac3"
+            yield inside
+
+
+def floor(module: tuple[str, ...]) -> int:
+    return next(number for number, names in enumerate(FLOORS) if module[0] in names)
+
+
+def place(module: tuple[str, ...]) -> int:
+    package, name = ("", module[0]) if len(module) == 1 else module[:2]
+    order = ORDER.get(package, ())
+    return order.index(name) if name in order else len(order)
+
+
+def violation(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
+    text = f"{'.'.join(module)} imports {'.'.join(imported)}"
+    if (module[0], imported[0]) == ("training", "retrieval"):
+        return f"{text}: the two meet at the neighbors artifact"
+    if floor(imported) > floor(module):
+        return f"{text}, which is on a higher floor"
+    if floor(imported) < floor(module):
+        return None
+    if module[0] != imported[0]:
+        names = ORDER[""]
+        if module[0] in names and imported[0] in names:
+            return None if names.index(imported[0]) < names.index(module[0]) else f"{text}, which comes later"
+        return f"{text}, another package of the same floor"
+    later = place(imported) > place(module) or (place(imported) == place(module) < len(ORDER.get(module[0], ())))
+    return f"{text}, which comes later in its package" if later else None
+
+
+def test_every_module_has_a_floor():
+    known = {name for names in FLOORS for name in names}
+    assert {module[0] for module in modules()} - {"configs"} <= known
+
+
+def test_floors():
+    found = [violation(module, imported) for module in modules() for imported in imports(module)]
+    assert [text for text in found if text] == []
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = {module: set(imports(module)) for module in modules()}
+    while leaves := {module for module, needs in graph.items() if not needs & graph.keys()}:
+        graph = {module: needs for module, needs in graph.items() if module not in leaves}
+    assert graph == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        (("training", "loop"), ("retrieval", "exact")),
+        (("batches", "loader"), ("retrieval", "exact")),
+        (("batches", "draws"), ("batches", "loader")),
+        (("documents", "world"), ("tokens", "html")),
+        (("config",), ("artifacts",)),
+        (("stages", "recipes"), ("stages", "train")),
+        (("experiment",), ("report",)),
+        (("evaluation", "settings"), ("experiment",)),
+    ],
+)
+def test_the_rules_find_what_they_forbid(module: tuple[str, ...], imported: tuple[str, ...]):
+    assert violation(module, imported)
+
+
+def test_nothing_imports_what_stands_outside_the_package():
+    for module in modules():
+        source = PACKAGE.joinpath(*module).with_suffix(".py").read_text()
+        for node in ast.walk(ast.parse(source)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"configs", "tests", "benchmarks", "launch", "pickle"}
+
+
+def test_reading_a_config_loads_nothing_heavy():
+    """Not even for one that swaps the retriever."""
+    heavy = ("scann", "torch", "ray", "tensorflow", "tensorflow_datasets", "transformers", "grain", "faiss")
+    code = f"import sys, rac3.experiment; print([name for name in {heavy} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,160 @@
+"""The loop: a run that is stopped and goes on ends as one that was not."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rac3.batches.packing import PackedBatch
+from rac3.config import InputError
+from rac3.model.transformer import TransformerConfig
+from rac3.sharding import MeshConfig, use_mesh
+from rac3.training.loop import TrainingConfig, fit, put
+from rac3.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from rac3.training.optimizer import OptimizerConfig
+from rac3.training.state import TrainState, create_state
+from rac3.training.step import make_train_step
+
+MODEL = TransformerConfig(num_layers=1, embed=16, num_heads=2, mlp=16, dtype="float32").build(128, 16, 4)
+MESH = MeshConfig(fsdp=2, tensor=2)
+CONFIG = TrainingConfig(steps=12, checkpoint_every=4, log_every=3)
+OPTIMIZER = OptimizerConfig(peak_lr=1e-2).build(CONFIG.steps)
+
+
+class StopHereError(Exception):
+    pass
+
+
+def batch_at(place: int) -> PackedBatch:
+    rng = np.random.default_rng(place)
+    ids = rng.integers(1, 128, (8, 17)).astype(np.int32)
+    ones, places = np.ones((8, 16), np.int32), np.repeat(np.arange(16, dtype=np.int32)[None], 8, 0)
+    return PackedBatch(ids[:, :-1], ids[:, 1:], ones, places, 0 * ones, ones.astype(np.float32), ones)
+
+
+class Stream:
+    """Batches by position: two numbers, as those of the loader. Stops before batch `stop`, and notes where it began."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop = stop
+        self.starts: list[list[int]] = []
+
+    def __call__(self, position: Sequence[int]) -> Iterator[tuple[PackedBatch, Sequence[int]]]:
+        self.starts.append(list(position))
+        place = position[0] * 5 + position[1]
+        while place != self.stop:
+            place += 1
+            yield batch_at(place - 1), list(divmod(place, 5))
+        raise StopHereError
+
+
+@pytest.fixture(scope="module")
+def step():
+    return make_train_step(MODEL, OPTIMIZER)
+
+
+@cache
+def initial() -> tuple[TrainState, TrainState]:
+    """The state that every run here starts from, in host memory as steps donate theirs, and its shardings."""
+    mesh = MESH.build()
+
+    def init(key: jax.Array):
+        ids = jnp.zeros((1, 2), jnp.int32)
+        return MODEL.init(key, ids, ids, ids, ids)
+
+    with use_mesh(MESH, mesh):
+        state = create_state(init, OPTIMIZER, 0, MESH, mesh)
+    return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def run(folder: Path, step, stream: Stream, config: TrainingConfig = CONFIG) -> TrainState:
+    state = jax.device_put(*initial())
+    return fit("train", config, state, step, stream, [0, 0], folder, MESH, MESH.build())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(step, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, list[dict]]:
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder, step, Stream()), read_metrics(folder)
+
+
+@pytest.mark.parametrize(("stop", "start"), [(9, [1, 3]), (3, [0, 0]), (4, [0, 4])])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, step, uninterrupted, stop: int, start: list[int]):
+    """Stopped behind a checkpoint, before the first one, and right at one; then run again."""
+    with pytest.raises(StopHereError):
+        run(tmp_path, step, Stream(stop))
+    again = Stream()
+    state = run(tmp_path, step, again)
+    assert again.starts == [start]
+    whole, lines = uninterrupted
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+    timings = {"step_seconds", "input_wait_seconds", "tokens_per_second"}
+    resumed = read_metrics(tmp_path)
+    assert [line["step"] for line in resumed] == [3, 4, 6, 8, 9, 12]
+    for one, other in zip(resumed, lines, strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[name] == other[name] for name in one.keys() - timings)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, step, uninterrupted):
+    run(tmp_path, step, Stream())
+    again = Stream(stop=0)
+    state = run(tmp_path, step, again)
+    assert again.starts == []
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(uninterrupted[0]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 6, 8, 9, 12]
+
+
+def test_metrics_are_means_over_their_window(tmp_path: Path, step, uninterrupted):
+    """Against a run that writes every step."""
+    run(tmp_path, step, Stream(), dataclasses.replace(CONFIG, log_every=1))
+    each = {line["step"]: line for line in read_metrics(tmp_path)}
+    start = 0
+    for line in uninterrupted[1]:
+        steps = range(start + 1, line["step"] + 1)
+        for name in ("loss", "gradient_norm", "loss/main/text"):
+            assert line[name] == pytest.approx(np.mean([each[number][name] for number in steps]), rel=1e-6)
+        assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(8 * 16)
+        assert 0 <= line["input_wait_seconds"] <= line["step_seconds"]
+        assert "loss/retrieved/image" not in line  # there are none: no loss of 0
+        start = line["step"]
+
+
+def test_a_resumed_run_writes_over_the_lines_it_repeats(tmp_path: Path):
+    writer = MetricsWriter(tmp_path, 0)
+    for number in (10, 20, 30):
+        writer.write(number, {"loss": float(number)})
+    writer.close()
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 40, "lo')  # cut short by a kill
+    assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20, 30]
+    writer = MetricsWriter(tmp_path, 20)
+    writer.write(30, {"loss": 0.5})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert lines == [{"step": 10, "loss": 10.0}, {"step": 20, "loss": 20.0}, {"step": 30, "loss": 0.5}]
+    assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_put_cuts_the_rows_over_data_and_fsdp():
+    mesh = MESH.build()
+    batch = put(batch_at(0), MESH, mesh)
+    expected = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    for field, whole in zip(jax.tree.leaves(batch), jax.tree.leaves(batch_at(0)), strict=True):
+        assert field.sharding.is_equivalent_to(expected, 2)
+        np.testing.assert_array_equal(field, whole)
+
+
+@pytest.mark.parametrize("name", ["steps", "checkpoint_every", "log_every", "keep", "loss_chunk"])
+def test_fields_are_checked(name: str):
+    with pytest.raises(InputError, match=f"training.{name}=0"):
+        TrainingConfig(**{name: 0})

@@ -1,0 +1,127 @@
+"""The objective by hand, and one training step that is the same on every mesh."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import PyTree
+
+from rac3.batches.packing import IGNORED, KIND_NAMES, PackedBatch
+from rac3.model.transformer import TransformerConfig
+from rac3.sharding import MeshConfig, use_mesh
+from rac3.training.loop import put
+from rac3.training.optimizer import OptimizerConfig
+from rac3.training.state import create_state
+from rac3.training.step import make_train_step, objective
+
+VOCAB = 128
+MODEL = TransformerConfig(
+    num_layers=2, embed=32, num_heads=4, mlp=64, dtype="float32", remat="dots", init_std=0.1
+).build(VOCAB, 24, 9)
+
+
+def random_batch(seed: int = 0, rows: int = 8, seq: int = 24) -> PackedBatch:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, VOCAB, (rows, seq + 1)).astype(np.int32)
+    segments = np.repeat([[1] * 10 + [2] * 9 + [0] * 5], rows, 0).astype(np.int32)
+    positions = np.repeat([[*range(10), *range(9), *range(5)]], rows, 0).astype(np.int32)
+    kind = (rng.integers(0, 6, (rows, seq)) * (segments > 0)).astype(np.int32)
+    weight = np.select([kind == IGNORED, (kind == 3) | (kind == 4)], [0.0, 0.1], 1.0).astype(np.float32)
+    grid = rng.integers(0, 10, (rows, seq)).astype(np.int32)
+    return PackedBatch(ids[:, :-1], ids[:, 1:], segments, positions, grid, weight, kind)
+
+
+def init(key: jax.Array):
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return MODEL.init(key, ids, ids, ids, ids)
+
+
+def test_the_objective_is_the_weighted_mean_of_the_nats():
+    batch = random_batch()
+    params = nn.unbox(jax.jit(init)(jax.random.key(0)))
+    loss, metrics = jax.jit(lambda params, batch: objective(MODEL, params, batch, chunk=7))(params, batch)
+
+    def all_logits(params, batch):
+        hidden, _ = MODEL.apply(params, batch.tokens, batch.positions, batch.grid, batch.segments)
+        return MODEL.apply(params, hidden, method="logits")
+
+    log_probs = jax.nn.log_softmax(jax.jit(all_logits)(params, batch))
+    nats = -np.take_along_axis(np.asarray(log_probs), batch.targets[..., None], -1)[..., 0]
+    # sums of 192 losses of about 5 nats in float32
+    assert float(loss) == pytest.approx(np.average(nats, weights=batch.loss_weight), rel=1e-5)
+    values = {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+    assert values["loss"] == pytest.approx(float(loss), rel=1e-6)
+    for kind, name in KIND_NAMES.items():
+        assert values[f"loss/{name}"] == pytest.approx(nats[batch.kind == kind].mean(), rel=1e-5)
+    assert values["tokens"] == 8 * 19
+
+
+def test_a_batch_without_weight_is_no_division_by_zero():
+    params = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    batch = random_batch()
+    loss, _ = jax.jit(lambda params, batch: objective(MODEL, params, batch))(
+        params, batch.replace(loss_weight=np.zeros_like(batch.loss_weight))
+    )
+    assert float(loss) == 0
+
+
+def train_one(config: MeshConfig, devices: list | None = None) -> tuple[PyTree, dict[str, tuple]]:
+    """One step of plain gradient descent, whose update is the gradient: Adam would blow small errors up."""
+    mesh = config.build(devices)
+    optimizer = optax.sgd(1.0)
+    with use_mesh(config, mesh):
+        state = create_state(init, optimizer, 0, config, mesh)
+        before = jax.device_get(state.params)
+        state, metrics = make_train_step(MODEL, optimizer, chunk=8)(state, put(random_batch(), config, mesh))
+    gradients = jax.tree.map(lambda old, new: old - new, before, jax.device_get(state.params))
+    assert int(state.step) == 1
+    return gradients, jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return train_one(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_eight_devices_do_what_one_does(on_one_device, shape):
+    """Float32 sums in another order: 192 tokens of 64 terms differ by 1e-5 of the scale; subtracting parameters of 0.3
+    from each other adds 0.3 * 6e-8."""
+    gradients, metrics = train_one(MeshConfig(*shape))
+    expected, expected_metrics = on_one_device
+    for name, (total, count) in metrics.items():
+        assert float(total) == pytest.approx(float(expected_metrics[name][0]), rel=1e-5), name
+        assert float(count) == pytest.approx(float(expected_metrics[name][1]), rel=1e-6), name
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(want).max()
+        assert scale > 0
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * scale + 1e-7, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_norm_of_the_gradients_is_reported(on_one_device):
+    gradients, metrics = on_one_device
+    norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(gradients)))
+    assert float(metrics["gradient_norm"][0]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_training_learns():
+    """Thirty steps on one batch: the loss falls by half from log(vocabulary)."""
+    config = MeshConfig()
+    mesh = config.build(jax.devices()[:1])
+    optimizer = OptimizerConfig(peak_lr=1e-2).build(30)
+    batch = random_batch()
+    with use_mesh(config, mesh):
+        state = create_state(init, optimizer, 0, config, mesh)
+        step = make_train_step(MODEL, optimizer)
+        placed = put(batch, config, mesh)
+        losses = []
+        for _ in range(30):
+            state, metrics = step(state, placed)
+            losses.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
+    assert losses[0] > 0.9 * np.log(VOCAB)
+    assert losses[-1] < 0.5 * losses[0]
