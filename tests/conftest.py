@@ -21,3 +21,14 @@ def shared_data() -> Path:
     if not folder:
         pytest.skip("set RAC3_TEST_DATA to the folder that holds emoji-captions to run this test")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def finished_workdir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(config, workdir) of a whole run of the shrunken quickstart."""
+    from rac3.cli import run
+
+    config = Path(__file__).parent / "tiny_config.py"
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    run(["run", str(config), "--workdir", str(workdir)])
+    return config, workdir

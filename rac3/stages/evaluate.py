@@ -1,7 +1,7 @@
 """Evaluate: a trained model on the held-out splits, with a retriever (its own, or another one) at inference."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,13 @@ from rac3.generation.generator import Generator
 from rac3.generation.images import generate_images
 from rac3.generation.rerank import best_by_clip
 from rac3.progress import Progress
+from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.encoder import MixedEncoder
 from rac3.stages import recipes
 from rac3.stages.embed import PARTS, open_documents, query_embeddings
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan, vqgan_metrics
 from rac3.stages.ingest import vocabulary_of
-from rac3.stages.retrieve import OpenMemory, read_neighbors
+from rac3.stages.retrieve import OpenMemory, index, read_neighbors, retrieve
 from rac3.stages.train import build_model, model_name, open_params
 from rac3.tokens.html import Sequenced
 from rac3.tokens.text import Tokenizer
@@ -58,6 +59,35 @@ def evaluate(experiment: Experiment, trained: Experiment, workdir: Workdir) -> d
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         artifact = workdir.require(recipe, "rac3 evaluate")
     return json.loads((artifact.folder / METRICS).read_text())
+
+
+def vanilla(experiment: Experiment) -> Experiment:
+    """The CM3 of the same size, data and compute: no retrieval (paper, section 4.1)."""
+    return replace(experiment, retriever=NoRetriever())
+
+
+def comparisons(experiment: Experiment, trained: Experiment) -> dict[str, tuple[Experiment, Experiment]]:
+    """What is evaluated side by side: name -> (retriever at inference, model)."""
+    name = model_name(trained)
+    swapped = type(experiment.retriever).__name__.lower()
+    out = {name if experiment.retriever == trained.retriever else f"{name}_{swapped}": (experiment, trained)}
+    if name != "cm3":
+        if experiment.compare_with_cm3:
+            out["cm3"] = (vanilla(trained), vanilla(trained))
+        if experiment.evaluation.control and not isinstance(experiment.retriever, Random):
+            number = max(1, experiment.retriever.num_neighbors)
+            out[f"{name}_random"] = (replace(experiment, retriever=Random(num_neighbors=number)), trained)
+    return out
+
+
+def evaluate_all(experiment: Experiment, trained: Experiment, workdir: Workdir) -> dict[str, dict[str, Any]]:
+    """All of `comparisons`, by name; retrieves for the held-out splits first where a retriever has not done so."""
+    out = {}
+    for name, (inference, model) in comparisons(experiment, trained).items():
+        index(inference, workdir)
+        retrieve(inference, workdir, SPLITS)
+        out[name] = evaluate(inference, model, workdir)
+    return out
 
 
 def evaluate_encoders(experiment: Experiment, workdir: Workdir) -> dict[str, Any]:

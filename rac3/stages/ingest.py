@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rac3.artifacts import Artifact, Draft, Workdir, write_atomic
+from rac3.artifacts import Draft, Workdir, write_atomic
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
@@ -160,9 +160,9 @@ def _merge(experiment: Experiment, split: Split, shards: int, draft: Draft) -> N
         path.unlink()
 
 
-def ingest_counts(artifact: Artifact) -> str:
-    """The counts of a split as one line."""
-    counts = artifact.manifest["counts"]
+def counts_line(experiment: Experiment, workdir: Workdir, split: Split) -> str:
+    """The counts of an ingested split as one line."""
+    counts = workdir.require(recipes.documents(experiment, split), "rac3 ingest").manifest["counts"]
     parts = [f"{counts['documents']} documents, {counts['tokens']} tokens"]
     for name in ("filtered", "rejects"):
         if counts[name]:

@@ -82,13 +82,13 @@ def index(experiment: Experiment, workdir: Workdir) -> None:
                 bar.update()
 
 
-def retrieve(experiment: Experiment, workdir: Workdir) -> None:
-    """Makes the neighbors of each split but `memory`, which is never a query."""
+def retrieve(experiment: Experiment, workdir: Workdir, splits: Sequence[Split] = ("train", "validation", "test")) -> None:
+    """Makes the neighbors of each split; `memory` is never a query."""
     if not recipes.retrieves(experiment):
         return
     for split in experiment.data.sources():
         recipe = recipes.neighbors(experiment, split)
-        if split == "memory" or workdir.find(recipe) is not None:
+        if split not in splits or workdir.find(recipe) is not None:
             continue
         memory = OpenMemory(experiment, workdir, recipes.memory_splits(experiment, split))
         documents = open_documents(experiment, workdir, split)

@@ -1,0 +1,67 @@
+"""rac3 run configs/emoji_captions.py --data-dir DIR
+
+The chain over img2dataset shards: DIR holds the folders `train`, `unseen-memory`, `validation` and `unseen-test`, of
+64x64 image-caption pairs (any captioned pictures in this layout do). Sized for two CPU cores and a short training. For
+one GPU: `--model.num-layers 12 --model.embed 768 --model.num-heads 12 --model.mlp 3072 --model.dtype bfloat16
+--batches.rows 64 --training.steps 20000 --optimizer.peak-lr 6e-4 --optimizer.warmup-steps 500`, a VQGAN of
+`--vqgan.model.ch 64 --vqgan.model.n-embed 1024 --vqgan.fit.steps 20000` and `--clip.fit.steps 5000`.
+"""
+
+from rac3.batches.loader import BatchConfig
+from rac3.documents.webdataset import WebDataset
+from rac3.evaluation.settings import EvaluationConfig
+from rac3.experiment import Data, Experiment, FitConfig, ImageTextEncoder, ImageTokenizer
+from rac3.generation.sampling import Sampling
+from rac3.model.transformer import TransformerConfig
+from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rac3.retrieval.scann import Scann
+from rac3.tokens.text import TextTokenizer
+from rac3.tokens.vqgan import VQGANConfig
+from rac3.training.loop import TrainingConfig
+from rac3.training.optimizer import OptimizerConfig
+
+
+def get_config() -> Experiment:
+    tower = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4)
+    return Experiment(
+        name="emoji_captions",
+        data=Data(
+            train=WebDataset("train"),
+            memory=WebDataset("unseen-memory"),
+            validation=WebDataset("validation"),
+            test=WebDataset("unseen-test"),
+            entity_field="concept",
+        ),
+        text=TextTokenizer(vocab_size=2048),
+        vqgan=ImageTokenizer(
+            model=VQGANConfig(
+                ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, attn_resolutions=(), resolution=64, z_channels=64,
+                embed_dim=8, n_embed=256, norm_groups=8, mid_attn=False,
+            ),
+            fit=FitConfig(steps=600, batch=32, peak_lr=2e-3),
+        ),
+        clip=ImageTextEncoder(
+            model=CLIPConfig(
+                text_config=CLIPTextConfig(**tower, max_position_embeddings=48),
+                vision_config=CLIPVisionConfig(**tower, image_size=64, patch_size=8),
+                projection_dim=128,
+            ),
+            text_crop=0.5,
+            fit=FitConfig(steps=800, batch=128, peak_lr=1e-3),
+        ),
+        retriever=Scann(num_neighbors=32),
+        batches=BatchConfig(context_length=448, row_length=512, rows=8, candidates=4, read_threads=1),
+        model=TransformerConfig(
+            num_layers=4, embed=192, num_heads=6, mlp=768, dtype="float32", remat="none", init_std=0.02
+        ),
+        optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=50, weight_decay=0.01),
+        training=TrainingConfig(steps=400, checkpoint_every=100),
+        evaluation=EvaluationConfig(
+            documents=128,
+            image_samples=4,
+            caption_samples=4,
+            image_sampling=Sampling(temperature=0.9, top_p=0.95),
+            caption_sampling=Sampling(temperature=0.7),
+            max_caption_tokens=40,
+        ),
+    )

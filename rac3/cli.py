@@ -1,0 +1,215 @@
+"""The `rac3` command: `rac3 STAGE CONFIG [overrides]`."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Union
+
+from rac3.artifacts import Workdir
+from rac3.config import InputError, load_config_module
+from rac3.experiment import Experiment
+from rac3.retrieval.controls import NoRetriever, Random
+from rac3.retrieval.exact import Exact
+from rac3.retrieval.retriever import Retriever
+from rac3.retrieval.scann import Scann
+
+RETRIEVERS: dict[str, Callable[[], Retriever]] = {"scann": Scann, "exact": Exact, "random": Random, "none": NoRetriever}
+STAGES = {
+    "encoders": "fit the text tokenizer, the VQGAN and CLIP",
+    "ingest": "read, filter and tokenize the documents",
+    "embed": "embed the documents and the training queries",
+    "index": "build the retriever's index of each part of the memory",
+    "retrieve": "find and select the neighbors of every document",
+    "prepare": "the five above, skipping what is current",
+    "train": "train the model, and the vanilla CM3 beside it",
+    "evaluate": "evaluate on the held-out documents",
+    "generate": "draw a caption of your own, or caption a picture",
+    "report": "write the report and metrics.json",
+    "run": "prepare, train, evaluate and report",
+    "quickstart": "`run` with the quickstart config that ships with rac3",
+}
+USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,random,none} [its overrides]]"
+
+
+def main() -> None:
+    """The entry point: exit code 0, or 2 with one line on bad input; a traceback only with `--debug`."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        run([argument for argument in arguments if argument != "--debug"])
+    except InputError as error:
+        if debug:
+            raise
+        print(f"rac3: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("rac3: interrupted; run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs one command.
+
+    Raises:
+      InputError: on bad input.
+    """
+    _quiet()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    stage, rest = arguments[0], list(arguments[1:])
+    if stage not in STAGES:
+        raise InputError(f"stage {stage!r} is unknown; use one of {', '.join(STAGES)}")
+    if stage == "quickstart":
+        rest = ["quickstart", *rest]
+    if not rest or rest[0].startswith("-"):
+        if not {"-h", "--help"} & set(rest):
+            raise InputError(f"`rac3 {stage}` needs a config: a .py file, or quickstart")
+        rest = ["quickstart", "--help"]
+    configured = load_config_module(rest[0]).get_config()
+    if not isinstance(configured, Experiment):
+        raise InputError(f"get_config() of {rest[0]} returns {type(configured).__name__}, not an Experiment")
+    experiment, options = parse(stage, configured, rest[1:])
+    _run_stage("run" if stage == "quickstart" else stage, experiment, configured, options)
+
+
+def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple[Experiment, Any]:
+    """The experiment with the overrides of the command line, and the stage's own options.
+
+    Raises:
+      InputError: an unknown key or a value of the wrong type.
+    """
+    import tyro
+
+    from rac3.stages.generate import GenerateConfig
+
+    fields: list[Any] = []
+    for field in dataclasses.fields(Experiment):
+        value = getattr(configured, field.name)
+        if field.name in ("name", "data"):
+            fields.append((field.name, tyro.conf.SuppressFixed[tyro.conf.Fixed[field.type]], value))  # type: ignore[index]
+        elif field.name == "retriever":
+            fields.append((field.name, _retriever_type(value), dataclasses.field(default=value)))
+        else:
+            fields.append((field.name, field.type, dataclasses.field(default_factory=lambda v=value: v)))  # type: ignore[misc]
+    fields = [(name, kind, _default(spec)) for name, kind, spec in fields]
+    if stage == "generate":
+        fields += [(f.name, f.type, dataclasses.field(default=f.default)) for f in dataclasses.fields(GenerateConfig)]
+    command = dataclasses.make_dataclass("Command", fields, frozen=True)
+    command.__doc__ = f"{STAGES[stage]}.\n\n{_attribute_docs(Experiment)}" + (
+        _attribute_docs(GenerateConfig) if stage == "generate" else ""
+    )
+    output = io.StringIO()
+    wants_help = {"-h", "--help"} & set(arguments)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not wants_help:
+                stack.enter_context(contextlib.redirect_stderr(output))
+                stack.enter_context(contextlib.redirect_stdout(output))
+            parsed = tyro.cli(
+                command, prog=f"rac3 {stage} CONFIG", args=list(arguments), config=(tyro.conf.CascadeSubcommandArgs,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(output.getvalue(), stage)) from None
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Experiment)}
+    options = None
+    if stage == "generate":
+        options = GenerateConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(GenerateConfig)})
+    return Experiment(**values), options
+
+
+def _default(spec: Any) -> Any:
+    return spec if isinstance(spec, dataclasses.Field) else dataclasses.field(default=spec)
+
+
+def _retriever_type(configured: Retriever) -> Any:
+    """The choice of retrievers, the config's own among them under its class's name."""
+    import tyro
+
+    choices = {name: (kind, None) for name, kind in RETRIEVERS.items()}
+    own = next((name for name, (kind, _) in choices.items() if kind is type(configured)), None)
+    choices[own or type(configured).__name__.lower()] = (type(configured), configured)
+    types = [
+        Annotated[kind, tyro.conf.subcommand(name, default=kind() if value is None else value)]
+        for name, (kind, value) in choices.items()
+    ]
+    return Union[tuple(types)]  # noqa: UP007  # built at run time
+
+
+def _attribute_docs(cls: type) -> str:
+    doc = cls.__doc__ or ""
+    return doc[doc.index("Attributes:") :] if "Attributes:" in doc else ""
+
+
+def _one_line(text: str, stage: str) -> str:
+    """The message of a boxed error as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    text = " ".join(re.sub(r"[│╭╮╰╯╷╵]+", " ", text).replace("─", "-").split())
+    parts = [part.strip() for part in re.split(r"-{5,}", text) if part.strip()]
+    return f"{(parts[1:] or parts or ['bad arguments'])[0]} (see `rac3 {stage} CONFIG --help`)"
+
+
+def _run_stage(stage: str, experiment: Experiment, configured: Experiment, options: Any) -> None:
+    """In the order of the chain. At inference the retriever may be swapped; the model stays the one that was trained."""
+    from rac3.report import report, summary
+    from rac3.stages import embed, encoders, ingest, retrieve, train
+    from rac3.stages.evaluate import evaluate_all, vanilla
+    from rac3.stages.generate import generate
+
+    workdir = Workdir(experiment.folder, experiment.name)
+    experiment.mesh.build()
+    started = time.monotonic()
+    variants = [experiment, *([vanilla(experiment)] if experiment.compare_with_cm3 else [])]
+    prepare = stage in ("run", "prepare")
+    if prepare or stage == "encoders":
+        encoders.fit_encoders(experiment, workdir)
+    if prepare or stage == "ingest":
+        ingest.ingest(experiment, workdir)
+        for split in experiment.data.sources():
+            print(f"{split}: {ingest.counts_line(experiment, workdir, split)}")
+    if prepare or stage == "embed":
+        embed.embed(experiment, workdir)
+    if prepare or stage == "index":
+        retrieve.index(experiment, workdir)
+    if prepare or stage == "retrieve":
+        retrieve.retrieve(experiment, workdir)
+    if stage in ("run", "train"):
+        for variant in variants:
+            train.train(variant, workdir)
+    if stage in ("run", "evaluate"):
+        trained = experiment if stage == "run" else dataclasses.replace(experiment, retriever=configured.retriever)
+        metrics = evaluate_all(experiment, trained, workdir)
+        print(summary(metrics))
+    if stage in ("run", "report"):
+        print(f"report: {report(experiment, workdir)}")
+    if stage == "generate":
+        trained = dataclasses.replace(experiment, retriever=configured.retriever)
+        print(generate(experiment, trained, workdir, options))
+    if stage not in ("generate", "report"):
+        print(f"{stage}: done in {time.monotonic() - started:.0f} s, in {workdir.path}")
+
+
+def _overview() -> str:
+    lines = [f"usage: {USAGE}", "", "stages:"]
+    lines += [f"  {name:<11} {text}" for name, text in STAGES.items()]
+    lines += [
+        "",
+        "CONFIG is a Python file with get_config(), or `quickstart`. `rac3 STAGE CONFIG --help` lists the overrides.",
+        "--debug shows a traceback on errors.",
+    ]
+    return "\n".join(lines)
+
+
+def _quiet() -> None:
+    """Keeps libraries' notes out of the progress lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("absl").setLevel(logging.ERROR)
