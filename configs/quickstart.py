@@ -14,7 +14,7 @@ from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
-from rac3.tokens.vqgan import VQGANConfig
+from rac3.tokens.vqgan import VQGANConfig, VQGANObjective
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
 
@@ -34,8 +34,9 @@ def get_config() -> Experiment:
         vqgan=ImageTokenizer(
             model=VQGANConfig(
                 ch=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, attn_resolutions=(), resolution=40, z_channels=64,
-                embed_dim=4, n_embed=96, norm_groups=8, mid_attn=False,
+                embed_dim=32, n_embed=24, norm_groups=8, mid_attn=False,
             ),
+            objective=VQGANObjective(decay=0.99, revive_below=0.002),
             fit=FitConfig(steps=300, batch=32, peak_lr=3e-3),
         ),
         clip=ImageTextEncoder(
@@ -46,7 +47,7 @@ def get_config() -> Experiment:
             ),
             text_crop=1.0,
             image_crop=0.4,
-            fit=FitConfig(steps=600, batch=128, peak_lr=2e-3),
+            fit=FitConfig(steps=700, batch=128, peak_lr=2e-3),
         ),
         retriever=Scann(num_neighbors=16),
         selection=Selection(max_similarity=0.995),  # vectors of a CLIP fitted on one small world lie close together

@@ -158,8 +158,8 @@ def _one_line(text: str, stage: str) -> str:
 
 
 def _run_stage(stage: str, experiment: Experiment, configured: Experiment, options: Any) -> None:
-    """In the order of the chain. At inference the retriever may be swapped; the model stays the one that was trained."""
-    from rac3.report import report, summary
+    """The stages that the command names, in the order of the chain."""
+    from rac3.report import collect, report, summary
     from rac3.stages import embed, encoders, ingest, retrieve, train
     from rac3.stages.evaluate import evaluate_all, vanilla
     from rac3.stages.generate import generate
@@ -184,14 +184,15 @@ def _run_stage(stage: str, experiment: Experiment, configured: Experiment, optio
     if stage in ("run", "train"):
         for variant in variants:
             train.train(variant, workdir)
+    # At inference a retriever on the command line goes to the model that the config trains.
+    trained = experiment if stage == "run" else dataclasses.replace(experiment, retriever=configured.retriever)
     if stage in ("run", "evaluate"):
-        trained = experiment if stage == "run" else dataclasses.replace(experiment, retriever=configured.retriever)
-        metrics = evaluate_all(experiment, trained, workdir)
-        print(summary(metrics))
+        evaluate_all(experiment, trained, workdir)
+        print(summary(collect(experiment, workdir, trained)))
     if stage in ("run", "report"):
-        print(f"report: {report(experiment, workdir)}")
+        print(f"report: {report(experiment, workdir, trained)}")
     if stage == "generate":
-        trained = dataclasses.replace(experiment, retriever=configured.retriever)
+        retrieve.index(experiment, workdir)
         print(generate(experiment, trained, workdir, options))
     if stage not in ("generate", "report"):
         print(f"{stage}: done in {time.monotonic() - started:.0f} s, in {workdir.path}")

@@ -14,10 +14,21 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from rac3.report_table import MODELS, ROWS, Row, lookup, margin, verdict
+from rac3.report_plots import Line, plot
+from rac3.report_table import ROWS, Row, lookup, margin, model_label, model_names, recall_rows, verdict
 
-COLORS = {"ra_cm3": "#1f5fbf", "cm3": "#c2601c", "ra_cm3_random": "#7a7f87"}
+OWN_COLOR, CM3_COLOR, OTHER_COLOR = "#1f5fbf", "#c2601c", "#7a7f87"
 SHOWN_SIDE = 108  # CSS pixels of a picture's side
+
+ENCODER_ROWS = (
+    ("VQGAN: PSNR, dB", ("vqgan", "psnr"), ".1f"),
+    ("VQGAN: codes used", ("vqgan", "codebook_use"), ".1%"),
+    ("VQGAN: codebook perplexity", ("vqgan", "codebook_perplexity"), ".1f"),
+    ("CLIP: own image of a text, recall at 1", ("clip", "text_to_image_recall_at_1"), ".1%"),
+    ("CLIP: own image of a text, recall at 5", ("clip", "text_to_image_recall_at_5"), ".1%"),
+    ("CLIP: own text of an image, recall at 1", ("clip", "image_to_text_recall_at_1"), ".1%"),
+    ("CLIP: own text of an image, recall at 5", ("clip", "image_to_text_recall_at_5"), ".1%"),
+)
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c2127; --soft: #5b6570; --line: #dfe3e8; --paper: #fff; --tint: #f5f7f9; }
@@ -28,19 +39,23 @@ h1 { font-size: 1.7rem; margin: 0 0 4px; } h2 { font-size: 1.2rem; margin: 0 0 6
 h3 { font-size: .95rem; margin: 0 0 10px; font-weight: 600; overflow-wrap: anywhere; }
 p { margin: 0 0 12px; max-width: 76ch; } p.note, .soft { color: var(--soft); font-size: .9rem; }
 p.verdict { font-size: 1.05rem; }
-nav { font-size: .9rem; margin: 10px 0 18px; } nav a { margin-right: 14px; color: #1f5fbf; white-space: nowrap; }
+nav { font-size: .9rem; margin: 10px 0 18px; display: flex; flex-wrap: wrap; gap: 2px 16px; } nav a { color: #1f5fbf; }
+section > :last-child { margin-bottom: 0; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
   margin: 0 0 18px; }
 .scroll { overflow-x: auto; margin: 0 0 14px; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
+table.wide { width: 100%; max-width: 720px; }
+table.wide thead th { white-space: normal; vertical-align: bottom; max-width: 9em; }
 td.best { font-weight: 700; } td .soft { font-weight: 400; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 16px; margin: 0 0 14px; font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); gap: 14px; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; min-width: 0; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 10px; max-width: 620px; }
+.pictures.all { max-width: none; margin-bottom: 14px; } .pictures.all figure + figure { margin-top: 8px; }
 figure { margin: 0; font-size: .78rem; line-height: 1.3; min-width: 0; }
 figure img { display: block; width: 100%; max-width: SIDEpx; aspect-ratio: 1; border-radius: 4px;
   border: 1px solid var(--line); }
@@ -48,15 +63,19 @@ img.small { image-rendering: pixelated; }
 figcaption { margin-top: 4px; overflow-wrap: anywhere; display: -webkit-box; -webkit-box-orient: vertical;
   -webkit-line-clamp: 7; overflow: hidden; }
 figure .label { display: block; font-weight: 600; margin-bottom: 3px; white-space: nowrap; }
-.right { color: #17713a; font-weight: 600; } .wrong { color: #b3261e; font-weight: 600; }
+.right, .wrong { display: block; font-weight: 600; } .right { color: #17713a; } .wrong { color: #b3261e; }
+dd .right, dd .wrong { display: inline; }
 .caption { display: grid; grid-template-columns: 84px 1fr; gap: 14px; align-items: start; }
-.caption dl { font-size: .86rem; margin: 0; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 8px 14px; }
-.plots img { width: 100%; max-width: 520px; height: auto; display: block; }
+article.caption dl { font-size: .86rem; margin: 0; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 8px 14px; }
+.plots img { width: 100%; max-width: 470px; height: auto; display: block; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 5px 12px; align-items: center;
   font-size: .92rem; max-width: 760px; font-variant-numeric: tabular-nums; }
 .bars i { display: block; height: 14px; min-width: 2px; border-radius: 3px; background: #1f5fbf; }
-@media (max-width: 560px) { main { padding: 14px 10px 40px; } section { padding: 14px 12px; } th, td { padding-right: 10px; }
+@media (min-width: 900px) { .beside { display: grid; grid-template-columns: 5fr 3fr; gap: 28px; align-items: end; } }
+@media (max-width: 560px) { main { padding: 14px 10px 40px; } section { padding: 14px 12px; }
+  th, td { padding-right: 10px; } td:first-child { white-space: normal; }
+  .pictures { grid-template-columns: repeat(3, 1fr); } figure img { max-width: none; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 5px; } }
 """.replace("SIDE", str(SHOWN_SIDE))
 
@@ -102,14 +121,16 @@ class Content:
     Attributes:
       facts: what was run, as name and value.
       training: lines of `metrics.jsonl` by model; `fitting`: by encoder.
+      split: the held-out split that the samples are of.
       reconstructions: originals, each with its reconstruction.
     """
 
     name: str
     metrics: Mapping[str, Any]
     facts: Sequence[tuple[str, str]]
-    training: Mapping[str, Sequence[Mapping[str, float]]]
-    fitting: Mapping[str, Sequence[Mapping[str, float]]]
+    training: Mapping[str, Sequence[Mapping[str, Any]]]
+    fitting: Mapping[str, Sequence[Mapping[str, Any]]]
+    split: str
     strips: Sequence[Strip]
     captions: Sequence[Captioned]
     reconstructions: Sequence[tuple[Picture, Picture]]
@@ -118,17 +139,17 @@ class Content:
 def page(content: Content) -> str:
     """The whole page. Sections that have nothing to show are left out."""
     sections = [
-        ("models", "The models side by side", _models(content.metrics)),
-        ("pictures", "From captions to pictures", _strips(content.strips)),
-        ("captions", "From pictures to captions", _captions(content.captions)),
-        ("retrieval", "Retrieved documents in context", _retrieval(content.metrics)),
+        ("models", "Models side by side", _models(content.metrics)),
+        ("pictures", "Captions to pictures", _strips(content.strips, content.split)),
+        ("captions", "Pictures to captions", _captions(content.captions)),
+        ("retrieval", "Retrieval", _retrieval(content.metrics)),
         ("training", "Training", _training(content.training)),
         ("encoders", "Frozen encoders", _encoders(content)),
         ("run", "What was run", _run(content)),
         ("time", "Time", _time(content.metrics["stages"])),
     ]
     kept = [(anchor, title, body) for anchor, title, body in sections if body]
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in kept)
+    links = " ".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in kept)
     bodies = "".join(f'<section id="{anchor}"><h2>{title}</h2>{body}</section>\n' for anchor, title, body in kept)
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
@@ -138,151 +159,190 @@ def page(content: Content) -> str:
     )
 
 
+def _color(name: str) -> str:
+    return {"ra_cm3": OWN_COLOR, "cm3": CM3_COLOR}.get(name, OTHER_COLOR)
+
+
 def _models(metrics: Mapping[str, Any]) -> str:
-    names = [name for name in MODELS if name in metrics]
+    names = model_names(metrics)
     held_out = metrics["evaluation"]["documents"]
-    body = []
+    body, shown = [], set()
     for row in ROWS:
-        values = {name: lookup(metrics[name], row.path) for name in names}
-        known = [value for value in values.values() if value is not None]
+        values = [lookup(metrics[name], row.path) for name in names]
+        known = [value for value in values if value is not None]
         if not known:
             continue
+        shown.add(row.path[0])
         best = (min if row.lower_is_better else max)(known)
-        cells = "".join(_cell(row, values[name], best if len(known) > 1 else None, held_out) for name in names)
+        bold = best if len(names) > 1 and known.count(best) == 1 else None
+        cells = "".join(_cell(row, value, bold, held_out) for value in values)
         arrow = "↓" if row.lower_is_better else "↑"
         body.append(f'<tr><td>{row.label} <span class="soft">{arrow}</span></td>{cells}</tr>')
     if not body:
         return ""
-    head = "".join(f"<th>{MODELS[name]}</th>" for name in ("", *names) if name) 
-    counts = ", ".join(f"{count} {split}" for split, count in held_out.items())
+    head = "".join(f"<th>{escape(model_label(name))}</th>" for name in names)
     return (
-        f'<p class="verdict">{escape(verdict(metrics))}</p><div class="scroll"><table><thead><tr><th></th>{head}</tr>'
-        f"</thead><tbody>{''.join(body)}</tbody></table></div>"
-        f'<p class="note">On held-out documents ({counts}). ↓ lower is better, ↑ higher is better, best in bold. '
-        "Perplexities are per token, on the test split. ± is the 95% margin of a share over that many documents. "
-        "Entity accuracy: is the generated picture nearest to the emblem of the entity that the caption names? "
-        "Name accuracy: does the generated caption name the entity?</p>"
+        f'<p class="verdict">{escape(verdict(metrics))}</p><div class="beside"><div class="scroll"><table class="wide">'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"{_legend(shown, held_out)}</div>"
     )
+
+
+def _legend(shown: set[str], held_out: Mapping[str, int]) -> str:
+    """What the rows of the comparison mean."""
+    counts = " and ".join(f"{count} {split}" for split, count in held_out.items())
+    words = [
+        f"On {counts} documents. ↓ lower is better, ↑ higher is better, the best in bold. Perplexity is per token of "
+        "the test split; the CLIP score is the similarity of a generated picture to its caption."
+    ]
+    if "entity_accuracy" in shown:
+        words.append(
+            "Entity accuracy: of all entities' emblems, that of the caption's entity is nearest to the picture's. "
+            "Seen entities (validation) are trained on in other settings, unseen ones (test) are only in the memory."
+        )
+    if "name_accuracy" in shown:
+        words.append("Name accuracy: the generated caption holds the entity's name.")
+    if shown & {"entity_accuracy", "name_accuracy"}:
+        words.append("± is the 95% margin of a share of that many documents, in points.")
+    return f'<p class="note">{" ".join(words)}</p>'
 
 
 def _cell(row: Row, value: float | None, best: float | None, held_out: Mapping[str, int]) -> str:
     if value is None:
         return '<td class="soft">none</td>'
     spread = f' <span class="soft">± {100 * margin(value, held_out[row.split]):.0f}</span>' if row.share else ""
-    return f'<td{" class=best" if value == best else ""}>{row.show(value)}{spread}</td>'
+    return f"<td{' class=best' if value == best else ''}>{row.show(value)}{spread}</td>"
 
 
-def _strips(strips: Sequence[Strip]) -> str:
+def _strips(strips: Sequence[Strip], split: str) -> str:
     if not strips:
         return ""
     cards = "".join(
-        f"<article><h3>{escape(strip.prompt)}</h3><div class=pictures>"
+        f'<article><h3>{escape(strip.prompt)}</h3><div class="pictures">'
         f"{''.join(_figure(picture) for picture in strip.pictures)}</div></article>"
         for strip in strips
     )
-    return (
-        f'<p class="note">The first {len(strips)} prompts of the test split, as they come. Above each retrieved '
-        "document stands its similarity to the prompt; the retriever sees only the caption. Of several samples, CLIP "
-        f'keeps the best.</p><div class="cards">{cards}</div>'
+    note = (
+        f"The first {len(strips)} captions of the {split} split, as they come. Found: what the caption retrieved, with "
+        "its similarity. Then what each model drew, the best of its samples by CLIP."
     )
+    if any(picture.mark for strip in strips for picture in strip.pictures):
+        note += (
+            " Same: a document of the caption's entity. Wrong: a picture whose emblem is nearest to that of the entity "
+            "that is named instead."
+        )
+    return f'<p class="note">{note}</p><div class="cards">{cards}</div>'
 
 
 def _captions(captions: Sequence[Captioned]) -> str:
     cards = []
     for item in captions:
         lines = "".join(
-            f"<dt>{escape(who)}</dt><dd>{escape(text) or '(empty)'}{_mark(mark)}</dd>"
+            f"<dt>{escape(who)}</dt><dd>{_mark(mark)} {escape(text) or '(empty)'}</dd>"
             for who, (text, mark) in item.captions.items()
         )
         cards.append(f'<article class="caption">{_figure(item.picture)}<dl>{lines}</dl></article>')
-    note = '<p class="note">Of several samples, the one of lowest perplexity is kept.</p>'
+    note = '<p class="note">The caption of lowest perplexity of each model. ✓ names the entity, ✗ does not.</p>'
     return f'{note}<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
 def _retrieval(metrics: Mapping[str, Any]) -> str:
+    names = model_names(metrics)
     plots = []
-    for modality in ("image", "text"):
-        lines = []
-        for name in MODELS:
-            points = lookup(metrics.get(name, {}), ("perplexity_by_k", "test", modality)) or {}
-            known = [(int(k), value) for k, value in points.items() if value is not None]
-            if known and name == "cm3" and "ra_cm3" in metrics:  # no documents: the same at any K, as a level
-                most = max(int(k) for k in lookup(metrics["ra_cm3"], ("perplexity_by_k", "test", modality)) or {"0": 0})
-                known = [(0, known[0][1]), (most, known[0][1])]
-            if known:
-                lines.append(Line(MODELS[name], *zip(*known, strict=True), COLORS[name], dashed=name == "cm3"))
-        if lines:
-            plots.append(plot(f"Perplexity of {modality}s, test", "documents in context", "perplexity", lines, True))
-    tables = []
-    recalls = metrics["retrieval"]
-    for key, value in recalls.items():
-        if key.startswith("recall_at_") and value:
-            rows = [("test", value)] + ([("validation", recalls["validation"][key])] if recalls["validation"] else [])
-            tables.append(_table(
-                ["query", *(split for split, _ in rows)],
-                [[f"{part} of the document", *(f"{recall[part]:.1%}" for _, recall in rows)] for part in value],
-            ))
-            tables.append(f'<p class="note">Recall: how often a document of the query\'s entity is among the first '
-                          f'{key.removeprefix("recall_at_")} retrieved.</p>')
-    body = (f'<div class="plots">{"".join(plots)}</div>' if plots else "") + "".join(tables)
-    return body
+    for split in reversed(metrics["evaluation"]["documents"]):
+        for modality in ("image", "text"):
+            curves = {name: _by_k(metrics, name, split, modality) for name in names}
+            most = max((k for curve in curves.values() for k, _ in curve), default=0.0)
+            lines = [
+                # A model that does not retrieve has one value, which is drawn as a level.
+                Line(
+                    model_label(name),
+                    [curve[0], (most, curve[0][1])] if len(curve) == 1 else curve,
+                    _color(name),
+                    dashed=len(curve) == 1,
+                )
+                for name, curve in curves.items()
+                if curve
+            ]
+            if lines and most:
+                title = f"{modality} perplexity {split}".capitalize()
+                plots.append(plot(title, "documents in context", "perplexity", lines, markers=True))
+    recalls = recall_rows(metrics)
+    if recalls:
+        rows = [
+            [f"recall at {k}, {split}", *(f"{share:.1%}" for share in parts.values())] for split, k, parts in recalls
+        ]
+        table = _table(["", *(f"query: {part}" for part in recalls[0][2])], rows)
+        note = '<p class="note">Recall: how often a document of the query\'s entity is among the first retrieved.</p>'
+    else:
+        table = note = ""
+    return (f'<div class="plots">{"".join(plots)}</div>' if plots else "") + table + note
 
 
-def _training(training: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def _by_k(metrics: Mapping[str, Any], name: str, split: str, modality: str) -> list[tuple[float, float]]:
+    """Perplexity by the number of documents in context, as far as it is known."""
+    points = lookup(metrics, (name, "perplexity_by_k", split, modality)) or {}
+    return [(float(k), value) for k, value in points.items() if value is not None]
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(float(line["step"]), float(line[key])) for line in lines]
+
+
+def _training(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     plots = []
     for modality in ("image", "text"):
         lines = []
         for part, dashed in (("main", False), ("retrieved", True)):
             for name, steps in training.items():
                 key = f"loss/{part}/{modality}"
-                known = [(line["step"], line[key]) for line in steps if line.get(key)]  # 0: no such tokens
+                known = [
+                    (float(line["step"]), float(line[key])) for line in steps if line.get(key)
+                ]  # 0: no such tokens
                 if known:
-                    label = f"{MODELS[name]}, {part}"
-                    lines.append(Line(label, *zip(*known, strict=True), COLORS[name], dashed))
+                    lines.append(Line(f"{model_label(name)}, {part}", known, _color(name), dashed))
         if lines:
             plots.append(plot(f"Loss on {modality} tokens", "step", "nats per token", lines))
-    note = (
-        '<p class="note">Main documents, and the retrieved documents before them, apart. The retrieved ones are '
-        "training documents too; their share in the loss is small, so that the model learns to use them.</p>"
-    )
+    note = '<p class="note">Main documents are learned; retrieved ones stand in front of them.</p>'
     return f'<div class="plots">{"".join(plots)}</div>{note}' if plots else ""
 
 
 def _encoders(content: Content) -> str:
     splits = {split: values for split, values in content.metrics["encoders"].items() if values}
     pairs = "".join(f"<div>{_figure(original)}{_figure(again)}</div>" for original, again in content.reconstructions)
-    parts = [f'<div class="pictures">{pairs}</div><p></p>'] if pairs else []
-    names = {"psnr": "VQGAN: PSNR, dB", "codebook_use": "VQGAN: codes used", "codebook_perplexity": "VQGAN: codebook perplexity"}
-    rows = [[label, *(_number(values["vqgan"], name, ".1%" if name == "codebook_use" else ".1f") for values in splits.values())]
-            for name, label in names.items()]
-    for way, label in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
-        for k in (1, 5):
-            rows.append([f"CLIP: {label}, recall at {k}",
-                         *(_number(values["clip"], f"{way}_recall_at_{k}", ".1%") for values in splits.values())])
+    parts = [f'<div class="pictures all">{pairs}</div>'] if pairs else []
+    rows = [[label, *(_number(values, path, form) for values in splits.values())] for label, path, form in ENCODER_ROWS]
     if splits:
         parts.append(_table(["", *splits], rows))
         counts = ", ".join(f"{values['clip']['pairs']} {split}" for split, values in splits.items())
-        parts.append(f'<p class="note">CLIP recall: is a document\'s own other half among the first, of all the pairs '
-                     f"({counts})?</p>")
+        parts.append(
+            f'<p class="note">CLIP recall: how often a document\'s other half is among the first, out of all pairs '
+            f"({counts}).</p>"
+        )
     plots = []
-    for name, key, title, unit in (("vqgan", "psnr", "Fitting the VQGAN", "PSNR, dB"),
-                                   ("clip", "accuracy", "Fitting CLIP", "pairs matched in the batch")):
-        known = [(line["step"], line[key]) for line in content.fitting.get(name, ()) if key in line]
+    for name, key, title, unit in (
+        ("vqgan", "psnr", "Fitting the VQGAN", "PSNR, dB"),
+        ("clip", "accuracy", "Fitting CLIP", "pairs matched in the batch"),
+    ):
+        known = _curve([line for line in content.fitting.get(name, ()) if key in line], key)
         if known:
-            plots.append(plot(title, "step", unit, [Line("", *zip(*known, strict=True), COLORS["ra_cm3"])]))
+            plots.append(plot(title, "step", unit, [Line("", known, OWN_COLOR)]))
     return "".join(parts) + (f'<div class="plots">{"".join(plots)}</div>' if plots else "")
 
 
-def _number(values: Mapping[str, float] | None, name: str, form: str) -> str:
-    return "none" if values is None else format(values[name], form)
+def _number(values: Mapping[str, Any], path: tuple[str, str], form: str) -> str:
+    value = lookup(values, path)
+    return "none" if value is None else format(value, form)
 
 
 def _run(content: Content) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in content.facts)
     rows = []
     for split, counts in content.metrics["documents"].items():
-        lost = [", ".join(f"{number:,} {reason}" for reason, number in counts[kind].items()) or "0"
-                for kind in ("filtered", "rejects")]
+        lost = [
+            ", ".join(f"{number:,} {reason}" for reason, number in counts[kind].items()) or "0"
+            for kind in ("filtered", "rejects")
+        ]
         rows.append([split, f"{counts['documents']:,}", f"{counts['tokens']:,}", *lost, f"{counts['texts_cut']:,}"])
     return f"<dl>{facts}</dl>" + _table(["split", "documents", "tokens", "filtered", "rejected", "texts cut"], rows)
 
@@ -315,49 +375,12 @@ def _figure(picture: Picture) -> str:
 def _mark(mark: Mark | None) -> str:
     if mark is None:
         return ""
-    return f' <span class="{"right" if mark.right else "wrong"}">{"✓" if mark.right else "✗"} {escape(mark.text)}</span>'
+    return (
+        f' <span class="{"right" if mark.right else "wrong"}">{"✓" if mark.right else "✗"} {escape(mark.text)}</span>'
+    )
 
 
 def png_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a plot."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    color: str
-    dashed: bool = False
-
-
-def plot(title: str, x_label: str, y_label: str, lines: Sequence[Line], points: bool = False) -> str:
-    """A plot as an image element; `points` marks the values, at whole numbers."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
-    axes = figure.subplots()
-    for line in lines:
-        style = {"linestyle": "--" if line.dashed else "-", "marker": "o" if points and not line.dashed else ""}
-        axes.plot(line.x, line.y, color=line.color, label=line.label, linewidth=1.8, markersize=5, **style)
-    axes.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
-    axes.set_xlabel(x_label, fontsize=9)
-    axes.set_ylabel(y_label, fontsize=9)
-    axes.tick_params(labelsize=8.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e9ed", linewidth=0.8)
-    if any(line.label for line in lines):
-        axes.legend(fontsize=8.5, frameon=False)
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": title}):  # equal data, equal file
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    ends = "; ".join(f"{line.label} {line.y[0]:.3g} to {line.y[-1]:.3g}".strip() for line in lines)
-    source = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/svg+xml;base64,{source}" alt="{escape(f"{title}, {y_label}: {ends}")}">'

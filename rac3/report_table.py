@@ -5,36 +5,51 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MODELS = {"ra_cm3": "RA-CM3", "cm3": "CM3", "ra_cm3_random": "RA-CM3, random documents"}
-
 
 @dataclass(frozen=True)
 class Row:
     """A row: where its value stands in the metrics of a model, and how it reads.
 
     Attributes:
-      split: the split that it is measured on.
-      share: a share of the documents of that split, 0 to 1.
+      form: the format of its values; "%" for a share (0 to 1) of the documents of `split`.
     """
 
     label: str
     path: tuple[str, str]
+    form: str
     lower_is_better: bool = False
     split: str = "test"
-    share: bool = False
+
+    @property
+    def share(self) -> bool:
+        return self.form.endswith("%")
 
     def show(self, value: float) -> str:
-        return f"{value:.1%}" if self.share else f"{value:.4g}"
+        return format(value, self.form)
 
 
 ROWS = (
-    Row("image perplexity", ("perplexity", "image"), lower_is_better=True),
-    Row("text perplexity", ("perplexity", "text"), lower_is_better=True),
-    Row("entity accuracy, seen", ("entity_accuracy", "seen"), split="validation", share=True),
-    Row("entity accuracy, unseen", ("entity_accuracy", "unseen"), share=True),
-    Row("name accuracy, unseen", ("name_accuracy", "unseen"), share=True),
-    Row("CLIP score", ("clip_score", "unseen")),
+    Row("image perplexity", ("perplexity", "image"), ",.2f", lower_is_better=True),
+    Row("text perplexity", ("perplexity", "text"), ",.2f", lower_is_better=True),
+    Row("entity accuracy (seen)", ("entity_accuracy", "seen"), ".1%", split="validation"),
+    Row("entity accuracy (unseen)", ("entity_accuracy", "unseen"), ".1%"),
+    Row("name accuracy (unseen)", ("name_accuracy", "unseen"), ".1%"),
+    Row("CLIP score", ("clip_score", "unseen"), ".3f"),
 )
+
+
+def model_names(metrics: Mapping[str, Any]) -> list[str]:
+    """The models among the entries of `metrics.json`, the experiment's own first."""
+    return [name for name, value in metrics.items() if isinstance(value, Mapping) and "perplexity_by_k" in value]
+
+
+def model_label(name: str) -> str:
+    """`ra_cm3_random` as people say it."""
+    model = "RA-CM3" if name.startswith("ra_cm3") else "CM3"
+    swapped = name.removeprefix("ra_").removeprefix("cm3").removeprefix("_")
+    if not swapped:
+        return model
+    return f"{model}, random documents" if swapped == "random" else f"{model}, {swapped} retriever"
 
 
 def lookup(values: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -53,59 +68,54 @@ def margin(share: float, count: int) -> float:
 
 def verdict(metrics: Mapping[str, Any]) -> str:
     """What the table shows, in one or two sentences that follow from its numbers."""
-    if "ra_cm3" not in metrics or "cm3" not in metrics:
-        return "One model was trained; there is nothing to compare it with."
-    ours, theirs = metrics["ra_cm3"], metrics["cm3"]
+    names = model_names(metrics)
+    if len(names) < 2 or "cm3" not in names[1:]:
+        return "One model was evaluated; there is none to compare it with."
+    ours, theirs = metrics[names[0]], metrics["cm3"]
     said: dict[str, list[str]] = {"better in": [], "worse in": [], "not clearly different in": []}
     for row in ROWS:
         left, right = lookup(ours, row.path), lookup(theirs, row.path)
-        if left is None or right is None:
-            continue
-        noise = 0.0
-        if row.share:
-            count = metrics["evaluation"]["documents"][row.split]
-            noise = math.hypot(margin(left, count), margin(right, count))
-        ahead = right - left if row.lower_is_better else left - right
-        kind = "better in" if ahead > noise else "worse in" if ahead < -noise else "not clearly different in"
-        said[kind].append(f"{row.label} ({row.show(left)} against {row.show(right)})")
+        if left is not None and right is not None:
+            noise = _noise(row, left, right, metrics)
+            ahead = right - left if row.lower_is_better else left - right
+            kind = "better in" if ahead > noise else "worse in" if ahead < -noise else "not clearly different in"
+            said[kind].append(row.label)
     same = all(ours[name] == theirs[name] for name in ("parameters", "steps"))
     peer = "CM3 of the same size and as many steps" if same else "CM3"
-    clauses = [f"{kind} {_listed(rows)}" for kind, rows in said.items() if rows]
-    return f"Against {peer}, RA-CM3 is {'; '.join(clauses)}." + _control(metrics) if clauses else "Nothing to compare."
+    clauses = [f"{kind} {_listed(labels)}" for kind, labels in said.items() if labels]
+    if not clauses:
+        return "Nothing was measured of both models."
+    return f"Against {peer}, {model_label(names[0])} is {'; '.join(clauses)}." + _control(metrics, names[0])
 
 
-def _control(metrics: Mapping[str, Any]) -> str:
-    """What random documents do in place of retrieved ones, by the last row that says most: accuracy, else perplexity."""
-    for number in (3, 0):
-        row = ROWS[number]
-        ours, control = (lookup(metrics.get(name, {}), row.path) for name in ("ra_cm3", "ra_cm3_random"))
-        if ours is not None and control is not None:
-            return (f" With random documents in place of retrieved ones, its {row.label} is {row.show(control)} "
-                    f"rather than {row.show(ours)}.")
-    return ""
+def _noise(row: Row, left: float, right: float, metrics: Mapping[str, Any]) -> float:
+    """How far two values may differ and yet count as equal: for shares by their margins, else 1%."""
+    if not row.share:
+        return 0.01 * max(abs(left), abs(right))
+    count = metrics["evaluation"]["documents"][row.split]
+    return math.hypot(margin(left, count), margin(right, count))
+
+
+def _control(metrics: Mapping[str, Any], name: str) -> str:
+    """What random documents in place of retrieved ones do to image perplexity."""
+    ours, control = (lookup(metrics, (key, "perplexity", "image")) for key in (name, f"{name}_random"))
+    if ours is None or control is None:
+        return ""
+    return (
+        f" With random documents in place of retrieved ones, its image perplexity is {control:,.2f}, not {ours:,.2f}."
+    )
 
 
 def _listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def summary(metrics: Mapping[str, Any]) -> str:
-    """The comparison as plain text for a terminal, then retrieval recall."""
-    names = [name for name in MODELS if name in metrics]
-    rows = [["", *(MODELS[name] for name in names)]]
-    for row in ROWS:
-        values = [lookup(metrics[name], row.path) for name in names]
-        if any(value is not None for value in values):
-            rows.append([row.label, *("-" if value is None else row.show(value) for value in values)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(names) + 1)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+def recall_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
+    """The recalls of retrieval that there are: split, k, and recall by query part."""
     retrieval = metrics["retrieval"]
-    for split, recalls in (("test", retrieval), ("validation", retrieval.get("validation") or {})):
-        for key, value in recalls.items():
-            if key.startswith("recall_at_") and value:
-                parts = ", ".join(f"{share:.1%} by {part}" for part, share in value.items())
-                lines.append(f"recall at {key.removeprefix('recall_at_')}, {split}: {parts}")
-    return "\n".join(line.rstrip() for line in lines)
+    return [
+        (split, key.removeprefix("recall_at_"), recalls)
+        for split, values in (("test", retrieval), ("validation", retrieval["validation"]))
+        for key, recalls in values.items()
+        if key.startswith("recall_at_") and recalls
+    ]

@@ -18,20 +18,21 @@ FLOORS = (
     ("model",),
     ("training", "generation"),
     ("evaluation",),
-    ("experiment", "stages", "report"),
+    ("experiment", "stages", "report_table", "report_plots", "report_page", "report_samples", "report"),
     ("cli",),
 )
 # The order inside a package. Modules that are not listed come behind those that are, in any order without a cycle.
 ORDER = {
-    "": ("config", "sharding", "artifacts", "arrays", "progress", "experiment", "stages", "report", "cli"),
+    "": ("config", "sharding", "artifacts", "arrays", "progress", "experiment", "stages",
+         "report_table", "report_plots", "report_page", "report_samples", "report", "cli"),
     "documents": ("document", "filter", "webdataset", "tfds", "world", "store"),
     "tokens": ("vocabulary", "text", "params_file", "vqgan", "vqgan_checkpoints", "html"),
     "retrieval": ("clip", "clip_checkpoints", "encoder", "memory", "retriever", "scann", "exact", "faiss", "controls"),
     "batches": ("draws", "masking", "packing", "groups", "loader"),
     "model": ("attention", "transformer", "loss"),
     "training": ("optimizer", "state", "step", "checkpoint", "metrics", "loop"),
-    "generation": ("sampling", "decode", "prompts"),
-    "stages": ("recipes", "encoders", "ingest", "embed", "retrieve", "train", "evaluate"),
+    "generation": ("sampling", "decode", "prompts", "rerank", "generator"),
+    "stages": ("recipes", "encoders", "ingest", "embed", "retrieve", "train", "evaluate", "generate"),
 }
 
 

@@ -295,6 +295,7 @@ class VQGANObjective:
     l1: float = 1.0
     l2: float = 1.0
     beta: float = 0.25  # commitment: pulls the encoder's vectors to their codes
+    locality: float = 0.0  # pulls a patch's vector to what it is among other neighbors; see `locality_loss`
     decay: float = 0.95  # of the moving averages, per step; slower than the encoder moves, most codes die
     smoothing: float = 1e-5  # Laplace smoothing of the cluster sizes
     revive_below: float = 0.03  # a code with less than this share of an even use is dead; 0 never revives
@@ -339,7 +340,11 @@ def update_codebook(
     codes: Int[Array, "rows"],
     key: PRNGKeyArray,
 ) -> CodebookState:
-    """One step of the moving averages, then dead codes move to random vectors of the batch."""
+    """One step of the moving averages, then dead codes move to vectors of the batch that have no good code yet.
+
+    They are drawn without replacement with probability in proportion to the squared distance to their code, as
+    k-means++ seeds its centers: drawn evenly, they would split what is frequent into several codes for one thing.
+    """
     counts = jnp.zeros_like(codebook.cluster_size).at[codes].add(1.0)
     sums = jnp.zeros_like(codebook.vector_sum).at[codes].add(vectors)
     size = objective.decay * codebook.cluster_size + (1 - objective.decay) * counts
@@ -350,11 +355,31 @@ def update_codebook(
 
     # a revived code starts as if evenly used, so that it has time to win vectors before it counts as dead again
     dead = size < objective.revive_below * even_use
-    drawn = jax.random.choice(key, vectors, (len(counts),), replace=len(vectors) < len(counts))
+    error = jnp.sum((vectors - codebook.embedding[codes]) ** 2, axis=1)
+    noisy = jnp.log(error + 1e-12) + jax.random.gumbel(key, error.shape)
+    drawn = vectors[jnp.argsort(-noisy)[jnp.arange(len(counts)) % len(vectors)]]
     size = jnp.where(dead, even_use, size)
     vector_sum = jnp.where(dead[:, None], drawn * even_use, vector_sum)
     embedding = jnp.where(dead[:, None], drawn, embedding)
     return CodebookState(embedding, size, vector_sum)
+
+
+def locality_loss(
+    model: VQGAN, variables: Params, images: Images, latents: Images, key: PRNGKeyArray
+) -> Float[Array, ""]:
+    """How much a patch's vector depends on the patches around it, as a share of the variance of all vectors.
+
+    Half of the patches of each image are exchanged for those of the next image; every patch should keep its vector.
+    A picture part that has the same codes wherever it stands is one that a language model can copy from a retrieved
+    document.
+    """
+    grid, patch = latents.shape[1], images.shape[1] // latents.shape[1]
+    own = jax.random.bernoulli(key, 0.5, (len(images), grid, grid, 1))
+    own_pixels = own.repeat(patch, axis=1).repeat(patch, axis=2)
+    mixed = jnp.where(own_pixels, images, jnp.roll(images, 1, axis=0))
+    wanted = jax.lax.stop_gradient(jnp.where(own, latents, jnp.roll(latents, 1, axis=0)))
+    error = jnp.mean((model.apply(variables, mixed, True, method="latents") - wanted) ** 2)
+    return error / (jnp.mean(jnp.var(wanted, axis=(0, 1, 2))) + 1e-6)
 
 
 def vqgan_loss(
@@ -374,13 +399,15 @@ def vqgan_loss(
       the loss, and (the next codebook, metrics). Metrics, of this batch: `loss`, `l1` and `mse` (of values in [0, 1]),
       `psnr` (dB, over the whole batch), `commitment`, `perplexity` of the codes (1 to n_embed), `codes_used` (share).
     """
-    dropout_key, codebook_key = jax.random.split(key)
+    dropout_key, codebook_key, mix_key = jax.random.split(key, 3)
     variables = {"params": with_codebook(params, codebook)}
     out = cast(VQGANOutput, model.apply(variables, images, train=True, rngs={"dropout": dropout_key}))
     error = out.reconstruction - images
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
     commitment = jnp.mean((out.latents - out.quantized) ** 2)
     loss = objective.l1 * l1 + objective.l2 * l2 + objective.beta * commitment
+    if objective.locality > 0:
+        loss += objective.locality * locality_loss(model, variables, images, out.latents, mix_key)
 
     vectors = jax.lax.stop_gradient(out.latents).reshape(-1, model.config.embed_dim)
     codes = out.codes.reshape(-1)
