@@ -35,8 +35,16 @@ def get_config() -> Experiment:
         text=TextTokenizer(vocab_size=2048),
         vqgan=ImageTokenizer(
             model=VQGANConfig(
-                ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, attn_resolutions=(), resolution=64, z_channels=64,
-                embed_dim=8, n_embed=256, norm_groups=8, mid_attn=False,
+                ch=16,
+                ch_mult=(1, 1, 2, 4),
+                num_res_blocks=1,
+                attn_resolutions=(),
+                resolution=64,
+                z_channels=64,
+                embed_dim=8,
+                n_embed=256,
+                norm_groups=8,
+                mid_attn=False,
             ),
             fit=FitConfig(steps=600, batch=32, peak_lr=2e-3),
         ),

@@ -33,10 +33,19 @@ def get_config() -> Experiment:
         text=TextTokenizer(vocab_size=512),
         vqgan=ImageTokenizer(
             model=VQGANConfig(
-                ch=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, attn_resolutions=(), resolution=40, z_channels=64,
-                embed_dim=32, n_embed=24, norm_groups=8, mid_attn=False,
+                ch=8,
+                ch_mult=(1, 2, 4, 8),
+                num_res_blocks=1,
+                attn_resolutions=(),
+                resolution=40,
+                z_channels=64,
+                embed_dim=16,
+                n_embed=32,
+                norm_groups=1,
+                latent_kernel=1,
+                mid_attn=False,
             ),
-            objective=VQGANObjective(decay=0.99, revive_below=0.002),
+            objective=VQGANObjective(decay=0.99, revive_below=0.005, locality=0.1),
             fit=FitConfig(steps=300, batch=32, peak_lr=3e-3),
         ),
         clip=ImageTextEncoder(
@@ -45,12 +54,13 @@ def get_config() -> Experiment:
                 vision_config=CLIPVisionConfig(**tower, image_size=40, patch_size=8),
                 projection_dim=64,
             ),
+            max_logit_scale=5.0,
             text_crop=1.0,
             image_crop=0.4,
-            fit=FitConfig(steps=700, batch=128, peak_lr=2e-3),
+            fit=FitConfig(steps=700, batch=128, peak_lr=3e-3),
         ),
         retriever=Scann(num_neighbors=16),
-        selection=Selection(max_similarity=0.995),  # vectors of a CLIP fitted on one small world lie close together
+        selection=Selection(max_similarity=0.999),  # vectors of a CLIP fitted on one small world lie close together
         batches=BatchConfig(context_length=264, rows=16, candidates=3, read_threads=1),
         model=TransformerConfig(
             num_layers=4, embed=128, num_heads=4, mlp=512, dtype="float32", remat="none", init_std=0.02

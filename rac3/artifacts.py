@@ -65,11 +65,15 @@ class Recipe:
 class Workdir:
     """The artifacts of one config (and its variations on the command line).
 
+    Args:
+      owner: the name of the config.
+      arguments: what follows `rac3 STAGE` in a command of this config, for messages that name a command.
+
     Raises:
       InputError: the folder belongs to another config, or is a file.
     """
 
-    def __init__(self, path: Path, owner: str) -> None:
+    def __init__(self, path: Path, owner: str, arguments: str = "") -> None:
         self.path = path
         if path.exists() and not path.is_dir():
             raise InputError(f"workdir {path} is a file; give a folder")
@@ -81,6 +85,7 @@ class Workdir:
         elif path.is_dir() and any(path.iterdir()):
             raise InputError(f"workdir {path} holds files that are not of rac3; give an empty or new --workdir")
         self._owner = owner
+        self._arguments = arguments
 
     def find(self, recipe: Recipe) -> Artifact | None:
         """The artifact of a recipe, if it is complete."""
@@ -98,7 +103,8 @@ class Workdir:
             stage = self.path / recipe.stage
             others = [path for path in stage.glob("*") if (path / MANIFEST).is_file()] if stage.is_dir() else []
             state = "is stale (made with other settings)" if others else "is missing"
-            raise InputError(f"{recipe.stage} {state} in {self.path}; run `{command}`")
+            whole = " ".join(part for part in (command, self._arguments) if part)
+            raise InputError(f"{recipe.stage} {state} in {self.path}; run `{whole}`")
         return artifact
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -72,11 +73,49 @@ def run(arguments: Sequence[str]) -> None:
         if not {"-h", "--help"} & set(rest):
             raise InputError(f"`rac3 {stage}` needs a config: a .py file, or quickstart")
         rest = ["quickstart", "--help"]
-    configured = load_config_module(rest[0]).get_config()
-    if not isinstance(configured, Experiment):
-        raise InputError(f"get_config() of {rest[0]} returns {type(configured).__name__}, not an Experiment")
+    configured = _load(rest[0])
     experiment, options = parse(stage, configured, rest[1:])
-    _run_stage("run" if stage == "quickstart" else stage, experiment, configured, options)
+    workdir = Workdir(experiment.folder, experiment.name, _preparing(stage, rest))
+    _run_stage("run" if stage == "quickstart" else stage, experiment, configured, workdir, options)
+
+
+def _load(config: str) -> Experiment:
+    """The experiment of a config file.
+
+    Raises:
+      InputError: the config cannot be loaded, or gives something else.
+    """
+    module = load_config_module(config)
+    try:
+        configured = module.get_config()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"get_config() of {config} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(configured, Experiment):
+        raise InputError(f"get_config() of {config} returns {type(configured).__name__}, not an Experiment")
+    return configured
+
+
+def _preparing(stage: str, arguments: Sequence[str]) -> str:
+    """The arguments for an earlier stage of the same command: without what belongs to `stage` alone.
+
+    A retriever that is named at inference is not the one that the model is trained with.
+    """
+    from rac3.stages.generate import GenerateConfig
+
+    own = {field.name for field in dataclasses.fields(GenerateConfig)} if stage == "generate" else set()
+    if stage in ("evaluate", "generate", "report"):
+        own.add("retriever")
+    kept: list[str] = []
+    dropping = False
+    for argument in arguments:
+        name = re.split(r"[.=:]", argument.removeprefix("--"))[0].replace("-", "_")
+        if argument.startswith(("--", "retriever:")):
+            dropping = name in own
+        if not dropping:
+            kept.append(argument)
+    return shlex.join(kept)
 
 
 def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple[Experiment, Any]:
@@ -93,7 +132,8 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
     for field in dataclasses.fields(Experiment):
         value = getattr(configured, field.name)
         if field.name in ("name", "data"):
-            fields.append((field.name, tyro.conf.SuppressFixed[tyro.conf.Fixed[field.type]], value))  # type: ignore[index]
+            fixed = Annotated[field.type, tyro.conf.Fixed, tyro.conf.Suppress]
+            fields.append((field.name, fixed, dataclasses.field(default=value)))
         elif field.name == "retriever":
             fields.append((field.name, _retriever_type(value), dataclasses.field(default=value)))
         else:
@@ -112,7 +152,7 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
             if not wants_help:
                 stack.enter_context(contextlib.redirect_stderr(output))
                 stack.enter_context(contextlib.redirect_stdout(output))
-            parsed = tyro.cli(
+            parsed: Any = tyro.cli(
                 command, prog=f"rac3 {stage} CONFIG", args=list(arguments), config=(tyro.conf.CascadeSubcommandArgs,)
             )
     except SystemExit as stop:
@@ -134,11 +174,16 @@ def _retriever_type(configured: Retriever) -> Any:
     """The choice of retrievers, the config's own among them under its class's name."""
     import tyro
 
-    choices = {name: (kind, None) for name, kind in RETRIEVERS.items()}
+    choices: dict[str, tuple[Any, Retriever | None]] = {name: (kind, None) for name, kind in RETRIEVERS.items()}
     own = next((name for name, (kind, _) in choices.items() if kind is type(configured)), None)
     choices[own or type(configured).__name__.lower()] = (type(configured), configured)
     types = [
-        Annotated[kind, tyro.conf.subcommand(name, default=kind() if value is None else value)]
+        Annotated[
+            kind,
+            tyro.conf.subcommand(
+                name, default=kind() if value is None else value, description=(kind.__doc__ or "").split("\n\n")[0]
+            ),
+        ]
         for name, (kind, value) in choices.items()
     ]
     return Union[tuple(types)]  # noqa: UP007  # built at run time
@@ -157,14 +202,13 @@ def _one_line(text: str, stage: str) -> str:
     return f"{(parts[1:] or parts or ['bad arguments'])[0]} (see `rac3 {stage} CONFIG --help`)"
 
 
-def _run_stage(stage: str, experiment: Experiment, configured: Experiment, options: Any) -> None:
+def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workdir: Workdir, options: Any) -> None:
     """The stages that the command names, in the order of the chain."""
     from rac3.report import collect, report, summary
     from rac3.stages import embed, encoders, ingest, retrieve, train
     from rac3.stages.evaluate import evaluate_all, vanilla
     from rac3.stages.generate import generate
 
-    workdir = Workdir(experiment.folder, experiment.name)
     experiment.mesh.build()
     started = time.monotonic()
     variants = [experiment, *([vanilla(experiment)] if experiment.compare_with_cm3 else [])]

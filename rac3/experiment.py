@@ -44,7 +44,10 @@ class Data:
     def sources(self) -> dict[Split, Source]:
         """The splits that there are, in the order in which they are prepared."""
         named: dict[Split, Source | None] = {
-            "train": self.train, "memory": self.memory, "validation": self.validation, "test": self.test,
+            "train": self.train,
+            "memory": self.memory,
+            "validation": self.validation,
+            "test": self.test,
         }
         return {split: source for split, source in named.items() if source is not None}
 
@@ -84,11 +87,14 @@ class ImageTextEncoder:
     """CLIP, fitted here; the text tower's vocabulary follows the text tokenizer.
 
     Attributes:
+      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (5) makes the vectors of a
+        small data set tell subjects apart before surroundings.
       text_crop: share of the captions that are cut to a random length while fitting.
       image_crop: the smallest side of a random square crop while fitting, as a share of the image; 1 for none.
     """
 
     model: CLIPConfig = field(default_factory=CLIPConfig)
+    max_logit_scale: float = 100.0
     text_crop: float = 0.0
     image_crop: float = 0.7
     fit: FitConfig = field(default_factory=FitConfig)

@@ -49,8 +49,8 @@ def collect(experiment: Experiment, workdir: Workdir, trained: Experiment | None
     """
     models = comparisons(experiment, trained or experiment)
     for inference, model in models.values():
-        workdir.require(recipes.train(model), f"rac3 train {experiment.name}")
-        workdir.require(recipes.evaluation(inference, model), f"rac3 evaluate {experiment.name}")
+        workdir.require(recipes.train(model), "rac3 train")
+        workdir.require(recipes.evaluation(inference, model), "rac3 evaluate")
     values = {name: evaluate(inference, model, workdir) for name, (inference, model) in models.items()}
     k = experiment.evaluation.num_retrieved
     recall = {split: evaluate_retrieval(experiment, workdir, split, k) for split in SPLITS}

@@ -49,7 +49,7 @@ class Samples:
         items = documents.many(range(min(len(documents), experiment.evaluation.documents, SHOWN)))
         rows, images = {}, {}
         for name, recipe in evaluations.items():
-            folder = workdir.require(recipe, f"rac3 evaluate {experiment.name}").folder
+            folder = workdir.require(recipe, "rac3 evaluate").folder
             rows[name] = json.loads((folder / f"{split}.json").read_text())[: len(items)]
             images[name] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
         return cls(experiment, workdir, split, items, rows, images)

@@ -23,8 +23,21 @@ FLOORS = (
 )
 # The order inside a package. Modules that are not listed come behind those that are, in any order without a cycle.
 ORDER = {
-    "": ("config", "sharding", "artifacts", "arrays", "progress", "experiment", "stages",
-         "report_table", "report_plots", "report_page", "report_samples", "report", "cli"),
+    "": (
+        "config",
+        "sharding",
+        "artifacts",
+        "arrays",
+        "progress",
+        "experiment",
+        "stages",
+        "report_table",
+        "report_plots",
+        "report_page",
+        "report_samples",
+        "report",
+        "cli",
+    ),
     "documents": ("document", "filter", "webdataset", "tfds", "world", "store"),
     "tokens": ("vocabulary", "text", "params_file", "vqgan", "vqgan_checkpoints", "html"),
     "retrieval": ("clip", "clip_checkpoints", "encoder", "memory", "retriever", "scann", "exact", "faiss", "controls"),

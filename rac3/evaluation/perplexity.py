@@ -37,7 +37,10 @@ def make_losses(model: Transformer) -> Callable[[PyTree, PackedBatch], jax.Array
 
 
 def perplexity(
-    token_losses: Callable[[PyTree, PackedBatch], jax.Array], params: PyTree, groups: Sequence[Group], kind: int,
+    token_losses: Callable[[PyTree, PackedBatch], jax.Array],
+    params: PyTree,
+    groups: Sequence[Group],
+    kind: int,
     row_length: int,
 ) -> float | None:
     """exp of the mean -log p over the targets of one kind (`MAIN_TEXT`, `MAIN_IMAGE`); None if there are none."""
@@ -56,5 +59,3 @@ def perplexity(
 
 def _whole(document: Sequenced) -> Masked:
     return Masked(document.ids, document.grid, np.ones(len(document.ids), bool))
-
-

@@ -22,10 +22,12 @@ def generate_captions(
     samples: int,
     max_tokens: int,
     seed: int,
-) -> list[Int[np.ndarray, " ids"]]:
+) -> list[Int[np.ndarray, " _"]]:
     """Text ids of the best of `samples` captions for each image (as VQGAN codes), behind what it retrieved."""
     vocabulary = generator.vocabulary
-    prompts = [image_to_caption(vocabulary, documents, codes) for documents, codes in zip(retrieved, images, strict=True)]
+    prompts = [
+        image_to_caption(vocabulary, documents, codes) for documents, codes in zip(retrieved, images, strict=True)
+    ]
     longest = max(len(prompt) for prompt in prompts)
     count = min(max_tokens, generator.model.max_positions - longest)
     ids, log_probs = generator.samples(prompts, caption_grammar(vocabulary, max(1, count)), sampling, samples, seed)

@@ -23,13 +23,11 @@ class Generator:
     tokens_per_image: int
 
     def samples(
-        self, prompts: Sequence[Int[np.ndarray, " seq"]], grammar: Grammar, sampling: Sampling, count: int, seed: int
-    ) -> tuple[list[list[Int[np.ndarray, " ids"]]], Float[np.ndarray, "prompts samples"]]:
-        """`count` continuations of each prompt, and their mean log probabilities; a function of (seed, prompt number)."""
+        self, prompts: Sequence[Int[np.ndarray, " _"]], grammar: Grammar, sampling: Sampling, count: int, seed: int
+    ) -> tuple[list[list[Int[np.ndarray, " _"]]], Float[np.ndarray, "prompts samples"]]:
+        """`count` continuations of each prompt, and their mean log probabilities: a function of (seed, prompt)."""
         repeated = [prompt for prompt in prompts for _ in range(count)]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(repeated)))
-        out: Generated = generate(
-            self.model, self.params, self.vocabulary, repeated, grammar, sampling, keys
-        )
+        out: Generated = generate(self.model, self.params, self.vocabulary, repeated, grammar, sampling, keys)
         nested = [out.ids[start : start + count] for start in range(0, len(repeated), count)]
         return nested, out.mean_log_prob.reshape(len(prompts), count)

@@ -14,7 +14,7 @@ from rac3.tokens.html import Sequenced
 
 def generate_images(
     generator: Generator,
-    captions: Sequence[Sequence[int]],
+    captions: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
     retrieved: Sequence[Sequence[Sequenced]],
     sampling: Sampling,
     samples: int,

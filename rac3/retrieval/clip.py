@@ -20,7 +20,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": lambda x: nn.gelu(x, approximate=False),
 }
-MAX_LOGIT_SCALE = math.log(100)  # CLIP, section 2.5
 
 
 def _check_tower(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
@@ -345,19 +344,21 @@ def contrastive_loss(
     image: Float[Array, "batch projection"],
     logit_scale: Float[Array, ""],
     duplicates: Bool[Array, "batch batch"] | None = None,
+    max_scale: float = 100.0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """CLIP's symmetric InfoNCE over the batch, in nats.
 
-    loss = (CE(s t v^T, diagonal) + CE(s v t^T, diagonal)) / 2, with s = min(exp(logit_scale), 100).
+    loss = (CE(s t v^T, diagonal) + CE(s v t^T, diagonal)) / 2, with s = min(exp(logit_scale), max_scale).
 
     Args:
       text: vectors of L2 norm 1, row i the caption of image i; under `jit` over a mesh, the global batch.
+      max_scale: 100 in CLIP (section 2.5). A low one leaves room only for what tells most documents apart.
       duplicates: True where text i also describes image j != i (the same caption): no negative there.
 
     Returns:
       the loss, and metrics: `loss`, `accuracy` (share of texts that score their own image highest, duplicates aside).
     """
-    logits = jnp.exp(jnp.minimum(logit_scale, MAX_LOGIT_SCALE)) * text @ image.T
+    logits = jnp.exp(jnp.minimum(logit_scale, math.log(max_scale))) * text @ image.T
     own = jnp.eye(logits.shape[0], dtype=bool)
     if duplicates is not None:
         logits = jnp.where(duplicates & ~own, -jnp.inf, logits)

@@ -70,12 +70,13 @@ def _embed_block(
         keys = query_dropout_keys(experiment.seed, [item.document.key for item in items]) if prefix else None
         for part, rows in (("text", has_text), ("image", has_image)):
             chosen = None if keys is None else keys[np.array(rows, int)]
-            options = {"drop_keys": chosen, "drop_rate": experiment.query_dropout}
+            rate = experiment.query_dropout
             vectors = np.zeros((len(items), encoder.clip.config.projection_dim), np.float32)
             if rows:
                 vectors[rows] = (
-                    encoder.embed_texts([texts[row] for row in rows], **options) if part == "text"
-                    else encoder.embed_images(pixels, **options)
+                    encoder.embed_texts([texts[row] for row in rows], drop_keys=chosen, drop_rate=rate)
+                    if part == "text"
+                    else encoder.embed_images(pixels, drop_keys=chosen, drop_rate=rate)
                 )
             out[prefix + part] = vectors
     return out
@@ -84,7 +85,7 @@ def _embed_block(
 def document_embeddings(folder: Path) -> Float[np.ndarray, "documents embed"]:
     """The mixed-modal vectors of a split (paper, eq. 1)."""
     text, image = read_array(folder / "text"), read_array(folder / "image")
-    return mix(text, image, text.any(1), image.any(1))
+    return mix(text, image, np.asarray(text.any(1)), np.asarray(image.any(1)))
 
 
 def query_embeddings(folder: Path, part: str, training: bool) -> Float[np.ndarray, "documents embed"]:

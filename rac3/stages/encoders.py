@@ -62,8 +62,11 @@ def fitting_documents(experiment: Experiment, limit: int) -> list[Document]:
 
 def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
     """Makes what is missing of the text tokenizer, the VQGAN and CLIP."""
-    missing = [recipe for recipe in (recipes.text(experiment), recipes.vqgan(experiment), recipes.clip(experiment))
-               if workdir.find(recipe) is None]
+    missing = [
+        recipe
+        for recipe in (recipes.text(experiment), recipes.vqgan(experiment), recipes.clip(experiment))
+        if workdir.find(recipe) is None
+    ]
     if not missing:
         return
     limit = max(experiment.vqgan.fit.max_documents, experiment.clip.fit.max_documents)
@@ -93,9 +96,9 @@ class ImageCodec:
     params: PyTree
 
     def __post_init__(self) -> None:
-        model = self.model
-        encode = jax.jit(lambda params, pixels: model.apply({"params": params}, preprocess(pixels), method="encode"))
-        decode = jax.jit(lambda params, codes: to_pixels(model.apply({"params": params}, codes, method="decode")))
+        apply: Any = self.model.apply  # flax types its result by what is mutable
+        encode = jax.jit(lambda params, pixels: apply({"params": params}, preprocess(pixels), method="encode"))
+        decode = jax.jit(lambda params, codes: to_pixels(apply({"params": params}, codes, method="decode")))
         object.__setattr__(self, "_encode", encode)
         object.__setattr__(self, "_decode", decode)
 
@@ -146,9 +149,7 @@ def open_clip(experiment: Experiment, workdir: Workdir) -> MixedEncoder:
 
 def clip_config(experiment: Experiment, tokenizer: Tokenizer) -> CLIPConfig:
     """The CLIP of the experiment with the vocabulary of the fitted tokenizer: its ids, then `<bos>` and `<eos>`."""
-    text = replace(
-        experiment.clip.model.text_config, vocab_size=tokenizer.size + 2, eos_token_id=tokenizer.size + 1
-    )
+    text = replace(experiment.clip.model.text_config, vocab_size=tokenizer.size + 2, eos_token_id=tokenizer.size + 1)
     return replace(experiment.clip.model, text_config=text)
 
 
@@ -170,8 +171,9 @@ def vqgan_metrics(codec: ImageCodec, images: Sequence[UInt8[np.ndarray, "_ _ 3"]
 def _fit_vqgan(experiment: Experiment, documents: Sequence[Document], folder: Path) -> None:
     config = experiment.vqgan
     model = VQGAN(config.model)
-    images = np.stack([prepare_image(image.pixels(), config.model.resolution)
-                       for document in documents for image in document.images])
+    images = np.stack(
+        [prepare_image(image.pixels(), config.model.resolution) for document in documents for image in document.images]
+    )
     optimizer = _adam(config.fit)
 
     def init(key: Array) -> PyTree:
@@ -188,7 +190,8 @@ def _fit_vqgan(experiment: Experiment, documents: Sequence[Document], folder: Pa
     def start(state: TrainState) -> TrainState:
         rng = np.random.default_rng([experiment.seed, 1])
         some = preprocess(images[rng.integers(len(images), size=4 * config.fit.batch)])
-        codebook = init_codebook_from_batch(model, state.params, some, jax.random.key(experiment.seed))
+        first = jax.jit(init_codebook_from_batch, static_argnums=0)
+        codebook = first(model, state.params, some, jax.random.key(experiment.seed))
         return state.replace(extra=jax.device_put(codebook, state.step.sharding))
 
     def batch(rows: np.ndarray) -> PyTree:
@@ -203,6 +206,7 @@ def _fit_vqgan(experiment: Experiment, documents: Sequence[Document], folder: Pa
 def _fit_clip(experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[Document], folder: Path) -> None:
     config = clip_config(experiment, tokenizer)
     model = CLIP(config)
+    apply: Any = model.apply  # flax types its result by what is mutable
     pairs = [document for document in documents if document.text and document.images]
     if not pairs:
         raise InputError("no training document has both text and an image; CLIP is fitted on such pairs")
@@ -216,7 +220,8 @@ def _fit_clip(experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[
         return (raw.astype(jnp.float32) - mean) / deviation
 
     def init(key: Array) -> PyTree:
-        return model.init(key, ids[:1], mask[:1], pixels_of(jnp.asarray(images[:1])))["params"]
+        one = jax.tree.map(jnp.asarray, (ids[:1], mask[:1], images[:1]))
+        return model.init(key, one[0], one[1], pixels_of(one[2]))["params"]
 
     def step(state: TrainState, batch: tuple[Array, Array, Array]) -> tuple[TrainState, Metrics]:
         ids, mask, pixels = batch
@@ -225,9 +230,9 @@ def _fit_clip(experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[
         pixels = crop_images(image_key, pixels_of(pixels), experiment.clip.image_crop)
 
         def objective(params: PyTree) -> tuple[Array, dict[str, Array]]:
-            text, image, scale = model.apply({"params": params}, ids, mask, pixels)
+            text, image, scale = apply({"params": params}, ids, mask, pixels)
             same = jnp.all(ids[:, None] == ids[None], axis=-1)
-            return contrastive_loss(text, image, scale, same)
+            return contrastive_loss(text, image, scale, same, experiment.clip.max_logit_scale)
 
         (_, values), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
         return apply_gradients(state, gradients, optimizer), _each(values)

@@ -116,8 +116,9 @@ def evaluate_retrieval(experiment: Experiment, workdir: Workdir, split: Split, k
     field = experiment.data.entity_field
     if not field or not recipes.retrieves(experiment) or split not in experiment.data.sources():
         return None
-    memory = [_entities(open_documents(experiment, workdir, part), field)
-              for part in recipes.memory_splits(experiment, split)]
+    memory = [
+        _entities(open_documents(experiment, workdir, part), field) for part in recipes.memory_splits(experiment, split)
+    ]
     queries = _entities(open_documents(experiment, workdir, split), field)
     neighbors = read_neighbors(experiment, workdir, split)
     flat = [entity for part in memory for entity in part]
@@ -155,8 +156,15 @@ class _HeldOut:
         if memory is not None and experiment.retriever != trained.retriever:
             name += f" with {type(experiment.retriever).__name__.lower()}"
         return cls(
-            experiment, workdir, generator, GroupBuilder(vocabulary, Masking("none"), 1.0), tokenizer, codec,
-            open_clip(experiment, workdir), memory, name,
+            experiment,
+            workdir,
+            generator,
+            GroupBuilder(vocabulary, Masking("none"), 1.0),
+            tokenizer,
+            codec,
+            open_clip(experiment, workdir),
+            memory,
+            name,
         )
 
     def retrieved(self, neighbors: Int[np.ndarray, " depth"], k: int) -> list[TokenizedDocument]:
@@ -199,7 +207,10 @@ def _evaluate_split(held_out: _HeldOut, split: Split, folder: Any) -> dict[str, 
 
 
 def _perplexities(
-    held_out: _HeldOut, token_losses: Any, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n parts depth"],
+    held_out: _HeldOut,
+    token_losses: Any,
+    items: list[TokenizedDocument],
+    neighbors: Int[np.ndarray, "n parts depth"],
     k: int,
 ) -> dict[str, float | None]:
     """Perplexity of images behind their text's neighbors, and of texts behind their image's: the prompt retrieves."""
@@ -231,14 +242,18 @@ def _images(
     """The best image of each document's text by CLIP, and its score."""
     settings = held_out.experiment.evaluation
     codec = held_out.codec
-    captions = [_segment_ids(item, Text) for item in items]
-    chosen = [row for row, ids in enumerate(captions) if ids is not None]
+    captions = {row: ids for row, item in enumerate(items) if (ids := _segment_ids(item, Text)) is not None}
+    chosen = list(captions)
     if not chosen:
         return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
     retrieved = [_fitting(held_out, neighbors[row], k, codec.tokens_per_image + len(captions[row])) for row in chosen]
     codes = generate_images(
-        held_out.generator, [captions[row] for row in chosen], retrieved, settings.image_sampling,
-        settings.image_samples, held_out.experiment.seed,
+        held_out.generator,
+        list(captions.values()),
+        retrieved,
+        settings.image_sampling,
+        settings.image_samples,
+        held_out.experiment.seed,
     )
     pixels = codec.decode(codes.reshape(-1, codes.shape[-1]))
     image_vectors = held_out.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
@@ -252,15 +267,18 @@ def _captions(
 ) -> list[str]:
     """The caption of lowest perplexity of each document's image."""
     settings = held_out.experiment.evaluation
-    images = [_segment_ids(item, Image) for item in items]
-    chosen = [row for row, codes in enumerate(images) if codes is not None]
-    if not chosen:
+    images = {row: codes for row, item in enumerate(items) if (codes := _segment_ids(item, Image)) is not None}
+    if not images:
         return []
     room = held_out.codec.tokens_per_image + settings.max_caption_tokens
     ids = generate_captions(
-        held_out.generator, [images[row] for row in chosen],
-        [_fitting(held_out, neighbors[row], k, room) for row in chosen], settings.caption_sampling,
-        settings.caption_samples, settings.max_caption_tokens, held_out.experiment.seed,
+        held_out.generator,
+        list(images.values()),
+        [_fitting(held_out, neighbors[row], k, room) for row in images],
+        settings.caption_sampling,
+        settings.caption_samples,
+        settings.max_caption_tokens,
+        held_out.experiment.seed,
     )
     return [held_out.tokenizer.decode(row.tolist()) for row in ids]
 
@@ -283,26 +301,40 @@ def _accuracies(
     """Entity accuracy of images (procedural world only) and of captions; None where it has no meaning."""
     field = experiment.data.entity_field
     wanted = [str(item.document.metadata.get(field, "")) for item in items]
-    world = experiment.data.train
-    drawn = isinstance(world, World) and len(images) == len(items)
+    world = experiment.data.train if len(images) == len(items) else None
     named = bool(field) and len(captions) == len(items)
     return {
-        "entity_accuracy": emblem_accuracy(images, wanted, world.entities()) if drawn else None,  # type: ignore[union-attr]
+        "entity_accuracy": emblem_accuracy(images, wanted, world.entities()) if isinstance(world, World) else None,
         "name_accuracy": name_accuracy(captions, wanted) if named else None,
     }
 
 
 def _write_samples(
-    held_out: _HeldOut, split: Split, folder: Any, items: list[TokenizedDocument],
-    neighbors: Int[np.ndarray, "n parts depth"], k: int, images: np.ndarray, captions: list[str],
+    held_out: _HeldOut,
+    split: Split,
+    folder: Any,
+    items: list[TokenizedDocument],
+    neighbors: Int[np.ndarray, "n parts depth"],
+    k: int,
+    images: np.ndarray,
+    captions: list[str],
 ) -> None:
     """What the report and the notebook show."""
     rows = []
     for number, (item, row) in enumerate(zip(items, neighbors, strict=True)):
-        found = {part: [document.document.key for document in held_out.retrieved(row[index], k)]
-                 for index, part in enumerate(PARTS)}
+        found = {
+            part: [document.document.key for document in held_out.retrieved(row[index], k)]
+            for index, part in enumerate(PARTS)
+        }
         caption = captions[number] if len(captions) == len(items) else None
-        rows.append({"key": item.document.key, "text": item.document.text, "caption": caption, "retrieved": found,
-                     "neighbors": row.tolist()})
+        rows.append(
+            {
+                "key": item.document.key,
+                "text": item.document.text,
+                "caption": caption,
+                "retrieved": found,
+                "neighbors": row.tolist(),
+            }
+        )
     write_atomic(folder / f"{split}.json", json.dumps(rows, ensure_ascii=False) + "\n")
     np.save(folder / f"{split}.npy", images)

@@ -87,8 +87,9 @@ class Session:
             self.encoder.embed_texts([text]) if image is None else self.encoder.embed_images([image])
         )
         ids, scores = self.memory.retrieve(Queries([text or "image"], vector, [text]), np.array([-1]))
-        found = [(self.memory.document(int(i)), float(score))
-                 for i, score in zip(ids[0], scores[0], strict=True) if i >= 0]
+        found = [
+            (self.memory.document(int(i)), float(score)) for i, score in zip(ids[0], scores[0], strict=True) if i >= 0
+        ]
         return [Found(item.document, score, item) for item, score in found[:k]]
 
     def image(self, text: str, k: int = 2, samples: int = 4, seed: int = 0) -> list[UInt8[np.ndarray, "_ _ 3"]]:
@@ -106,8 +107,13 @@ class Session:
         context = self._sequences(self.retrieve(image=pixels, k=k))
         settings = self.experiment.evaluation
         ids = generate_captions(
-            self.generator, [self.codec.encode([pixels])[0]], [context], settings.caption_sampling, samples,
-            settings.max_caption_tokens, seed,
+            self.generator,
+            [self.codec.encode([pixels])[0]],
+            [context],
+            settings.caption_sampling,
+            samples,
+            settings.max_caption_tokens,
+            seed,
         )
         return self.tokenizer.decode(ids[0].tolist())
 
@@ -135,7 +141,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if self.num_retrieved < 0 or self.samples < 1:
-            raise InputError(f"num_retrieved={self.num_retrieved} must be at least 0 and samples={self.samples} at least 1")
+            raise InputError(
+                f"num_retrieved={self.num_retrieved} must be at least 0 and samples={self.samples} at least 1"
+            )
 
 
 def generate(experiment: Experiment, trained: Experiment, workdir: Workdir, config: GenerateConfig) -> str:

@@ -111,7 +111,8 @@ def tokenize(
     tokenized = []
     for document in documents:
         ids = [
-            next(codes) if isinstance(segment, Image)
+            next(codes)
+            if isinstance(segment, Image)
             else np.array(tokenizer.encode(segment.text)[:max_text_tokens], np.int32)
             for segment in document.segments
         ]

@@ -96,5 +96,9 @@ def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
             inputs[f"documents {split}"] = documents(experiment, split).fingerprint
             if retrieves(experiment):
                 inputs[f"neighbors {split}"] = neighbors(experiment, split).fingerprint
-    config = {"evaluation": experiment.evaluation, "entity_field": experiment.data.entity_field, "seed": experiment.seed}
+    config = {
+        "evaluation": experiment.evaluation,
+        "entity_field": experiment.data.entity_field,
+        "seed": experiment.seed,
+    }
     return Recipe("evaluation", config, inputs)

@@ -29,7 +29,7 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, row):  # type: ignore[no-untyped-def]  # int -> str, slice -> list, as of any sequence
+    def __getitem__(self, row):  # int -> str, slice -> list, as of any sequence
         if isinstance(row, slice):
             return [item.document.text for item in self.documents.many(range(*row.indices(len(self))))]
         return self.documents[row].document.text
@@ -82,7 +82,9 @@ def index(experiment: Experiment, workdir: Workdir) -> None:
                 bar.update()
 
 
-def retrieve(experiment: Experiment, workdir: Workdir, splits: Sequence[Split] = ("train", "validation", "test")) -> None:
+def retrieve(
+    experiment: Experiment, workdir: Workdir, splits: Sequence[Split] = ("train", "validation", "test")
+) -> None:
     """Makes the neighbors of each split; `memory` is never a query."""
     if not recipes.retrieves(experiment):
         return
@@ -121,8 +123,8 @@ def _retrieve_block(
     queries = Queries([item.document.key for item in items], vectors, [item.document.text for item in items])
     exclude = rows if training else np.full(len(rows), -1)
     ids, scores = memory.retrieve(queries, exclude)
-    lacks = ~vectors.any(1)
-    return np.where(lacks[:, None], -1, ids), np.where(lacks[:, None], 0, scores).astype(np.float32)
+    lacks = ~np.asarray(vectors.any(1, keepdims=True))
+    return np.where(lacks, -1, ids), np.where(lacks, 0, scores).astype(np.float32)
 
 
 def read_neighbors(experiment: Experiment, workdir: Workdir, split: Split) -> Int[np.ndarray, "documents parts depth"]:

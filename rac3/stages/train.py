@@ -80,14 +80,12 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
         draft.counts["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         step = make_train_step(model, optimizer, experiment.training.loss_chunk)
         label = f"train {model_name(experiment)}"
-        fit(
-            label, experiment.training, state, step, batches, StreamState(), draft.folder, experiment.mesh, mesh
-        )
+        fit(label, experiment.training, state, step, batches, StreamState(), draft.folder, experiment.mesh, mesh)
 
 
 def open_params(experiment: Experiment, workdir: Workdir, model: Transformer) -> PyTree:
     """The parameters that `train` ended with, laid out over this machine's mesh."""
-    folder = workdir.require(recipes.train(experiment), f"rac3 train {experiment.name}").folder
+    folder = workdir.require(recipes.train(experiment), "rac3 train").folder
     mesh = experiment.mesh.build()
     boxed = jax.eval_shape(initializer(model), jax.random.key(0))
     shardings = shardings_of(experiment.mesh, mesh, boxed)

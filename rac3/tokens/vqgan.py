@@ -13,7 +13,7 @@ perceptual or adversarial term: it suits small flat pictures; for photographs, l
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, no_type_check
 
 import flax.linen as nn
 import flax.struct
@@ -35,7 +35,7 @@ Features = Float[Array, "batch grid_height grid_width features"]
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Field names and defaults of taming-transformers (`ddconfig`, `embed_dim`, `n_embed`), but for the last two."""
+    """Field names and defaults of taming-transformers (`ddconfig`, `embed_dim`, `n_embed`), but for the last three."""
 
     ch: int = 128  # channels at full resolution; level i has ch * ch_mult[i]
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # each level but the last halves height and width
@@ -50,6 +50,7 @@ class VQGANConfig:
     dropout: float = 0.0
     resamp_with_conv: bool = True
     norm_groups: int = 32  # lowered to a divisor where a layer's channels ask for it
+    latent_kernel: int = 3  # of the convolutions at the lowest resolution; 1 keeps a token from looking at its neighbors
     mid_attn: bool = True  # False: no attention in the middle either, for small pictures on CPU
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class VQGANConfig:
                 f"vqgan.resolution={self.resolution} is not a multiple of {downsampling}, which the "
                 f"{len(self.ch_mult)} levels of ch_mult downsample by; change either"
             )
-        for name in ("ch", "num_res_blocks", "resolution", "z_channels", "embed_dim", "n_embed", "norm_groups"):
+        for name in ("ch", "num_res_blocks", "resolution", "z_channels", "embed_dim", "n_embed", "norm_groups", "latent_kernel"):
             if getattr(self, name) < 1:
                 raise InputError(f"vqgan.{name}={getattr(self, name)} is below 1; use at least 1")
         if not 0 <= self.dropout < 1:
@@ -93,10 +94,11 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool) -> Float[Array, "batch height width features"]:
         h = nn.swish(_norm(self.config, x.shape[-1], self.dtype, "norm1")(x))
-        h = _conv(self.channels, 3, self.dtype, "conv1")(h)
+        kernel = self.config.latent_kernel if x.shape[1] == self.config.grid else 3
+        h = _conv(self.channels, kernel, self.dtype, "conv1")(h)
         h = nn.swish(_norm(self.config, h.shape[-1], self.dtype, "norm2")(h))
         h = nn.Dropout(self.config.dropout, deterministic=not train)(h)
-        h = _conv(self.channels, 3, self.dtype, "conv2")(h)
+        h = _conv(self.channels, kernel, self.dtype, "conv2")(h)
         if x.shape[-1] != self.channels:
             x = _conv(self.channels, 1, self.dtype, "nin_shortcut")(x)
         return x + h
@@ -169,7 +171,7 @@ class Encoder(nn.Module):
                 resolution //= 2
         h = _middle(config, dtype, h, train)
         h = nn.swish(_norm(config, h.shape[-1], dtype, "norm_out")(h))
-        return _conv(config.z_channels, 3, dtype, "conv_out")(h)
+        return _conv(config.z_channels, config.latent_kernel, dtype, "conv_out")(h)
 
 
 class Decoder(nn.Module):
@@ -180,7 +182,7 @@ class Decoder(nn.Module):
     def __call__(self, z: Features, train: bool = False) -> Images:
         config, dtype = self.config, self.dtype
         resolution = config.grid
-        h = _conv(config.ch * config.ch_mult[-1], 3, dtype, "conv_in")(z)
+        h = _conv(config.ch * config.ch_mult[-1], config.latent_kernel, dtype, "conv_in")(z)
         h = _middle(config, dtype, h, train)
         for level, multiplier in reversed(list(enumerate(config.ch_mult))):
             for block in range(config.num_res_blocks + 1):
@@ -309,8 +311,8 @@ class VQGANObjective:
             )
 
 
-@flax.struct.dataclass
-class CodebookState:
+@no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind
+class CodebookState(flax.struct.PyTreeNode):
     """The codebook while it is fitted: moving averages per code of the vectors that it is nearest to."""
 
     embedding: Float[Array, "codes channel"]
@@ -378,7 +380,8 @@ def locality_loss(
     own_pixels = own.repeat(patch, axis=1).repeat(patch, axis=2)
     mixed = jnp.where(own_pixels, images, jnp.roll(images, 1, axis=0))
     wanted = jax.lax.stop_gradient(jnp.where(own, latents, jnp.roll(latents, 1, axis=0)))
-    error = jnp.mean((model.apply(variables, mixed, True, method="latents") - wanted) ** 2)
+    moved = cast(Array, model.apply(variables, mixed, True, method="latents"))
+    error = jnp.mean((moved - wanted) ** 2)
     return error / (jnp.mean(jnp.var(wanted, axis=(0, 1, 2))) + 1e-6)
 
 

@@ -43,7 +43,9 @@ def create_state(
 
     key = jax.random.key(seed)
     shardings = shardings_of(mesh_config, mesh, jax.eval_shape(build, key))
-    return jax.jit(lambda key: nn.unbox(build(key)), out_shardings=shardings)(key)
+    # It runs once: to compile it quickly matters more than to run it quickly.
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(lambda key: nn.unbox(build(key)), out_shardings=shardings, compiler_options=options)(key)
 
 
 def apply_gradients(

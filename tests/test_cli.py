@@ -1,0 +1,364 @@
+"""The command: bad input costs one line and nothing else; retrievers are swapped; a killed run goes on."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rac3.arrays import read_array
+from rac3.artifacts import MANIFEST, Workdir
+from rac3.cli import main
+from rac3.config import load_config_module
+from rac3.experiment import Experiment
+from rac3.stages import recipes
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "tests" / "tiny_config.py")
+COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]
+
+Refused = Callable[..., str]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below `folder`, by the hash of its bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def tiny() -> Experiment:
+    return load_config_module(TINY).get_config()
+
+
+def rac3(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["rac3", *arguments])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must fail with one line and exit code 2, and leave `workdir` as it was; gives the line."""
+
+    def run(*arguments: str, workdir: Path | None = None) -> str:
+        before = tree(workdir) if workdir else {}
+        capsys.readouterr()
+        code = rac3(monkeypatch, *arguments, *(["--workdir", str(workdir)] if workdir else []))
+        lines = [line for line in capsys.readouterr().err.splitlines() if not re.match(r"(read|fit|index) ", line)]
+        assert code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("rac3: ")
+        if workdir:
+            after = tree(workdir)
+            assert before.items() <= after.items()
+            assert all(".partial/" in name or name.endswith(".lock") for name in after.keys() - before.keys())
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return shutil.copytree(finished_workdir[1], tmp_path / "tiny")
+
+
+def write_config(path: Path, body: str) -> str:
+    """A config of a user's own that starts from the tiny one, `tiny`."""
+    head = "from dataclasses import dataclass, replace\nfrom rac3.config import load_config_module\n"
+    path.write_text(f"{head}tiny = load_config_module({TINY!r}).get_config()\n{body}")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["pretrain", TINY], "'pretrain' is unknown"),
+        (["train"], "needs a config"),
+        (["train", "nowhere.py"], "'nowhere.py' does not exist"),
+        (["train", "slowstart"], "shipped: emoji_captions, quickstart"),
+        (["train", TINY, "--modle.num-layers", "2"], "--modle.num-layers"),
+        (["train", TINY, "--model.num-layers", "two"], "two"),
+        (["train", TINY, "--model.dtype", "float31"], "float31"),
+        (["train", TINY, "retriever:bm42"], "bm42"),
+        (["train", TINY, "--mesh.fsdp", "3"], "does not divide the 8 devices"),
+        (["generate", TINY, "--samples", "0"], "samples=0"),
+        (["ingest", "emoji_captions", "--data-dir", "/nowhere"], "'/nowhere/train' does not exist"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: list[str], says: str, refused: Refused):
+    assert says in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        "--seed -1",
+        "--max-reject-fraction 2",
+        "--max-text-tokens 0",
+        "--query-dropout 1",
+        "--text.vocab-size 10",
+        "--vqgan.model.resolution 41",
+        "--vqgan.fit.batch 0",
+        "--clip.model.vision-config.patch-size 7",
+        "--clip.model.text-config.num-attention-heads 3",
+        "--clip.image-crop 2",
+        "--retriever.num-neighbors 0",
+        "--selection.depth 0",
+        "--selection.depth 2",
+        "--batches.context-length 0",
+        "--batches.row-length 100",
+        "--batches.rows 0",
+        "--batches.num-retrieved -1",
+        "--batches.num-retrieved 9",
+        "--batches.masking.frequency 2",
+        "--model.num-heads 3",
+        "--model.num-layers 0",
+        "--model.embed 0",
+        "--model.dropout 2",
+        "--optimizer.peak-lr -1",
+        "--optimizer.warmup-steps -1",
+        "--training.steps 0",
+        "--training.checkpoint-every 0",
+        "--mesh.data 0",
+        "--evaluation.documents 0",
+        "--evaluation.num-retrieved -1",
+        "--evaluation.image-samples 0",
+        "--evaluation.image-sampling.top-p 0",
+        "--evaluation.caption-sampling.temperature -1",
+        "--evaluation.max-caption-tokens 0",
+    ],
+)
+def test_numbers_out_of_range_are_refused(numbers: str, refused: Refused, tmp_path: Path):
+    key, value = numbers.split()
+    line = refused("ingest", TINY, key, value, "--workdir", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    assert key.split(".")[-1].lstrip("-") in line.replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("def get_config():\n    return replace(tiny, lerning_rate=1)", "lerning_rate"),
+        ("def get_config():\n    return 3", "returns int, not an Experiment"),
+        ("def get_config():\n    return replace(tiny, query_dropout=2)", "query_dropout=2"),
+        ("import nowhere", "No module named 'nowhere'"),
+    ],
+)
+def test_a_broken_config_is_refused(body: str, says: str, refused: Refused, tmp_path: Path):
+    assert says in refused("train", write_config(tmp_path / "mine.py", body))
+
+
+def test_a_workdir_of_another_config_is_refused(refused: Refused, workdir: Path):
+    assert "was made by config 'tiny', not 'quickstart'" in refused("train", "quickstart", workdir=workdir)
+
+
+def test_a_source_without_shards_is_refused(refused: Refused, tmp_path: Path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    line = refused("encoders", "emoji_captions", "--data-dir", str(tmp_path / "data"), workdir=tmp_path / "new")
+    assert "holds no .tar file" in line
+
+
+def test_a_source_whose_every_document_is_filtered_is_refused(refused: Refused, tmp_path: Path, workdir: Path):
+    body = """
+class Small:
+    def shards(self, data_dir): return ["0"]
+    def read(self, data_dir, shard):
+        for document in tiny.data.train.read(data_dir, "world"):
+            yield replace(document, metadata={"width": 16, "height": 16})
+Small = dataclass(frozen=True)(Small)
+def get_config(): return replace(tiny, data=replace(tiny.data, SPLIT=Small()))
+"""
+    config = write_config(tmp_path / "train.py", body.replace("SPLIT", "memory=None, train"))
+    assert "no documents that pass the filter" in refused("encoders", config, workdir=tmp_path / "new")
+    config = write_config(tmp_path / "validation.py", body.replace("SPLIT", "validation"))
+    assert "gives no documents (0 damaged, 36 filtered)" in refused("ingest", config, workdir=workdir)
+
+
+def test_more_leaves_than_documents_are_refused(refused: Refused, workdir: Path):
+    arguments = ["--workdir", str(workdir), "retriever:scann", "--retriever.num-leaves", "4000"]
+    before = tree(workdir)
+    assert "num_leaves=4000 exceeds the 36 documents" in refused("index", TINY, *arguments)
+    assert before.items() <= tree(workdir).items()
+
+
+def test_a_context_that_no_document_fits_in_is_refused(refused: Refused, workdir: Path):
+    line = refused("train", TINY, "--batches.context-length", "20", workdir=workdir)
+    assert "20" in line
+    assert "context_length" in line
+
+
+@pytest.mark.parametrize("prompt", [[], ["--prompt", ""], ["--prompt", "  "], ["--prompt", "a", "--image", "b.png"]])
+def test_a_prompt_without_text_is_refused(prompt: list[str], refused: Refused, workdir: Path):
+    assert "give --prompt TEXT or --image FILE" in refused("generate", TINY, *prompt, workdir=workdir)
+
+
+def test_an_image_that_is_none_is_refused(refused: Refused, workdir: Path, tmp_path: Path):
+    assert "does not exist" in refused("generate", TINY, "--image", str(tmp_path / "a.png"), workdir=workdir)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert "cannot be read" in refused("generate", TINY, "--image", str(tmp_path / "a.png"), workdir=workdir)
+
+
+def test_a_checkpoint_of_another_model_is_refused(refused: Refused, workdir: Path):
+    experiment = tiny()
+    other = replace(experiment, model=replace(experiment.model, mlp=32))
+    folder = workdir / "train"
+    trained = folder / recipes.train(experiment).fingerprint
+    shutil.copytree(trained, folder / recipes.train(other).fingerprint)
+    assert "is of another model" in refused("evaluate", TINY, "--model.mlp", "32", workdir=workdir)
+    wide = replace(experiment, model=replace(experiment.model, mlp=48))
+    shutil.copytree(trained / "checkpoints", folder / f"{recipes.train(wide).fingerprint}.partial" / "checkpoints")
+    assert "is of another model" in refused("train", TINY, "--model.mlp", "48", workdir=workdir)
+
+
+def test_a_missing_input_names_the_command_that_makes_it(refused: Refused, tmp_path: Path):
+    new = tmp_path / "new"
+    places = f"{TINY} --seed 1 --workdir {new}"
+    chain = {"ingest": "encoders", "embed": "encoders", "index": "embed", "retrieve": "embed", "train": "ingest"}
+    for stage, earlier in chain.items():
+        assert f"run `rac3 {earlier} {places}`" in refused(stage, TINY, "--seed", "1", "--workdir", str(new))
+    own = ["--prompt", "a fox", "--workdir", str(new), "retriever:exact", "--retriever.num-neighbors", "4"]
+    assert f"rac3 encoders {places}`" in refused("generate", TINY, "--seed", "1", *own).replace("embed", "encoders")
+    assert not new.exists()
+
+
+def test_the_real_command_says_one_line_too(tmp_path: Path):
+    done = subprocess.run(
+        [*COMMAND, "train", TINY, "--workdir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "rac3 ingest" in done.stderr
+
+
+def test_help_lists_what_can_be_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert rac3(monkeypatch, "--help") == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert rac3(monkeypatch, "train", TINY, "--help") == 0
+    out = capsys.readouterr().out
+    assert "--optimizer.peak-lr" in out
+    assert "retriever:exact" in out
+    assert "--data.train" not in out
+
+
+def test_a_second_run_makes_nothing(monkeypatch: pytest.MonkeyPatch, workdir: Path):
+    before = {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")}
+    assert rac3(monkeypatch, "run", TINY, "--workdir", str(workdir)) == 0
+    assert {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")} == before
+
+
+def test_the_retriever_is_swapped_on_the_command_line(monkeypatch: pytest.MonkeyPatch, workdir: Path):
+    trained = tree(workdir / "train")
+    for choice in ("exact", "random"):
+        swap = ["--workdir", str(workdir), f"retriever:{choice}", "--retriever.num-neighbors", "16"]
+        assert rac3(monkeypatch, "evaluate", TINY, "--no-compare-with-cm3", *swap) == 0
+    assert tree(workdir / "train") == trained
+    ids = {}
+    for manifest in (workdir / "neighbors").glob(f"*/{MANIFEST}"):
+        inputs = json.loads(manifest.read_text())["inputs"]
+        if inputs["queries"] == recipes.embeddings(tiny(), "test").fingerprint:
+            index = json.loads((workdir / "index" / inputs["index train"] / MANIFEST).read_text())
+            ids[index["config"]["retriever"]["class"]] = read_array(manifest.parent / "ids")
+    assert ids.keys() == {"Scann", "Exact", "Random"}
+    np.testing.assert_array_equal(ids["Scann"], ids["Exact"])
+    assert (ids["Random"] != ids["Exact"]).any()
+
+
+def test_a_retriever_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workdir: Path):
+    """The example of the README, over the tiny config rather than the quickstart."""
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)]
+    example = example.replace("from rac3.configs.quickstart import get_config as base", "base = lambda: tiny")
+    config = write_config(tmp_path / "mine.py", example.replace('name="word_overlap"', 'name="tiny"'))
+    quick = ["--workdir", str(workdir), "--no-compare-with-cm3", "--no-evaluation.control"]
+    for stage in ("index", "retrieve", "train", "evaluate"):
+        assert rac3(monkeypatch, stage, config, *quick, "--training.steps", "2") == 0
+    experiment = load_config_module(config).get_config()
+    store = Workdir(workdir, "tiny")
+    ids = read_array(store.require(recipes.neighbors(experiment, "train"), "").folder / "ids")
+    assert (ids[:, 0, 0] >= 0).all()
+    assert (ids[:, 0, 0] != np.arange(len(ids))).all()
+
+
+@pytest.mark.shared_data
+def test_damaged_documents_are_counted(
+    monkeypatch: pytest.MonkeyPatch, refused: Refused, tmp_path: Path, workdir: Path, shared_data: Path
+):
+    body = (
+        "from rac3.documents.webdataset import WebDataset\n"
+        "data = replace(tiny.data, validation=WebDataset('emoji-captions-corrupt'))\n"
+        "def get_config(): return replace(tiny, data=data)\n"
+    )
+    config = write_config(tmp_path / "mine.py", body)
+    places = ["--data-dir", str(shared_data), "--workdir", str(workdir)]
+    # Encoders belong to a data folder; those of one step read documents as well as any.
+    quick = [*places, "--vqgan.fit.steps", "1", "--clip.fit.steps", "1"]
+    assert rac3(monkeypatch, "encoders", config, *quick) == 0
+    assert "are damaged, more than max_reject_fraction=0.05" in refused("ingest", config, *quick)
+    assert rac3(monkeypatch, "ingest", config, *quick, "--max-reject-fraction", "0.5") == 0
+    manifest = next(
+        path for path in (workdir / "documents").glob(f"*/{MANIFEST}") if "emoji-captions-corrupt" in path.read_text()
+    )
+    counts = json.loads(manifest.read_text())["counts"]
+    lines = [json.loads(line) for line in (manifest.parent / "rejects.jsonl").read_text().splitlines()]
+    assert {"00000/000000002", "00005/000050003", "00007/000070010"} <= {line["key"] for line in lines}
+    assert len(lines) == sum(counts["rejects"].values()) == 16
+    assert counts["documents"] + sum(counts["filtered"].values()) == 6 * 4 + 3 + 4
+
+
+def kill_when(path_pattern: str, workdir: Path, arguments: list[str]) -> None:
+    """Starts the command and kills it, as a machine that fails does, once a file of the pattern is there."""
+    silent = subprocess.DEVNULL
+    with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stdout=silent, stderr=silent) as run:
+        while not list(workdir.glob(path_pattern)):
+            assert run.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path):
+    steps = {"--vqgan.fit.steps": "120", "--training.steps": "40", "--training.checkpoint-every": "5"}
+    settings = [word for pair in steps.items() for word in pair] + ["--no-compare-with-cm3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def arguments(stage: str, workdir: Path) -> list[str]:
+        return [stage, TINY, *settings, "--workdir", str(workdir)]
+
+    def run(stage: str, workdir: Path) -> None:
+        subprocess.run([*COMMAND, *arguments(stage, workdir)], cwd=ROOT, check=True, capture_output=True)
+
+    run("prepare", whole)
+    run("train", whole)
+    kill_when("vqgan/*.partial/checkpoints/50", killed, arguments("prepare", killed))
+    run("prepare", killed)
+    kill_when("train/*.partial/checkpoints/5", killed, arguments("train", killed))
+    run("train", killed)
+
+    def parameters(workdir: Path) -> dict[str, np.ndarray]:
+        import jax
+        import orbax.checkpoint as ocp
+
+        (folder,) = workdir.glob("train/*/checkpoints/40/state")
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            params = checkpointer.restore(folder.absolute())["params"]
+        return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+    expected, found = parameters(whole), parameters(killed)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
