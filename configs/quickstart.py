@@ -14,7 +14,8 @@ from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
-from rac3.tokens.vqgan import VQGANConfig, VQGANObjective
+from rac3.tokens.vqgan import VQGANConfig
+from rac3.tokens.vqgan_objective import VQGANObjective
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
 

@@ -39,7 +39,7 @@ ORDER = {
         "cli",
     ),
     "documents": ("document", "filter", "webdataset", "tfds", "world", "store"),
-    "tokens": ("vocabulary", "text", "params_file", "vqgan", "vqgan_checkpoints", "html"),
+    "tokens": ("vocabulary", "text", "params_file", "vqgan", "vqgan_objective", "vqgan_checkpoints", "html"),
     "retrieval": ("clip", "clip_checkpoints", "encoder", "memory", "retriever", "scann", "exact", "faiss", "controls"),
     "batches": ("draws", "masking", "packing", "groups", "loader"),
     "model": ("attention", "transformer", "loss"),

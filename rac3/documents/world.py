@@ -79,9 +79,9 @@ class World:
 
     split: Literal["train", "memory", "validation", "test"] = "train"
     seed: int = 0
-    seen: int = 320
+    seen: int = 200
     unseen: int = 40
-    documents_per_entity: int = 4
+    documents_per_entity: int = 6
     questions_per_entity: int = 2
     documents_per_shard: int = 512
 

@@ -27,7 +27,8 @@ from rac3.sharding import MeshConfig, use_mesh
 from rac3.stages import recipes
 from rac3.tokens.params_file import load_params, save_params
 from rac3.tokens.text import Tokenizer
-from rac3.tokens.vqgan import VQGAN, init_codebook_from_batch, preprocess, to_pixels, vqgan_loss, with_codebook
+from rac3.tokens.vqgan import VQGAN, preprocess, to_pixels
+from rac3.tokens.vqgan_objective import init_codebook_from_batch, vqgan_loss, with_codebook
 from rac3.training.loop import TrainingConfig, fit
 from rac3.training.optimizer import OptimizerConfig
 from rac3.training.state import TrainState, apply_gradients, create_state

@@ -16,8 +16,11 @@ from rac3.retrieval.clip import (
     CLIPTextConfig,
     CLIPVisionConfig,
     contrastive_loss,
+    crop_images,
+    crop_texts,
     drop_patches,
     drop_text_tokens,
+    unit_norm,
 )
 
 EOS = 49
@@ -247,3 +250,38 @@ def test_parity_with_transformers(act, eos):
     np.testing.assert_allclose(encode_text(config, params, ids, mask), out.text_embeds, atol=1e-5)
     np.testing.assert_allclose(encode_image(config, params, jnp.asarray(pixels)), out.image_embeds, atol=1e-5)
     np.testing.assert_allclose(params["logit_scale"], reference.logit_scale.detach())
+
+
+def test_cropped_texts_keep_their_first_tokens_and_end_with_eos() -> None:
+    ids = jnp.asarray(np.tile([[90, 1, 2, 3, 4, 91, 0]], (400, 1)))
+    mask = ids != 0
+    cut, kept = crop_texts(jax.random.key(0), ids, mask, 0.5)
+    lengths = np.asarray(kept.sum(1))
+    assert set(lengths) == {3, 4, 5, 6}  # one to four tokens between <bos> and <eos>
+    assert 0.5 < (lengths == 6).mean() < 0.75  # uncut, or cut at the full length: 1/2 + 1/8
+    for row, length in zip(np.asarray(cut), lengths, strict=True):
+        assert row[: length - 1].tolist() == [90, 1, 2, 3, 4][: length - 1]
+        assert row[length - 1] == 91
+        assert not row[length:].any()
+    same, _ = crop_texts(jax.random.key(0), ids, mask, 0.0)
+    np.testing.assert_array_equal(same, ids)
+
+
+def test_cropped_images_show_a_square_of_the_image() -> None:
+    ramp = np.broadcast_to(np.arange(32, dtype=np.float32)[None, None, :, None], (64, 32, 32, 3))
+    out = np.asarray(crop_images(jax.random.key(0), jnp.asarray(ramp), 0.5))
+    slopes = np.diff(out[:, 16, 4:28, 0], axis=1).mean(1)  # a crop of share s stretches the ramp to slope s
+    assert slopes.min() >= 0.5 - 1e-3
+    assert slopes.max() <= 1 + 1e-3
+    assert slopes.std() > 0.05
+    assert out.min() >= 0
+    assert out.max() <= 31
+    np.testing.assert_array_equal(crop_images(jax.random.key(0), jnp.asarray(ramp), 1.0), ramp)
+
+
+def test_contrastive_loss_bounds_its_scale() -> None:
+    text = unit_norm(jax.random.normal(jax.random.key(0), (6, 4)))
+    image = unit_norm(jax.random.normal(jax.random.key(1), (6, 4)))
+    bounded, _ = contrastive_loss(text, image, jnp.log(50.0), max_scale=5.0)
+    plain, _ = contrastive_loss(text, image, jnp.log(5.0))
+    np.testing.assert_allclose(bounded, plain, rtol=1e-6)

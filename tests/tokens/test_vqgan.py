@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,14 +13,17 @@ from rac3.config import InputError
 from rac3.tokens.params_file import load_params, save_params
 from rac3.tokens.vqgan import (
     VQGAN,
-    CodebookState,
     VQGANConfig,
-    VQGANObjective,
-    init_codebook_from_batch,
     nearest_codes,
     preprocess,
     psnr,
     to_pixels,
+)
+from rac3.tokens.vqgan_objective import (
+    CodebookState,
+    VQGANObjective,
+    init_codebook_from_batch,
+    locality_loss,
     update_codebook,
     vqgan_loss,
     with_codebook,
@@ -357,3 +361,28 @@ def test_parity_with_the_taming_architecture_in_torch():
     )
     decoded = apply(model, params, codes, "decode")
     np.testing.assert_allclose(decoded, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_revived_codes_go_where_no_code_is_near() -> None:
+    crowd = jnp.zeros((99, 2)) + jax.random.normal(jax.random.key(0), (99, 2)) * 1e-3
+    vectors = jnp.concatenate([crowd, jnp.array([[5.0, 5.0]])])
+    embedding = jnp.array([[0.0, 0.0], [100.0, 100.0]])
+    start = CodebookState(embedding, jnp.array([99.0, 0.0]), embedding * jnp.array([[99.0], [0.0]]))
+    after = update_codebook(VQGANObjective(), start, vectors, jnp.zeros(100, int), jax.random.key(1))
+    np.testing.assert_allclose(after.embedding[1], [5.0, 5.0])
+
+
+def test_locality_loss_is_small_only_where_vectors_ignore_their_neighbors() -> None:
+    images = preprocess(rectangles(0, 16, 8))
+    near = VQGAN(replace(TINY, latent_kernel=1, mid_attn=False, attn_resolutions=()))
+    far = VQGAN(TINY)
+    loss = {}
+    for name, model in (("near", near), ("far", far)):
+        variables = {"params": random_params(model)}
+        latents = model.apply(variables, images, method="latents")
+        loss[name] = float(locality_loss(model, variables, images, latents, jax.random.key(0)))
+    assert loss["near"] < loss["far"]
+    # Were every vector a function of its patch alone, exchanging other patches would change nothing.
+    blind = jax.tree.map(jnp.zeros_like, random_params(near))
+    latents = near.apply({"params": blind}, images, method="latents")
+    assert float(locality_loss(near, {"params": blind}, images, latents, jax.random.key(0))) == 0
