@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import numpy as np
+
+from rac3.documents.document import Document
+from rac3.documents.world import World
+from rac3.evaluation.entities import emblem_accuracy, name_accuracy
+
+
+def test_true_pictures_score_one_and_wrong_names_zero() -> None:
+    world = World("validation", seen=20, unseen=5)
+    documents = [item for item in world.read(Path(), world.shards(Path())[0]) if isinstance(item, Document)]
+    images = np.stack([document.images[0].pixels() for document in documents])
+    names = [str(document.metadata["entity"]) for document in documents]
+    assert emblem_accuracy(images, names, world.entities()) == 1
+    noise = np.random.default_rng(0).integers(-40, 40, images.shape)
+    noisy = np.clip(images + noise, 0, 255).astype(np.uint8)
+    assert emblem_accuracy(noisy, names, world.entities()) == 1
+    others = [next(other for other in names if other != name) for name in names]
+    assert emblem_accuracy(images, others, world.entities()) == 0
+
+
+def test_names_count_as_whole_words_only() -> None:
+    captions = ["Vormika on grass", "a vormikas flag", "the flag of vormika, in rain", ""]
+    assert name_accuracy(captions, ["vormika"] * 4) == 0.5
