@@ -67,7 +67,7 @@ def get_config() -> Experiment:
             num_layers=4, embed=128, num_heads=4, mlp=512, dtype="float32", remat="none", init_std=0.02
         ),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=50, weight_decay=0.01),
-        training=TrainingConfig(steps=300, checkpoint_every=100),
+        training=TrainingConfig(steps=400, checkpoint_every=100),
         evaluation=EvaluationConfig(
             documents=80,
             image_samples=4,

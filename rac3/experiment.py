@@ -100,6 +100,13 @@ class ImageTextEncoder:
     image_crop: float = 0.7
     fit: FitConfig = field(default_factory=FitConfig)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_crop <= 1 or not 0 < self.image_crop <= 1 or self.max_logit_scale <= 0:
+            raise InputError(
+                f"clip: text_crop={self.text_crop} must lie in 0 to 1, image_crop={self.image_crop} above 0 up to 1, and "
+                f"max_logit_scale={self.max_logit_scale} above 0; 0, 0.7 and 100 are the defaults"
+            )
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -139,6 +146,10 @@ class Experiment:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed} is negative; use 0 or more")
+        if self.max_text_tokens < 1:
+            raise InputError(f"max_text_tokens={self.max_text_tokens} leaves no text; use at least 1")
         if not 0 <= self.max_reject_fraction <= 1:
             raise InputError(f"max_reject_fraction={self.max_reject_fraction} is outside 0 to 1; use 0.05, say")
         if not 0 <= self.query_dropout < 1:

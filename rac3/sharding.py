@@ -2,21 +2,23 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rac3.config import InputError
 
 AXES = ("data", "fsdp", "tensor")
+Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 
 # Logical axis -> mesh axes. Parameters: `embed` is cut by FSDP; heads, mlp and vocab by tensor parallelism (Megatron's
 # column and row cuts). Activations name `batch` and `heads` or `mlp`, and leave `seq` and their `embed` whole.
-DEFAULT_RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
+DEFAULT_RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("seq", None),
     ("embed", ("fsdp",)),
@@ -36,7 +38,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    rules: tuple[tuple[str, tuple[str, ...] | None], ...] = field(default=DEFAULT_RULES)
+    rules: Annotated[Rules, tyro.conf.Fixed, tyro.conf.Suppress] = DEFAULT_RULES  # in configs, not on the command line
 
     def __post_init__(self) -> None:
         for name in ("fsdp", "tensor"):

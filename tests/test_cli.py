@@ -115,7 +115,7 @@ def test_bad_arguments_are_refused(arguments: list[str], says: str, refused: Ref
         "--text.vocab-size 10",
         "--vqgan.model.resolution 41",
         "--vqgan.fit.batch 0",
-        "--clip.model.vision-config.patch-size 7",
+        "--clip.model.vision-config.patch-size 0",
         "--clip.model.text-config.num-attention-heads 3",
         "--clip.image-crop 2",
         "--retriever.num-neighbors 0",
@@ -126,11 +126,10 @@ def test_bad_arguments_are_refused(arguments: list[str], says: str, refused: Ref
         "--batches.rows 0",
         "--batches.num-retrieved -1",
         "--batches.num-retrieved 9",
-        "--batches.masking.frequency 2",
+        "--batches.masking.mean-spans -1",
         "--model.num-heads 3",
         "--model.num-layers 0",
         "--model.embed 0",
-        "--model.dropout 2",
         "--optimizer.peak-lr -1",
         "--optimizer.warmup-steps -1",
         "--training.steps 0",
@@ -148,6 +147,7 @@ def test_numbers_out_of_range_are_refused(numbers: str, refused: Refused, tmp_pa
     key, value = numbers.split()
     line = refused("ingest", TINY, key, value, "--workdir", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+    assert "is missing" not in line
     assert key.split(".")[-1].lstrip("-") in line.replace("_", "-")
 
 

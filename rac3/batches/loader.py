@@ -47,6 +47,8 @@ class BatchConfig:
     read_threads: int = 8
 
     def __post_init__(self) -> None:
+        if self.context_length < 1:
+            raise InputError(f"batches.context_length={self.context_length} is below 1; the paper uses 4096")
         if self.row_length and self.row_length < self.context_length:
             raise InputError(
                 f"batches.row_length={self.row_length} is below batches.context_length={self.context_length}; "

@@ -32,7 +32,9 @@ class Texts(Sequence[str]):
     def __getitem__(self, row):  # int -> str, slice -> list, as of any sequence
         if isinstance(row, slice):
             return [item.document.text for item in self.documents.many(range(*row.indices(len(self))))]
-        return self.documents[row].document.text
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)  # what ends a `for` over a sequence
+        return self.documents[row % len(self)].document.text
 
 
 class OpenMemory:

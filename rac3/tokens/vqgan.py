@@ -47,9 +47,7 @@ class VQGANConfig:
     dropout: float = 0.0
     resamp_with_conv: bool = True
     norm_groups: int = 32  # lowered to a divisor where a layer's channels ask for it
-    latent_kernel: int = (
-        3  # of convolutions at the lowest resolution; 1: a token hardly sees its neighbors
-    )
+    latent_kernel: int = 3  # of convolutions at the lowest resolution; 1: a token hardly sees its neighbors
     mid_attn: bool = True  # False: no attention in the middle either, for small pictures on CPU
 
     def __post_init__(self) -> None:

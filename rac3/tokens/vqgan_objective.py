@@ -6,7 +6,7 @@ flat pictures; photographs want a public checkpoint.
 """
 
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import cast, no_type_check
 
 import flax.struct
 import jax
