@@ -103,8 +103,8 @@ class ImageTextEncoder:
     def __post_init__(self) -> None:
         if not 0 <= self.text_crop <= 1 or not 0 < self.image_crop <= 1 or self.max_logit_scale <= 0:
             raise InputError(
-                f"clip: text_crop={self.text_crop} must lie in 0 to 1, image_crop={self.image_crop} above 0 up to 1, and "
-                f"max_logit_scale={self.max_logit_scale} above 0; 0, 0.7 and 100 are the defaults"
+                f"clip: text_crop={self.text_crop} must lie in 0 to 1, image_crop={self.image_crop} above 0 up to 1, "
+                f"and max_logit_scale={self.max_logit_scale} above 0; 0, 0.7 and 100 are the defaults"
             )
 
 
