@@ -70,9 +70,9 @@ def get_config() -> Experiment:
         training=TrainingConfig(steps=400, checkpoint_every=100),
         evaluation=EvaluationConfig(
             documents=80,
-            image_samples=4,
+            image_samples=8,
             caption_samples=4,
-            image_sampling=Sampling(temperature=0.7),
+            image_sampling=Sampling(temperature=0.2),
             caption_sampling=Sampling(temperature=0.7),
             max_caption_tokens=24,
         ),
