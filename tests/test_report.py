@@ -228,7 +228,7 @@ def test_a_vanilla_cm3_alone(experiment: Experiment, workdir: Workdir):
 
 def test_what_is_missing_is_named_with_its_command(experiment: Experiment, workdir: Workdir):
     other = replace(experiment, evaluation=replace(experiment.evaluation, image_samples=3))
-    with pytest.raises(InputError, match="run `rac3 evaluate tiny`"):
+    with pytest.raises(InputError, match="run `rac3 evaluate`"):
         collect(other, workdir)
 
 
