@@ -85,7 +85,7 @@ class ImageTokenizer:
 
 @dataclass(frozen=True)
 class ImageTextEncoder:
-    """CLIP, fitted here; the text tower's vocabulary follows the text tokenizer.
+    """CLIP, fitted here, with a text tokenizer of its own, which the text tower's vocabulary follows.
 
     Attributes:
       max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (5) makes the vectors of a
@@ -95,6 +95,7 @@ class ImageTextEncoder:
     """
 
     model: CLIPConfig = field(default_factory=CLIPConfig)
+    tokenizer: TextTokenizer = field(default_factory=TextTokenizer)
     max_logit_scale: float = 100.0
     text_crop: float = 0.0
     image_crop: float = 0.7

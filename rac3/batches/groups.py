@@ -47,12 +47,12 @@ class GroupBuilder:
     def join(self, masked: Sequence[Masked]) -> Group:
         """Retrieved documents and the main one (last), masked already, as one group."""
         ids = np.concatenate([[EOD], *[part.ids for part in masked]]).astype(np.int32)
-        grid = np.concatenate([[0], *[part.grid for part in masked]]).astype(np.int32)
+        offsets = np.concatenate([[0], *[part.offsets for part in masked]]).astype(np.int32)
         scored = np.concatenate([part.scored for part in masked])
         main = np.concatenate([np.full(len(part.ids), part is masked[-1]) for part in masked])
         targets = ids[1:]
         weight = np.where(main, 1.0, self.retrieved_weight) * scored
-        return Group(ids[:-1], targets, grid[:-1], weight.astype(np.float32), self._kinds(targets, main, scored))
+        return Group(ids[:-1], targets, offsets[:-1], weight.astype(np.float32), self._kinds(targets, main, scored))
 
     def _kinds(self, targets: Int[np.ndarray, " seq"], main: np.ndarray, scored: np.ndarray) -> Int[np.ndarray, " seq"]:
         kinds = np.where(scored, MARKUP, IGNORED)

@@ -24,7 +24,7 @@ class PackedBatch(flax.struct.PyTreeNode):
       targets: the id after each; 0 at padding.
       segments: the group of a token, from 1 within its row; 0 is padding.
       positions: its place in the group, from 0.
-      grid: 1 + raster index of an image token in its image, 0 for others.
+      offsets: 1 + the place of a token in its text or image, 0 at markup.
       loss_weight: of the target: 1 main, alpha retrieved, 0 sentinel targets and padding.
       kind: what the target is, see `KIND_NAMES`.
     """
@@ -33,7 +33,7 @@ class PackedBatch(flax.struct.PyTreeNode):
     targets: Int[Array | np.ndarray, "*rows seq"]
     segments: Int[Array | np.ndarray, "*rows seq"]
     positions: Int[Array | np.ndarray, "*rows seq"]
-    grid: Int[Array | np.ndarray, "*rows seq"]
+    offsets: Int[Array | np.ndarray, "*rows seq"]
     loss_weight: Float[Array | np.ndarray, "*rows seq"]
     kind: Int[Array | np.ndarray, "*rows seq"]
 
@@ -43,7 +43,7 @@ class Group(NamedTuple):
 
     tokens: Int[np.ndarray, " seq"]
     targets: Int[np.ndarray, " seq"]
-    grid: Int[np.ndarray, " seq"]
+    offsets: Int[np.ndarray, " seq"]
     loss_weight: Float[np.ndarray, " seq"]
     kind: Int[np.ndarray, " seq"]
 
@@ -89,7 +89,7 @@ def packed_row(groups: list[Group], row_length: int) -> PackedBatch:
         targets=join([g.targets for g in groups], np.int32),
         segments=join([np.full(size, number) for number, size in enumerate(sizes, 1)], np.int32),
         positions=join([np.arange(size) for size in sizes], np.int32),
-        grid=join([g.grid for g in groups], np.int32),
+        offsets=join([g.offsets for g in groups], np.int32),
         loss_weight=join([g.loss_weight for g in groups], np.float32),
         kind=join([g.kind for g in groups], np.int32),
     )

@@ -58,4 +58,4 @@ def perplexity(
 
 
 def _whole(document: Sequenced) -> Masked:
-    return Masked(document.ids, document.grid, np.ones(len(document.ids), bool))
+    return Masked(document.ids, document.offsets, np.ones(len(document.ids), bool))

@@ -1,7 +1,8 @@
 """Cached decoding: prefill the prompts, then one id at a time, within what the grammar allows.
 
-The grammar of the two tasks is small. An image is exactly its grid: `count` ids of the image range. A caption is text
-ids up to `count`, or until `<eoi>`. So a grammar is a set of allowed ids, a stop id and a count, whatever is generated.
+What is generated is a whole text or image, from its first id on. The grammar of the two tasks is small. An image is
+exactly its grid: `count` ids of the image range. A caption is text ids up to `count`, or until `<eoi>`. So a grammar is
+a set of allowed ids, a stop id and a count, whatever is generated.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from rac3.config import InputError
 from rac3.generation.sampling import Sampling, sample
 from rac3.model.transformer import Transformer
-from rac3.tokens.html import grid_positions
+from rac3.tokens.html import segment_offsets
 from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
 
 
@@ -29,26 +30,24 @@ class Grammar:
       allowed: True at ids that may follow.
       count: how many ids at most; exactly this many where there is no stop id.
       stop: the id that ends a row, -1 if none does.
-      image: the ids are those of an image, from its first place on.
     """
 
     allowed: Bool[np.ndarray, " vocab"]
     count: int
     stop: int
-    image: bool
 
 
 def image_grammar(vocabulary: Vocabulary, tokens_per_image: int) -> Grammar:
     """Exactly one image."""
     allowed = vocabulary.is_image(np.arange(vocabulary.padded_size))
-    return Grammar(allowed, tokens_per_image, -1, True)
+    return Grammar(allowed, tokens_per_image, -1)
 
 
 def caption_grammar(vocabulary: Vocabulary, max_tokens: int) -> Grammar:
     """Text until `<eoi>`."""
     allowed = vocabulary.is_text(np.arange(vocabulary.padded_size))
     allowed[END_OF_INFILL] = True
-    return Grammar(allowed, max_tokens, END_OF_INFILL, False)
+    return Grammar(allowed, max_tokens, END_OF_INFILL)
 
 
 class Generated(NamedTuple):
@@ -92,9 +91,9 @@ def generate(
         chunk = [*prompts[start : start + batch]]
         filled = np.minimum(np.arange(min(batch, _power_of_two(len(chunk)))), len(chunk) - 1)
         chunk_keys = keys[start : start + len(chunk)]
-        tokens, grid, lengths = _pad([chunk[i] for i in filled], width, vocabulary)
+        tokens, offsets, lengths = _pad([chunk[i] for i in filled], width, vocabulary)
         ids, log_probs = _decode(
-            model, sampling, grammar.count, grammar.image, params, tokens, grid, lengths, allowed, chunk_keys[filled]
+            model, sampling, grammar.count, params, tokens, offsets, lengths, allowed, chunk_keys[filled]
         )
         ids, log_probs = np.asarray(ids)[: len(chunk)], np.asarray(log_probs)[: len(chunk)]
         for row, log_prob in zip(ids, log_probs, strict=True):
@@ -109,22 +108,21 @@ def _pad(
     prompts: Sequence[Int[np.ndarray, " _"]], width: int, vocabulary: Vocabulary
 ) -> tuple[Int[np.ndarray, "rows width"], Int[np.ndarray, "rows width"], Int[np.ndarray, " rows"]]:
     tokens = np.zeros((len(prompts), width), np.int32)
-    grid = np.zeros_like(tokens)
+    offsets = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-        grid[row, : len(prompt)] = grid_positions(vocabulary, prompt)
-    return tokens, grid, np.array([len(prompt) for prompt in prompts], np.int32)
+        offsets[row, : len(prompt)] = segment_offsets(vocabulary, prompt)
+    return tokens, offsets, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(
     model: Transformer,
     sampling: Sampling,
     count: int,
-    image: bool,
     params: PyTree,
     tokens: Int[Array, "rows width"],
-    grid: Int[Array, "rows width"],
+    offsets: Int[Array, "rows width"],
     lengths: Int[Array, " rows"],
     allowed: Bool[Array, " vocab"],
     keys: Key[Array, " rows"],
@@ -134,7 +132,7 @@ def _decode(
     rows, width = tokens.shape
     cache = model.empty_cache(rows, width + count)
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    hidden, cache = apply(tokens, positions, grid, None, cache)
+    hidden, cache = apply(tokens, positions, offsets, None, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def draw(hidden: Array, step: Array) -> tuple[Array, Array]:
@@ -144,8 +142,7 @@ def _decode(
     def advance(carry: tuple[Array, PyTree], step: Array) -> tuple[tuple[Array, PyTree], tuple[Array, Array]]:
         hidden, cache = carry
         ids, log_prob = draw(hidden, step)
-        place = jnp.where(image, step + 1, 0)
-        hidden, cache = apply(ids[:, None], (lengths + step)[:, None], jnp.full((rows, 1), place), None, cache)
+        hidden, cache = apply(ids[:, None], (lengths + step)[:, None], jnp.full((rows, 1), step + 1), None, cache)
         return (hidden[:, 0], cache), (ids, log_prob)
 
     (last, _), (ids, log_probs) = jax.lax.scan(advance, (last, cache), jnp.arange(count - 1))

@@ -19,9 +19,9 @@ class TransformerConfig:
 
     Attributes:
       embed, num_heads, mlp: widths; `num_heads` divides `embed`.
-      image_positions: embed the place of an image token in its image, besides its place in the group. Retrieved and
-        main images stand at shifting places behind captions of varying lengths; with this, "the same patch in the
-        retrieved image" is a match of keys rather than arithmetic on positions. OPT has no images and lacks it.
+      offset_embedding: embed the place of a token in its text or image, besides its place in the group. Retrieved and
+        main documents stand at shifting places; with this, "the same patch in the retrieved image" or "the same word
+        in the retrieved caption" is a match of keys rather than arithmetic on positions. OPT lacks it.
       dtype: of the computation. Parameters are float32.
       remat: what the backward pass keeps of a layer: `none` all, `dots` the matrix products, `full` its input only.
       init_std: of normal initializers; those that write to the residual stream are scaled by 1/sqrt(2 num_layers).
@@ -31,7 +31,7 @@ class TransformerConfig:
     embed: int = 2560
     num_heads: int = 32
     mlp: int = 10240
-    image_positions: bool = True
+    offset_embedding: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "dots"
     init_std: float = 0.006
@@ -45,8 +45,8 @@ class TransformerConfig:
                 f"model.num_heads={self.num_heads} does not divide model.embed={self.embed}; use heads of 64 to 128"
             )
 
-    def build(self, vocab_size: int, max_positions: int, max_image_tokens: int) -> "Transformer":
-        return Transformer(self, vocab_size, max_positions, max_image_tokens)
+    def build(self, vocab_size: int, max_positions: int, max_segment_tokens: int) -> "Transformer":
+        return Transformer(self, vocab_size, max_positions, max_segment_tokens)
 
 
 class Block(nn.Module):
@@ -87,13 +87,13 @@ class Transformer(nn.Module):
     Attributes:
       vocab_size: rows of the embedding table (`Vocabulary.padded_size`).
       max_positions: the longest group, in tokens.
-      max_image_tokens: the longest image, in tokens.
+      max_segment_tokens: the longest text or image, in tokens.
     """
 
     config: TransformerConfig
     vocab_size: int
     max_positions: int
-    max_image_tokens: int
+    max_segment_tokens: int
 
     def setup(self) -> None:
         def table(name: str, rows: int, axis: str) -> Any:
@@ -102,8 +102,8 @@ class Transformer(nn.Module):
 
         self.token_embedding = table("token_embedding", self.vocab_size, "vocab")
         self.position_embedding = table("position_embedding", self.max_positions, "positions")
-        if self.config.image_positions:
-            self.image_position_embedding = table("image_position_embedding", self.max_image_tokens + 1, "positions")
+        if self.config.offset_embedding:
+            self.offset_embedding = table("offset_embedding", self.max_segment_tokens + 1, "positions")
         block: Any = Block
         if self.config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
-        grid: Int[Array, "batch seq"],
+        offsets: Int[Array, "batch seq"],
         segments: Int[Array, "batch seq"] | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
@@ -131,15 +131,15 @@ class Transformer(nn.Module):
         Args:
           tokens: ids.
           positions: place of each token in its group, from 0.
-          grid: 1 + raster index of an image token in its image, 0 for others.
+          offsets: 1 + the place of a token in its text or image (raster order), 0 at markup.
           segments: the group of each token, 0 for padding; needed without a cache.
           cache: with it, the tokens continue what it holds.
         """
         dtype = self.config.dtype
         x = jnp.take(self.token_embedding, tokens, axis=0).astype(dtype)
         x = x + jnp.take(self.position_embedding, positions, axis=0).astype(dtype)
-        if self.config.image_positions:
-            x = x + jnp.take(self.image_position_embedding, grid, axis=0).astype(dtype)
+        if self.config.offset_embedding:
+            x = x + jnp.take(self.offset_embedding, offsets, axis=0).astype(dtype)
         x = constrain(x, "batch", "seq", None)
         if cache is None:
             if segments is None:

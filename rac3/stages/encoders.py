@@ -36,6 +36,7 @@ from rac3.training.step import Metrics
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
+TOKENIZER = "tokenizer"
 ENCODE_BATCH = 64
 
 
@@ -81,8 +82,7 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
             elif recipe.stage == "vqgan":
                 _fit_vqgan(experiment, documents[: experiment.vqgan.fit.max_documents], draft.folder)
             else:
-                tokenizer = open_text(experiment, workdir)
-                _fit_clip(experiment, tokenizer, documents[: experiment.clip.fit.max_documents], draft.folder)
+                _fit_clip(experiment, documents[: experiment.clip.fit.max_documents], draft.folder)
 
 
 def open_text(experiment: Experiment, workdir: Workdir) -> Tokenizer:
@@ -142,14 +142,14 @@ def open_vqgan(experiment: Experiment, workdir: Workdir) -> ImageCodec:
 
 def open_clip(experiment: Experiment, workdir: Workdir) -> MixedEncoder:
     artifact = workdir.require(recipes.clip(experiment), "rac3 encoders")
-    tokenizer = open_text(experiment, workdir)
+    tokenizer = experiment.clip.tokenizer.load(artifact.folder / TOKENIZER)
     config = clip_config(experiment, tokenizer)
     text = ClipText.fitted(tokenizer, config.text_config)
     return MixedEncoder(CLIP(config), load_params(artifact.folder / PARAMS), text)
 
 
 def clip_config(experiment: Experiment, tokenizer: Tokenizer) -> CLIPConfig:
-    """The CLIP of the experiment with the vocabulary of the fitted tokenizer: its ids, then `<bos>` and `<eos>`."""
+    """The CLIP of the experiment with the vocabulary of its tokenizer: its ids, then `<bos>` and `<eos>`."""
     text = replace(experiment.clip.model.text_config, vocab_size=tokenizer.size + 2, eos_token_id=tokenizer.size + 1)
     return replace(experiment.clip.model, text_config=text)
 
@@ -204,13 +204,16 @@ def _fit_vqgan(experiment: Experiment, documents: Sequence[Document], folder: Pa
     shutil.rmtree(folder / "checkpoints")
 
 
-def _fit_clip(experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[Document], folder: Path) -> None:
-    config = clip_config(experiment, tokenizer)
-    model = CLIP(config)
-    apply: Any = model.apply  # flax types its result by what is mutable
+def _fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path) -> None:
     pairs = [document for document in documents if document.text and document.images]
     if not pairs:
         raise InputError("no training document has both text and an image; CLIP is fitted on such pairs")
+    if experiment.clip.tokenizer.checkpoint is None:
+        experiment.clip.tokenizer.fit((document.text for document in pairs), folder / TOKENIZER)
+    tokenizer = experiment.clip.tokenizer.load(folder / TOKENIZER)
+    config = clip_config(experiment, tokenizer)
+    model = CLIP(config)
+    apply: Any = model.apply  # flax types its result by what is mutable
     size = config.vision_config.image_size
     images = np.stack([prepare_image(document.images[0].pixels(), size) for document in pairs])
     ids, mask = ClipText.fitted(tokenizer, config.text_config)([document.text for document in pairs])

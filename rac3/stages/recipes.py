@@ -34,7 +34,7 @@ def vqgan(experiment: Experiment) -> Recipe:
 
 def clip(experiment: Experiment) -> Recipe:
     config = {"clip": experiment.clip, "data": fitting_data(experiment), "seed": experiment.seed}
-    return Recipe("clip", config, {"text": text(experiment).fingerprint})
+    return Recipe("clip", config, {})
 
 
 def documents(experiment: Experiment, split: Split) -> Recipe:

@@ -36,7 +36,9 @@ def open_vocabulary(experiment: Experiment, workdir: Workdir) -> Vocabulary:
 
 def build_model(experiment: Experiment, vocabulary: Vocabulary) -> Transformer:
     return experiment.model.build(
-        vocabulary.padded_size, experiment.batches.context_length, experiment.vqgan.model.tokens_per_image
+        vocabulary.padded_size,
+        experiment.batches.context_length,
+        max(experiment.vqgan.model.tokens_per_image, experiment.max_text_tokens),
     )
 
 

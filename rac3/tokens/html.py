@@ -27,11 +27,11 @@ class Segment(NamedTuple):
 class Sequenced(NamedTuple):
     """A document as ids of the one vocabulary.
 
-    `grid` is 1 + the raster index at an image code, and 0 elsewhere.
+    `offsets` is 1 + the place in its text, or in its image (raster order), and 0 at markup.
     """
 
     ids: Int[np.ndarray, " seq"]
-    grid: Int[np.ndarray, " seq"]
+    offsets: Int[np.ndarray, " seq"]
 
 
 def encode(vocabulary: Vocabulary, segments: Sequence[Segment]) -> Sequenced:
@@ -56,15 +56,15 @@ def encode(vocabulary: Vocabulary, segments: Sequence[Segment]) -> Sequenced:
     if alt is not None:
         ids.append(alt)
     flat = np.concatenate([np.asarray(part, np.int32) for part in [*ids, [EOD]]])
-    return Sequenced(flat, grid_positions(vocabulary, flat))
+    return Sequenced(flat, segment_offsets(vocabulary, flat))
 
 
-def grid_positions(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> Int[np.ndarray, " seq"]:
-    """1 + the raster index of each image code within its run of image codes; 0 at every other id."""
-    image = vocabulary.is_image(ids)
+def segment_offsets(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> Int[np.ndarray, " seq"]:
+    """1 + the place of each id in its run of text ids or of image codes; 0 at every other id."""
+    inside = vocabulary.is_text(ids) | vocabulary.is_image(ids)  # two runs never touch: markup stands between
     index = np.arange(len(ids))
-    run_start = np.maximum.accumulate(np.where(image, -1, index))  # the last id before the run
-    return np.where(image, index - run_start, 0).astype(np.int32)
+    run_start = np.maximum.accumulate(np.where(inside, -1, index))  # the last id before the run
+    return np.where(inside, index - run_start, 0).astype(np.int32)
 
 
 def decode(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> list[Segment]:

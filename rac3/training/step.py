@@ -19,7 +19,7 @@ Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count); sums add over 
 def losses(model: Transformer, params: PyTree, batch: PackedBatch, chunk: int = 512) -> Float[Array, "rows seq"]:
     """-log p(target) of every token, in nats."""
     apply: Any = model.apply  # flax types its result by what is mutable
-    hidden, _ = apply(params, batch.tokens, batch.positions, batch.grid, batch.segments)
+    hidden, _ = apply(params, batch.tokens, batch.positions, batch.offsets, batch.segments)
     targets = jnp.asarray(batch.targets)
     return token_losses(lambda hidden: apply(params, hidden, method="logits"), hidden, targets, chunk)
 

@@ -36,9 +36,9 @@ def many(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Seq
     ]
 
 
-def unmask(ids: np.ndarray, grid: np.ndarray) -> tuple[list[int], list[int]]:
+def unmask(ids: np.ndarray, offsets: np.ndarray) -> tuple[list[int], list[int]]:
     """The document that was masked: each span back in the place of its sentinel."""
-    pairs = list(zip(ids.tolist(), grid.tolist(), strict=True))
+    pairs = list(zip(ids.tolist(), offsets.tolist(), strict=True))
     masks = [n for n, (token, _) in enumerate(pairs) if VOCABULARY.mask_start <= token]
     body, tail = pairs[: masks[len(masks) // 2]] if masks else pairs[:-1], []
     spans: dict[int, list[tuple[int, int]]] = {}
@@ -67,7 +67,7 @@ def test_the_example_of_the_module():
     mask = VOCABULARY.mask(0)
     expected = [IMAGE_ALT, t[0], mask, IMAGE_SOURCE, *i, IMAGE_END, mask, *t[1:], END_OF_INFILL, EOD]
     np.testing.assert_array_equal(masked.ids, expected)
-    np.testing.assert_array_equal(masked.grid, [0, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(masked.offsets, [0, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(masked.scored, np.array(expected) != mask)
 
 
@@ -75,11 +75,11 @@ def test_the_example_of_the_module():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unmasking_gives_the_document_back(preset, shape):
     masking = Masking(preset, mean_spans=3.0)
-    for sequence, row, (ids, grid, scored) in many(masking, shape, 40):
-        assert unmask(ids, grid) == (sequence.ids.tolist(), sequence.grid.tolist())
+    for sequence, row, (ids, offsets, scored) in many(masking, shape, 40):
+        assert unmask(ids, offsets) == (sequence.ids.tolist(), sequence.offsets.tolist())
         np.testing.assert_array_equal(scored, ids < VOCABULARY.mask_start)  # no loss at sentinels, and only there
         assert len(ids) <= len(sequence.ids) + TOKENS_PER_SPAN * int(masking.num_spans(row[None])[0])
-        assert ids.dtype == grid.dtype == np.int32
+        assert ids.dtype == offsets.dtype == np.int32
 
 
 @pytest.mark.parametrize("preset", ["ra_cm3", "cm3", "cm3leon"])
@@ -139,10 +139,10 @@ def test_masking_is_a_function_of_its_draws():
 def test_as_many_spans_as_there_are_sentinels():
     masking = Masking(mean_spans=200.0)
     assert masking.max_spans == VOCABULARY.num_masks == NUM_MASKS
-    for sequence, row, (ids, grid, _) in many(masking, (3,) * 100, 20):
+    for sequence, row, (ids, offsets, _) in many(masking, (3,) * 100, 20):
         number = len(choose_spans(masking, VOCABULARY, sequence.ids, row))
         assert 12 <= number <= 16  # of 16 in 100 segments, a pair or two fall into the same one
-        assert unmask(ids, grid) == (sequence.ids.tolist(), sequence.grid.tolist())
+        assert unmask(ids, offsets) == (sequence.ids.tolist(), sequence.offsets.tolist())
 
 
 @pytest.mark.parametrize(

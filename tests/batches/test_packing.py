@@ -57,12 +57,12 @@ def test_a_row_holds_its_groups_side_by_side():
     start = 0
     for number, each in enumerate(groups, 1):
         place = slice(start, start + len(each.tokens))
-        for name in ("tokens", "targets", "grid", "loss_weight", "kind"):
+        for name in ("tokens", "targets", "offsets", "loss_weight", "kind"):
             np.testing.assert_array_equal(getattr(row, name)[place], getattr(each, name))
         assert (row.segments[place] == number).all()
         np.testing.assert_array_equal(row.positions[place], np.arange(len(each.tokens)))
         start = place.stop
-    for name in ("tokens", "targets", "segments", "positions", "grid", "loss_weight", "kind"):
+    for name in ("tokens", "targets", "segments", "positions", "offsets", "loss_weight", "kind"):
         field = getattr(row, name)
         assert field.shape == (16,)
         assert field.dtype == (np.float32 if name == "loss_weight" else np.int32)

@@ -41,7 +41,7 @@ def test_packed_perplexity_is_that_of_each_group_alone(model: Transformer, build
     for group in groups:
         row = jnp.asarray(group.tokens)[None]
         positions = jnp.arange(row.shape[1])[None]
-        hidden, _ = model.apply(params, row, positions, jnp.asarray(group.grid)[None], jnp.ones_like(row))
+        hidden, _ = model.apply(params, row, positions, jnp.asarray(group.offsets)[None], jnp.ones_like(row))
         log_probs = jax.nn.log_softmax(model.apply(params, hidden, method="logits")[0])
         nats = -log_probs[jnp.arange(len(group.targets)), group.targets]
         main = np.flatnonzero(group.kind == kind)

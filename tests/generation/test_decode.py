@@ -10,7 +10,7 @@ from rac3.config import InputError
 from rac3.generation.decode import Generated, Grammar, caption_grammar, generate, image_grammar
 from rac3.generation.sampling import Sampling
 from rac3.model.transformer import TransformerConfig
-from rac3.tokens.html import Segment, encode, grid_positions
+from rac3.tokens.html import Segment, encode, segment_offsets
 from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_SOURCE, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=30)
@@ -50,17 +50,17 @@ def log_probs_of(params):
     """Log probabilities over `allowed` at the last of `length` ids, with no cache."""
 
     @jax.jit
-    def last(tokens, grid, length, allowed):
+    def last(tokens, offsets, length, allowed):
         segments = (jnp.arange(POSITIONS) < length).astype(jnp.int32)[None]
         places = jnp.arange(POSITIONS)[None]
-        hidden, _ = MODEL.apply(params, tokens[None], places, grid[None], segments)
+        hidden, _ = MODEL.apply(params, tokens[None], places, offsets[None], segments)
         logits = MODEL.apply(params, hidden[0, length - 1], method="logits")
         return jax.nn.log_softmax(jnp.where(allowed, logits, -jnp.inf))
 
     def of(ids: np.ndarray, grammar: Grammar) -> np.ndarray:
-        tokens, grid = np.zeros((2, POSITIONS), np.int32)
-        tokens[: len(ids)], grid[: len(ids)] = ids, grid_positions(VOCABULARY, ids)
-        return np.asarray(last(tokens, grid, len(ids), grammar.allowed))
+        tokens, offsets = np.zeros((2, POSITIONS), np.int32)
+        tokens[: len(ids)], offsets[: len(ids)] = ids, segment_offsets(VOCABULARY, ids)
+        return np.asarray(last(tokens, offsets, len(ids), grammar.allowed))
 
     return of
 

@@ -39,8 +39,8 @@ def batch():
     """Ids that are all different, so that a row of the embedding table stands for one position."""
     tokens = np.arange(1, 41, dtype=np.int32).reshape(2, 20)
     positions = np.array([[*range(7), *range(5), *range(4), *range(4)], [*range(12), *range(8)]])
-    grid = (tokens % 3 * (tokens % 4)).astype(np.int32)
-    return tokens, positions.astype(np.int32), grid, SEGMENTS
+    offsets = (tokens % 3 * (tokens % 4)).astype(np.int32)
+    return tokens, positions.astype(np.int32), offsets, SEGMENTS
 
 
 @pytest.fixture(scope="module")
@@ -127,39 +127,39 @@ def test_cached_decoding_agrees_with_the_whole_sequence(model, params, logits_of
     """Token by token (width 1), and behind right-padded prompts of different lengths (width 12)."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, VOCAB, (3, 20)).astype(np.int32)
-    grid = rng.integers(0, IMAGE + 1, (3, 20)).astype(np.int32)
+    offsets = rng.integers(0, IMAGE + 1, (3, 20)).astype(np.int32)
     places = np.broadcast_to(np.arange(20, dtype=np.int32), (3, 20))
-    whole = np.asarray(logits_of(params, tokens, places, grid, np.ones_like(tokens)))
+    whole = np.asarray(logits_of(params, tokens, places, offsets, np.ones_like(tokens)))
     lengths = np.minimum([5, 9, 12], width)
 
     @jax.jit
-    def step(params, tokens, positions, grid, cache):
-        hidden, cache = model.apply(params, tokens, positions, grid, None, cache)
+    def step(params, tokens, positions, offsets, cache):
+        hidden, cache = model.apply(params, tokens, positions, offsets, None, cache)
         return model.apply(params, hidden, method="logits"), cache
 
     garbage = np.where(np.arange(width) < lengths[:, None], tokens[:, :width], 77)
-    logits, cache = step(params, garbage, places[:, :width], grid[:, :width], model.empty_cache(3, 24))
+    logits, cache = step(params, garbage, places[:, :width], offsets[:, :width], model.empty_cache(3, 24))
     atol = RTOL * np.abs(whole).max()
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(logits[row, :length], whole[row, :length], rtol=0, atol=atol)
     rows = np.arange(3)
     for extra in range(20 - lengths.max()):
         place = lengths + extra
-        inputs = [field[rows, place][:, None] for field in (tokens, places, grid)]
+        inputs = [field[rows, place][:, None] for field in (tokens, places, offsets)]
         logits, cache = step(params, *inputs, cache)
         np.testing.assert_allclose(logits[:, 0], whole[rows, place], rtol=0, atol=atol)
 
 
 def test_image_positions_tell_the_places_of_an_image_apart(hidden_of, params, batch):
-    tokens, positions, grid, segments = batch
-    other = grid.copy()
-    other[0, 3] = 5 if grid[0, 3] != 5 else 6
+    tokens, positions, offsets, segments = batch
+    other = offsets.copy()
+    other[0, 3] = 5 if offsets[0, 3] != 5 else 6
     changed = np.abs(hidden_of(params, tokens, positions, other, segments) - hidden_of(params, *batch)).max(-1) > 0
     np.testing.assert_array_equal(changed, [[False] * 3 + [True] * 4 + [False] * 13, [False] * 20])
-    without = dataclasses.replace(CONFIG, image_positions=False).build(VOCAB, POSITIONS, IMAGE)
+    without = dataclasses.replace(CONFIG, offset_embedding=False).build(VOCAB, POSITIONS, IMAGE)
     ids = jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(without.init, jax.random.key(0), ids, ids, ids, ids)["params"]
-    assert shapes.keys() == params["params"].keys() - {"image_position_embedding"}
+    assert shapes.keys() == params["params"].keys() - {"offset_embedding"}
 
 
 def test_what_the_backward_pass_keeps_does_not_change_the_gradients(params, batch):

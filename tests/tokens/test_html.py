@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rac3.tokens.html import Segment, decode, encode, grid_positions
+from rac3.tokens.html import Segment, decode, encode, segment_offsets
 from rac3.tokens.vocabulary import EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, PAD, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=50, image_size=20)
@@ -79,12 +79,12 @@ def test_grid_counts_the_codes_of_each_image_from_one():
     rng = np.random.default_rng(1)
     for _ in range(50):
         segments = random_segments(rng)
-        ids, grid = encode(VOCABULARY, segments)
+        ids, offsets = encode(VOCABULARY, segments)
         counts = [n for segment in segments if segment.is_image for n in range(1, 1 + len(segment.ids))]
-        np.testing.assert_array_equal(grid[grid > 0], counts)
-        np.testing.assert_array_equal(grid > 0, VOCABULARY.is_image(ids))
-    assert grid_positions(VOCABULARY, np.zeros(0, np.int32)).shape == (0,)
-    np.testing.assert_array_equal(grid_positions(VOCABULARY, VOCABULARY.from_image(np.zeros(3, int))), [1, 2, 3])
+        np.testing.assert_array_equal(offsets[offsets > 0], counts)
+        np.testing.assert_array_equal(offsets > 0, VOCABULARY.is_image(ids))
+    assert segment_offsets(VOCABULARY, np.zeros(0, np.int32)).shape == (0,)
+    np.testing.assert_array_equal(segment_offsets(VOCABULARY, VOCABULARY.from_image(np.zeros(3, int))), [1, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_nothing_to_restore(tmp_path: Path):
     [
         ({"mlp": 32}, r"mlp_in/bias is \(2, 16\) there, \(2, 32\) in this config"),
         ({"num_layers": 3}, "is of another model"),
-        ({"image_positions": False}, r"image_position_embedding is \(5, 16\) there, missing in this config"),
+        ({"offset_embedding": False}, r"offset_embedding is \(5, 16\) there, missing in this config"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(saved, fields, message):

@@ -29,8 +29,8 @@ def random_batch(seed: int = 0, rows: int = 8, seq: int = 24) -> PackedBatch:
     positions = np.repeat([[*range(10), *range(9), *range(5)]], rows, 0).astype(np.int32)
     kind = (rng.integers(0, 6, (rows, seq)) * (segments > 0)).astype(np.int32)
     weight = np.select([kind == IGNORED, (kind == 3) | (kind == 4)], [0.0, 0.1], 1.0).astype(np.float32)
-    grid = rng.integers(0, 10, (rows, seq)).astype(np.int32)
-    return PackedBatch(ids[:, :-1], ids[:, 1:], segments, positions, grid, weight, kind)
+    offsets = rng.integers(0, 10, (rows, seq)).astype(np.int32)
+    return PackedBatch(ids[:, :-1], ids[:, 1:], segments, positions, offsets, weight, kind)
 
 
 def init(key: jax.Array):
@@ -44,7 +44,7 @@ def test_the_objective_is_the_weighted_mean_of_the_nats():
     loss, metrics = jax.jit(lambda params, batch: objective(MODEL, params, batch, chunk=7))(params, batch)
 
     def all_logits(params, batch):
-        hidden, _ = MODEL.apply(params, batch.tokens, batch.positions, batch.grid, batch.segments)
+        hidden, _ = MODEL.apply(params, batch.tokens, batch.positions, batch.offsets, batch.segments)
         return MODEL.apply(params, hidden, method="logits")
 
     log_probs = jax.nn.log_softmax(jax.jit(all_logits)(params, batch))

@@ -1,0 +1,123 @@
+"""The quickstart with several seeds, each with a world of its own, against what it claims to show.
+
+    python benchmarks/quickstart_seeds.py --workdir DIR [--seeds 0 1 2] [--out benchmarks/results/quickstart_seeds.json]
+
+Runs `rac3 run` once per seed in a fresh process, prints a table, and writes every figure with the date, the hardware
+and the versions. Exit code 1 if a claim fails for a seed. Seven minutes a seed on two cores; times are of an idle
+machine only if nothing else runs on it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CONFIG = """from rac3.configs.quickstart import get_config as quickstart
+
+
+def get_config():
+    return quickstart(seed={seed})
+"""
+
+CLAIMS = {
+    "RA-CM3 draws at least 70% of the unseen entities": lambda f: f["ra_cm3.entity_accuracy.unseen"] >= 0.7,
+    "CM3 draws at most 10% of them": lambda f: f["cm3.entity_accuracy.unseen"] <= 0.1,
+    "RA-CM3 has at most half the image perplexity": lambda f: (
+        f["ra_cm3.perplexity.image"] <= 0.5 * f["cm3.perplexity.image"]
+    ),
+    "recall at 2 is at least 0.8 by text": lambda f: f["retrieval.recall_at_2.text"] >= 0.8,
+    "recall at 2 is at least 0.8 by image": lambda f: f["retrieval.recall_at_2.image"] >= 0.8,
+    "with random documents RA-CM3 draws at most 10%": lambda f: f["ra_cm3_random.entity_accuracy.unseen"] <= 0.1,
+    "under 6 GB of memory": lambda f: f["peak_gb"] is None or f["peak_gb"] < 6,
+}
+FIGURES = [
+    *(
+        f"{model}.{figure}"
+        for model in ("ra_cm3", "cm3", "ra_cm3_random")
+        for figure in (
+            "perplexity.image",
+            "perplexity.text",
+            "entity_accuracy.seen",
+            "entity_accuracy.unseen",
+            "name_accuracy.unseen",
+        )
+    ),
+    "retrieval.recall_at_2.text",
+    "retrieval.recall_at_2.image",
+]
+
+
+def run(seed: int, workdir: Path) -> dict[str, Any]:
+    """The figures of one seed; wall time and memory only if the run starts from nothing."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    config, folder = workdir / f"seed_{seed}.py", workdir / f"seed_{seed}"
+    fresh = not folder.exists()
+    config.write_text(CONFIG.format(seed=seed))
+    command = [str(Path(sys.executable).with_name("rac3")), "run", str(config), "--workdir", str(folder)]
+    started = time.monotonic()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"seed {seed}: the run failed with status {os.waitstatus_to_exitcode(status)}")
+    wall = time.monotonic() - started
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    figures = {name: lookup(metrics, name) for name in FIGURES}
+    figures["encoders"] = metrics["encoders"]
+    figures["stages"] = metrics["stages"]
+    figures["wall_seconds"] = round(wall, 1) if fresh else None
+    figures["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1) if fresh else None
+    figures["peak_gb"] = round(usage.ru_maxrss / 1e6, 2) if fresh else None
+    figures["failed_claims"] = [claim for claim, holds in CLAIMS.items() if not holds(figures)]
+    return figures
+
+
+def lookup(metrics: dict[str, Any], name: str) -> Any:
+    value: Any = metrics
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+def hardware() -> str:
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return f"{len(os.sched_getaffinity(0))} cores of {cpu.partition(':')[2].strip() or platform.machine()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    results = {str(seed): run(seed, arguments.workdir) for seed in arguments.seeds}
+    shown = [*FIGURES, "wall_seconds", "peak_gb"]
+    print(f"{'':36}" + "".join(f"{'seed ' + seed:>10}" for seed in results))
+    for name in shown:
+        cells = [figures[name] for figures in results.values()]
+        print(f"{name:36}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>10}" for cell in cells))
+    for seed, figures in results.items():
+        for claim in figures["failed_claims"]:
+            print(f"seed {seed} FAILS: {claim}")
+    if arguments.out:
+        versions = json.loads(
+            (arguments.workdir / f"seed_{arguments.seeds[0]}" / "report" / "metrics.json").read_text()
+        )["versions"]
+        record = {
+            "command": "python benchmarks/quickstart_seeds.py",
+            "date": datetime.date.today().isoformat(),
+            "hardware": hardware(),
+            "versions": versions,
+            "seeds": results,
+        }
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    sys.exit(any(figures["failed_claims"] for figures in results.values()))
+
+
+if __name__ == "__main__":
+    main()
