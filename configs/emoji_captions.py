@@ -35,10 +35,11 @@ def get_config() -> Experiment:
         text=TextTokenizer(vocab_size=2048),
         vqgan=ImageTokenizer(
             model=VQGANConfig(
-                ch=16,
-                ch_mult=(1, 1, 2, 4),
+                ch=8,
+                ch_mult=(1, 2, 4, 8),
                 num_res_blocks=1,
                 attn_resolutions=(),
+                resamp_with_conv=False,
                 resolution=64,
                 z_channels=64,
                 embed_dim=8,
@@ -46,14 +47,15 @@ def get_config() -> Experiment:
                 norm_groups=8,
                 mid_attn=False,
             ),
-            fit=FitConfig(steps=600, batch=32, peak_lr=2e-3),
+            fit=FitConfig(steps=1000, batch=16, peak_lr=2e-3),
         ),
         clip=ImageTextEncoder(
             model=CLIPConfig(
                 text_config=CLIPTextConfig(**tower, max_position_embeddings=48),
-                vision_config=CLIPVisionConfig(**tower, image_size=64, patch_size=8),
+                vision_config=CLIPVisionConfig(**tower, image_size=64, patch_size=16),
                 projection_dim=128,
             ),
+            tokenizer=TextTokenizer(vocab_size=4096),
             text_crop=0.5,
             fit=FitConfig(steps=800, batch=128, peak_lr=1e-3),
         ),

@@ -37,7 +37,7 @@ def test_an_unmasked_group_by_hand():
     main = [IMAGE_ALT, t + 7, t + 8, IMAGE_SOURCE, i + 9, i + 10, IMAGE_END, EOD]
     np.testing.assert_array_equal(group.tokens, [EOD, *retrieved, *main[:-1]])
     np.testing.assert_array_equal(group.targets, [*retrieved, *main])
-    np.testing.assert_array_equal(group.offsets, [0, 0, 0, 0, 0, 1, 2, 3, *[0] * 8, 1, 2, 0])
+    np.testing.assert_array_equal(group.offsets, [0, 0, 1, 2, 0, 1, 2, 3, 0, 0, 1, 0, 0, 1, 2, 0, 1, 2, 0])
     np.testing.assert_array_equal(group.loss_weight, np.float32([0.1] * len(retrieved) + [1.0] * len(main)))
     text, image = RETRIEVED_TEXT, RETRIEVED_IMAGE
     kinds = [MARKUP, text, text, MARKUP, image, image, image, MARKUP, MARKUP, text, MARKUP]

@@ -150,7 +150,7 @@ def test_cached_decoding_agrees_with_the_whole_sequence(model, params, logits_of
         np.testing.assert_allclose(logits[:, 0], whole[rows, place], rtol=0, atol=atol)
 
 
-def test_image_positions_tell_the_places_of_an_image_apart(hidden_of, params, batch):
+def test_offsets_tell_the_places_in_a_segment_apart(hidden_of, params, batch):
     tokens, positions, offsets, segments = batch
     other = offsets.copy()
     other[0, 3] = 5 if offsets[0, 3] != 5 else 6

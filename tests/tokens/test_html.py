@@ -75,14 +75,14 @@ def test_round_trip_of_random_documents():
     assert kinds == {(True, True), (True, False), (False, True)}
 
 
-def test_grid_counts_the_codes_of_each_image_from_one():
+def test_offsets_count_the_ids_of_each_segment_from_one():
     rng = np.random.default_rng(1)
     for _ in range(50):
         segments = random_segments(rng)
         ids, offsets = encode(VOCABULARY, segments)
-        counts = [n for segment in segments if segment.is_image for n in range(1, 1 + len(segment.ids))]
+        counts = [n for segment in segments for n in range(1, 1 + len(segment.ids))]
         np.testing.assert_array_equal(offsets[offsets > 0], counts)
-        np.testing.assert_array_equal(offsets > 0, VOCABULARY.is_image(ids))
+        np.testing.assert_array_equal(offsets > 0, VOCABULARY.is_image(ids) | VOCABULARY.is_text(ids))
     assert segment_offsets(VOCABULARY, np.zeros(0, np.int32)).shape == (0,)
     np.testing.assert_array_equal(segment_offsets(VOCABULARY, VOCABULARY.from_image(np.zeros(3, int))), [1, 2, 3])
 
