@@ -61,7 +61,7 @@ def get_config(seed: int = 0) -> Experiment:
                 projection_dim=64,
             ),
             tokenizer=TextTokenizer(vocab_size=1024),  # has most names whole
-            max_logit_scale=5.0,
+            max_logit_scale=3.0,
             text_crop=1.0,
             image_crop=0.4,
             fit=FitConfig(steps=700, batch=128, peak_lr=3e-3),
@@ -75,7 +75,7 @@ def get_config(seed: int = 0) -> Experiment:
             num_layers=3, embed=128, num_heads=4, mlp=512, dtype="float32", remat="none", init_std=0.02
         ),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=50, weight_decay=0.01),
-        training=TrainingConfig(steps=600, checkpoint_every=100),
+        training=TrainingConfig(steps=700, checkpoint_every=100),
         evaluation=EvaluationConfig(
             documents=80,
             image_samples=8,

@@ -88,7 +88,7 @@ class ImageTextEncoder:
     """CLIP, fitted here, with a text tokenizer of its own, which the text tower's vocabulary follows.
 
     Attributes:
-      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (5) makes the vectors of a
+      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (3) makes the vectors of a
         small data set tell subjects apart before surroundings.
       text_crop: share of the captions that are cut to a random length while fitting.
       image_crop: the smallest side of a random square crop while fitting, as a share of the image; 1 for none.
