@@ -82,7 +82,7 @@ class ClipCheckpoint:
         """What `save` wrote."""
         images = _json(folder / "images.json")
         return cls(
-            config=_hugging_face_config(_json(folder / "config.json"), str(folder)),
+            config=hugging_face_config(_json(folder / "config.json"), str(folder)),
             params=load_params(folder / "params.safetensors"),
             tokenizer=load_clip_tokenizer(folder / "tokenizer"),
             images=ClipImages(**{**images, "mean": tuple(images["mean"]), "std": tuple(images["std"])}),
@@ -102,7 +102,7 @@ def load_clip(source: str) -> ClipCheckpoint:
     published = settings.get("model_type") == "clip"
     has_open_clip = (folder / "open_clip_config.json").is_file()
     if published and (_first(folder, HUGGING_FACE) or not has_open_clip):
-        config = _hugging_face_config(settings, where)
+        config = hugging_face_config(settings, where)
         images = ClipImages.of_hugging_face(_processor(folder), config.vision_config.image_size, where)
         names, place = HUGGING_FACE, hugging_face
     elif has_open_clip:
@@ -171,7 +171,7 @@ def _processor(folder: Path) -> Mapping[str, Any]:
     return _json(path)
 
 
-def _hugging_face_config(settings: Mapping[str, Any], where: str) -> CLIPConfig:
+def hugging_face_config(settings: Mapping[str, Any], where: str) -> CLIPConfig:
     """From `config.json`. What it leaves out has the defaults of `transformers`, as the fields of our configs do."""
     return CLIPConfig(
         _tower(CLIPTextConfig, settings, "text_config", where),
