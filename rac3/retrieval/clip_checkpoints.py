@@ -107,8 +107,11 @@ def load_clip(source: str) -> ClipCheckpoint:
         names, place = HUGGING_FACE, hugging_face
     elif has_open_clip:
         settings = _json(folder / "open_clip_config.json")
-        config = _open_clip_config(settings.get("model_cfg", {}), where)
-        images = ClipImages.of_open_clip(settings.get("preprocess_cfg", {}), config.vision_config.image_size, where)
+        model, preprocess = settings.get("model_cfg"), settings.get("preprocess_cfg") or {}
+        if not isinstance(model, Mapping) or not isinstance(preprocess, Mapping):
+            raise InputError(f"{where} has no model_cfg in open_clip_config.json; give the one of the model")
+        config = _open_clip_config(model, where)
+        images = ClipImages.of_open_clip(preprocess, config.vision_config.image_size, where)
         names, place = OPEN_CLIP, open_clip
     elif settings:
         raise InputError(f"{where} has model_type={settings.get('model_type')!r} in config.json; give one with 'clip'")
@@ -280,7 +283,7 @@ def _download(name: str) -> Path:
     except InputError:
         raise
     except Exception as error:  # of the hub's client and of the HTTP library below it
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"clip checkpoint {name!r} cannot be fetched from the Hugging Face hub: {reason} "
             "(check the name and the network, or give a folder)"

@@ -73,12 +73,13 @@ class ClipImages:
         Raises:
           InputError: it asks for something else than scaling, middle square and normalization for a tower of `size`.
         """
-        edge, crop = settings.get("size", 224), settings.get("crop_size", 224)
+        given = {name: value for name, value in settings.items() if value is not None}
+        edge, crop = given.get("size", 224), given.get("crop_size", 224)
         edge = edge.get("shortest_edge", edge) if isinstance(edge, Mapping) else edge
         crop = list(crop.values()) if isinstance(crop, Mapping) else [crop, crop]
         steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-        asked = {"size": edge, "crop_size": crop, "rescale_factor": round(settings.get("rescale_factor", 1 / 255), 6)}
-        asked |= {name: settings.get(name, True) for name in steps}
+        asked = {"size": edge, "crop_size": crop, "rescale_factor": round(given.get("rescale_factor", 1 / 255), 6)}
+        asked |= {name: given.get(name, True) for name in steps}
         known = {
             "size": size,
             "crop_size": [size, size],
@@ -87,9 +88,9 @@ class ClipImages:
         }
         _expect(asked, known, where)
         return cls(
-            mean=_three(settings.get("image_mean", OPENAI_MEAN)),
-            std=_three(settings.get("image_std", OPENAI_STD)),
-            resample=_filter_name(settings.get("resample", 3), where),
+            mean=_three(given.get("image_mean", OPENAI_MEAN)),
+            std=_three(given.get("image_std", OPENAI_STD)),
+            resample=_filter_name(given.get("resample", 3), where),
         )
 
     @classmethod

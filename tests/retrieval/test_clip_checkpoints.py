@@ -110,7 +110,8 @@ def random_weights() -> dict[str, np.ndarray]:
 
 def hugging_face_model(folder: Path):
     """The reference, from the files themselves."""
-    model, report = module("transformers").CLIPModel.from_pretrained(folder, output_loading_info=True)
+    clip = module("transformers.models.clip.modeling_clip").CLIPModel
+    model, report = clip.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     return model.eval()
 
@@ -403,6 +404,10 @@ BROKEN = {
         "has no tokenizer; copy .*openai/clip-vit-base-patch32",
     ),
     "another OpenCLIP": (as_open_clip(attentional_pool=True), r"vision_cfg\.attentional_pool=True is another arch"),
+    "OpenCLIP without a model": (
+        lambda f: (as_open_clip()(f), edit(f / "open_clip_config.json", model_cfg=None)),
+        r"has no model_cfg in open_clip_config\.json",
+    ),
     "an OpenCLIP that is no ViT": (as_open_clip(layers=[3, 4, 6, 3]), r"vision_cfg\.layers=\[3, 4, 6, 3\] is not like"),
 }
 
