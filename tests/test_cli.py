@@ -98,6 +98,7 @@ def write_config(path: Path, body: str) -> str:
         (["train", TINY, "retriever:bm42"], "bm42"),
         (["train", TINY, "--mesh.fsdp", "3"], "does not divide the 8 devices"),
         (["generate", TINY, "--samples", "0"], "samples=0"),
+        (["encoders", TINY, "--clip.checkpoint", "/nowhere"], "clip checkpoint '/nowhere' is not a folder"),
         (["ingest", "emoji_captions", "--data-dir", "/nowhere"], "'/nowhere/train' does not exist"),
     ],
 )

@@ -13,10 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from rac3.config import InputError
 from rac3.documents.document import prepare_image
 from rac3.retrieval.clip import CLIP, CLIPTextConfig, drop_patches, drop_text_tokens
+from rac3.retrieval.clip_images import OPENAI_MEAN, OPENAI_STD
 from rac3.tokens.text import Tokenizer
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -85,13 +83,19 @@ class MixedEncoder:
         text: ClipText,
         *,
         batch_size: int = 256,
-        image_mean: tuple[float, float, float] = OPENAI_MEAN,
-        image_std: tuple[float, float, float] = OPENAI_STD,
+        image_mean: tuple[float, ...] = OPENAI_MEAN,
+        image_std: tuple[float, ...] = OPENAI_STD,
+        square: Callable[[np.ndarray, int], np.ndarray] = prepare_image,
     ) -> None:
+        """Images are cut to CLIP's image size by `square`, then normalized by mean and deviation (of 0..1).
+
+        Raises:
+          InputError: `batch_size` is below 1.
+        """
         devices = jax.local_devices()
         if batch_size < 1:
             raise InputError(f"encoder batch_size={batch_size} is below 1; use at least 1, or hundreds to be fast")
-        self.clip, self.text = clip, text
+        self.clip, self.text, self._square = clip, text, square
         self._smallest = len(devices)
         self._batch_size = -(-batch_size // len(devices)) * len(devices)
         mesh = Mesh(np.array(devices), ("batch",), axis_types=(AxisType.Auto,))
@@ -146,7 +150,7 @@ class MixedEncoder:
 
         def embed(rows: np.ndarray, keys: Array | None) -> Array:
             # uint8 until it is on the device: a quarter of the bytes to move
-            pixels = jax.device_put(np.stack([prepare_image(images[row], size) for row in rows]), self._by_row)
+            pixels = jax.device_put(np.stack([self._square(images[row], size) for row in rows]), self._by_row)
             return self._embed_pixels(self._params, pixels, keys, drop_rate)
 
         return self._batched(len(images), drop_keys, drop_rate, embed)

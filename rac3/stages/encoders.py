@@ -1,4 +1,4 @@
-"""The frozen models: fitted on the training and memory documents, then only read.
+"""The frozen models: loaded, or fitted on the training and memory documents, then only read.
 
 Fitted models may see what the memory holds, as a public CLIP has seen the web; they never see held-out documents.
 """
@@ -22,7 +22,9 @@ from rac3.documents.document import Document, Reject, prepare_image
 from rac3.experiment import Experiment, FitConfig, Split
 from rac3.progress import progress
 from rac3.retrieval.clip import CLIP, CLIPConfig, contrastive_loss, crop_images, crop_texts
-from rac3.retrieval.encoder import OPENAI_MEAN, OPENAI_STD, ClipText, MixedEncoder
+from rac3.retrieval.clip_checkpoints import ClipCheckpoint, load_clip
+from rac3.retrieval.clip_images import OPENAI_MEAN, OPENAI_STD
+from rac3.retrieval.encoder import ClipText, MixedEncoder
 from rac3.sharding import MeshConfig, use_mesh
 from rac3.stages import recipes
 from rac3.tokens.params_file import load_params, save_params
@@ -63,7 +65,7 @@ def fitting_documents(experiment: Experiment, limit: int) -> list[Document]:
 
 
 def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
-    """Makes what is missing of the text tokenizer, the VQGAN and CLIP."""
+    """Makes what is missing of the text tokenizer, the VQGAN and CLIP; checkpoints first, since they fail quickly."""
     missing = [
         recipe
         for recipe in (recipes.text(experiment), recipes.vqgan(experiment), recipes.clip(experiment))
@@ -71,9 +73,13 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
     ]
     if not missing:
         return
-    limit = max(experiment.vqgan.fit.max_documents, experiment.clip.fit.max_documents)
-    documents = fitting_documents(experiment, limit)
+    checkpoints = {"text": experiment.text.checkpoint, "clip": experiment.clip.checkpoint}
+    missing.sort(key=lambda recipe: checkpoints.get(recipe.stage) is None)
+    documents: list[Document] = []
     for recipe in missing:
+        if not documents and checkpoints.get(recipe.stage) is None:
+            limit = max(experiment.vqgan.fit.max_documents, experiment.clip.fit.max_documents)
+            documents = fitting_documents(experiment, limit)
         with workdir.write(recipe) as draft:
             if recipe.stage == "text":
                 if experiment.text.checkpoint is None:
@@ -81,6 +87,8 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
                 draft.counts["ids"] = experiment.text.load(draft.folder).size
             elif recipe.stage == "vqgan":
                 _fit_vqgan(experiment, documents[: experiment.vqgan.fit.max_documents], draft.folder)
+            elif experiment.clip.checkpoint is not None:
+                load_clip(experiment.clip.checkpoint).save(draft.folder)
             else:
                 _fit_clip(experiment, documents[: experiment.clip.fit.max_documents], draft.folder)
 
@@ -142,6 +150,8 @@ def open_vqgan(experiment: Experiment, workdir: Workdir) -> ImageCodec:
 
 def open_clip(experiment: Experiment, workdir: Workdir) -> MixedEncoder:
     artifact = workdir.require(recipes.clip(experiment), "rac3 encoders")
+    if experiment.clip.checkpoint is not None:
+        return ClipCheckpoint.open(artifact.folder).encoder()
     tokenizer = experiment.clip.tokenizer.load(artifact.folder / TOKENIZER)
     config = clip_config(experiment, tokenizer)
     text = ClipText.fitted(tokenizer, config.text_config)

@@ -6,6 +6,7 @@ from typing import Any
 from rac3.artifacts import Recipe
 from rac3.config import canonical
 from rac3.experiment import Experiment, Split
+from rac3.retrieval.clip_checkpoints import checkpoint_identity
 from rac3.retrieval.controls import NoRetriever
 
 
@@ -33,6 +34,8 @@ def vqgan(experiment: Experiment) -> Recipe:
 
 
 def clip(experiment: Experiment) -> Recipe:
+    if experiment.clip.checkpoint is not None:
+        return Recipe("clip", {"checkpoint": checkpoint_identity(experiment.clip.checkpoint)}, {})
     config = {"clip": experiment.clip, "data": fitting_data(experiment), "seed": experiment.seed}
     return Recipe("clip", config, {})
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rac3.config import InputError
+from rac3.config import InputError, checkpoint_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # before there was tokenizer.json
 BYTES = 256  # every byte is a token, so that any text can be written
 
 
@@ -73,6 +74,8 @@ class Tokenizer:
         self._pretrained = pretrained
         # ids may have gaps, so the number of tokens is not always the bound of their ids
         self.size: int = max(pretrained.get_vocab().values()) + 1
+        self.bos: int | None = pretrained.bos_token_id  # begin and end of text, if it has such ids of its own
+        self.eos: int | None = pretrained.eos_token_id
 
     def encode(self, text: str) -> list[int]:
         return self._pretrained.encode(text, add_special_tokens=False, verbose=False)
@@ -86,15 +89,33 @@ class Tokenizer:
         text = self._pretrained.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text if isinstance(text, str) else "".join(text)
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""
+        self._pretrained.save_pretrained(folder)
 
-def _load_pretrained(source: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
 
-    is_folder = Path(source).is_dir()
-    if not is_folder and (Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
-        raise InputError(f"tokenizer {source!r} is not a folder; give one with tokenizer.json, or a hub name")
+def load_clip_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a CLIP checkpoint: the class that `tokenizer_config.json` names, else `CLIPTokenizer`.
+
+    Raises:
+      InputError: the folder has none, or `transformers` cannot read it.
+    """
+    if not (folder / "tokenizer.json").is_file() and not all((folder / n).is_file() for n in CLIP_TOKENIZER):
+        raise InputError(
+            f"clip checkpoint {str(folder)!r} has no tokenizer; copy tokenizer.json, or {' and '.join(CLIP_TOKENIZER)},"
+            " of the model into it (those of openai/clip-vit-base-patch32 for all with the vocabulary of 49408)"
+        )
+    settings = folder / "tokenizer_config.json"
+    named = settings.is_file() and "tokenizer_class" in settings.read_text(errors="replace")
+    return Tokenizer(_load_pretrained(str(folder), "AutoTokenizer" if named else "CLIPTokenizer"))
+
+
+def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTokenizerBase":
+    import transformers
+
+    is_folder = checkpoint_folder("tokenizer", source) is not None
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=is_folder, trust_remote_code=False)
+        return getattr(transformers, kind).from_pretrained(source, local_files_only=is_folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         fix = "a folder needs tokenizer.json" if is_folder else "check the hub name and the network, or give a folder"

@@ -1,0 +1,291 @@
+"""Published CLIP checkpoints: a folder or a name on the Hugging Face hub, to a CLIP that `MixedEncoder` runs.
+
+    Hugging Face: config.json (model_type clip)   model.safetensors | pytorch_model.bin, whole or in shards
+    OpenCLIP    : open_clip_config.json           open_clip_model.safetensors | open_clip_pytorch_model.*
+    both        : the tokenizer's files; Hugging Face's also preprocessor_config.json or processor_config.json
+
+A folder with both formats is read in the first.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rac3.config import InputError, checkpoint_folder
+from rac3.retrieval.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rac3.retrieval.clip_images import ClipImages
+from rac3.retrieval.clip_weights import clip_params, hugging_face, open_clip, read_weights
+from rac3.retrieval.encoder import ClipText, MixedEncoder
+from rac3.tokens.params_file import load_params, save_params
+from rac3.tokens.text import Tokenizer, load_clip_tokenizer
+
+HUGGING_FACE = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+OPEN_CLIP = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pt",
+)
+SETTINGS = (
+    "config.json",
+    "open_clip_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+SHARDS = {"model.safetensors": "model-*.safetensors", "pytorch_model.bin": "pytorch_model-*.bin"}
+
+Config = TypeVar("Config", CLIPTextConfig, CLIPVisionConfig)
+
+
+@dataclass(frozen=True)
+class ClipCheckpoint:
+    """A CLIP with all that belongs to it; `params` are float32, nested as `CLIP(config)` has them."""
+
+    config: CLIPConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    images: ClipImages
+
+    def encoder(self) -> MixedEncoder:
+        images = self.images
+        return MixedEncoder(
+            CLIP(self.config),
+            self.params,
+            _clip_text(self.tokenizer, self.config.text_config),
+            image_mean=images.mean,
+            image_std=images.std,
+            square=images.square,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes it in rac3's own form: with it, the published files are not needed any more."""
+        self.tokenizer.save(folder / "tokenizer")
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        (folder / "images.json").write_text(json.dumps(dataclasses.asdict(self.images), indent=2) + "\n")
+        save_params(folder / "params.safetensors", self.params)
+
+    @classmethod
+    def open(cls, folder: Path) -> "ClipCheckpoint":
+        """What `save` wrote."""
+        images = _json(folder / "images.json")
+        return cls(
+            config=hugging_face_config(_json(folder / "config.json"), str(folder)),
+            params=load_params(folder / "params.safetensors"),
+            tokenizer=load_clip_tokenizer(folder / "tokenizer"),
+            images=ClipImages(**{**images, "mean": tuple(images["mean"]), "std": tuple(images["std"])}),
+        )
+
+
+def load_clip(source: str) -> ClipCheckpoint:
+    """The published CLIP in the folder `source`, or of that name on the Hugging Face hub.
+
+    Raises:
+      InputError: it cannot be had, is no CLIP of these formats, is damaged, or its parts do not fit together.
+    """
+    folder = checkpoint_folder("clip checkpoint", source)
+    folder = _download(source) if folder is None else folder
+    where = f"clip checkpoint {str(folder)!r}"
+    settings = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    published = settings.get("model_type") == "clip"
+    has_open_clip = (folder / "open_clip_config.json").is_file()
+    if published and (_first(folder, HUGGING_FACE) or not has_open_clip):
+        config = hugging_face_config(settings, where)
+        images = ClipImages.of_hugging_face(_processor(folder), config.vision_config.image_size, where)
+        names, place = HUGGING_FACE, hugging_face
+    elif has_open_clip:
+        settings = _json(folder / "open_clip_config.json")
+        model, preprocess = settings.get("model_cfg"), settings.get("preprocess_cfg") or {}
+        if not isinstance(model, Mapping) or not isinstance(preprocess, Mapping):
+            raise InputError(f"{where} has no model_cfg in open_clip_config.json; give the one of the model")
+        config = _open_clip_config(model, where)
+        images = ClipImages.of_open_clip(preprocess, config.vision_config.image_size, where)
+        names, place = OPEN_CLIP, open_clip
+    elif settings:
+        raise InputError(f"{where} has model_type={settings.get('model_type')!r} in config.json; give one with 'clip'")
+    else:
+        raise InputError(
+            f"{where} has no config.json (or open_clip_config.json); give the folder of a whole checkpoint"
+        )
+    tokenizer = load_clip_tokenizer(folder)
+    _clip_text(tokenizer, config.text_config)
+    file = _first(folder, names)
+    if file is None:
+        raise InputError(f"{where} has no weights; it needs one of {', '.join(names)}")
+    return ClipCheckpoint(config, clip_params(config, read_weights(file), place, where), tokenizer, images)
+
+
+def checkpoint_identity(source: str) -> dict[str, Any]:
+    """What an artifact that is made from a checkpoint depends on: its name; of a folder, also its files' sizes.
+
+    The folder itself must be there whenever a stage asks whether it is current, but only `load_clip` reads from it.
+    """
+    folder = checkpoint_folder("clip checkpoint", source)
+    if folder is None:
+        return {"name": source}
+    patterns = (*SETTINGS, *HUGGING_FACE, *OPEN_CLIP, *SHARDS.values())
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return {"folder": str(folder.resolve()), "files": {path.name: path.stat().st_size for path in files}}
+
+
+def _clip_text(tokenizer: Tokenizer, config: CLIPTextConfig) -> ClipText:
+    if tokenizer.bos is None or tokenizer.eos is None:
+        raise InputError(
+            f"clip checkpoint: its tokenizer has bos={tokenizer.bos} and eos={tokenizer.eos}, but CLIP needs both; "
+            "give the tokenizer files that belong to it"
+        )
+    return ClipText(tokenizer, config, tokenizer.bos, tokenizer.eos)
+
+
+def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} is not a JSON object; download it again")
+    return content
+
+
+def _processor(folder: Path) -> Mapping[str, Any]:
+    """The settings of the image processor: inside the processor's file in new checkpoints, else in one of their own."""
+    whole = folder / "processor_config.json"
+    if whole.is_file() and isinstance(inner := _json(whole).get("image_processor"), dict):
+        return inner
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise InputError(f"clip checkpoint {str(folder)!r} has no preprocessor_config.json; download it from the model")
+    return _json(path)
+
+
+def hugging_face_config(settings: Mapping[str, Any], where: str) -> CLIPConfig:
+    """From `config.json`. What it leaves out has the defaults of `transformers`, as the fields of our configs do."""
+    return CLIPConfig(
+        _tower(CLIPTextConfig, settings, "text_config", where),
+        _tower(CLIPVisionConfig, settings, "vision_config", where),
+        **_known(CLIPConfig, settings, ("projection_dim", "logit_scale_init_value"), where),
+    )
+
+
+def _tower(kind: type[Config], settings: Mapping[str, Any], name: str, where: str) -> Config:
+    """Old files have `text_config_dict` beside `text_config`; where it is there, it alone counts."""
+    given = settings.get(f"{name}_dict")
+    given = settings.get(name) if given is None else given
+    values = given if isinstance(given, Mapping) else {}
+    return kind(**_known(kind, values, [field.name for field in dataclasses.fields(kind)], f"{where}: {name}"))
+
+
+def _known(kind: Any, values: Mapping[str, Any], names: Any, where: str) -> dict[str, Any]:
+    """Those of the values that the config `kind` has fields for, of the fields' types."""
+    found = {}
+    for name in (name for name in names if name in values):
+        value, usual = values[name], kind.__dataclass_fields__[name].default
+        if isinstance(value, bool) or not isinstance(value, int | float if isinstance(usual, float) else type(usual)):
+            raise InputError(f"{where}: {name}={value!r} is not like {usual!r}; correct it in the config file")
+        found[name] = value
+    return found
+
+
+_OPEN_CLIP_PLAIN = {
+    "pool_type": ("tok", "argmax"),
+    "pos_embed_type": ("learnable",),
+    "proj_type": ("linear",),
+    "block_type": ("default",),
+}
+"""Settings of OpenCLIP that change the architecture, with the values that stand for the one of CLIP."""
+_OPEN_CLIP_IDLE = (
+    *("patch_dropout", "output_tokens", "pad_id", "eos_id", "attn_pooler_queries", "attn_pooler_heads"),
+    *("timm_pool", "timm_proj", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "init_logit_scale"),
+    *("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "timm_model_pretrained"),
+)
+"""Settings that act in training alone, or only beside others that are refused, or on the tokenizer."""
+
+
+def _open_clip_config(model: Mapping[str, Any], where: str) -> CLIPConfig:
+    """From `model_cfg` of `open_clip_config.json`, with OpenCLIP's defaults. The text ends at the highest id."""
+    where = f"{where}: model_cfg"
+    act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    sizes = _open_clip_part(model, {"embed_dim": 512, "quick_gelu": False, "vision_cfg": {}, "text_cfg": {}}, where)
+    vision_sizes = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
+    text_sizes = {"layers": 12, "width": 512, "heads": 8, "mlp_ratio": 4.0, "context_length": 77, "vocab_size": 49408}
+    vision = _open_clip_part(sizes["vision_cfg"], vision_sizes, f"{where}.vision_cfg")
+    text = _open_clip_part(sizes["text_cfg"], text_sizes, f"{where}.text_cfg")
+    return CLIPConfig(
+        CLIPTextConfig(
+            vocab_size=text["vocab_size"],
+            hidden_size=text["width"],
+            intermediate_size=int(text["width"] * text["mlp_ratio"]),
+            num_hidden_layers=text["layers"],
+            num_attention_heads=text["heads"],
+            max_position_embeddings=text["context_length"],
+            hidden_act=act,
+            eos_token_id=2,
+        ),
+        CLIPVisionConfig(
+            hidden_size=vision["width"],
+            intermediate_size=int(vision["width"] * vision["mlp_ratio"]),
+            num_hidden_layers=vision["layers"],
+            num_attention_heads=vision["width"] // vision["head_width"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            hidden_act=act,
+        ),
+        projection_dim=sizes["embed_dim"],
+    )
+
+
+def _open_clip_part(values: Mapping[str, Any], sizes: dict[str, Any], where: str) -> dict[str, Any]:
+    """`sizes` with those of the values that it names.
+
+    Raises:
+      InputError: a value is of another type than there, or a setting asks for another architecture.
+    """
+    for name, value in values.items():
+        if name in sizes:
+            usual = sizes[name]
+            if not isinstance(value, int | float if isinstance(usual, float) else type(usual)):
+                raise InputError(f"{where}.{name}={value!r} is not like {usual!r}: rac3 has OpenCLIP's plain ViTs only")
+        elif value and name not in _OPEN_CLIP_IDLE and value not in _OPEN_CLIP_PLAIN.get(name, ()):
+            raise InputError(f"{where}.{name}={value!r} is another architecture; rac3 has OpenCLIP's plain ViTs only")
+    return {name: values.get(name, usual) for name, usual in sizes.items()}
+
+
+def _download(name: str) -> Path:
+    """The files of a checkpoint on the hub that `load_clip` reads, from the cache if they are there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*SETTINGS, "*.index.json"]))
+        settings = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        wanted = list(HUGGING_FACE) if settings.get("model_type") == "clip" else []
+        for weights in [*wanted, *OPEN_CLIP]:  # one format only: each holds all of the weights
+            if not weights.endswith(".index.json"):
+                patterns = [weights, SHARDS.get(weights, weights)]
+                snapshot_download(name, revision=folder.name, allow_patterns=patterns)
+                if any(found for pattern in patterns for found in folder.glob(pattern)):
+                    break
+    except InputError:
+        raise
+    except Exception as error:  # of the hub's client and of the HTTP library below it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"clip checkpoint {name!r} cannot be fetched from the Hugging Face hub: {reason} "
+            "(check the name and the network, or give a folder)"
+        ) from error
+    return folder
