@@ -90,12 +90,8 @@ class ImageTextEncoder:
     Else one that is fitted here as the other fields say, with a tokenizer whose vocabulary the text tower follows.
 
     Attributes:
-<<<<<<< HEAD
-      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (3) makes the vectors of a
-=======
       checkpoint: a folder as Hugging Face's `CLIPModel` or OpenCLIP write it, or a name on the Hugging Face hub.
-      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (5) makes the vectors of a
->>>>>>> clip-checkpoints
+      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (3) makes the vectors of a
         small data set tell subjects apart before surroundings.
       text_crop: share of the captions that are cut to a random length while fitting.
       image_crop: the smallest side of a random square crop while fitting, as a share of the image; 1 for none.
