@@ -159,6 +159,11 @@ class Experiment:
             raise InputError(f"max_reject_fraction={self.max_reject_fraction} is outside 0 to 1; use 0.05, say")
         if not 0 <= self.query_dropout < 1:
             raise InputError(f"query_dropout={self.query_dropout} is outside 0 to 1; the paper uses 0.2")
+        if self.evaluation.max_caption_tokens > self.max_text_tokens:
+            raise InputError(
+                f"evaluation.max_caption_tokens={self.evaluation.max_caption_tokens} exceeds "
+                f"max_text_tokens={self.max_text_tokens}, the longest text that is trained on; use at most that"
+            )
         if self.selection.depth < self.batches.candidates:
             raise InputError(
                 f"batches.candidates={self.batches.candidates} exceeds selection.depth={self.selection.depth}, the "

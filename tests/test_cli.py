@@ -142,6 +142,7 @@ def test_bad_arguments_are_refused(arguments: list[str], says: str, refused: Ref
         "--evaluation.image-sampling.top-p 0",
         "--evaluation.caption-sampling.temperature -1",
         "--evaluation.max-caption-tokens 0",
+        "--evaluation.max-caption-tokens 257",
     ],
 )
 def test_numbers_out_of_range_are_refused(numbers: str, refused: Refused, tmp_path: Path):

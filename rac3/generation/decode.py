@@ -75,13 +75,19 @@ def generate(
     Prompts are padded to a multiple of 32 and rows to `batch`, so that few shapes compile.
 
     Raises:
-      InputError: a prompt that leaves no room for what is to be generated.
+      InputError: a prompt that leaves no room for what is to be generated, or a longer text than the model knows.
     """
     longest = max(len(prompt) for prompt in prompts)
     if longest + grammar.count > model.max_positions:
         raise InputError(
             f"a prompt of {longest} tokens and {grammar.count} to generate exceed the {model.max_positions} positions "
             "of the model; use fewer retrieved documents or a shorter prompt"
+        )
+    segment = max(grammar.count, *(int(segment_offsets(vocabulary, prompt).max()) for prompt in prompts))
+    if segment > model.max_segment_tokens:
+        raise InputError(
+            f"a text of {segment} tokens, given or to generate, exceeds the {model.max_segment_tokens} that the model was "
+            "trained for (max_text_tokens); use a shorter one"
         )
     width = min(-(-longest // 32) * 32, model.max_positions - grammar.count)
     allowed = jnp.asarray(grammar.allowed)

@@ -25,7 +25,7 @@ def document(seed: int) -> Sequenced:
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     config = TransformerConfig(num_layers=1, embed=16, num_heads=2, mlp=32, dtype="float32", remat="none", init_std=0.5)
-    return config.build(VOCABULARY.padded_size, 64, 4)
+    return config.build(VOCABULARY.padded_size, 64, 5)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ VOCABULARY = Vocabulary(text_size=40, image_size=30)
 POSITIONS, IMAGE = 64, 9
 MODEL = TransformerConfig(
     num_layers=2, embed=32, num_heads=4, mlp=48, dtype="float32", remat="none", init_std=0.2
-).build(VOCABULARY.padded_size, POSITIONS, IMAGE)
+).build(VOCABULARY.padded_size, POSITIONS, POSITIONS)
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -154,3 +154,13 @@ def test_a_prompt_that_leaves_no_room_is_refused(params):
         generate(MODEL, params, VOCABULARY, [prompt], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
     out = generate(MODEL, params, VOCABULARY, [prompt[1:]], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
     assert len(out.ids[0]) == IMAGE
+
+
+def test_a_longer_text_than_the_model_knows_is_refused(params, prompts):
+    """Positions inside a text have rows in a table, which a longer text would leave."""
+    short = MODEL.clone(max_segment_tokens=9)
+    with pytest.raises(InputError, match=r"a text of 10 tokens, given or to generate, exceeds the 9"):
+        generate(short, params, VOCABULARY, prompts, caption_grammar(VOCABULARY, 10), GREEDY, keys(3))
+    prompt = np.array([EOD, IMAGE_ALT, *VOCABULARY.from_text(np.zeros(11, int)), IMAGE_SOURCE], np.int32)
+    with pytest.raises(InputError, match=r"a text of 11 tokens, given or to generate, exceeds the 9"):
+        generate(short, params, VOCABULARY, [prompt], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
