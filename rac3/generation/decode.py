@@ -86,8 +86,8 @@ def generate(
     segment = max(grammar.count, *(int(segment_offsets(vocabulary, prompt).max()) for prompt in prompts))
     if segment > model.max_segment_tokens:
         raise InputError(
-            f"a text of {segment} tokens, given or to generate, exceeds the {model.max_segment_tokens} that the model was "
-            "trained for (max_text_tokens); use a shorter one"
+            f"a text of {segment} tokens, given or to generate, exceeds the {model.max_segment_tokens} that the model "
+            "was trained for (max_text_tokens); use a shorter one"
         )
     width = min(-(-longest // 32) * 32, model.max_positions - grammar.count)
     allowed = jnp.asarray(grammar.allowed)
