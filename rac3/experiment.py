@@ -76,11 +76,32 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class ImageTokenizer:
-    """The VQGAN, fitted here."""
+    """The VQGAN, fitted here, or loaded from a published checkpoint.
 
+    Attributes:
+      checkpoint: its file or folder (`rac3/tokens/vqgan_checkpoints.py` lists the formats). The architecture is the
+        checkpoint's: `model`, `objective` and `fit` are not used.
+      resolution: pixels of the pictures that a checkpoint is used at, in height and width; None is what its config
+        says.
+    """
+
+    checkpoint: str | None = None
+    resolution: int | None = None
     model: VQGANConfig = field(default_factory=VQGANConfig)
     objective: VQGANObjective = field(default_factory=VQGANObjective)
     fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None and self.resolution is not None:
+            raise InputError(
+                f"vqgan.resolution={self.resolution} is for a checkpoint, and vqgan.checkpoint is not set; "
+                "set vqgan.model.resolution for a VQGAN that is fitted here"
+            )
+        if self.checkpoint is None and self.model.quantizer != "nearest":
+            raise InputError(
+                f"vqgan.model.quantizer={self.model.quantizer!r} can't be fitted here; use 'nearest', or set "
+                "vqgan.checkpoint"
+            )
 
 
 @dataclass(frozen=True)

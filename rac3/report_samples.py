@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from rac3.report_page import Captioned, Mark, Picture, Strip
 from rac3.report_table import model_label
 from rac3.stages import recipes
 from rac3.stages.embed import PARTS, open_documents
-from rac3.stages.encoders import open_vqgan
+from rac3.stages.encoders import ImageCodec, open_vqgan
 
 SHOWN = 8  # documents
 
@@ -53,6 +54,10 @@ class Samples:
             rows[name] = json.loads((folder / f"{split}.json").read_text())[: len(items)]
             images[name] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
         return cls(experiment, workdir, split, items, rows, images)
+
+    @cached_property
+    def _codec(self) -> ImageCodec:
+        return open_vqgan(self.experiment, self.workdir)
 
     def strips(self) -> list[Strip]:
         strips = []
@@ -94,7 +99,7 @@ class Samples:
             )
             for item in pictured
         ]
-        decoded = open_vqgan(self.experiment, self.workdir).decode(np.stack(codes))
+        decoded = self._codec.decode(np.stack(codes))
         return [
             (Picture("original", self._pixels(item.document)), Picture("from codes", pixels))
             for item, pixels in zip(pictured, decoded, strict=True)
@@ -145,4 +150,4 @@ class Samples:
         """The first picture as the models see it."""
         if not document.images:
             return None
-        return prepare_image(document.images[0].pixels(), self.experiment.vqgan.model.resolution)
+        return prepare_image(document.images[0].pixels(), self._codec.resolution)

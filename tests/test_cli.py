@@ -121,7 +121,7 @@ def test_bad_arguments_are_refused(arguments: list[str], says: str, refused: Ref
         "--clip.image-crop 2",
         "--retriever.num-neighbors 0",
         "--selection.depth 0",
-        "--selection.depth 2",
+        "--selection.depth 1",
         "--batches.context-length 0",
         "--batches.row-length 100",
         "--batches.rows 0",

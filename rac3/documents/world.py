@@ -197,9 +197,19 @@ def draw(entity: Entity, setting: Setting) -> UInt8[np.ndarray, "40 40 3"]:
 
 
 def nearest_entities(
-    images: UInt8[np.ndarray, "images 40 40 3"], entities: Sequence[Entity]
+    images: UInt8[np.ndarray, "images height width 3"], entities: Sequence[Entity]
 ) -> tuple[list[str], Float[np.ndarray, "images entities"]]:
-    """The entity whose emblem is nearest to each image's emblem region, and all mean absolute distances (0 to 255)."""
+    """The entity whose emblem is nearest to each image's emblem region, and all mean absolute distances (0 to 255).
+
+    Raises:
+      InputError: the images have another size than the world's, which the VQGAN's resolution decides.
+    """
+    if images.shape[1:3] != (SIZE, SIZE):
+        height, width = images.shape[1:3]
+        raise InputError(
+            f"images of {height} x {width} can't be compared with the world's of {SIZE} x {SIZE}; set vqgan.resolution "
+            f"(with a checkpoint) or vqgan.model.resolution to {SIZE}"
+        )
     emblems = np.stack([draw_emblem(entity) for entity in entities]).astype(np.float32)
     regions = images[:, EMBLEM, EMBLEM].astype(np.float32)
     distances = np.stack([np.abs(emblems - region).mean((1, 2, 3)) for region in regions])

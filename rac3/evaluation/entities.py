@@ -10,7 +10,7 @@ from rac3.documents.world import Entity, nearest_entities
 
 
 def emblem_accuracy(
-    images: UInt8[np.ndarray, "images 40 40 3"], wanted: Sequence[str], entities: Sequence[Entity]
+    images: UInt8[np.ndarray, "images height width 3"], wanted: Sequence[str], entities: Sequence[Entity]
 ) -> float:
     """Share of the images of the procedural world whose emblem is nearest, in pixels, to the wanted entity's."""
     names, _ = nearest_entities(images, entities)

@@ -29,7 +29,8 @@ from rac3.sharding import MeshConfig, use_mesh
 from rac3.stages import recipes
 from rac3.tokens.params_file import load_params, save_params
 from rac3.tokens.text import Tokenizer
-from rac3.tokens.vqgan import VQGAN, preprocess, to_pixels
+from rac3.tokens.vqgan import VQGAN, VQGANConfig, preprocess, to_pixels
+from rac3.tokens.vqgan_checkpoints import load_vqgan
 from rac3.tokens.vqgan_objective import init_codebook_from_batch, vqgan_loss, with_codebook
 from rac3.training.loop import TrainingConfig, fit
 from rac3.training.optimizer import OptimizerConfig
@@ -73,11 +74,11 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
     ]
     if not missing:
         return
-    checkpoints = {"text": experiment.text.checkpoint, "clip": experiment.clip.checkpoint}
-    missing.sort(key=lambda recipe: checkpoints.get(recipe.stage) is None)
+    checkpoints = {stage: getattr(experiment, stage).checkpoint for stage in ("text", "vqgan", "clip")}
+    missing.sort(key=lambda recipe: checkpoints[recipe.stage] is None)
     documents: list[Document] = []
     for recipe in missing:
-        if not documents and checkpoints.get(recipe.stage) is None:
+        if not documents and checkpoints[recipe.stage] is None:
             limit = max(experiment.vqgan.fit.max_documents, experiment.clip.fit.max_documents)
             documents = fitting_documents(experiment, limit)
         with workdir.write(recipe) as draft:
@@ -85,6 +86,8 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
                 if experiment.text.checkpoint is None:
                     experiment.text.fit((document.text for document in documents if document.text), draft.folder)
                 draft.counts["ids"] = experiment.text.load(draft.folder).size
+            elif recipe.stage == "vqgan" and experiment.vqgan.checkpoint is not None:
+                _convert_vqgan(Path(experiment.vqgan.checkpoint), experiment.vqgan.resolution, draft.folder)
             elif recipe.stage == "vqgan":
                 _fit_vqgan(experiment, documents[: experiment.vqgan.fit.max_documents], draft.folder)
             elif experiment.clip.checkpoint is not None:
@@ -129,6 +132,15 @@ class ImageCodec:
         return _in_batches(lambda batch: self._encode(self.params, batch), pixels, (0, self.tokens_per_image))  # type: ignore[attr-defined]
 
     def decode(self, codes: Int[np.ndarray, "images tokens"]) -> UInt8[np.ndarray, "images height width 3"]:
+        """The images of codes.
+
+        Raises:
+          InputError: the VQGAN was loaded from a checkpoint without a decoder.
+        """
+        if "decoder" not in self.params:
+            raise InputError(
+                "this VQGAN has no decoder, so that its codes can't become images; set vqgan.checkpoint to one that has"
+            )
         empty = (0, self.resolution, self.resolution, 3)
         return _in_batches(lambda batch: self._decode(self.params, batch), list(codes), empty)  # type: ignore[attr-defined]
 
@@ -145,7 +157,7 @@ def _in_batches(apply: Callable[[np.ndarray], Array], rows: list[np.ndarray], em
 
 def open_vqgan(experiment: Experiment, workdir: Workdir) -> ImageCodec:
     artifact = workdir.require(recipes.vqgan(experiment), "rac3 encoders")
-    return ImageCodec(VQGAN(experiment.vqgan.model), load_params(artifact.folder / PARAMS))
+    return ImageCodec(VQGAN(_saved_config(artifact.folder / CONFIG)), load_params(artifact.folder / PARAMS))
 
 
 def open_clip(experiment: Experiment, workdir: Workdir) -> MixedEncoder:
@@ -179,6 +191,25 @@ def vqgan_metrics(codec: ImageCodec, images: Sequence[UInt8[np.ndarray, "_ _ 3"]
     }
 
 
+def _save_vqgan(folder: Path, config: VQGANConfig, params: PyTree) -> None:
+    save_params(folder / PARAMS, params)
+    (folder / CONFIG).write_text(json.dumps(canonical(config), indent=2) + "\n")
+
+
+def _saved_config(path: Path) -> VQGANConfig:
+    """The architecture that an artifact holds, which for a checkpoint is not the experiment's."""
+    saved: dict[str, Any] = json.loads(path.read_text())
+    del saved["class"]
+    sequences: dict[str, Any] = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
+    return VQGANConfig(**saved | sequences | {"dropout": float(saved["dropout"])})
+
+
+def _convert_vqgan(checkpoint: Path, resolution: int | None, folder: Path) -> None:
+    loaded = load_vqgan(checkpoint, resolution)
+    _save_vqgan(folder, loaded.config, loaded.params)
+    print(f"VQGAN {checkpoint}: {loaded.summary()}")
+
+
 def _fit_vqgan(experiment: Experiment, documents: Sequence[Document], folder: Path) -> None:
     config = experiment.vqgan
     model = VQGAN(config.model)
@@ -209,8 +240,7 @@ def _fit_vqgan(experiment: Experiment, documents: Sequence[Document], folder: Pa
         return images[rows]
 
     state = _fit(experiment, "fit VQGAN", config.fit, init, start, optimizer, step, len(images), batch, folder)
-    save_params(folder / PARAMS, jax.device_get(with_codebook(state.params, state.extra)))
-    (folder / CONFIG).write_text(json.dumps(canonical(config.model), indent=2) + "\n")
+    _save_vqgan(folder, config.model, jax.device_get(with_codebook(state.params, state.extra)))
     shutil.rmtree(folder / "checkpoints")
 
 

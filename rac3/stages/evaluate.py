@@ -147,7 +147,7 @@ class _HeldOut:
     def open(cls, experiment: Experiment, trained: Experiment, workdir: Workdir) -> "_HeldOut":
         tokenizer, codec = open_text(experiment, workdir), open_vqgan(experiment, workdir)
         vocabulary = vocabulary_of(tokenizer, codec)
-        model = build_model(experiment, vocabulary)
+        model = build_model(experiment, vocabulary, codec.tokens_per_image)
         generator = Generator(model, open_params(trained, workdir, model), vocabulary, codec.tokens_per_image)
         memory = None
         if recipes.retrieves(experiment):

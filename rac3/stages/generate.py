@@ -58,7 +58,7 @@ class Session:
         """
         tokenizer, codec = open_text(experiment, workdir), open_vqgan(experiment, workdir)
         vocabulary = vocabulary_of(tokenizer, codec)
-        model = build_model(experiment, vocabulary)
+        model = build_model(experiment, vocabulary, codec.tokens_per_image)
         params = open_params(trained or experiment, workdir, model)
         memory = None
         if recipes.retrieves(experiment):

@@ -8,6 +8,7 @@ from rac3.config import canonical
 from rac3.experiment import Experiment, Split
 from rac3.retrieval.clip_checkpoints import checkpoint_identity
 from rac3.retrieval.controls import NoRetriever
+from rac3.tokens.vqgan_checkpoints import checkpoint_files
 
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
@@ -30,6 +31,16 @@ def text(experiment: Experiment) -> Recipe:
 
 
 def vqgan(experiment: Experiment) -> Recipe:
+    """Of a checkpoint: its path and resolution, and the names and sizes of its files; no documents are looked at.
+
+    Raises:
+      InputError: the checkpoint, or a file of it, does not exist.
+    """
+    checkpoint = experiment.vqgan.checkpoint
+    if checkpoint is not None:
+        files = [[path.name, path.stat().st_size] for path in checkpoint_files(Path(checkpoint))]
+        config = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": files}
+        return Recipe("vqgan", config, {})
     return Recipe("vqgan", {"vqgan": experiment.vqgan, "data": fitting_data(experiment), "seed": experiment.seed}, {})
 
 

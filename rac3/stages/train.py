@@ -30,15 +30,11 @@ def model_name(experiment: Experiment) -> str:
     return "ra_cm3" if recipes.retrieves(experiment) else "cm3"
 
 
-def open_vocabulary(experiment: Experiment, workdir: Workdir) -> Vocabulary:
-    return vocabulary_of(open_text(experiment, workdir), open_vqgan(experiment, workdir))
-
-
-def build_model(experiment: Experiment, vocabulary: Vocabulary) -> Transformer:
+def build_model(experiment: Experiment, vocabulary: Vocabulary, tokens_per_image: int) -> Transformer:
     return experiment.model.build(
         vocabulary.padded_size,
         experiment.batches.context_length,
-        max(experiment.vqgan.model.tokens_per_image, experiment.max_text_tokens),
+        max(tokens_per_image, experiment.max_text_tokens),
     )
 
 
@@ -65,7 +61,8 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
     mesh = experiment.mesh.build()
     documents = open_documents(experiment, workdir, "train")
     neighbors = read_neighbors(experiment, workdir, "train") if recipes.retrieves(experiment) else None
-    vocabulary = open_vocabulary(experiment, workdir)
+    codec = open_vqgan(experiment, workdir)
+    vocabulary = vocabulary_of(open_text(experiment, workdir), codec)
     builder = GroupBuilder(vocabulary, experiment.batches.masking, experiment.batches.retrieved_weight)
     stream = BatchStream(
         experiment.batches, experiment.seed, documents, neighbors, builder, jax.process_count(), jax.process_index()
@@ -74,7 +71,7 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
     def batches(position: Sequence[int]) -> Iterator[tuple[PyTree, Sequence[int]]]:
         return stream.batches(StreamState(*position))
 
-    model = build_model(experiment, vocabulary)
+    model = build_model(experiment, vocabulary, codec.tokens_per_image)
     optimizer = experiment.optimizer.build(experiment.training.steps)
     with workdir.write(recipe) as draft:
         with use_mesh(experiment.mesh, mesh):

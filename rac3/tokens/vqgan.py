@@ -6,12 +6,12 @@ renaming: `encoder.down.0.block.1.conv1` is `encoder/down_0_block_1/conv1` here,
     pixels uint8 -> preprocess -> encoder -> quant_conv -> nearest codes       -> the tokens, raster order
     pixels uint8 <- to_pixels  <- decoder <- post_quant_conv <- codebook[codes] <-
 
-`Codebook` holds the code vectors; `vqgan_objective.py` fits one.
+`Codebook` holds the code vectors; `vqgan_objective.py` fits one, `vqgan_checkpoints.py` loads published ones.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,7 +32,7 @@ Features = Float[Array, "batch grid_height grid_width features"]
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Field names and defaults of taming-transformers (`ddconfig`, `embed_dim`, `n_embed`), but for the last three."""
+    """Field names and defaults of taming-transformers (`ddconfig`, `embed_dim`, `n_embed`), but for the last four."""
 
     ch: int = 128  # channels at full resolution; level i has ch * ch_mult[i]
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # each level but the last halves height and width
@@ -49,6 +49,7 @@ class VQGANConfig:
     norm_groups: int = 32  # lowered to a divisor where a layer's channels ask for it
     latent_kernel: int = 3  # of convolutions at the lowest resolution; 1: a token hardly sees its neighbors
     mid_attn: bool = True  # False: no attention in the middle either, for small pictures on CPU
+    quantizer: Literal["nearest", "gumbel"] = "nearest"  # gumbel: the code of the largest logit, a projection's
 
     def __post_init__(self) -> None:
         if not self.ch_mult:
@@ -82,6 +83,13 @@ class VQGANConfig:
     @property
     def tokens_per_image(self) -> int:
         return self.grid**2
+
+
+def at_resolution(config: VQGANConfig, resolution: int) -> VQGANConfig:
+    """The same layers, with attention in the same levels, for pictures of another size."""
+    levels = range(len(config.ch_mult))
+    attention = tuple(resolution >> level for level in levels if config.resolution >> level in config.attn_resolutions)
+    return replace(config, resolution=resolution, attn_resolutions=attention)
 
 
 def _norm(config: VQGANConfig, channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
@@ -210,17 +218,28 @@ def nearest_codes(
     At most `max_distances` distances (64 MiB) exist at once: 16,384 codes against the 262,144 vectors of 256 pictures
     would be 17 GB.
     """
-    vectors, embedding = vectors.astype(jnp.float32), embedding.astype(jnp.float32)
-    half_norms = 0.5 * jnp.sum(embedding**2, axis=1)
+    embedding = embedding.astype(jnp.float32)
+    return largest_logit(vectors, embedding, -0.5 * jnp.sum(embedding**2, axis=1), max_distances)
 
-    def nearest(vector: Float[Array, "channel"]) -> Int[Array, ""]:
+
+def largest_logit(
+    vectors: Float[Array, "rows channel"],
+    kernel: Float[Array, "codes channel"],
+    bias: Float[Array, "codes"],
+    max_logits: int = 2**24,
+) -> Int[Array, "rows"]:
+    """The index of the largest of `kernel @ vector + bias` for each vector, ties to the lowest; computed in float32, at
+    most `max_logits` at once."""
+    vectors, kernel, bias = (x.astype(jnp.float32) for x in (vectors, kernel, bias))
+
+    def largest(vector: Float[Array, "channel"]) -> Int[Array, ""]:
         # highest precision: an accelerator's default would round the products to 10 bits and pick other codes
-        return jnp.argmin(half_norms - jnp.matmul(embedding, vector, precision=jax.lax.Precision.HIGHEST))
+        return jnp.argmax(bias + jnp.matmul(kernel, vector, precision=jax.lax.Precision.HIGHEST))
 
-    chunk = max(1, max_distances // embedding.shape[0])
+    chunk = max(1, max_logits // kernel.shape[0])
     if vectors.shape[0] <= chunk:
-        return jax.vmap(nearest)(vectors)
-    return jax.lax.map(nearest, vectors, batch_size=chunk)
+        return jax.vmap(largest)(vectors)
+    return jax.lax.map(largest, vectors, batch_size=chunk)
 
 
 class Codebook(nn.Module):
@@ -229,9 +248,15 @@ class Codebook(nn.Module):
     def setup(self) -> None:
         shape = (self.config.n_embed, self.config.embed_dim)
         self.embedding = self.param("embedding", nn.initializers.normal(), shape)
+        if self.config.quantizer == "gumbel":
+            self.proj_kernel = self.param("proj_kernel", nn.initializers.normal(), shape)
+            self.proj_bias = self.param("proj_bias", nn.initializers.zeros, shape[:1])
 
-    def nearest(self, z: Features) -> Int[Array, "batch tokens"]:
-        return nearest_codes(z.reshape(-1, z.shape[-1]), self.embedding).reshape(z.shape[0], -1)
+    def codes(self, z: Features) -> Int[Array, "batch tokens"]:
+        rows = z.reshape(-1, z.shape[-1])
+        if self.config.quantizer == "gumbel":  # the likeliest code: noise is for training
+            return largest_logit(rows, self.proj_kernel, self.proj_bias).reshape(z.shape[0], -1)
+        return nearest_codes(rows, self.embedding).reshape(z.shape[0], -1)
 
     def vectors(self, codes: Int[Array, "batch tokens"]) -> Features:
         grid = self.config.grid
@@ -262,7 +287,7 @@ class VQGAN(nn.Module):
 
     def encode(self, images: Images) -> Int[Array, "batch tokens"]:
         """Images in [-1, 1] to codes in [0, n_embed), row by row from the top left."""
-        return self.codebook.nearest(self.latents(images))
+        return self.codebook.codes(self.latents(images))
 
     def decode(self, codes: Int[Array, "batch tokens"]) -> Images:
         """Codes to images in about [-1, 1]; `to_pixels` clips."""
@@ -274,7 +299,7 @@ class VQGAN(nn.Module):
     def __call__(self, images: Images, train: bool = False) -> VQGANOutput:
         """Encode and decode, the gradient passing straight from the codes' vectors to the encoder's."""
         latents = self.latents(images, train)
-        codes = self.codebook.nearest(latents)
+        codes = self.codebook.codes(latents)
         quantized = jax.lax.stop_gradient(self.codebook.vectors(codes))
         straight_through = latents + jax.lax.stop_gradient(quantized - latents)
         return VQGANOutput(self._draw(straight_through, train), codes, latents, quantized)

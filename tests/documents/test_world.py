@@ -104,6 +104,8 @@ def test_the_picture_of_a_document_shows_its_entity():
     names, distances = nearest_entities(images, source.entities())
     assert names == [document.metadata["entity"] for document in found]
     assert (distances.min(1) == 0).all()
+    with pytest.raises(InputError, match=r"images of 32 x 32 .* vqgan\.model\.resolution to 40"):
+        nearest_entities(images[:, :32, :32], source.entities())
     with PIL.Image.open(io.BytesIO(found[0].images[0].data)) as picture:
         assert picture.format == "PNG"
 
