@@ -5,7 +5,7 @@ The chain over img2dataset shards: DIR holds the folders `train`, `unseen-memory
 one GPU: `--model.num-layers 12 --model.embed 768 --model.num-heads 12 --model.mlp 3072 --model.dtype bfloat16
 --batches.rows 64 --training.steps 20000 --optimizer.peak-lr 6e-4 --optimizer.warmup-steps 500`, a VQGAN of
 `--vqgan.model.ch 64 --vqgan.model.n-embed 1024 --vqgan.fit.steps 20000` and `--clip.fit.steps 5000`.
-An image is 64 tokens; `--vqgan.model.ch-mult 1 2 4 --batches.context-length 1024 --batches.row-length 1024` makes it 256.
+An image is 64 tokens, 256 with `--vqgan.model.ch-mult 1 2 4 --batches.context-length 1024 --batches.row-length 1024`.
 """
 
 from rac3.batches.loader import BatchConfig
