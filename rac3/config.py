@@ -43,19 +43,6 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def checkpoint_folder(what: str, source: str) -> Path | None:
-    """The folder that `source` names, or None if it is a name on the Hugging Face hub, `owner/name` or `name`.
-
-    Raises:
-      InputError: it is a path, but not of a folder. The message calls the source `what`.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise InputError(f"{what} {source!r} is not a folder; give one, or a name on the Hugging Face hub")
-    return None
-
-
 def shipped_configs() -> dict[str, Path]:
     """The configs that ship in the package, by name."""
     spec = importlib.util.find_spec("rac3.configs")

@@ -41,6 +41,7 @@ ORDER = {
     "documents": ("document", "filter", "webdataset", "tfds", "world", "store"),
     "tokens": (
         "vocabulary",
+        "checkpoint_files",
         "text",
         "params_file",
         "torch_file",

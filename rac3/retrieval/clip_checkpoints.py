@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rac3.config import InputError, checkpoint_folder
+from rac3.config import InputError
 from rac3.retrieval.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.clip_images import ClipImages
 from rac3.retrieval.clip_weights import clip_params, hugging_face, open_clip, read_weights
 from rac3.retrieval.encoder import ClipText, MixedEncoder
+from rac3.tokens.checkpoint_files import checkpoint_folder, read_json
 from rac3.tokens.params_file import load_params, save_params
 from rac3.tokens.text import Tokenizer, load_clip_tokenizer
 
@@ -80,9 +81,9 @@ class ClipCheckpoint:
     @classmethod
     def open(cls, folder: Path) -> "ClipCheckpoint":
         """What `save` wrote."""
-        images = _json(folder / "images.json")
+        images = read_json(folder / "images.json")
         return cls(
-            config=hugging_face_config(_json(folder / "config.json"), str(folder)),
+            config=hugging_face_config(read_json(folder / "config.json"), str(folder)),
             params=load_params(folder / "params.safetensors"),
             tokenizer=load_clip_tokenizer(folder / "tokenizer"),
             images=ClipImages(**{**images, "mean": tuple(images["mean"]), "std": tuple(images["std"])}),
@@ -98,7 +99,7 @@ def load_clip(source: str) -> ClipCheckpoint:
     folder = checkpoint_folder("clip checkpoint", source)
     folder = _download(source) if folder is None else folder
     where = f"clip checkpoint {str(folder)!r}"
-    settings = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     published = settings.get("model_type") == "clip"
     has_open_clip = (folder / "open_clip_config.json").is_file()
     if published and (_first(folder, HUGGING_FACE) or not has_open_clip):
@@ -106,7 +107,7 @@ def load_clip(source: str) -> ClipCheckpoint:
         images = ClipImages.of_hugging_face(_processor(folder), config.vision_config.image_size, where)
         names, place = HUGGING_FACE, hugging_face
     elif has_open_clip:
-        settings = _json(folder / "open_clip_config.json")
+        settings = read_json(folder / "open_clip_config.json")
         model, preprocess = settings.get("model_cfg"), settings.get("preprocess_cfg") or {}
         if not isinstance(model, Mapping) or not isinstance(preprocess, Mapping):
             raise InputError(f"{where} has no model_cfg in open_clip_config.json; give the one of the model")
@@ -153,25 +154,15 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} is not a JSON object; download it again")
-    return content
-
-
 def _processor(folder: Path) -> Mapping[str, Any]:
     """The settings of the image processor: inside the processor's file in new checkpoints, else in one of their own."""
     whole = folder / "processor_config.json"
-    if whole.is_file() and isinstance(inner := _json(whole).get("image_processor"), dict):
+    if whole.is_file() and isinstance(inner := read_json(whole).get("image_processor"), dict):
         return inner
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise InputError(f"clip checkpoint {str(folder)!r} has no preprocessor_config.json; download it from the model")
-    return _json(path)
+    return read_json(path)
 
 
 def hugging_face_config(settings: Mapping[str, Any], where: str) -> CLIPConfig:
@@ -272,7 +263,7 @@ def _download(name: str) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*SETTINGS, "*.index.json"]))
-        settings = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         wanted = list(HUGGING_FACE) if settings.get("model_type") == "clip" else []
         for weights in [*wanted, *OPEN_CLIP]:  # one format only: each holds all of the weights
             if not weights.endswith(".index.json"):

@@ -5,7 +5,6 @@ OpenCLIP    : transformer.resblocks.0.attn.in_proj_weight          [3 out, in], 
 here        : text_model/layers_0/self_attn/q_proj/kernel          [in, out]
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rac3.config import InputError
 from rac3.retrieval.clip import CLIP, CLIPConfig
+from rac3.tokens.checkpoint_files import read_json, read_safetensors
+from rac3.tokens.torch_file import read_state_dict
 
 BUFFERS = ("position_ids", "attn_mask")  # old files hold these beside the weights; they follow from the config
 
@@ -92,35 +93,14 @@ def read_weights(file: Path) -> dict[str, np.ndarray]:
 
 
 def _index(file: Path) -> dict[str, str]:
-    try:
-        files = json.loads(file.read_bytes())["weight_map"]
-        return {str(name): str(part) for name, part in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"weights {str(file)!r} are no index of weight files; download it again") from error
+    files = read_json(file).get("weight_map")
+    if not isinstance(files, dict):
+        raise InputError(f"weights {str(file)!r} are no index of weight files; download it again")
+    return {str(name): str(part) for name, part in files.items()}
 
 
 def _read_one(file: Path) -> dict[str, np.ndarray]:
-    if not file.is_file():
-        raise InputError(f"weights {str(file)!r} do not exist, but its index names them; download that file too")
-    if file.suffix != ".safetensors":
-        from rac3.tokens.torch_file import read_state_dict
-
-        return read_state_dict(file)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    with file.open("rb") as start:
-        head = start.read(64)
-    if head.lstrip().startswith(b"<"):
-        raise InputError(f"weights {str(file)!r} are a web page; download the file that the page links to")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"weights {str(file)!r} are a Git LFS pointer; fetch the file with `git lfs pull`")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"weights {str(file)!r} are cut short or not safetensors ({error}); download the file again"
-        ) from error
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_state_dict(file)
 
 
 def clip_params(

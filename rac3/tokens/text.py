@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rac3.config import InputError, checkpoint_folder
+from rac3.config import InputError
+from rac3.tokens.checkpoint_files import checkpoint_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

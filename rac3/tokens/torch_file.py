@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from rac3.config import InputError
+from rac3.tokens.checkpoint_files import mistaken_for
 
 AGAIN = "download it again"
 RESAVE = "save its state_dict() with torch.save and give that file"
@@ -79,18 +80,8 @@ def read_torch_file(path: Path) -> TorchFile:
             return _read_zip(path, file)
         if head.startswith(_LEGACY_HEAD):
             return _read_legacy(path, file)
-    raise InputError(f"weights {str(path)!r} {_mistaken(head)}")
-
-
-def _mistaken(head: bytes) -> str:
-    """What a file that starts so is, and what to do about it."""
-    if not head:
-        return f"are an empty file; {AGAIN}"
-    if head.lstrip().startswith(b"<"):
-        return "are a web page, not weights; download the file that the page links to"
-    if head.startswith(b"version https://git-lfs"):
-        return "are a Git LFS pointer, not weights; fetch the file with `git lfs pull`"
-    return "are no torch.save file (neither a zip archive nor the format before torch 1.6); check the path"
+    other = "no torch.save file (neither a zip archive nor the format before torch 1.6); check the path"
+    raise InputError(f"weights {str(path)!r} are {mistaken_for(head) or other}")
 
 
 def _read_zip(path: Path, file: IO[bytes]) -> TorchFile:

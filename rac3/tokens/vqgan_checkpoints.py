@@ -18,7 +18,6 @@ Weights of the training objective (discriminator, perceptual loss, averages) are
 missing, surplus or of another shape is refused, as is a setting that the module does not have.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rac3.config import InputError
+from rac3.tokens.checkpoint_files import read_json, read_safetensors
 from rac3.tokens.torch_file import read_torch_file
 from rac3.tokens.vqgan import VQGAN, Params, VQGANConfig, at_resolution
 
@@ -195,13 +195,7 @@ class _Settings:
 
 
 def _read_json(path: Path) -> _Settings:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # undecodable text is a ValueError too
-        raise InputError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no settings by name; download it again")
-    return _Settings(path, values)
+    return _Settings(path, read_json(path))
 
 
 def _read_yaml(path: Path) -> _Settings:
@@ -214,20 +208,6 @@ def _read_yaml(path: Path) -> _Settings:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings by name; download it again")
     return _Settings(path, values)
-
-
-def _read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Weights:
-    """The tensors whose names are wanted; the others are not read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        with path.open("rb") as file:
-            page = file.read(64).lstrip().startswith(b"<")
-        found = "a web page, not weights" if page else f"cut short or not safetensors ({error})"
-        raise InputError(f"weights {str(path)!r} are {found}; download the file again") from error
 
 
 # Families
@@ -282,7 +262,7 @@ def _taming_config(params: _Settings, gumbel: bool) -> VQGANConfig:
 
 def _load_diffusers(settings: _Settings, weights_file: Path) -> VQGANCheckpoint:
     config = _diffusers_config(settings)
-    read = _read_safetensors if weights_file.suffix == ".safetensors" else lambda path: read_torch_file(path).tensors
+    read = read_safetensors if weights_file.suffix == ".safetensors" else lambda path: read_torch_file(path).tensors
     # the names that attention had before diffusers 0.15
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     weights = {
@@ -364,7 +344,7 @@ def _load_chameleon(settings: _Settings, files: tuple[Path, ...]) -> VQGANCheckp
     whole = settings.values["model_type"] == "chameleon"
     weights: Weights = {}
     for file in files:
-        weights |= _read_safetensors(file, lambda name: not whole or bool(_chameleon_prefix([name])))
+        weights |= read_safetensors(file, lambda name: not whole or bool(_chameleon_prefix([name])))
     if not weights:
         raise InputError(f"{str(settings.file.parent)!r} has no weights of the VQGAN (model.vqmodel.*); use another")
     config = _chameleon_config(settings.part("vq_config") if whole else settings)
