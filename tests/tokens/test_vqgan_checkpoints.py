@@ -506,7 +506,7 @@ def test_other_weights_are_refused(tmp_path: Path, extra: dict, message: str):
         ("diffusion_pytorch_model.safetensors", b"<html>", "are a web page, not weights"),
         ("diffusion_pytorch_model.safetensors", bytes(100), "are cut short or not safetensors"),
         ("config.json", b"<html>", r"config\.json' is not JSON"),
-        ("config.json", b"[]", "config.json holds no settings"),
+        ("config.json", b"[]", r"config\.json' is not a JSON object"),
         ("diffusion_pytorch_model.safetensors", None, "has a config.json but none of"),
     ],
 )
