@@ -13,6 +13,7 @@ from rac3.config import InputError
 from rac3.tokens.params_file import load_params, save_params
 from rac3.tokens.vqgan import (
     VQGAN,
+    UpsampleConv,
     VQGANConfig,
     nearest_codes,
     preprocess,
@@ -79,6 +80,18 @@ def tiny() -> tuple[VQGAN, dict]:
 @partial(jax.jit, static_argnums=(0, 3))
 def apply(model: VQGAN, params: dict, x: jax.Array, method: str = "__call__"):
     return model.apply({"params": params}, x, method=method)
+
+
+def test_an_upsampling_convolution_is_the_one_it_replaces():
+    import flax.linen as nn
+
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
+    plain = nn.Conv(4, (3, 3), padding="SAME")
+    params = plain.init(jax.random.key(1), x)
+    params["params"]["bias"] = jnp.arange(4.0)
+    assert jax.tree.map(jnp.shape, UpsampleConv(4).init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, params)
+    expected = plain.apply(params, x.repeat(2, axis=1).repeat(2, axis=2))
+    np.testing.assert_allclose(UpsampleConv(4).apply(params, x), expected, atol=2e-6)  # sums of 27 terms of order 1
 
 
 def test_shapes_and_raster_order(tiny):
