@@ -17,6 +17,7 @@ from jaxtyping import Array, Int, PyTree, UInt8
 from rac3.artifacts import Workdir
 from rac3.config import InputError, canonical
 from rac3.documents.document import Document, prepare_image
+from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
 from rac3.experiment import Experiment
 from rac3.retrieval.clip import CLIP
 from rac3.retrieval.clip_checkpoints import ClipCheckpoint, load_clip
@@ -144,17 +145,16 @@ def open_clip(experiment: Experiment, workdir: Workdir) -> MixedEncoder:
 
 
 def vqgan_metrics(codec: ImageCodec, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> dict[str, float]:
-    """PSNR (dB, mean over images) of reconstructions, and the share and perplexity of the codes that are used."""
+    """Means of PSNR (dB, at most 60) and SSIM over the images; the share and the perplexity of the codes in use."""
     truth = np.stack([prepare_image(image, codec.resolution) for image in images])
     codes = codec.encode(images)
-    error = (codec.decode(codes).astype(np.float64) - truth) ** 2
-    per_image = 10 * np.log10(255**2 / np.maximum(error.mean((1, 2, 3)), 1e-2))
-    share = np.bincount(codes.ravel(), minlength=codec.codes) / codes.size
-    entropy = -np.sum(share[share > 0] * np.log(share[share > 0]))
+    pictures = codec.decode(codes)
+    use = codebook_use(codes, codec.codes)
     return {
-        "psnr": float(per_image.mean()),
-        "codebook_use": float((share > 0).mean()),
-        "codebook_perplexity": float(np.exp(entropy)),
+        "psnr": float(np.minimum(psnr(truth, pictures), 60).mean()),
+        "ssim": float(ssim(truth, pictures).mean()),
+        "codebook_use": use.used,
+        "codebook_perplexity": use.perplexity,
     }
 
 

@@ -349,9 +349,3 @@ def preprocess(pixels: UInt8[Array | np.ndarray, "batch height width channel"]) 
 def to_pixels(images: Images) -> UInt8[Array, "batch height width channel"]:
     """The inverse of `preprocess`, clipped and rounded."""
     return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-def psnr(a: UInt8[np.ndarray, "*shape"], b: UInt8[np.ndarray, "*shape"]) -> float:
-    """Peak signal-to-noise ratio in dB over all the pixels of both arrays; infinite if they are equal."""
-    mse = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
