@@ -52,6 +52,7 @@ ORDER = {
     ),
     "retrieval": (
         "clip",
+        "siglip",
         "clip_images",
         "clip_weights",
         "encoder",

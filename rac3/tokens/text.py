@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # before there was tokenizer.json
+SENTENCEPIECE = "spiece.model"  # SigLIP's
 BYTES = 256  # every byte is a token, so that any text can be written
 
 
@@ -71,15 +72,27 @@ class TextTokenizer:
 class Tokenizer:
     """A loaded tokenizer: text to ids in [0, size) and back, without added special tokens."""
 
-    def __init__(self, pretrained: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, pretrained: "PreTrainedTokenizerBase", lowercase: bool = False) -> None:
         self._pretrained = pretrained
+        self._lowercase = lowercase
         # ids may have gaps, so the number of tokens is not always the bound of their ids
         self.size: int = max(pretrained.get_vocab().values()) + 1
         self.bos: int | None = pretrained.bos_token_id  # begin and end of text, if it has such ids of its own
         self.eos: int | None = pretrained.eos_token_id
+        self.pad: int | None = pretrained.pad_token_id
+        self.pads_left: bool = pretrained.padding_side == "left"
 
     def encode(self, text: str) -> list[int]:
-        return self._pretrained.encode(text, add_special_tokens=False, verbose=False)
+        return self._pretrained.encode(self._cased(text), add_special_tokens=False, verbose=False)
+
+    def encode_with_specials(self, text: str, max_length: int) -> list[int]:
+        """With the special tokens that the tokenizer itself adds, of which none is lost where the text is cut."""
+        return self._pretrained.encode(
+            self._cased(text), add_special_tokens=True, truncation=True, max_length=max_length, verbose=False
+        )
+
+    def _cased(self, text: str) -> str:
+        return text.lower() if self._lowercase else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: for a tokenizer that `fit` made, `decode(encode(text)) == text` for any Unicode text.
@@ -111,12 +124,46 @@ def load_clip_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(_load_pretrained(str(folder), "AutoTokenizer" if named else "CLIPTokenizer"))
 
 
+def load_siglip_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a SigLIP checkpoint, as `AutoTokenizer` loads it, but for two cases.
+
+    SigLIP 2 was trained on lower-cased text. `AutoTokenizer` lowers the case for NaFlex checkpoints alone; here Gemma's
+    tokenizer reads lower case in every SigLIP. And SigLIP's own tokenizer is SentencePiece's; a folder that has it as
+    `tokenizer.json` only is read from there, and the `sentencepiece` package is not needed.
+
+    Raises:
+      InputError: the folder has none, `transformers` cannot read it, or it cannot pad on the right.
+    """
+    if not (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"siglip checkpoint {str(folder)!r} has no tokenizer; copy tokenizer.json or {SENTENCEPIECE}, and "
+            "tokenizer_config.json, of the model into it"
+        )
+    settings = folder / "tokenizer_config.json"
+    sentencepiece = "SiglipTokenizer" in settings.read_text(errors="replace") if settings.is_file() else True
+    fast = sentencepiece and not (folder / SENTENCEPIECE).is_file()
+    pretrained = _load_pretrained(str(folder), "PreTrainedTokenizerFast" if fast else "AutoTokenizer")
+    tokenizer = Tokenizer(pretrained, lowercase=type(pretrained).__name__.startswith("Gemma"))
+    if tokenizer.pad is None or tokenizer.pads_left:
+        raise InputError(
+            f"siglip checkpoint {str(folder)!r}: its tokenizer pads "
+            f"{'nothing' if tokenizer.pad is None else 'on the left'}, but SigLIP reads texts that are padded on the "
+            "right; set pad_token and padding_side='right' in tokenizer_config.json"
+        )
+    return tokenizer
+
+
 def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTokenizerBase":
     import transformers
 
     is_folder = checkpoint_folder("tokenizer", source) is not None
     try:
         return getattr(transformers, kind).from_pretrained(source, local_files_only=is_folder, trust_remote_code=False)
+    except ImportError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"tokenizer {source!r} cannot be loaded: {reason} (pip install 'rac3[siglip]' has what SigLIP's need)"
+        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         fix = "a folder needs tokenizer.json" if is_folder else "check the hub name and the network, or give a folder"
