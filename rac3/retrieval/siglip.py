@@ -104,7 +104,7 @@ class SiglipTextModel(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"]) -> Float[Array, "batch width"]:
+    def __call__(self, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"]) -> Float[Array, "batch embed"]:
         """`mask` tells the padding, which becomes `pad_token_id`; no attention is masked."""
         config, seq = self.config, ids.shape[1]
         if seq != config.max_position_embeddings:
@@ -194,7 +194,7 @@ class SigLIP(nn.Module):
 
     def encode_text(
         self, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"] | None = None
-    ) -> Float[Array, "batch width"]:
+    ) -> Float[Array, "batch embed"]:
         """Texts as `... <eos>` ids, padded where `mask` is False, to float32 vectors of L2 norm 1.
 
         Raises:
@@ -207,15 +207,15 @@ class SigLIP(nn.Module):
         self,
         pixels: Float[Array, "batch height width channel"],
         patch_keep: Bool[Array, "batch patches"] | None = None,
-    ) -> Float[Array, "batch width"]:
+    ) -> Float[Array, "batch embed"]:
         """Normalized pixels to float32 vectors of L2 norm 1; patches in raster order, see `clip.drop_patches`."""
         return unit_norm(self.vision_model(pixels, patch_keep))
 
     def __call__(
         self,
-        ids: Int[Array, "batch seq"],
-        mask: Bool[Array, "batch seq"],
-        pixels: Float[Array, "batch height width channel"],
+        ids: Int[Array, "texts seq"],
+        mask: Bool[Array, "texts seq"],
+        pixels: Float[Array, "images height width channel"],
     ) -> Float[Array, "texts images"]:
         """Logits of each text for each image: sigmoid(exp(logit_scale) text . image + logit_bias) is how likely they
         belong together."""

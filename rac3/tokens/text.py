@@ -140,8 +140,8 @@ def load_siglip_tokenizer(folder: Path) -> Tokenizer:
             "tokenizer_config.json, of the model into it"
         )
     settings = folder / "tokenizer_config.json"
-    sentencepiece = "SiglipTokenizer" in settings.read_text(errors="replace") if settings.is_file() else True
-    fast = sentencepiece and not (folder / SENTENCEPIECE).is_file()
+    own = not settings.is_file() or "SiglipTokenizer" in settings.read_text(errors="replace")
+    fast = own and not (folder / SENTENCEPIECE).is_file()
     pretrained = _load_pretrained(str(folder), "PreTrainedTokenizerFast" if fast else "AutoTokenizer")
     tokenizer = Tokenizer(pretrained, lowercase=type(pretrained).__name__.startswith("Gemma"))
     if tokenizer.pad is None or tokenizer.pads_left:
@@ -164,7 +164,7 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
         raise InputError(
             f"tokenizer {source!r} cannot be loaded: {reason} (pip install 'rac3[siglip]' has what SigLIP's need)"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: SentencePiece's, of a damaged file
         reason = str(error).strip().splitlines()[0]
         fix = "a folder needs tokenizer.json" if is_folder else "check the hub name and the network, or give a folder"
         raise InputError(f"tokenizer {source!r} cannot be loaded: {reason} ({fix})") from error

@@ -349,18 +349,7 @@ def as_open_clip(**vision):
     return apply
 
 
-BROKEN = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
-    "config that is a page": (lambda f: (f / "config.json").write_text("<html>"), r"config\.json' is not JSON"),
-    "another model": (lambda f: edit(f / "config.json", model_type="bert"), "model_type='bert'.*give one with 'clip'"),
-    "a size that is none": (
-        lambda f: edit(f / "config.json", projection_dim="32"),
-        "projection_dim='32' is not like 512",
-    ),
-    "another activation": (
-        lambda f: edit(f / "config.json", text_config={"hidden_act": "relu6"}),
-        "hidden_act='relu6' is unknown",
-    ),
+BROKEN_FILES = {
     "cut short": (truncate, r"model\.safetensors' are cut short.*download the file again"),
     "a page": (lambda f: (f / "model.safetensors").write_text("<!DOCTYPE html>"), "are a web page"),
     "a page as torch file": (
@@ -373,6 +362,20 @@ BROKEN = {
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no weights; it needs one of model\.safe"),
     "a shard that is not there": (only_index, r"model-00001-of-00002\.safetensors' do not exist"),
+}
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
+    "config that is a page": (lambda f: (f / "config.json").write_text("<html>"), r"config\.json' is not JSON"),
+    "another model": (lambda f: edit(f / "config.json", model_type="bert"), "model_type='bert'.*give one with 'clip'"),
+    "a size that is none": (
+        lambda f: edit(f / "config.json", projection_dim="32"),
+        "projection_dim='32' is not like 512",
+    ),
+    "another activation": (
+        lambda f: edit(f / "config.json", text_config={"hidden_act": "relu6"}),
+        "hidden_act='relu6' is unknown",
+    ),
+    **BROKEN_FILES,
     "missing weights": (
         change_weights(visual_projection__weight=None),
         r"lacks weights of this config: 'visual_projection\.weight'; give",
