@@ -26,7 +26,7 @@ from rac3.retrieval.encoder import ClipText, MixedEncoder, SiglipText
 from rac3.retrieval.siglip import SigLIP, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from rac3.tokens.checkpoint_files import checkpoint_folder, read_json
 from rac3.tokens.params_file import load_params, save_params
-from rac3.tokens.text import SENTENCEPIECE, Tokenizer, load_clip_tokenizer, load_siglip_tokenizer
+from rac3.tokens.text import SENTENCEPIECE, TextTokenizer, Tokenizer, load_clip_tokenizer, load_siglip_tokenizer
 
 HUGGING_FACE = (
     "model.safetensors",
@@ -54,6 +54,7 @@ SETTINGS = (
 )
 SHARDS = {"model.safetensors": "model-*.safetensors", "pytorch_model.bin": "pytorch_model-*.bin"}
 
+TOKENIZER = "tokenizer"  # the folder of an artifact's
 FAMILIES = ("clip", "siglip", "siglip2")  # model_type in config.json
 
 Config = TypeVar("Config", CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig, SiglipVisionConfig)
@@ -61,7 +62,8 @@ Config = TypeVar("Config", CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig, S
 
 @dataclass(frozen=True)
 class ClipCheckpoint:
-    """A CLIP or SigLIP with all that belongs to it; `params` are float32, nested as `CLIP(config)` has them."""
+    """A CLIP or SigLIP, published or fitted here, with all that belongs to it; `params` are nested as `towers(config)`
+    has them."""
 
     config: CLIPConfig | SiglipConfig
     params: dict[str, Any]
@@ -83,20 +85,26 @@ class ClipCheckpoint:
         """Writes it in rac3's own form: with it, the published files are not needed any more."""
         family = "clip" if isinstance(self.config, CLIPConfig) else "siglip"
         config = {"model_type": family, **dataclasses.asdict(self.config)}
-        self.tokenizer.save(folder / "tokenizer")
+        self.tokenizer.save(folder / TOKENIZER)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "images.json").write_text(json.dumps(dataclasses.asdict(self.images), indent=2) + "\n")
         save_params(folder / "params.safetensors", self.params)
 
     @classmethod
     def open(cls, folder: Path) -> "ClipCheckpoint":
-        """What `save` wrote."""
-        settings, images = read_json(folder / "config.json"), read_json(folder / "images.json")
-        siglip = settings.get("model_type") == "siglip"
+        """What `save` wrote.
+
+        Raises:
+          InputError: another version of rac3 wrote it.
+        """
+        settings = read_json(folder / "config.json")
+        if settings.get("model_type") not in ("clip", "siglip"):
+            raise InputError(f"{folder} was written by another version of rac3; delete it and run `rac3 encoders`")
+        images, siglip = read_json(folder / "images.json"), settings["model_type"] == "siglip"
         return cls(
             config=(siglip_config if siglip else hugging_face_config)(settings, str(folder)),
             params=load_params(folder / "params.safetensors"),
-            tokenizer=(load_siglip_tokenizer if siglip else load_clip_tokenizer)(folder / "tokenizer"),
+            tokenizer=load_siglip_tokenizer(folder / TOKENIZER) if siglip else TextTokenizer().load(folder / TOKENIZER),
             images=ClipImages(**{**images, "mean": tuple(images["mean"]), "std": tuple(images["std"])}),
         )
 
@@ -199,6 +207,8 @@ def checkpoint_identity(source: str) -> dict[str, Any]:
 def _text(tokenizer: Tokenizer, config: CLIPConfig | SiglipConfig) -> ClipText | SiglipText:
     if isinstance(config, SiglipConfig):
         return SiglipText(tokenizer, config.text_config)
+    if config.text_config.eos_token_id == tokenizer.size + 1:  # past the tokenizer's ids: as fitted here
+        return ClipText.fitted(tokenizer, config.text_config)
     if tokenizer.bos is None or tokenizer.eos is None:
         raise InputError(
             f"clip checkpoint: its tokenizer has bos={tokenizer.bos} and eos={tokenizer.eos}, but CLIP needs both; "
