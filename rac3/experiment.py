@@ -106,12 +106,13 @@ class ImageTokenizer:
 
 @dataclass(frozen=True)
 class ImageTextEncoder:
-    """CLIP: a published one if `checkpoint` is given, which brings its own model, tokenizer and image preprocessing.
+    """CLIP: a published CLIP or SigLIP if `checkpoint` is given, with its own model, tokenizer and image preprocessing.
 
     Else one that is fitted here as the other fields say, with a tokenizer whose vocabulary the text tower follows.
 
     Attributes:
-      checkpoint: a folder as Hugging Face's `CLIPModel` or OpenCLIP write it, or a name on the Hugging Face hub.
+      checkpoint: a folder as Hugging Face's `CLIPModel`, `SiglipModel`, `Siglip2Model` or OpenCLIP write it, or a name
+        on the Hugging Face hub.
       max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (3) makes the vectors of a
         small data set tell subjects apart before surroundings.
       text_crop: share of the captions that are cut to a random length while fitting.
