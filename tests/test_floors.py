@@ -18,7 +18,16 @@ FLOORS = (
     ("model",),
     ("training", "generation"),
     ("evaluation",),
-    ("experiment", "stages", "report_table", "report_plots", "report_page", "report_samples", "report"),
+    (
+        "experiment",
+        "stages",
+        "report_table",
+        "report_plots",
+        "report_page",
+        "report_samples",
+        "report_encoders",
+        "report",
+    ),
     ("cli",),
 )
 # The order inside a package. Modules that are not listed come behind those that are, in any order without a cycle.
@@ -36,6 +45,7 @@ ORDER = {
         "report_plots",
         "report_page",
         "report_samples",
+        "report_encoders",
         "report",
         "cli",
     ),
