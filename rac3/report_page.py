@@ -22,6 +22,7 @@ SHOWN_SIDE = 108  # CSS pixels of a picture's side
 
 ENCODER_ROWS = (
     ("VQGAN: PSNR, dB", ("vqgan", "psnr"), ".1f"),
+    ("VQGAN: SSIM", ("vqgan", "ssim"), ".3f"),
     ("VQGAN: codes used", ("vqgan", "codebook_use"), ".1%"),
     ("VQGAN: codebook perplexity", ("vqgan", "codebook_perplexity"), ".1f"),
     ("CLIP: own image of a text, recall at 1", ("clip", "text_to_image_recall_at_1"), ".1%"),

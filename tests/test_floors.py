@@ -70,7 +70,19 @@ ORDER = {
     "model": ("attention", "transformer", "loss"),
     "training": ("optimizer", "state", "step", "checkpoint", "metrics", "loop"),
     "generation": ("sampling", "decode", "prompts", "rerank", "generator"),
-    "stages": ("recipes", "encoders", "ingest", "embed", "retrieve", "train", "evaluate", "generate"),
+    "stages": (
+        "recipes",
+        "fitting",
+        "fit_vqgan",
+        "fit_clip",
+        "encoders",
+        "ingest",
+        "embed",
+        "retrieve",
+        "train",
+        "evaluate",
+        "generate",
+    ),
 }
 
 

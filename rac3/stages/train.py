@@ -20,7 +20,7 @@ from rac3.stages.encoders import open_text, open_vqgan
 from rac3.stages.ingest import vocabulary_of
 from rac3.stages.retrieve import read_neighbors
 from rac3.tokens.vocabulary import Vocabulary
-from rac3.training.checkpoint import Checkpoints
+from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.loop import fit
 from rac3.training.state import create_state
 from rac3.training.step import make_train_step
@@ -93,7 +93,7 @@ def open_params(experiment: Experiment, workdir: Workdir, model: Transformer) ->
         nn.unbox(boxed),
         shardings,
     )
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
     params = checkpoints.restore_params(like)
     checkpoints.close()
     return params

@@ -152,13 +152,49 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Each pixel repeated to 2 x 2, then a 3 x 3 convolution."""
+
     config: VQGANConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images) -> Features:
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return _conv(x.shape[-1], 3, self.dtype, "conv")(x) if self.config.resamp_with_conv else x
+        if not self.config.resamp_with_conv:
+            return x.repeat(2, axis=1).repeat(2, axis=2)
+        return UpsampleConv(x.shape[-1], self.dtype, name="conv")(x)
+
+
+class UpsampleConv(nn.Module):
+    """`conv3x3(x.repeat(2, axis=1).repeat(2, axis=2))` in 4/9 of its FLOPs, with the parameters of that convolution.
+
+    Of the three rows under a kernel two are the same row of `x`, so that their weights can be added first: an even row
+    of the result sees rows i - 1 and i of `x` under the weights (k0, k1 + k2), an odd row sees i and i + 1 under
+    (k0 + k1, k2). So with the columns: four 2 x 2 kernels, run as one convolution, whose outputs are interleaved.
+    """
+
+    channels: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Images) -> Features:
+        batch, height, width, inputs = x.shape
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, inputs, self.channels))
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        folded = [[_fold(_fold(kernel, odd_row, 0), odd_column, 1) for odd_column in (0, 1)] for odd_row in (0, 1)]
+        kernels = jnp.concatenate([*folded[0], *folded[1]], axis=-1).astype(self.dtype)
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        out = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernels, (1, 1), ((1, 1), (1, 1)), dimension_numbers=dimensions
+        )
+        out = out.reshape(batch, height + 1, width + 1, 2, 2, self.channels)
+        rows = [[out[:, r : r + height, c : c + width, r, c] for c in (0, 1)] for r in (0, 1)]
+        out = jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=2)  # batch height 2 width 2 channels
+        return out.reshape(batch, 2 * height, 2 * width, self.channels) + bias.astype(self.dtype)
+
+
+def _fold(kernel: Array, odd: int, axis: int) -> Array:
+    first, middle, last = (jax.lax.index_in_dim(kernel, i, axis) for i in range(3))
+    return jnp.concatenate([first + middle, last] if odd else [first, middle + last], axis)
 
 
 def _middle(config: VQGANConfig, dtype: DTypeLike, h: Images, train: bool) -> Images:
@@ -315,9 +351,3 @@ def preprocess(pixels: UInt8[Array | np.ndarray, "batch height width channel"]) 
 def to_pixels(images: Images) -> UInt8[Array, "batch height width channel"]:
     """The inverse of `preprocess`, clipped and rounded."""
     return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-def psnr(a: UInt8[np.ndarray, "*shape"], b: UInt8[np.ndarray, "*shape"]) -> float:
-    """Peak signal-to-noise ratio in dB over all the pixels of both arrays; infinite if they are equal."""
-    mse = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)

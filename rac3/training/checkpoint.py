@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from rac3.config import InputError
 from rac3.training.state import TrainState
 
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, below its own
 StreamPosition = list[int]
 
 

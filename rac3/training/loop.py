@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from rac3.config import InputError
 from rac3.progress import Progress
 from rac3.sharding import MeshConfig, use_mesh
-from rac3.training.checkpoint import Checkpoints
+from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.metrics import MetricsWriter
 from rac3.training.state import TrainState
 from rac3.training.step import Metrics
@@ -62,7 +62,7 @@ def fit(
     A run that was killed and goes on ends in the same state, bit for bit, as one that was not: the checkpoint holds
     the position of the stream, and nothing else is random.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep)
     with contextlib.closing(checkpoints), use_mesh(mesh_config, mesh):
         restored = checkpoints.restore(state)
         if restored is not None:

@@ -1,0 +1,86 @@
+"""Fit CLIP on the captioned images of the training and memory documents."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from rac3.config import InputError, canonical
+from rac3.documents.document import Document, prepare_image
+from rac3.experiment import Experiment
+from rac3.retrieval.clip import CLIP, CLIPConfig, contrastive_loss, crop_images, crop_texts
+from rac3.retrieval.clip_images import OPENAI_MEAN, OPENAI_STD
+from rac3.retrieval.encoder import ClipText
+from rac3.stages.fitting import adam, fit_encoder, one_each
+from rac3.tokens.params_file import save_params
+from rac3.tokens.text import Tokenizer
+from rac3.training.state import TrainState, apply_gradients
+from rac3.training.step import Metrics
+
+PARAMS = "params.safetensors"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer"
+
+
+def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path) -> None:
+    """Writes the fitted parameters, their config and the tokenizer into `folder`.
+
+    Raises:
+      InputError: no document has both text and an image.
+    """
+    pairs = [document for document in documents if document.text and document.images]
+    if not pairs:
+        raise InputError("no training document has both text and an image; CLIP is fitted on such pairs")
+    if experiment.clip.tokenizer.checkpoint is None:
+        experiment.clip.tokenizer.fit((document.text for document in pairs), folder / TOKENIZER)
+    tokenizer = experiment.clip.tokenizer.load(folder / TOKENIZER)
+    config = clip_config(experiment, tokenizer)
+    model = CLIP(config)
+    apply: Any = model.apply  # flax types its result by what is mutable
+    size = config.vision_config.image_size
+    images = np.stack([prepare_image(document.images[0].pixels(), size) for document in pairs])
+    ids, mask = ClipText.fitted(tokenizer, config.text_config)([document.text for document in pairs])
+    mean, deviation = np.array(OPENAI_MEAN) * 255, np.array(OPENAI_STD) * 255
+    optimizer = adam(experiment.clip.fit)
+
+    def pixels_of(raw: Array) -> Array:
+        return (raw.astype(jnp.float32) - mean) / deviation
+
+    def init(key: Array) -> PyTree:
+        one = jax.tree.map(jnp.asarray, (ids[:1], mask[:1], images[:1]))
+        return model.init(key, one[0], one[1], pixels_of(one[2]))["params"]
+
+    def step(state: TrainState, batch: tuple[Array, Array, Array]) -> tuple[TrainState, Metrics]:
+        ids, mask, pixels = batch
+        text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step))
+        ids, mask = crop_texts(text_key, ids, mask, experiment.clip.text_crop)
+        pixels = crop_images(image_key, pixels_of(pixels), experiment.clip.image_crop)
+
+        def objective(params: PyTree) -> tuple[Array, dict[str, Array]]:
+            text, image, scale = apply({"params": params}, ids, mask, pixels)
+            same = jnp.all(ids[:, None] == ids[None], axis=-1)
+            return contrastive_loss(text, image, scale, same, experiment.clip.max_logit_scale)
+
+        (_, values), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+        return apply_gradients(state, gradients, optimizer), one_each(values)
+
+    def batch(rows: np.ndarray) -> PyTree:
+        return ids[rows], mask[rows], images[rows]
+
+    state = fit_encoder(
+        experiment, "fit CLIP", experiment.clip.fit, init, None, optimizer, step, len(pairs), batch, folder
+    )
+    save_params(folder / PARAMS, jax.device_get(state.params))
+    (folder / CONFIG).write_text(json.dumps(canonical(config), indent=2) + "\n")
+
+
+def clip_config(experiment: Experiment, tokenizer: Tokenizer) -> CLIPConfig:
+    """The CLIP of the experiment with the vocabulary of its tokenizer: its ids, then `<bos>` and `<eos>`."""
+    text = replace(experiment.clip.model.text_config, vocab_size=tokenizer.size + 2, eos_token_id=tokenizer.size + 1)
+    return replace(experiment.clip.model, text_config=text)
