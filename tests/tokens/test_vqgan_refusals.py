@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_vqgan_checkpoints import CONFIG, diffusers_module, llamagen_module, write_taming
+from test_vqgan_checkpoints import CONFIG, diffusers_module, write_taming
+from test_vqgan_llamagen import llamagen_module
 
 from rac3.config import InputError
 from rac3.tokens.vqgan_checkpoints import load_vqgan
