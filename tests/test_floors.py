@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rac3"
 
 FLOORS = (
-    ("config", "sharding", "artifacts", "arrays", "progress"),
+    ("config", "sharding", "artifacts", "arrays", "progress", "device_batches"),
     ("documents", "tokens"),
     ("retrieval", "batches"),
     ("model",),
@@ -29,6 +29,7 @@ ORDER = {
         "artifacts",
         "arrays",
         "progress",
+        "device_batches",
         "experiment",
         "stages",
         "report_table",

@@ -76,6 +76,15 @@ class Image:
         return decode_image(self.data)
 
 
+Picture = Image | np.ndarray
+"""An image as it was stored, or its pixels: uint8 RGB of shape (height, width, 3)."""
+
+
+def pixels_of(picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
+    """Raises `ImageError` as `decode_image` does."""
+    return picture.pixels() if isinstance(picture, Image) else picture
+
+
 @dataclass(frozen=True)
 class Document:
     """A sequence of texts and images. `key` names it within its source, `metadata` is what the source says of it.

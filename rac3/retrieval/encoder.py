@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rac3.config import InputError
-from rac3.documents.document import prepare_image
+from rac3.device_batches import DeviceBatches, power_of_two
+from rac3.documents.document import Picture, pixels_of, prepare_image
 from rac3.retrieval.clip import CLIP, CLIPTextConfig, drop_patches, drop_text_tokens
 from rac3.retrieval.clip_images import OPENAI_MEAN, OPENAI_STD
 from rac3.tokens.text import Tokenizer
@@ -92,15 +92,9 @@ class MixedEncoder:
         Raises:
           InputError: `batch_size` is below 1.
         """
-        devices = jax.local_devices()
-        if batch_size < 1:
-            raise InputError(f"encoder batch_size={batch_size} is below 1; use at least 1, or hundreds to be fast")
         self.clip, self.text, self._square = clip, text, square
-        self._smallest = len(devices)
-        self._batch_size = -(-batch_size // len(devices)) * len(devices)
-        mesh = Mesh(np.array(devices), ("batch",), axis_types=(AxisType.Auto,))
-        self._by_row = NamedSharding(mesh, PartitionSpec("batch"))
-        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self._batches = DeviceBatches(batch_size)
+        self._params = jax.device_put(params, self._batches.replicated)
         mean, std = np.array(image_mean, np.float32) * 255, np.array(image_std, np.float32) * 255
 
         def embed_ids(params: Any, ids: Array, mask: Array, keys: Array | None, rate: float) -> Array:
@@ -125,57 +119,55 @@ class MixedEncoder:
           drop_keys: one per text (`query_dropout_keys`): query dropout (paper 3.2) at `drop_rate`. None: no dropout.
         """
 
-        def embed(rows: np.ndarray, keys: Array | None) -> Array:
+        def prepare(rows: np.ndarray) -> PyTree:
             ids, mask = self.text([texts[row] for row in rows])
-            width = min(_power_of_two(ids.shape[1]), self.text.config.max_position_embeddings)
+            width = min(power_of_two(ids.shape[1]), self.text.config.max_position_embeddings)
             padding = ((0, 0), (0, width - ids.shape[1]))
-            ids, mask = jax.device_put((np.pad(ids, padding), np.pad(mask, padding)), self._by_row)
-            return self._embed_ids(self._params, ids, mask, keys, drop_rate)
+            return np.pad(ids, padding), np.pad(mask, padding), None if drop_keys is None else drop_keys[rows]
 
-        return self._batched(len(texts), drop_keys, drop_rate, embed)
+        # texts of like length side by side: a batch is as wide as its longest one
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        return self._embed(order, drop_keys, drop_rate, prepare, self._embed_ids)
 
     def embed_images(
         self,
-        images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
+        images: Sequence[Picture],
         *,
         drop_keys: Key[Array, "batch"] | None = None,
         drop_rate: float = 0.2,
     ) -> Float[np.ndarray, "batch embed"]:
-        """Vectors of L2 norm 1 for images of any size: shorter side scaled to CLIP's image size, middle square kept.
+        """Vectors of L2 norm 1 for images of any size, cut to CLIP's by `square`; threads decode encoded ones.
 
         Args:
           drop_keys: one per image: query dropout of patches at `drop_rate`. None: no dropout.
         """
         size = self.clip.config.vision_config.image_size
 
-        def embed(rows: np.ndarray, keys: Array | None) -> Array:
+        def prepare(rows: np.ndarray) -> PyTree:
+            squares = self._batches.each(lambda row: self._square(pixels_of(images[row]), size), rows)
             # uint8 until it is on the device: a quarter of the bytes to move
-            pixels = jax.device_put(np.stack([self._square(images[row], size) for row in rows]), self._by_row)
-            return self._embed_pixels(self._params, pixels, keys, drop_rate)
+            return np.stack(squares), None if drop_keys is None else drop_keys[rows]
 
-        return self._batched(len(images), drop_keys, drop_rate, embed)
+        return self._embed(np.arange(len(images)), drop_keys, drop_rate, prepare, self._embed_pixels)
 
-    def _batched(
-        self, total: int, keys: Array | None, rate: float, embed: Callable[[np.ndarray, Array | None], Array]
+    def _embed(
+        self,
+        order: Int[np.ndarray, "batch"],
+        keys: Array | None,
+        rate: float,
+        prepare: Callable[[np.ndarray], PyTree],
+        apply: Callable[..., Array],
     ) -> Float[np.ndarray, "batch embed"]:
-        """`embed` over rows 0..total, batch by batch; the host prepares one batch while the device works on another."""
         if keys is not None and not 0 <= rate < 1:
             raise InputError(f"query dropout rate={rate} is outside [0, 1); the paper uses 0.2")
-        if keys is not None and len(keys) != total:
-            raise ValueError(f"{len(keys)} dropout keys for {total} items; give one each")
-        done = [np.zeros((0, self.clip.config.projection_dim), np.float32)]
-        running: tuple[Array, int] | None = None
-        for start in range(0, total, self._batch_size):
-            count = min(self._batch_size, total - start)
-            padded = min(self._batch_size, self._smallest * _power_of_two(-(-count // self._smallest)))
-            rows = start + np.minimum(np.arange(padded), count - 1)  # padded by repeating the last row
-            batch = embed(rows, None if keys is None else jax.device_put(keys[rows], self._by_row))
-            if running is not None:
-                done.append(np.asarray(running[0])[: running[1]])
-            running = batch, count
-        if running is not None:
-            done.append(np.asarray(running[0])[: running[1]])
-        return np.concatenate(done)
+        if keys is not None and len(keys) != len(order):
+            raise ValueError(f"{len(keys)} dropout keys for {len(order)} items; give one each")
+        vectors = np.zeros((len(order), self.clip.config.projection_dim), np.float32)
+        done = 0
+        for batch in self._batches.run(order, prepare, lambda arrays: apply(self._params, *arrays, rate)):
+            vectors[order[done : done + len(batch)]] = batch
+            done += len(batch)
+        return vectors
 
 
 def mix(
@@ -191,8 +183,3 @@ def mix(
     total = np.where(has_text[:, None], text, 0) + np.where(has_image[:, None], image, 0)
     norm = np.linalg.norm(total, axis=1, keepdims=True)
     return (total / np.maximum(norm, 1e-12)).astype(np.float32)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()

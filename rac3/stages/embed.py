@@ -64,7 +64,7 @@ def _embed_block(
     texts = [item.document.text for item in items]
     has_text = [row for row, text in enumerate(texts) if text]
     has_image = [row for row, item in enumerate(items) if item.document.images]
-    pixels = [items[row].document.images[0].pixels() for row in has_image]
+    images = [items[row].document.images[0] for row in has_image]
     out = {}
     for prefix in ("", "query_") if dropped else ("",):
         keys = query_dropout_keys(experiment.seed, [item.document.key for item in items]) if prefix else None
@@ -76,7 +76,7 @@ def _embed_block(
                 vectors[rows] = (
                     encoder.embed_texts([texts[row] for row in rows], drop_keys=chosen, drop_rate=rate)
                     if part == "text"
-                    else encoder.embed_images(pixels, drop_keys=chosen, drop_rate=rate)
+                    else encoder.embed_images(images, drop_keys=chosen, drop_rate=rate)
                 )
             out[prefix + part] = vectors
     return out

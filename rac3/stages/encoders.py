@@ -5,18 +5,18 @@ Fitted models may see what the memory holds, as a public CLIP has seen the web; 
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, PyTree, UInt8
+from jaxtyping import Int, PyTree, UInt8
 
 from rac3.artifacts import Workdir
 from rac3.config import InputError, canonical
-from rac3.documents.document import Document, prepare_image
+from rac3.device_batches import DeviceBatches
+from rac3.documents.document import Document, Picture, pixels_of, prepare_image
 from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
 from rac3.experiment import Experiment
 from rac3.retrieval.clip import CLIP
@@ -34,7 +34,7 @@ from rac3.training.checkpoint import CHECKPOINTS
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
-ENCODE_BATCH = 64
+PIXELS_AT_ONCE = 2**20  # per device: 16 pictures of 256 x 256, whose features take 0.5 GB in float32 at 128 channels
 
 
 def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
@@ -74,36 +74,44 @@ def open_text(experiment: Experiment, workdir: Workdir) -> Tokenizer:
     return experiment.text.load(workdir.require(recipes.text(experiment), "rac3 encoders").folder)
 
 
-@dataclass(frozen=True)
 class ImageCodec:
-    """A frozen VQGAN: pixels to codes and back, in batches of one shape."""
+    """A frozen VQGAN: pixels to codes and back, on all of this process's devices."""
 
-    model: VQGAN
-    params: PyTree
-
-    def __post_init__(self) -> None:
-        apply: Any = self.model.apply  # flax types its result by what is mutable
-        encode = jax.jit(lambda params, pixels: apply({"params": params}, preprocess(pixels), method="encode"))
-        decode = jax.jit(lambda params, codes: to_pixels(apply({"params": params}, codes, method="decode")))
-        object.__setattr__(self, "_encode", encode)
-        object.__setattr__(self, "_decode", decode)
+    def __init__(self, model: VQGAN, params: PyTree) -> None:
+        apply: Any = model.apply  # flax types its result by what is mutable
+        self.config = model.config
+        pixels = model.config.resolution**2
+        self._batches = DeviceBatches(jax.local_device_count() * max(1, PIXELS_AT_ONCE // pixels))
+        self._params = jax.device_put(params, self._batches.replicated)
+        self._encode = jax.jit(lambda params, pixels: apply({"params": params}, preprocess(pixels), method="encode"))
+        self._decode = jax.jit(lambda params, codes: to_pixels(apply({"params": params}, codes, method="decode")))
 
     @property
     def resolution(self) -> int:
-        return self.model.config.resolution
+        return self.config.resolution
 
     @property
     def tokens_per_image(self) -> int:
-        return self.model.config.tokens_per_image
+        return self.config.tokens_per_image
 
     @property
     def codes(self) -> int:
-        return self.model.config.n_embed
+        return self.config.n_embed
 
-    def encode(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Int[np.ndarray, "images tokens"]:
-        """Codes of images of any size: shorter side scaled, middle square kept."""
-        pixels = [prepare_image(image, self.resolution) for image in images]
-        return _in_batches(lambda batch: self._encode(self.params, batch), pixels, (0, self.tokens_per_image))  # type: ignore[attr-defined]
+    def encode(self, images: Sequence[Picture]) -> Int[np.ndarray, "images tokens"]:
+        """Codes of images of any size: shorter side scaled, middle square kept; decoded by threads where they are not.
+
+        Raises:
+          ImageError: an image that cannot be decoded.
+        """
+
+        def prepare(rows: np.ndarray) -> np.ndarray:
+            return np.stack(
+                self._batches.each(lambda row: prepare_image(pixels_of(images[row]), self.resolution), rows)
+            )
+
+        parts = self._batches.run(np.arange(len(images)), prepare, lambda pixels: self._encode(self._params, pixels))
+        return np.concatenate([np.zeros((0, self.tokens_per_image), np.int32), *parts])
 
     def decode(self, codes: Int[np.ndarray, "images tokens"]) -> UInt8[np.ndarray, "images height width 3"]:
         """The images of codes.
@@ -111,22 +119,14 @@ class ImageCodec:
         Raises:
           InputError: the VQGAN was loaded from a checkpoint without a decoder.
         """
-        if "decoder" not in self.params:
+        if "decoder" not in self._params:
             raise InputError(
                 "this VQGAN has no decoder, so that its codes can't become images; set vqgan.checkpoint to one that has"
             )
-        empty = (0, self.resolution, self.resolution, 3)
-        return _in_batches(lambda batch: self._decode(self.params, batch), list(codes), empty)  # type: ignore[attr-defined]
-
-
-def _in_batches(apply: Callable[[np.ndarray], Array], rows: list[np.ndarray], empty: tuple[int, ...]) -> np.ndarray:
-    """`apply` over rows in batches of `ENCODE_BATCH`, the last one padded, so that one shape compiles."""
-    done = []
-    for start in range(0, len(rows), ENCODE_BATCH):
-        batch = np.stack(rows[start : start + ENCODE_BATCH])
-        padding = ((0, ENCODE_BATCH - len(batch)),) + ((0, 0),) * (batch.ndim - 1)
-        done.append(np.asarray(apply(np.pad(batch, padding, mode="edge")))[: len(batch)])
-    return np.concatenate(done) if done else np.zeros(empty, np.int32)
+        parts = self._batches.run(
+            np.arange(len(codes)), lambda rows: codes[rows], lambda codes: self._decode(self._params, codes)
+        )
+        return np.concatenate([np.zeros((0, self.resolution, self.resolution, 3), np.uint8), *parts])
 
 
 def open_vqgan(experiment: Experiment, workdir: Workdir) -> ImageCodec:
@@ -144,9 +144,9 @@ def open_clip(experiment: Experiment, workdir: Workdir) -> MixedEncoder:
     return MixedEncoder(CLIP(config), load_params(artifact.folder / PARAMS), text)
 
 
-def vqgan_metrics(codec: ImageCodec, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> dict[str, float]:
+def vqgan_metrics(codec: ImageCodec, images: Sequence[Picture]) -> dict[str, float]:
     """Means of PSNR (dB, at most 60) and SSIM over the images; the share and the perplexity of the codes in use."""
-    truth = np.stack([prepare_image(image, codec.resolution) for image in images])
+    truth = np.stack([prepare_image(pixels_of(image), codec.resolution) for image in images])
     codes = codec.encode(images)
     pictures = codec.decode(codes)
     use = codebook_use(codes, codec.codes)

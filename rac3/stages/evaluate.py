@@ -99,7 +99,7 @@ def evaluate_encoders(experiment: Experiment, workdir: Workdir) -> dict[str, Any
             continue
         documents = open_documents(experiment, workdir, split)
         items = documents.many(range(min(len(documents), experiment.evaluation.documents)))
-        images = [image.pixels() for item in items for image in item.document.images]
+        images = [image for item in items for image in item.document.images]
         folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
         text, image = (query_embeddings(folder, part, training=False)[: len(items)] for part in PARTS)
         pairs = text.any(1) & image.any(1)

@@ -13,7 +13,7 @@ from rac3.artifacts import Draft, Workdir, write_atomic
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
-from rac3.documents.document import Document, Image, Reject, prepare_image
+from rac3.documents.document import Document, Image, Reject
 from rac3.documents.store import LENGTHS, TokenizedDocument, write_shard
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
@@ -106,8 +106,7 @@ def tokenize(
     documents: Sequence[Document], tokenizer: Tokenizer, codec: ImageCodec, max_text_tokens: int
 ) -> list[TokenizedDocument]:
     """Text ids and image codes of each document."""
-    pixels = [prepare_image(image.pixels(), codec.resolution) for document in documents for image in document.images]
-    codes = iter(codec.encode(pixels))
+    codes = iter(codec.encode([image for document in documents for image in document.images]))
     tokenized = []
     for document in documents:
         ids = [
