@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 from rac3.artifacts import Workdir
@@ -214,7 +215,10 @@ def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workd
     from rac3.stages import embed, encoders, ingest, retrieve, train
     from rac3.stages.evaluate import evaluate_all, vanilla
     from rac3.stages.generate import generate
+    from rac3.tokens.vqgan_files import require_decoder
 
+    if stage in ("run", "train") and experiment.vqgan.checkpoint is not None:
+        require_decoder(Path(experiment.vqgan.checkpoint))
     experiment.mesh.build()
     started = time.monotonic()
     variants = [experiment, *([vanilla(experiment)] if experiment.compare_with_cm3 else [])]
