@@ -82,7 +82,7 @@ class ImageTokenizer:
       checkpoint: its file or folder (`rac3/tokens/vqgan_checkpoints.py` lists the formats). The architecture is the
         checkpoint's: `model`, `objective` and `fit` are not used.
       resolution: pixels of the pictures that a checkpoint is used at, in height and width; None is what its config
-        says.
+        says, and 256 for LlamaGen's, which have none.
     """
 
     checkpoint: str | None = None

@@ -8,7 +8,7 @@ from rac3.config import canonical
 from rac3.experiment import Experiment, Split
 from rac3.retrieval.clip_checkpoints import checkpoint_identity
 from rac3.retrieval.controls import NoRetriever
-from rac3.tokens.vqgan_checkpoints import checkpoint_files
+from rac3.tokens.vqgan_files import checkpoint_files
 
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
@@ -38,8 +38,9 @@ def vqgan(experiment: Experiment) -> Recipe:
     """
     checkpoint = experiment.vqgan.checkpoint
     if checkpoint is not None:
-        files = [[path.name, path.stat().st_size] for path in checkpoint_files(Path(checkpoint))]
-        config = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": files}
+        files = checkpoint_files(Path(checkpoint))
+        sizes = [[path.name, path.stat().st_size] for path in (*files.configs, *files.weights)]
+        config = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": sizes}
         return Recipe("vqgan", config, {})
     return Recipe("vqgan", {"vqgan": experiment.vqgan, "data": fitting_data(experiment), "seed": experiment.seed}, {})
 
