@@ -20,7 +20,7 @@ from rac3.report_plots import Line, plot
 from rac3.stages.encoders import ImageCodec, open_vqgan
 from rac3.stages.fitting import read_documents
 
-SHOWN = 12  # pictures of a split
+SHOWN = 11  # pictures of a split: a row of the page
 COLORS = (OWN_COLOR, CM3_COLOR, OTHER_COLOR, "#3b8f5a")
 
 
@@ -81,7 +81,7 @@ def _reconstruct(experiment: Experiment, codec: ImageCodec, split: Split, limit:
     return Reconstructed(truth, codes, drawn, psnr(truth, drawn), ssim(truth, drawn))
 
 
-def _metrics(found: Reconstructed, codes: int) -> dict[str, float]:
+def _metrics(found: Reconstructed, codes: int) -> dict[str, int | float]:
     use = codebook_use(found.codes, codes)
     finite = np.minimum(found.psnr, 60)  # what is equal would make the mean infinite
     return {
@@ -97,7 +97,7 @@ def _metrics(found: Reconstructed, codes: int) -> dict[str, float]:
 def _numbers(
     experiment: Experiment, codec: ImageCodec, splits: dict[Split, Reconstructed], metrics: dict[Split, Any]
 ) -> str:
-    source = experiment.vqgan.checkpoint or "fitted on the training and memory documents"
+    source = experiment.vqgan.checkpoint or "Fitted on the training and memory documents"
     what = (
         f"{source}: {codec.codes:,} codes, {codec.tokens_per_image:,} tokens for a picture of {codec.resolution} x "
         f"{codec.resolution}. What it loses, no language model brings back."
@@ -116,9 +116,8 @@ def _numbers(
         lines.append(Line(split, _curve(np.minimum(found.psnr, 60)), color))
         rising = _curve(_shares(found.codes, codec.codes))
         uses.append(Line(split, [(100 - percent, share) for percent, share in reversed(rising)], color))
-    plots = plot("Pictures, worst to best", "percent of the pictures", "PSNR, dB", lines) + plot(
-        "Codes, most used to least", "percent of the codes", "times an even use", frequencies
-    )
+    plots = plot("Pictures, worst to best", "percent of the pictures", "PSNR, dB", lines)
+    plots += plot("Codes, most used to least", "percent of the codes", "times an even use", uses)
     return f'<p class="note">{escape(what)}</p>{table(["", *splits], cells)}<div class="plots">{plots}</div>'
 
 
