@@ -58,7 +58,7 @@ def clip_cases(small: bool, dtype: str) -> Iterator[Case]:
         theirs = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
         config = hugging_face_config(theirs.config.to_dict(), name)
         weights = {key: value.numpy() for key, value in theirs.state_dict().items()}
-        params = jax.device_put(clip_params(config, weights, hugging_face, name))
+        params = jax.device_put(clip_params(CLIP(config), weights, hugging_face, name))
         model = CLIP(config, dtype)
         theirs, device = to_device(theirs, dtype)
         rng = np.random.default_rng(0)
@@ -141,7 +141,7 @@ def pipeline_case(small: bool, dtype: str) -> Case:
     theirs = transformers.CLIPModel(transformers.CLIPConfig()).eval()
     config = hugging_face_config(theirs.config.to_dict(), "ViT-B/32")
     weights = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    params = clip_params(config, weights, hugging_face, "ViT-B/32")
+    params = clip_params(CLIP(config), weights, hugging_face, "ViT-B/32")
     images = ClipImages.of_hugging_face({}, 224, "ViT-B/32")
     batch = 256 if jax.default_backend() == "gpu" else 32
     text: Any = None  # no text is embedded
