@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jax.typing import DTypeLike
+
 from rac3.config import InputError
 from rac3.retrieval.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.clip_images import ClipImages
@@ -62,18 +64,19 @@ Config = TypeVar("Config", CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig, S
 
 @dataclass(frozen=True)
 class ClipCheckpoint:
-    """A CLIP or SigLIP, published or fitted here, with all that belongs to it; `params` are nested as `towers(config)`
-    has them."""
+    """A CLIP or SigLIP, published or fitted here, with all that belongs to it; `params` are nested as its module has
+    them."""
 
     config: CLIPConfig | SiglipConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
     images: ClipImages
 
-    def encoder(self) -> MixedEncoder:
-        images = self.images
+    def encoder(self, dtype: DTypeLike = "float32") -> MixedEncoder:
+        """What embeds documents, with layers that compute in `dtype`."""
+        config, images = self.config, self.images
         return MixedEncoder(
-            towers(self.config),
+            CLIP(config, dtype) if isinstance(config, CLIPConfig) else SigLIP(config, dtype),
             self.params,
             _text(self.tokenizer, self.config),
             image_mean=images.mean,
@@ -107,10 +110,6 @@ class ClipCheckpoint:
             tokenizer=load_siglip_tokenizer(folder / TOKENIZER) if siglip else TextTokenizer().load(folder / TOKENIZER),
             images=ClipImages(**{**images, "mean": tuple(images["mean"]), "std": tuple(images["std"])}),
         )
-
-
-def towers(config: CLIPConfig | SiglipConfig) -> CLIP | SigLIP:
-    return CLIP(config) if isinstance(config, CLIPConfig) else SigLIP(config)
 
 
 def load_clip(source: str) -> ClipCheckpoint:

@@ -131,12 +131,13 @@ class ImageCodec:
 
 def open_vqgan(experiment: Experiment, workdir: Workdir) -> ImageCodec:
     artifact = workdir.require(recipes.vqgan(experiment), "rac3 encoders")
-    return ImageCodec(VQGAN(_saved_config(artifact.folder / CONFIG)), load_params(artifact.folder / PARAMS))
+    model = VQGAN(_saved_config(artifact.folder / CONFIG), experiment.vqgan.dtype)
+    return ImageCodec(model, load_params(artifact.folder / PARAMS))
 
 
 def open_clip(experiment: Experiment, workdir: Workdir) -> Encoder:
     artifact = workdir.require(recipes.clip(experiment), "rac3 encoders")
-    return ClipCheckpoint.open(artifact.folder).encoder()
+    return ClipCheckpoint.open(artifact.folder).encoder(experiment.clip.dtype)
 
 
 def vqgan_metrics(codec: ImageCodec, images: Sequence[Picture]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rac3.artifacts import Recipe
 from rac3.config import canonical
-from rac3.experiment import Experiment, Split
+from rac3.experiment import Experiment, ImageTextEncoder, ImageTokenizer, Split
 from rac3.retrieval.clip_checkpoints import checkpoint_identity
 from rac3.retrieval.controls import NoRetriever
 from rac3.tokens.vqgan_files import checkpoint_files
@@ -40,25 +40,35 @@ def vqgan(experiment: Experiment) -> Recipe:
     if checkpoint is not None:
         files = checkpoint_files(Path(checkpoint))
         sizes = [[path.name, path.stat().st_size] for path in (*files.configs, *files.weights)]
-        config = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": sizes}
-        return Recipe("vqgan", config, {})
-    return Recipe("vqgan", {"vqgan": experiment.vqgan, "data": fitting_data(experiment), "seed": experiment.seed}, {})
+        where = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": sizes}
+        return Recipe("vqgan", where, {})
+    config = {"vqgan": _fitted(experiment.vqgan), "data": fitting_data(experiment), "seed": experiment.seed}
+    return Recipe("vqgan", config, {})
 
 
 def clip(experiment: Experiment) -> Recipe:
     if experiment.clip.checkpoint is not None:
         return Recipe("clip", {"checkpoint": checkpoint_identity(experiment.clip.checkpoint)}, {})
-    config = {"clip": experiment.clip, "data": fitting_data(experiment), "seed": experiment.seed}
+    config = {"clip": _fitted(experiment.clip), "data": fitting_data(experiment), "seed": experiment.seed}
     return Recipe("clip", config, {})
 
 
+def _fitted(encoder: ImageTokenizer | ImageTextEncoder) -> dict[str, Any]:
+    """What decides the parameters of a fitted encoder: all but how it is run later."""
+    return {name: value for name, value in canonical(encoder).items() if name != "dtype"}
+
+
 def documents(experiment: Experiment, split: Split) -> Recipe:
-    config = {"data": source_identity(experiment, split), "max_text_tokens": experiment.max_text_tokens}
+    config = {
+        "data": source_identity(experiment, split),
+        "max_text_tokens": experiment.max_text_tokens,
+        "dtype": experiment.vqgan.dtype,
+    }
     return Recipe("documents", config, {"text": text(experiment).fingerprint, "vqgan": vqgan(experiment).fingerprint})
 
 
 def embeddings(experiment: Experiment, split: Split) -> Recipe:
-    config: dict[str, Any] = {"split": split}
+    config: dict[str, Any] = {"split": split, "dtype": experiment.clip.dtype}
     if split == "train":
         config |= {"query_dropout": experiment.query_dropout, "seed": experiment.seed}
     inputs = {"documents": documents(experiment, split).fingerprint, "clip": clip(experiment).fingerprint}

@@ -581,6 +581,13 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     embeddings = workdir.require(recipes.embeddings(experiment, "test"), "")
     assert embeddings.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint
 
+    # bfloat16 makes other vectors from the same artifact
+    faster = replace(experiment, clip=replace(experiment.clip, dtype="bfloat16"))
+    assert recipes.clip(faster) == recipes.clip(experiment)
+    assert recipes.embeddings(faster, "test") != recipes.embeddings(experiment, "test")
+    rounded = open_clip(faster, workdir).embed_texts(TEXTS)
+    assert 1e-4 < np.abs(rounded - expected).max() < 0.03
+
     refitted = replace(experiment, seed=1, clip=replace(experiment.clip, max_logit_scale=7.0))
     assert recipes.clip(refitted) == recipes.clip(experiment)
     (copy / "merges.txt").write_text("another size")
