@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 from rac3.artifacts import Workdir
@@ -22,7 +23,7 @@ from rac3.retrieval.scann import Scann
 
 RETRIEVERS: dict[str, Callable[[], Retriever]] = {"scann": Scann, "exact": Exact, "random": Random, "none": NoRetriever}
 STAGES = {
-    "encoders": "fit the text tokenizer, the VQGAN and CLIP",
+    "encoders": "fit or load the text tokenizer, the VQGAN and CLIP; --report shows reconstructions",
     "ingest": "read, filter and tokenize the documents",
     "embed": "embed the documents and the training queries",
     "index": "build the retriever's index of each part of the memory",
@@ -102,9 +103,7 @@ def _preparing(stage: str, arguments: Sequence[str]) -> str:
 
     A retriever that is named at inference is not the one that the model is trained with.
     """
-    from rac3.stages.generate import GenerateConfig
-
-    own = {field.name for field in dataclasses.fields(GenerateConfig)} if stage == "generate" else set()
+    own = {field.name for field in _option_fields(stage)}
     if stage in ("evaluate", "generate", "report"):
         own.add("retriever")
     kept: list[str] = []
@@ -126,8 +125,6 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
     """
     import tyro
 
-    from rac3.stages.generate import GenerateConfig
-
     fields: list[Any] = []
     for field in dataclasses.fields(Experiment):
         value = getattr(configured, field.name)
@@ -139,12 +136,10 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
         else:
             fields.append((field.name, field.type, dataclasses.field(default_factory=lambda v=value: v)))  # type: ignore[misc]
     fields = [(name, kind, _default(spec)) for name, kind, spec in fields]
-    if stage == "generate":
-        fields += [(f.name, f.type, dataclasses.field(default=f.default)) for f in dataclasses.fields(GenerateConfig)]
+    fields += [(f.name, f.type, dataclasses.field(default=f.default)) for f in _option_fields(stage)]
     command = dataclasses.make_dataclass("Command", fields, frozen=True)
-    command.__doc__ = f"{STAGES[stage]}.\n\n{_attribute_docs(Experiment)}" + (
-        _attribute_docs(GenerateConfig) if stage == "generate" else ""
-    )
+    kind = _options(stage)
+    command.__doc__ = f"{STAGES[stage]}.\n\n{_attribute_docs(Experiment)}" + (_attribute_docs(kind) if kind else "")
     output = io.StringIO()
     wants_help = {"-h", "--help"} & set(arguments)
     try:
@@ -160,10 +155,21 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
             raise
         raise InputError(_one_line(output.getvalue(), stage)) from None
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Experiment)}
-    options = None
-    if stage == "generate":
-        options = GenerateConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(GenerateConfig)})
+    options = kind(**{f.name: getattr(parsed, f.name) for f in _option_fields(stage)}) if kind else None
     return Experiment(**values), options
+
+
+def _options(stage: str) -> Any:
+    """The dataclass of what a stage takes beside the experiment; None if that is nothing."""
+    from rac3.report_encoders import EncodersReport
+    from rac3.stages.generate import GenerateConfig
+
+    return {"generate": GenerateConfig, "encoders": EncodersReport}.get(stage)
+
+
+def _option_fields(stage: str) -> Sequence[Any]:
+    kind = _options(stage)
+    return dataclasses.fields(kind) if kind else ()
 
 
 def _default(spec: Any) -> Any:
@@ -205,16 +211,22 @@ def _one_line(text: str, stage: str) -> str:
 def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workdir: Workdir, options: Any) -> None:
     """The stages that the command names, in the order of the chain."""
     from rac3.report import collect, report, summary
+    from rac3.report_encoders import encoders_report
     from rac3.stages import embed, encoders, ingest, retrieve, train
     from rac3.stages.evaluate import evaluate_all, vanilla
     from rac3.stages.generate import generate
+    from rac3.tokens.vqgan_files import require_decoder
 
+    if stage in ("run", "train") and experiment.vqgan.checkpoint is not None:
+        require_decoder(Path(experiment.vqgan.checkpoint))
     experiment.mesh.build()
     started = time.monotonic()
     variants = [experiment, *([vanilla(experiment)] if experiment.compare_with_cm3 else [])]
     prepare = stage in ("run", "prepare")
     if prepare or stage == "encoders":
         encoders.fit_encoders(experiment, workdir)
+    if stage == "encoders" and options.report:
+        print(f"report: {encoders_report(experiment, workdir, options.report_images)}")
     if prepare or stage == "ingest":
         ingest.ingest(experiment, workdir)
         for split in experiment.data.sources():

@@ -149,14 +149,18 @@ def page(content: Content) -> str:
         ("run", "What was run", _run(content)),
         ("time", "Time", _time(content.metrics["stages"])),
     ]
-    kept = [(anchor, title, body) for anchor, title, body in sections if body]
-    links = " ".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in kept)
-    bodies = "".join(f'<section id="{anchor}"><h2>{title}</h2>{body}</section>\n' for anchor, title, body in kept)
+    return sheet(content.name, [section for section in sections if section[2]])
+
+
+def sheet(name: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A page with these sections: (anchor, title, HTML of the body)."""
+    links = " ".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in sections)
+    bodies = "".join(f'<section id="{anchor}"><h2>{title}</h2>{body}</section>\n' for anchor, title, body in sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(content.name)}: rac3 report</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
-        f"<h1>{escape(content.name)}</h1>\n<nav>{links}</nav>\n{bodies}</main></body>\n</html>\n"
+        f"<title>{escape(name)}: rac3 report</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
+        f"<h1>{escape(name)}</h1>\n<nav>{links}</nav>\n{bodies}</main></body>\n</html>\n"
     )
 
 
@@ -220,7 +224,7 @@ def _strips(strips: Sequence[Strip], split: str) -> str:
         return ""
     cards = "".join(
         f'<article><h3>{escape(strip.prompt)}</h3><div class="pictures">'
-        f"{''.join(_figure(picture) for picture in strip.pictures)}</div></article>"
+        f"{''.join(figure(picture) for picture in strip.pictures)}</div></article>"
         for strip in strips
     )
     note = (
@@ -242,7 +246,7 @@ def _captions(captions: Sequence[Captioned]) -> str:
             f"<dt>{escape(who)}</dt><dd>{_mark(mark)} {escape(text) or '(empty)'}</dd>"
             for who, (text, mark) in item.captions.items()
         )
-        cards.append(f'<article class="caption">{_figure(item.picture)}<dl>{lines}</dl></article>')
+        cards.append(f'<article class="caption">{figure(item.picture)}<dl>{lines}</dl></article>')
     note = '<p class="note">The caption of lowest perplexity of each model. ✓ names the entity, ✗ does not.</p>'
     return f'{note}<div class="cards">{"".join(cards)}</div>' if cards else ""
 
@@ -273,11 +277,11 @@ def _retrieval(metrics: Mapping[str, Any]) -> str:
         rows = [
             [f"recall at {k}, {split}", *(f"{share:.1%}" for share in parts.values())] for split, k, parts in recalls
         ]
-        table = _table(["", *(f"query: {part}" for part in recalls[0][2])], rows)
+        shown = table(["", *(f"query: {part}" for part in recalls[0][2])], rows)
         note = '<p class="note">Recall: how often a document of the query\'s entity is among the first retrieved.</p>'
     else:
-        table = note = ""
-    return (f'<div class="plots">{"".join(plots)}</div>' if plots else "") + table + note
+        shown = note = ""
+    return (f'<div class="plots">{"".join(plots)}</div>' if plots else "") + shown + note
 
 
 def _by_k(metrics: Mapping[str, Any], name: str, split: str, modality: str) -> list[tuple[float, float]]:
@@ -310,11 +314,11 @@ def _training(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def _encoders(content: Content) -> str:
     splits = {split: values for split, values in content.metrics["encoders"].items() if values}
-    pairs = "".join(f"<div>{_figure(original)}{_figure(again)}</div>" for original, again in content.reconstructions)
+    pairs = "".join(f"<div>{figure(original)}{figure(again)}</div>" for original, again in content.reconstructions)
     parts = [f'<div class="pictures all">{pairs}</div>'] if pairs else []
     rows = [[label, *(_number(values, path, form) for values in splits.values())] for label, path, form in ENCODER_ROWS]
     if splits:
-        parts.append(_table(["", *splits], rows))
+        parts.append(table(["", *splits], rows))
         counts = ", ".join(f"{values['clip']['pairs']} {split}" for split, values in splits.items())
         parts.append(
             f'<p class="note">CLIP recall: how often a document\'s other half is among the first, out of all pairs '
@@ -345,7 +349,7 @@ def _run(content: Content) -> str:
             for kind in ("filtered", "rejects")
         ]
         rows.append([split, f"{counts['documents']:,}", f"{counts['tokens']:,}", *lost, f"{counts['texts_cut']:,}"])
-    return f"<dl>{facts}</dl>" + _table(["split", "documents", "tokens", "filtered", "rejected", "texts cut"], rows)
+    return f"<dl>{facts}</dl>" + table(["split", "documents", "tokens", "filtered", "rejected", "texts cut"], rows)
 
 
 def _time(seconds: Mapping[str, float]) -> str:
@@ -357,13 +361,15 @@ def _time(seconds: Mapping[str, float]) -> str:
     return f'<p class="note">{sum(seconds.values()):,.0f} seconds in all.</p><div class="bars">{bars}</div>'
 
 
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of plain text."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _figure(picture: Picture) -> str:
+def figure(picture: Picture) -> str:
+    """An HTML figure that holds its picture."""
     label = f'<span class="label">{escape(picture.label)}</span>' if picture.label else ""
     image = ""
     if picture.pixels is not None:

@@ -7,6 +7,7 @@ The architecture and the config fields are those of Hugging Face `CLIPModel`, so
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -19,20 +20,43 @@ from rac3.config import InputError
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
 }
 
 
-def _check_tower(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
-    name = "text" if isinstance(config, CLIPTextConfig) else "vision"
-    if config.hidden_size % config.num_attention_heads:
+@runtime_checkable
+class TowerConfig(Protocol):
+    """What the layers read of a tower's config."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
+def check_tower(config: TowerConfig, name: str) -> None:
+    """Raises InputError where the layers cannot be built; `name` is the tower's in messages."""
+    if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise InputError(
-            f"clip {name}: hidden_size={config.hidden_size} is not a multiple of "
+            f"{name}: hidden_size={config.hidden_size} is not a multiple of "
             f"num_attention_heads={config.num_attention_heads}; change either"
         )
     if config.hidden_act not in ACTIVATIONS:
-        raise InputError(
-            f"clip {name}: hidden_act={config.hidden_act!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
-        )
+        raise InputError(f"{name}: hidden_act={config.hidden_act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+
+
+def check_patches(image_size: int, patch_size: int, name: str) -> None:
+    """Raises InputError where not even one patch fits into an image."""
+    if not 0 < patch_size <= image_size:
+        raise InputError(f"{name}: patch_size={patch_size} is outside [1, image_size={image_size}]; lower it")
 
 
 @dataclass(frozen=True)
@@ -50,7 +74,7 @@ class CLIPTextConfig:
     eos_token_id: int = 49407  # 2 in old checkpoints, where it stands for "the highest id of the row"
 
     def __post_init__(self) -> None:
-        _check_tower(self)
+        check_tower(self, "clip text")
         if self.max_position_embeddings < 3:
             raise InputError(
                 f"clip text: max_position_embeddings={self.max_position_embeddings} has no room for a token between "
@@ -73,11 +97,8 @@ class CLIPVisionConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_tower(self)
-        if not 0 < self.patch_size <= self.image_size:
-            raise InputError(
-                f"clip vision: patch_size={self.patch_size} is outside [1, image_size={self.image_size}]; lower it"
-            )
+        check_tower(self, "clip vision")
+        check_patches(self.image_size, self.patch_size, "clip vision")
 
     @property
     def num_patches(self) -> int:
@@ -100,28 +121,33 @@ class CLIPConfig:
 
 
 class CLIPAttention(nn.Module):
-    config: CLIPTextConfig | CLIPVisionConfig
+    config: TowerConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq embed"], mask: Bool[Array, "#batch 1 #seq seq"] | None
-    ) -> Float[Array, "batch seq embed"]:
-        batch, seq, embed = x.shape
-        heads = self.config.num_attention_heads
+        self,
+        x: Float[Array, "batch queries embed"],
+        mask: Bool[Array, "#batch 1 #queries seq"] | None,
+        context: Float[Array, "batch seq embed"] | None = None,
+    ) -> Float[Array, "batch queries embed"]:
+        """Attention of `x` to `context`, or to itself where that is None."""
+        embed, heads = x.shape[-1], self.config.num_attention_heads
         std = embed**-0.5 * (2 * self.config.num_hidden_layers) ** -0.5
-        q, k, v = (
-            nn.Dense(embed, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name)(x)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        split = (batch, seq, heads, embed // heads)
-        out = jax.nn.dot_product_attention(q.reshape(split), k.reshape(split), v.reshape(split), mask=mask)
+
+        def project(name: str, inputs: Array) -> Array:
+            dense = nn.Dense(embed, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name)
+            return dense(inputs).reshape(*inputs.shape[:2], heads, embed // heads)
+
+        context = x if context is None else context
+        q, k, v = project("q_proj", x), project("k_proj", context), project("v_proj", context)
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
         init = nn.initializers.normal(embed**-0.5)
         return nn.Dense(embed, dtype=self.dtype, kernel_init=init, name="out_proj")(out.reshape(x.shape))
 
 
 class CLIPMLP(nn.Module):
-    config: CLIPTextConfig | CLIPVisionConfig
+    config: TowerConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -136,7 +162,7 @@ class CLIPMLP(nn.Module):
 class CLIPLayer(nn.Module):
     """A pre-LN Transformer layer."""
 
-    config: CLIPTextConfig | CLIPVisionConfig
+    config: TowerConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -231,6 +257,18 @@ class CLIP(nn.Module):
         self.visual_projection = self._projection(config.vision_config.hidden_size)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(config.logit_scale_init_value), ())
 
+    @property
+    def width(self) -> int:
+        return self.config.projection_dim
+
+    @property
+    def image_size(self) -> int:
+        return self.config.vision_config.image_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.config.vision_config.num_patches
+
     def _projection(self, hidden_size: int) -> nn.Dense:
         init = nn.initializers.normal(hidden_size**-0.5)
         return nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, kernel_init=init)
@@ -280,18 +318,22 @@ def _keep(keys: Key[Array, "batch"], droppable: Bool[Array, "batch seq"], rate: 
 
 
 def drop_text_tokens(
-    keys: Key[Array, "batch"], ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"], rate: float
+    keys: Key[Array, "batch"],
+    ids: Int[Array, "batch seq"],
+    mask: Bool[Array, "batch seq"],
+    rate: float,
+    has_bos: bool = True,
 ) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch seq"]]:
     """Query dropout (paper 3.2) on texts: each token is dropped with probability `rate`, and the rest moves up.
 
         in : <bos> a photo of a cat <eos> .
         out: <bos> a photo cat <eos> . . .
 
-    The first and the last token of a row (`<bos>`, `<eos>`) always stay, and so does one token between them.
+    The last token of a row (`<eos>`) always stays, the first too if it is `<bos>`, and so does one of the others.
     """
     places = jnp.arange(ids.shape[1])
     last = mask.sum(axis=1, keepdims=True) - 1
-    kept = mask & _keep(keys, mask & (places > 0) & (places < last), rate)
+    kept = mask & _keep(keys, mask & (places >= int(has_bos)) & (places < last), rate)
     order = jnp.argsort(~kept, axis=1, stable=True)
     mask = jnp.take_along_axis(kept, order, axis=1)
     return jnp.where(mask, jnp.take_along_axis(ids, order, axis=1), 0), mask

@@ -1,27 +1,34 @@
-"""Published CLIP checkpoints: a folder or a name on the Hugging Face hub, to a CLIP that `MixedEncoder` runs.
+"""Published CLIPs and SigLIPs: a folder or a name on the Hugging Face hub, to what `MixedEncoder` runs.
 
-    Hugging Face: config.json (model_type clip)   model.safetensors | pytorch_model.bin, whole or in shards
+    Hugging Face: config.json                     model.safetensors | pytorch_model.bin, whole or in shards
     OpenCLIP    : open_clip_config.json           open_clip_model.safetensors | open_clip_pytorch_model.*
     both        : the tokenizer's files; Hugging Face's also preprocessor_config.json or processor_config.json
 
-A folder with both formats is read in the first.
+A folder with both formats is read in the first. The family is `model_type` in config.json: `clip`; `siglip`, which also
+the SigLIP 2 of a fixed resolution have; `siglip2`, the NaFlex variants of SigLIP 2. NaFlex keeps the aspect ratio of an
+image and cuts it into as many patches as fit into `max_num_patches`. A batch has one shape here, so of an image that is
+no square the middle square is kept; on squares the vectors are NaFlex's own.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jax.typing import DTypeLike
+
 from rac3.config import InputError
 from rac3.retrieval.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.clip_images import ClipImages
-from rac3.retrieval.clip_weights import clip_params, hugging_face, open_clip, read_weights
-from rac3.retrieval.encoder import ClipText, MixedEncoder
+from rac3.retrieval.clip_weights import clip_params, hugging_face, open_clip, read_weights, square_patches
+from rac3.retrieval.encoder import ClipText, MixedEncoder, SiglipText
+from rac3.retrieval.siglip import SigLIP, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from rac3.tokens.checkpoint_files import checkpoint_folder, read_json
 from rac3.tokens.params_file import load_params, save_params
-from rac3.tokens.text import Tokenizer, load_clip_tokenizer
+from rac3.tokens.text import SENTENCEPIECE, TextTokenizer, Tokenizer, load_clip_tokenizer, load_siglip_tokenizer
 
 HUGGING_FACE = (
     "model.safetensors",
@@ -45,27 +52,33 @@ SETTINGS = (
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    SENTENCEPIECE,
 )
 SHARDS = {"model.safetensors": "model-*.safetensors", "pytorch_model.bin": "pytorch_model-*.bin"}
 
-Config = TypeVar("Config", CLIPTextConfig, CLIPVisionConfig)
+TOKENIZER = "tokenizer"  # the folder of an artifact's
+FAMILIES = ("clip", "siglip", "siglip2")  # model_type in config.json
+
+Config = TypeVar("Config", CLIPTextConfig, CLIPVisionConfig, SiglipTextConfig, SiglipVisionConfig)
 
 
 @dataclass(frozen=True)
 class ClipCheckpoint:
-    """A CLIP with all that belongs to it; `params` are float32, nested as `CLIP(config)` has them."""
+    """A CLIP or SigLIP, published or fitted here, with all that belongs to it; `params` are nested as its module has
+    them."""
 
-    config: CLIPConfig
+    config: CLIPConfig | SiglipConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
     images: ClipImages
 
-    def encoder(self) -> MixedEncoder:
-        images = self.images
+    def encoder(self, dtype: DTypeLike = "float32") -> MixedEncoder:
+        """What embeds documents, with layers that compute in `dtype`."""
+        config, images = self.config, self.images
         return MixedEncoder(
-            CLIP(self.config),
+            CLIP(config, dtype) if isinstance(config, CLIPConfig) else SigLIP(config, dtype),
             self.params,
-            _clip_text(self.tokenizer, self.config.text_config),
+            _text(self.tokenizer, self.config),
             image_mean=images.mean,
             image_std=images.std,
             square=images.square,
@@ -73,59 +86,108 @@ class ClipCheckpoint:
 
     def save(self, folder: Path) -> None:
         """Writes it in rac3's own form: with it, the published files are not needed any more."""
-        self.tokenizer.save(folder / "tokenizer")
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        family = "clip" if isinstance(self.config, CLIPConfig) else "siglip"
+        config = {"model_type": family, **dataclasses.asdict(self.config)}
+        self.tokenizer.save(folder / TOKENIZER)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "images.json").write_text(json.dumps(dataclasses.asdict(self.images), indent=2) + "\n")
         save_params(folder / "params.safetensors", self.params)
 
     @classmethod
     def open(cls, folder: Path) -> "ClipCheckpoint":
-        """What `save` wrote."""
-        images = read_json(folder / "images.json")
+        """What `save` wrote.
+
+        Raises:
+          InputError: another version of rac3 wrote it.
+        """
+        settings = read_json(folder / "config.json")
+        if settings.get("model_type") not in ("clip", "siglip"):
+            raise InputError(f"{folder} was written by another version of rac3; delete it and run `rac3 encoders`")
+        images, siglip = read_json(folder / "images.json"), settings["model_type"] == "siglip"
         return cls(
-            config=hugging_face_config(read_json(folder / "config.json"), str(folder)),
+            config=(siglip_config if siglip else hugging_face_config)(settings, str(folder)),
             params=load_params(folder / "params.safetensors"),
-            tokenizer=load_clip_tokenizer(folder / "tokenizer"),
+            tokenizer=load_siglip_tokenizer(folder / TOKENIZER) if siglip else TextTokenizer().load(folder / TOKENIZER),
             images=ClipImages(**{**images, "mean": tuple(images["mean"]), "std": tuple(images["std"])}),
         )
 
 
 def load_clip(source: str) -> ClipCheckpoint:
-    """The published CLIP in the folder `source`, or of that name on the Hugging Face hub.
+    """The published CLIP or SigLIP in the folder `source`, or of that name on the Hugging Face hub.
 
     Raises:
-      InputError: it cannot be had, is no CLIP of these formats, is damaged, or its parts do not fit together.
+      InputError: it cannot be had, is of none of these formats, is damaged, or its parts do not fit together.
     """
     folder = checkpoint_folder("clip checkpoint", source)
     folder = _download(source) if folder is None else folder
     where = f"clip checkpoint {str(folder)!r}"
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    published = settings.get("model_type") == "clip"
+    family = settings.get("model_type")
     has_open_clip = (folder / "open_clip_config.json").is_file()
-    if published and (_first(folder, HUGGING_FACE) or not has_open_clip):
-        config = hugging_face_config(settings, where)
-        images = ClipImages.of_hugging_face(_processor(folder), config.vision_config.image_size, where)
-        names, place = HUGGING_FACE, hugging_face
-    elif has_open_clip:
-        settings = read_json(folder / "open_clip_config.json")
-        model, preprocess = settings.get("model_cfg"), settings.get("preprocess_cfg") or {}
-        if not isinstance(model, Mapping) or not isinstance(preprocess, Mapping):
-            raise InputError(f"{where} has no model_cfg in open_clip_config.json; give the one of the model")
-        config = _open_clip_config(model, where)
-        images = ClipImages.of_open_clip(preprocess, config.vision_config.image_size, where)
-        names, place = OPEN_CLIP, open_clip
-    elif settings:
-        raise InputError(f"{where} has model_type={settings.get('model_type')!r} in config.json; give one with 'clip'")
-    else:
-        raise InputError(
-            f"{where} has no config.json (or open_clip_config.json); give the folder of a whole checkpoint"
-        )
+    if family in FAMILIES and (_first(folder, HUGGING_FACE) or not has_open_clip):
+        load = {"clip": _load_clip, "siglip": _load_siglip, "siglip2": _load_naflex}[family]
+        return load(folder, settings, where)
+    if has_open_clip:
+        return _load_open_clip(folder, where)
+    if settings:
+        known = ", ".join(map(repr, FAMILIES))
+        raise InputError(f"{where} has model_type={family!r} in config.json; give one with {known}")
+    raise InputError(f"{where} has no config.json (or open_clip_config.json); give the folder of a whole checkpoint")
+
+
+def _load_clip(folder: Path, settings: Mapping[str, Any], where: str) -> ClipCheckpoint:
+    config = hugging_face_config(settings, where)
+    images = ClipImages.of_hugging_face(_processor(folder), config.vision_config.image_size, where)
     tokenizer = load_clip_tokenizer(folder)
-    _clip_text(tokenizer, config.text_config)
-    file = _first(folder, names)
-    if file is None:
-        raise InputError(f"{where} has no weights; it needs one of {', '.join(names)}")
-    return ClipCheckpoint(config, clip_params(config, read_weights(file), place, where), tokenizer, images)
+    _text(tokenizer, config)
+    weights = read_weights(_weights(folder, HUGGING_FACE, where))
+    return ClipCheckpoint(config, clip_params(CLIP(config), weights, hugging_face, where), tokenizer, images)
+
+
+def _load_open_clip(folder: Path, where: str) -> ClipCheckpoint:
+    settings = read_json(folder / "open_clip_config.json")
+    model, preprocess = settings.get("model_cfg"), settings.get("preprocess_cfg") or {}
+    if not isinstance(model, Mapping) or not isinstance(preprocess, Mapping):
+        raise InputError(f"{where} has no model_cfg in open_clip_config.json; give the one of the model")
+    config = _open_clip_config(model, where)
+    images = ClipImages.of_open_clip(preprocess, config.vision_config.image_size, where)
+    tokenizer = load_clip_tokenizer(folder)
+    _text(tokenizer, config)
+    weights = read_weights(_weights(folder, OPEN_CLIP, where))
+    return ClipCheckpoint(config, clip_params(CLIP(config), weights, open_clip, where), tokenizer, images)
+
+
+def _load_siglip(folder: Path, settings: Mapping[str, Any], where: str) -> ClipCheckpoint:
+    tokenizer = load_siglip_tokenizer(folder)
+    config = siglip_config(_with_padding(settings, tokenizer), where)
+    images = ClipImages.of_siglip(_processor(folder), config.vision_config.image_size, where)
+    _text(tokenizer, config)
+    weights = read_weights(_weights(folder, HUGGING_FACE, where))
+    return ClipCheckpoint(config, clip_params(SigLIP(config), weights, hugging_face, where), tokenizer, images)
+
+
+def _load_naflex(folder: Path, settings: Mapping[str, Any], where: str) -> ClipCheckpoint:
+    """As a SigLIP whose images have the most patches that a square may have."""
+    tokenizer, processor = load_siglip_tokenizer(folder), _processor(folder)
+    vision = _part(settings, "vision_config")
+    sizes = {"patch_size": 16, "max_num_patches": 256, "num_patches": 256}
+    sizes |= {name: processor[name] for name in ("patch_size", "max_num_patches") if name in processor}
+    sizes |= {"num_patches": vision["num_patches"]} if "num_patches" in vision else {}
+    if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+        raise InputError(f"{where}: patch_size, max_num_patches, num_patches are {sizes}; each must be at least 1")
+    patch, side = sizes["patch_size"], math.isqrt(sizes["max_num_patches"])
+    if vision.get("patch_size", 16) != patch:
+        raise InputError(
+            f"{where}: patch_size={vision.get('patch_size', 16)} in config.json is not {patch}, the processor's; give "
+            "the files of the same model"
+        )
+    square = {**settings, "vision_config": {**vision, "image_size": side * patch}}
+    config = siglip_config(_with_padding(square, tokenizer), where)
+    _text(tokenizer, config)
+    weights = read_weights(_weights(folder, HUGGING_FACE, where))
+    weights = square_patches(weights, patch, sizes["num_patches"], side, where)
+    params = clip_params(SigLIP(config), weights, hugging_face, where)
+    return ClipCheckpoint(config, params, tokenizer, ClipImages.of_naflex(processor, where))
 
 
 def checkpoint_identity(source: str) -> dict[str, Any]:
@@ -141,13 +203,34 @@ def checkpoint_identity(source: str) -> dict[str, Any]:
     return {"folder": str(folder.resolve()), "files": {path.name: path.stat().st_size for path in files}}
 
 
-def _clip_text(tokenizer: Tokenizer, config: CLIPTextConfig) -> ClipText:
+def _text(tokenizer: Tokenizer, config: CLIPConfig | SiglipConfig) -> ClipText | SiglipText:
+    if isinstance(config, SiglipConfig):
+        return SiglipText(tokenizer, config.text_config)
+    if config.text_config.eos_token_id == tokenizer.size + 1:  # past the tokenizer's ids: as fitted here
+        return ClipText.fitted(tokenizer, config.text_config)
     if tokenizer.bos is None or tokenizer.eos is None:
         raise InputError(
             f"clip checkpoint: its tokenizer has bos={tokenizer.bos} and eos={tokenizer.eos}, but CLIP needs both; "
             "give the tokenizer files that belong to it"
         )
-    return ClipText(tokenizer, config, tokenizer.bos, tokenizer.eos)
+    return ClipText(tokenizer, config.text_config, tokenizer.bos, tokenizer.eos)
+
+
+def _with_padding(settings: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The padding id is the tokenizer's; config.json often has another, which `transformers` never reads."""
+    return {**settings, "text_config": {**_part(settings, "text_config"), "pad_token_id": tokenizer.pad}}
+
+
+def _part(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    values = settings.get(name)
+    return values if isinstance(values, Mapping) else {}
+
+
+def _weights(folder: Path, names: tuple[str, ...], where: str) -> Path:
+    file = _first(folder, names)
+    if file is None:
+        raise InputError(f"{where} has no weights; it needs one of {', '.join(names)}")
+    return file
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -174,11 +257,27 @@ def hugging_face_config(settings: Mapping[str, Any], where: str) -> CLIPConfig:
     )
 
 
+def siglip_config(settings: Mapping[str, Any], where: str) -> SiglipConfig:
+    """The same for SigLIP.
+
+    Raises:
+      InputError: a setting is of the wrong type, or asks for another architecture.
+    """
+    vision = _part(settings, "vision_config")
+    if vision.get("vision_use_head", True) is not True:
+        raise InputError(
+            f"{where}: vision_config: vision_use_head={vision['vision_use_head']!r} has no image vectors; give a "
+            "checkpoint with the pooling head"
+        )
+    return SiglipConfig(
+        _tower(SiglipTextConfig, settings, "text_config", where),
+        _tower(SiglipVisionConfig, settings, "vision_config", where),
+    )
+
+
 def _tower(kind: type[Config], settings: Mapping[str, Any], name: str, where: str) -> Config:
     """Old files have `text_config_dict` beside `text_config`; where it is there, it alone counts."""
-    given = settings.get(f"{name}_dict")
-    given = settings.get(name) if given is None else given
-    values = given if isinstance(given, Mapping) else {}
+    values = _part(settings, name if settings.get(f"{name}_dict") is None else f"{name}_dict")
     return kind(**_known(kind, values, [field.name for field in dataclasses.fields(kind)], f"{where}: {name}"))
 
 
@@ -187,6 +286,10 @@ def _known(kind: Any, values: Mapping[str, Any], names: Any, where: str) -> dict
     found = {}
     for name in (name for name in names if name in values):
         value, usual = values[name], kind.__dataclass_fields__[name].default
+        if usual is None:  # of projection_size
+            if value is None:
+                continue
+            usual = 768
         if isinstance(value, bool) or not isinstance(value, int | float if isinstance(usual, float) else type(usual)):
             raise InputError(f"{where}: {name}={value!r} is not like {usual!r}; correct it in the config file")
         found[name] = value
@@ -217,6 +320,11 @@ def _open_clip_config(model: Mapping[str, Any], where: str) -> CLIPConfig:
     text_sizes = {"layers": 12, "width": 512, "heads": 8, "mlp_ratio": 4.0, "context_length": 77, "vocab_size": 49408}
     vision = _open_clip_part(sizes["vision_cfg"], vision_sizes, f"{where}.vision_cfg")
     text = _open_clip_part(sizes["text_cfg"], text_sizes, f"{where}.text_cfg")
+    if vision["head_width"] < 1 or vision["width"] % vision["head_width"]:
+        raise InputError(
+            f"{where}.vision_cfg: head_width={vision['head_width']} does not divide width={vision['width']}; "
+            "OpenCLIP's is 64"
+        )
     return CLIPConfig(
         CLIPTextConfig(
             vocab_size=text["vocab_size"],
@@ -264,7 +372,7 @@ def _download(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*SETTINGS, "*.index.json"]))
         settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        wanted = list(HUGGING_FACE) if settings.get("model_type") == "clip" else []
+        wanted = list(HUGGING_FACE) if settings.get("model_type") in FAMILIES else []
         for weights in [*wanted, *OPEN_CLIP]:  # one format only: each holds all of the weights
             if not weights.endswith(".index.json"):
                 patterns = [weights, SHARDS.get(weights, weights)]

@@ -1,10 +1,12 @@
-"""The weights of published CLIPs: files to named arrays, and these to the parameters of `rac3.retrieval.clip`.
+"""The weights of published CLIPs and SigLIPs: files to named arrays, and these to the parameters of our modules.
 
 Hugging Face: text_model.encoder.layers.0.self_attn.q_proj.weight  [out, in]
 OpenCLIP    : transformer.resblocks.0.attn.in_proj_weight          [3 out, in], q, k and v in one
+both        : all names may begin with `module.`, as distributed training in torch leaves them
 here        : text_model/layers_0/self_attn/q_proj/kernel          [in, out]
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +19,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rac3.config import InputError
-from rac3.retrieval.clip import CLIP, CLIPConfig
+from rac3.retrieval.clip import CLIP
+from rac3.retrieval.siglip import SigLIP
 from rac3.tokens.checkpoint_files import read_json, read_safetensors
 from rac3.tokens.torch_file import read_state_dict
 
+DISTRIBUTED = "module."  # what torch's DistributedDataParallel puts before every name
 BUFFERS = ("position_ids", "attn_mask")  # old files hold these beside the weights; they follow from the config
 
 
@@ -40,7 +44,13 @@ class Place:
 
 
 def hugging_face(path: str) -> Place:
-    """The place of a parameter in a file of Hugging Face's `CLIPModel`."""
+    """The place of a parameter in a file of Hugging Face's `CLIPModel` or `SiglipModel`.
+
+    The attention of SigLIP's pooling head is torch's own module, which has q, k and v in one.
+    """
+    if fused := re.search(r"^vision_model/head/attention/([qkv])_proj/(kernel|bias)$", path):
+        name = f"vision_model.head.attention.in_proj_{'weight' if fused[2] == 'kernel' else 'bias'}"
+        return Place(name, turned=fused[2] == "kernel", part="qkv".index(fused[1]))
     name = re.sub(r"layers_(\d+)", r"encoder.layers.\1", path.replace("/", "."))
     name = re.sub(r"(token_embedding|position_embedding|patch_embedding|class_embedding)", r"embeddings.\1", name)
     name = re.sub(r"\.(kernel|scale|embedding)$", ".weight", name)
@@ -88,8 +98,12 @@ def read_weights(file: Path) -> dict[str, np.ndarray]:
     """
     if file.name.endswith(".index.json"):
         names = sorted(set(_index(file).values()))
-        return {name: array for part in names for name, array in _read_one(file.parent / Path(part).name).items()}
-    return _read_one(file)
+        parts = [_read_one(file.parent / Path(part).name) for part in names]
+        return {name: array for part in parts for name, array in part.items()}
+    weights = _read_one(file)
+    if weights and all(name.startswith(DISTRIBUTED) for name in weights):
+        return {name.removeprefix(DISTRIBUTED): array for name, array in weights.items()}
+    return weights
 
 
 def _index(file: Path) -> dict[str, str]:
@@ -104,9 +118,9 @@ def _read_one(file: Path) -> dict[str, np.ndarray]:
 
 
 def clip_params(
-    config: CLIPConfig, weights: Mapping[str, np.ndarray], place: Callable[[str], Place], where: str
+    towers: CLIP | SigLIP, weights: Mapping[str, np.ndarray], place: Callable[[str], Place], where: str
 ) -> dict[str, Any]:
-    """The parameters of `CLIP(config)` in float32, nested, from the arrays of a file.
+    """The parameters of the towers in float32, nested, from the arrays of a file.
 
     Args:
       place: `hugging_face` or `open_clip`.
@@ -115,7 +129,7 @@ def clip_params(
     Raises:
       InputError: a weight is missing, left over, of another shape than the config asks for, or not of floats.
     """
-    shapes = _shapes(config)
+    shapes = _shapes(towers)
     places = {path: place(path) for path in shapes}
     wanted = list(dict.fromkeys(found.name for found in places.values()))
     _refuse(where, [name for name in wanted if name not in weights], "lacks weights of this config")
@@ -125,10 +139,40 @@ def clip_params(
     return unflatten_dict(flat, sep="/")
 
 
-def _shapes(config: CLIPConfig) -> dict[str, tuple[int, ...]]:
-    size, channels = config.vision_config.image_size, config.vision_config.num_channels
-    ids, pixels = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, size, size, channels))
-    shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), ids, jnp.ones((1, 3), bool), pixels)["params"]
+def square_patches(
+    weights: Mapping[str, np.ndarray], patch_size: int, num_patches: int, side: int, where: str
+) -> dict[str, np.ndarray]:
+    """A NaFlex checkpoint's weights as those of a `SiglipModel` whose images are `side` x `side` patches.
+
+    The patch embedding is linear on flattened patches (row, column, channel) and becomes a convolution. The positions,
+    a square grid of `num_patches`, are resized as `Siglip2VisionEmbeddings` does: bilinear, antialiased, in float32.
+
+    Raises:
+      InputError: `num_patches` is no square number, or there are other than that many positions.
+    """
+    weights = dict(weights)
+    name = "vision_model.embeddings.patch_embedding.weight"
+    flat = weights.get(name)
+    if flat is not None and flat.ndim == 2 and flat.shape[1] % patch_size**2 == 0:
+        weights[name] = flat.reshape(len(flat), patch_size, patch_size, -1).transpose(0, 3, 1, 2)
+    name, grid = "vision_model.embeddings.position_embedding.weight", math.isqrt(num_patches)
+    if grid**2 != num_patches or (name in weights and len(weights[name]) != num_patches):
+        raise InputError(
+            f"{where}: num_patches={num_patches} is not a square number, or not the number of positions in the "
+            "weights; give config and weights of the same model"
+        )
+    if name in weights and side != grid:
+        positions = jnp.asarray(weights[name], jnp.float32).reshape(grid, grid, -1)
+        resized = jax.image.resize(positions, (side, side, positions.shape[-1]), "bilinear", antialias=True)
+        weights[name] = np.asarray(resized).reshape(side * side, -1)
+    return weights
+
+
+def _shapes(towers: CLIP | SigLIP) -> dict[str, tuple[int, ...]]:
+    text, vision = towers.config.text_config, towers.config.vision_config
+    ids = jnp.zeros((1, text.max_position_embeddings), jnp.int32)
+    pixels = jnp.zeros((1, vision.image_size, vision.image_size, vision.num_channels))
+    shapes = jax.eval_shape(towers.init, jax.random.key(0), ids, jnp.ones(ids.shape, bool), pixels)["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 

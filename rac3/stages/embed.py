@@ -11,7 +11,7 @@ from rac3.artifacts import Workdir
 from rac3.documents.store import DocumentStore, TokenizedDocument
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
-from rac3.retrieval.encoder import MixedEncoder, mix, query_dropout_keys
+from rac3.retrieval.encoder import Encoder, mix, query_dropout_keys
 from rac3.stages import recipes
 from rac3.stages.encoders import open_clip
 
@@ -37,11 +37,11 @@ def open_documents(experiment: Experiment, workdir: Workdir, split: Split) -> Do
 
 
 def _embed_split(
-    experiment: Experiment, split: Split, documents: DocumentStore, encoder: MixedEncoder, folder: Path
+    experiment: Experiment, split: Split, documents: DocumentStore, encoder: Encoder, folder: Path
 ) -> None:
     """Blocks in order; a block is done when its marker is there. Query embeddings are of the training split only."""
     names = [*PARTS, *(f"query_{part}" for part in PARTS if split == "train")]
-    shape = (len(documents), encoder.clip.config.projection_dim)
+    shape = (len(documents), encoder.width)
     arrays = {name: create_array(folder / name, shape, "float32") for name in names}
     with Progress(f"embed {split}", len(documents), "documents") as bar:
         for start in range(0, len(documents), BLOCK):
@@ -58,7 +58,7 @@ def _embed_split(
 
 
 def _embed_block(
-    experiment: Experiment, items: Sequence[TokenizedDocument], encoder: MixedEncoder, dropped: bool
+    experiment: Experiment, items: Sequence[TokenizedDocument], encoder: Encoder, dropped: bool
 ) -> dict[str, Float[np.ndarray, "documents embed"]]:
     """Vectors by name; a part that a document lacks is zeros. A document of several images has their first."""
     texts = [item.document.text for item in items]
@@ -71,7 +71,7 @@ def _embed_block(
         for part, rows in (("text", has_text), ("image", has_image)):
             chosen = None if keys is None else keys[np.array(rows, int)]
             rate = experiment.query_dropout
-            vectors = np.zeros((len(items), encoder.clip.config.projection_dim), np.float32)
+            vectors = np.zeros((len(items), encoder.width), np.float32)
             if rows:
                 vectors[rows] = (
                     encoder.embed_texts([texts[row] for row in rows], drop_keys=chosen, drop_rate=rate)

@@ -19,11 +19,10 @@ from rac3.device_batches import DeviceBatches
 from rac3.documents.document import Document, Picture, pixels_of, prepare_image
 from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
 from rac3.experiment import Experiment
-from rac3.retrieval.clip import CLIP
 from rac3.retrieval.clip_checkpoints import ClipCheckpoint, load_clip
-from rac3.retrieval.encoder import ClipText, MixedEncoder
+from rac3.retrieval.encoder import Encoder
 from rac3.stages import recipes
-from rac3.stages.fit_clip import TOKENIZER, clip_config, fit_clip
+from rac3.stages.fit_clip import fit_clip
 from rac3.stages.fit_vqgan import fit_vqgan
 from rac3.stages.fitting import fitting_documents
 from rac3.tokens.params_file import load_params, save_params
@@ -69,7 +68,8 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
             elif experiment.clip.checkpoint is not None:
                 load_clip(experiment.clip.checkpoint).save(draft.folder)
             else:
-                fit_clip(experiment, documents[: experiment.clip.fit.max_documents], draft.folder)
+                some = documents[: experiment.clip.fit.max_documents]
+                fit_clip(experiment, some, draft.folder).save(draft.folder)
             shutil.rmtree(draft.folder / CHECKPOINTS, ignore_errors=True)  # of the fitting: no more needed
 
 
@@ -134,17 +134,13 @@ class ImageCodec:
 
 def open_vqgan(experiment: Experiment, workdir: Workdir) -> ImageCodec:
     artifact = workdir.require(recipes.vqgan(experiment), "rac3 encoders")
-    return ImageCodec(VQGAN(_saved_config(artifact.folder / CONFIG)), load_params(artifact.folder / PARAMS))
+    model = VQGAN(_saved_config(artifact.folder / CONFIG), experiment.vqgan.dtype)
+    return ImageCodec(model, load_params(artifact.folder / PARAMS))
 
 
-def open_clip(experiment: Experiment, workdir: Workdir) -> MixedEncoder:
+def open_clip(experiment: Experiment, workdir: Workdir) -> Encoder:
     artifact = workdir.require(recipes.clip(experiment), "rac3 encoders")
-    if experiment.clip.checkpoint is not None:
-        return ClipCheckpoint.open(artifact.folder).encoder()
-    tokenizer = experiment.clip.tokenizer.load(artifact.folder / TOKENIZER)
-    config = clip_config(experiment, tokenizer)
-    text = ClipText.fitted(tokenizer, config.text_config)
-    return MixedEncoder(CLIP(config), load_params(artifact.folder / PARAMS), text)
+    return ClipCheckpoint.open(artifact.folder).encoder(experiment.clip.dtype)
 
 
 def vqgan_metrics(codec: ImageCodec, images: Sequence[Picture]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from rac3.generation.images import generate_images
 from rac3.generation.rerank import best_by_clip
 from rac3.progress import Progress
 from rac3.retrieval.controls import NoRetriever, Random
-from rac3.retrieval.encoder import MixedEncoder
+from rac3.retrieval.encoder import Encoder
 from rac3.stages import recipes
 from rac3.stages.embed import PARTS, open_documents, query_embeddings
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan, vqgan_metrics
@@ -139,7 +139,7 @@ class _HeldOut:
     builder: GroupBuilder
     tokenizer: Tokenizer
     codec: ImageCodec
-    encoder: MixedEncoder
+    encoder: Encoder
     memory: OpenMemory | None
     name: str
 

@@ -1,6 +1,5 @@
 """Fit CLIP on the captioned images of the training and memory documents."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,25 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from rac3.config import InputError, canonical
-from rac3.documents.document import Document, prepare_image
+from rac3.config import InputError
+from rac3.documents.document import Document
 from rac3.experiment import Experiment
 from rac3.retrieval.clip import CLIP, CLIPConfig, contrastive_loss, crop_images, crop_texts
-from rac3.retrieval.clip_images import OPENAI_MEAN, OPENAI_STD
+from rac3.retrieval.clip_checkpoints import TOKENIZER, ClipCheckpoint
+from rac3.retrieval.clip_images import ClipImages
 from rac3.retrieval.encoder import ClipText
 from rac3.stages.fitting import adam, fit_encoder, one_each
-from rac3.tokens.params_file import save_params
 from rac3.tokens.text import Tokenizer
 from rac3.training.state import TrainState, apply_gradients
 from rac3.training.step import Metrics
 
-PARAMS = "params.safetensors"
-CONFIG = "config.json"
-TOKENIZER = "tokenizer"
+IMAGES = ClipImages(steps="cut, scale")
 
 
-def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path) -> None:
-    """Writes the fitted parameters, their config and the tokenizer into `folder`.
+def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path) -> ClipCheckpoint:
+    """A CLIP that is fitted on `documents`; `folder` keeps the state of an interrupted fitting.
 
     Raises:
       InputError: no document has both text and an image.
@@ -44,9 +41,9 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
     model = CLIP(config)
     apply: Any = model.apply  # flax types its result by what is mutable
     size = config.vision_config.image_size
-    images = np.stack([prepare_image(document.images[0].pixels(), size) for document in pairs])
+    images = np.stack([IMAGES.square(document.images[0].pixels(), size) for document in pairs])
     ids, mask = ClipText.fitted(tokenizer, config.text_config)([document.text for document in pairs])
-    mean, deviation = np.array(OPENAI_MEAN) * 255, np.array(OPENAI_STD) * 255
+    mean, deviation = np.array(IMAGES.mean) * 255, np.array(IMAGES.std) * 255
     optimizer = adam(experiment.clip.fit)
 
     def pixels_of(raw: Array) -> Array:
@@ -76,8 +73,7 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
     state = fit_encoder(
         experiment, "fit CLIP", experiment.clip.fit, init, None, optimizer, step, len(pairs), batch, folder
     )
-    save_params(folder / PARAMS, jax.device_get(state.params))
-    (folder / CONFIG).write_text(json.dumps(canonical(config), indent=2) + "\n")
+    return ClipCheckpoint(config, jax.device_get(state.params), tokenizer, IMAGES)
 
 
 def clip_config(experiment: Experiment, tokenizer: Tokenizer) -> CLIPConfig:

@@ -23,13 +23,22 @@ from rac3.training.step import Metrics
 
 def fitting_documents(experiment: Experiment, limit: int) -> list[Document]:
     """At most `limit` training and memory documents that pass the filter, evenly from all shards."""
+    splits: list[Split] = [split for split in experiment.data.sources() if split in ("train", "memory")]
+    return read_documents(experiment, splits, limit)
+
+
+def read_documents(experiment: Experiment, splits: Sequence[Split], limit: int) -> list[Document]:
+    """At most `limit` documents of the splits' sources that pass the filter, evenly from all shards.
+
+    Raises:
+      InputError: there are none.
+    """
     sources = experiment.data.sources()
     data_dir = Path(experiment.data_dir)
-    splits: list[Split] = [split for split in sources if split in ("train", "memory")]
     shards = [(split, shard) for split in splits for shard in sources[split].shards(data_dir)]
     share = -(-limit // len(shards))
     documents: list[Document] = []
-    for split, shard in progress(shards, "read documents to fit on", len(shards), "shards"):
+    for split, shard in progress(shards, f"read {' and '.join(splits)} documents", len(shards), "shards"):
         taken = 0
         for item in sources[split].read(data_dir, shard):
             if isinstance(item, Reject) or experiment.filter.reason(item.metadata):
@@ -39,7 +48,9 @@ def fitting_documents(experiment: Experiment, limit: int) -> list[Document]:
             if taken == share:
                 break
     if not documents:
-        raise InputError("the training source gives no documents that pass the filter; check data_dir and filter")
+        raise InputError(
+            f"the source of {' and '.join(splits)} gives no documents that pass the filter; check data_dir and filter"
+        )
     return documents[:limit]
 
 

@@ -17,7 +17,7 @@ from rac3.experiment import Experiment
 from rac3.generation.captions import generate_captions
 from rac3.generation.generator import Generator
 from rac3.generation.images import generate_images
-from rac3.retrieval.encoder import MixedEncoder
+from rac3.retrieval.encoder import Encoder
 from rac3.retrieval.retriever import Queries
 from rac3.stages import recipes
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan
@@ -46,7 +46,7 @@ class Session:
     builder: GroupBuilder
     tokenizer: Tokenizer
     codec: ImageCodec
-    encoder: MixedEncoder
+    encoder: Encoder
     memory: OpenMemory | None
 
     @classmethod

@@ -5,11 +5,11 @@ from typing import Any
 
 from rac3.artifacts import Recipe
 from rac3.config import canonical
-from rac3.experiment import Experiment, Split
+from rac3.experiment import Experiment, ImageTextEncoder, ImageTokenizer, Split
 from rac3.retrieval.clip_checkpoints import checkpoint_identity
 from rac3.retrieval.controls import NoRetriever
 from rac3.tokens.text import tokenizer_identity
-from rac3.tokens.vqgan_checkpoints import checkpoint_files
+from rac3.tokens.vqgan_files import checkpoint_files
 
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
@@ -40,26 +40,37 @@ def vqgan(experiment: Experiment) -> Recipe:
     """
     checkpoint = experiment.vqgan.checkpoint
     if checkpoint is not None:
-        files = [[path.name, path.stat().st_size] for path in checkpoint_files(Path(checkpoint))]
-        config = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": files}
-        return Recipe("vqgan", config, {})
-    return Recipe("vqgan", {"vqgan": experiment.vqgan, "data": fitting_data(experiment), "seed": experiment.seed}, {})
+        files = checkpoint_files(Path(checkpoint))
+        sizes = [[path.name, path.stat().st_size] for path in (*files.configs, *files.weights)]
+        where = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": sizes}
+        return Recipe("vqgan", where, {})
+    config = {"vqgan": _fitted(experiment.vqgan), "data": fitting_data(experiment), "seed": experiment.seed}
+    return Recipe("vqgan", config, {})
 
 
 def clip(experiment: Experiment) -> Recipe:
     if experiment.clip.checkpoint is not None:
         return Recipe("clip", {"checkpoint": checkpoint_identity(experiment.clip.checkpoint)}, {})
-    config = {"clip": experiment.clip, "data": fitting_data(experiment), "seed": experiment.seed}
+    config = {"clip": _fitted(experiment.clip), "data": fitting_data(experiment), "seed": experiment.seed}
     return Recipe("clip", config, {})
 
 
+def _fitted(encoder: ImageTokenizer | ImageTextEncoder) -> dict[str, Any]:
+    """What decides the parameters of a fitted encoder: all but how it is run later."""
+    return {name: value for name, value in canonical(encoder).items() if name != "dtype"}
+
+
 def documents(experiment: Experiment, split: Split) -> Recipe:
-    config = {"data": source_identity(experiment, split), "max_text_tokens": experiment.max_text_tokens}
+    config = {
+        "data": source_identity(experiment, split),
+        "max_text_tokens": experiment.max_text_tokens,
+        "dtype": experiment.vqgan.dtype,
+    }
     return Recipe("documents", config, {"text": text(experiment).fingerprint, "vqgan": vqgan(experiment).fingerprint})
 
 
 def embeddings(experiment: Experiment, split: Split) -> Recipe:
-    config: dict[str, Any] = {"split": split}
+    config: dict[str, Any] = {"split": split, "dtype": experiment.clip.dtype}
     if split == "train":
         config |= {"query_dropout": experiment.query_dropout, "seed": experiment.seed}
     inputs = {"documents": documents(experiment, split).fingerprint, "clip": clip(experiment).fingerprint}

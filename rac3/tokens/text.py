@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # before there was tokenizer.json
 FILES = ("*.json", "*.txt", "*.model")  # where published tokenizers have their vocabularies and settings
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
+SENTENCEPIECE = "spiece.model"  # SigLIP's
 BYTES = 256  # every byte is a token, so that any text can be written
 
 PROBES = {
@@ -90,14 +91,17 @@ class TextTokenizer:
 class Tokenizer:
     """A loaded tokenizer: text to ids in [0, size) and back, without added special tokens."""
 
-    def __init__(self, pretrained: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, pretrained: "PreTrainedTokenizerBase", lowercase: bool = False) -> None:
         self._pretrained = pretrained
+        self._lowercase = lowercase
         # ids may have gaps, so the number of tokens is not always the bound of their ids
         self.size: int = max(pretrained.get_vocab().values()) + 1
         self.bos: int | None = pretrained.bos_token_id  # begin and end of text, if it has such ids of its own
         self.eos: int | None = pretrained.eos_token_id
+        self.pad: int | None = pretrained.pad_token_id
+        self.pads_left: bool = pretrained.padding_side == "left"
         self._controls = _special_ids(pretrained)
-        if pretrained.unk_token_id not in (self.bos, self.eos, pretrained.pad_token_id):
+        if pretrained.unk_token_id not in (self.bos, self.eos, self.pad):
             self._controls.discard(pretrained.unk_token_id)  # it stands for text
 
     def encode(self, text: str) -> list[int]:
@@ -105,8 +109,24 @@ class Tokenizer:
 
         What a tokenizer has no other ids for is left out, as `</s>` in Unigram models, which know it as a word only.
         """
-        ids = self._pretrained.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids = self._pretrained.encode(
+            self._cased(text), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         return [i for i in ids if i not in self._controls]
+
+    def encode_with_specials(self, text: str, max_length: int) -> list[int]:
+        """With the special tokens that the tokenizer itself adds, of which none is lost where the text is cut."""
+        return self._pretrained.encode(
+            self._cased(text),
+            add_special_tokens=True,
+            split_special_tokens=True,
+            truncation=True,
+            max_length=max_length,
+            verbose=False,
+        )
+
+    def _cased(self, text: str) -> str:
+        return text.lower() if self._lowercase else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: for a tokenizer that `fit` made, `decode(encode(text)) == text` for any Unicode text.
@@ -157,6 +177,35 @@ def tokenizer_identity(source: str) -> dict[str, Any]:
     return {"folder": str(folder.resolve()), "files": {path.name: path.stat().st_size for path in files}}
 
 
+def load_siglip_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a SigLIP checkpoint, as `AutoTokenizer` loads it, but for two cases.
+
+    SigLIP 2 was trained on lower-cased text. `AutoTokenizer` lowers the case for NaFlex checkpoints alone; here Gemma's
+    tokenizer reads lower case in every SigLIP. And SigLIP's own tokenizer is SentencePiece's; a folder that has it as
+    `tokenizer.json` only is read from there, and the `sentencepiece` package is not needed.
+
+    Raises:
+      InputError: the folder has none, `transformers` cannot read it, or it cannot pad on the right.
+    """
+    if not (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"siglip checkpoint {str(folder)!r} has no tokenizer; copy tokenizer.json or {SENTENCEPIECE}, and "
+            "tokenizer_config.json, of the model into it"
+        )
+    settings = folder / "tokenizer_config.json"
+    own = not settings.is_file() or "SiglipTokenizer" in settings.read_text(errors="replace")
+    fast = own and not (folder / SENTENCEPIECE).is_file()
+    pretrained = _load_pretrained(str(folder), "PreTrainedTokenizerFast" if fast else "AutoTokenizer")
+    tokenizer = Tokenizer(pretrained, lowercase=type(pretrained).__name__.startswith("Gemma"))
+    if tokenizer.pad is None or tokenizer.pads_left:
+        raise InputError(
+            f"siglip checkpoint {str(folder)!r}: its tokenizer pads "
+            f"{'nothing' if tokenizer.pad is None else 'on the left'}, but SigLIP reads texts that are padded on the "
+            "right; set pad_token and padding_side='right' in tokenizer_config.json"
+        )
+    return tokenizer
+
+
 def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTokenizerBase":
     import transformers
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -166,8 +215,8 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
     fix = "check the hub name and the network, or give a folder"
     if folder is not None:
         fix = (
-            "a folder needs tokenizer.json, or what its class reads: vocab.json and merges.txt, or tokenizer.model and "
-            "the package sentencepiece"
+            "a folder needs tokenizer.json, or what its class reads: vocab.json and merges.txt, or a SentencePiece "
+            ".model, for which pip install 'rac3[siglip]'"
         )
         if not any(path for pattern in FILES for path in folder.glob(pattern)):
             raise InputError(f"tokenizer {source!r} has no files of a tokenizer ({fix})")

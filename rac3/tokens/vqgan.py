@@ -54,6 +54,8 @@ class VQGANConfig:
     def __post_init__(self) -> None:
         if not self.ch_mult:
             raise InputError("vqgan.ch_mult is empty; give one multiplier per level, such as (1, 2, 2, 4)")
+        if min(self.ch_mult) < 1:
+            raise InputError(f"vqgan.ch_mult={self.ch_mult} has a multiplier below 1; use at least 1 in every level")
         downsampling = 2 ** (len(self.ch_mult) - 1)
         if self.resolution % downsampling:
             raise InputError(

@@ -11,11 +11,12 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rac3.config import InputError
 from rac3.retrieval.clip_checkpoints import ClipCheckpoint, checkpoint_identity, hugging_face_config, load_clip
 from rac3.retrieval.clip_images import OPENAI_MEAN, ClipImages
+from rac3.tokens.text import TextTokenizer
 
 TEXTS = ["a", "A photo of a  RED cat!", "two\nblue squares, 3.5 km", "", "naïve café 世界", "a red cat " * 20]
 MERGES = ("r e", "re d</w>", "c a", "ca t</w>", "o f</w>")
@@ -261,6 +262,50 @@ def test_the_same_weights_in_other_files(kind, published, copy):
     assert_same(load_clip(str(copy)), load_clip(str(published)))
 
 
+def open_clip_weights() -> dict[str, np.ndarray]:
+    """`random_weights` as OpenCLIP's `CLIP` names and lays them out."""
+    renamed = {
+        "text_model.encoder.layers": "transformer.resblocks",
+        "vision_model.encoder.layers": "visual.transformer.resblocks",
+        "text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.patch_embedding": "visual.conv1", "vision_model.pre_layrnorm": "visual.ln_pre",
+        "vision_model.post_layernorm": "visual.ln_post", "self_attn.out_proj": "attn.out_proj", "layer_norm": "ln_",
+        "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "text_projection.weight": "text_projection",
+        "visual_projection.weight": "visual.proj",
+    }  # fmt: skip
+    weights, out = random_weights(), {}
+    for name, value in weights.items():
+        for kind in ("weight", "bias"):
+            if name.endswith(f"q_proj.{kind}"):
+                value = np.concatenate([weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+                name = name.replace(f"self_attn.q_proj.{kind}", f"attn.in_proj_{kind}")
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        value = value.T if "projection" in name else value
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        out[name] = np.array(value, order="C")
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_open_clip_files(prefix, published, tmp_path):
+    torch = module("torch")
+    write_tokenizer(tmp_path)
+    vision = dict(layers=2, width=64, head_width=16, mlp_ratio=1.5, patch_size=12, image_size=36)
+    text = dict(context_length=16, vocab_size=VOCABULARY, width=48, heads=4, layers=2, mlp_ratio=2.0)
+    settings = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings, "preprocess_cfg": {}}))
+    weights = {f"{prefix}{name}": torch.tensor(value) for name, value in open_clip_weights().items()}
+    torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
+    found, expected = load_clip(str(tmp_path)), load_clip(str(published))
+    assert found.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_becomes_float32(dtype, published, copy):
     torch, model = module("torch"), hugging_face_model(published)
@@ -278,6 +323,32 @@ def test_saved_and_opened(published, tmp_path):
     loaded.save(tmp_path)
     assert_same(ClipCheckpoint.open(tmp_path), loaded)
     assert (loaded.tokenizer.bos, loaded.tokenizer.eos) == (VOCABULARY - 2, VOCABULARY - 1)
+
+
+def test_a_fitted_clip_is_saved_in_the_same_form(published, tmp_path):
+    """Its begin and end of text are the two ids after its tokenizer's."""
+    TextTokenizer(vocab_size=260).fit(["a photo of a red cat"] * 3, tmp_path / "fitted")
+    tokenizer = TextTokenizer().load(tmp_path / "fitted")
+    whole = load_clip(str(published))
+    text = replace(whole.config.text_config, vocab_size=262, eos_token_id=261)
+    params = unflatten_dict(
+        {
+            path: leaf[:262] if path[-2:] == ("token_embedding", "embedding") else leaf
+            for path, leaf in flatten_dict(whole.params).items()
+        }
+    )
+    images = ClipImages(steps="cut, scale")
+    fitted = ClipCheckpoint(replace(whole.config, text_config=text), params, tokenizer, images)
+    fitted.save(tmp_path / "artifact")
+    shutil.rmtree(tmp_path / "fitted")
+    opened = ClipCheckpoint.open(tmp_path / "artifact")
+    assert_same(opened, fitted)
+    ids, mask = opened.encoder().text(["a red cat"])
+    assert ids[mask].tolist() == [260, *tokenizer.encode("a red cat"), 261]
+    np.testing.assert_array_equal(opened.encoder().embed_texts(TEXTS), fitted.encoder().embed_texts(TEXTS))
+    edit(tmp_path / "artifact" / "config.json", model_type=None)
+    with pytest.raises(InputError, match="was written by another version of rac3; delete it"):
+        ClipCheckpoint.open(tmp_path / "artifact")
 
 
 def test_new_processors_settings(published, copy):
@@ -349,18 +420,7 @@ def as_open_clip(**vision):
     return apply
 
 
-BROKEN = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
-    "config that is a page": (lambda f: (f / "config.json").write_text("<html>"), r"config\.json' is not JSON"),
-    "another model": (lambda f: edit(f / "config.json", model_type="bert"), "model_type='bert'.*give one with 'clip'"),
-    "a size that is none": (
-        lambda f: edit(f / "config.json", projection_dim="32"),
-        "projection_dim='32' is not like 512",
-    ),
-    "another activation": (
-        lambda f: edit(f / "config.json", text_config={"hidden_act": "relu6"}),
-        "hidden_act='relu6' is unknown",
-    ),
+BROKEN_FILES = {
     "cut short": (truncate, r"model\.safetensors' are cut short.*download the file again"),
     "a page": (lambda f: (f / "model.safetensors").write_text("<!DOCTYPE html>"), "are a web page"),
     "a page as torch file": (
@@ -373,6 +433,20 @@ BROKEN = {
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no weights; it needs one of model\.safe"),
     "a shard that is not there": (only_index, r"model-00001-of-00002\.safetensors' do not exist"),
+}
+BROKEN = {
+    "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
+    "config that is a page": (lambda f: (f / "config.json").write_text("<html>"), r"config\.json' is not JSON"),
+    "another model": (lambda f: edit(f / "config.json", model_type="bert"), "model_type='bert'.*give one with 'clip'"),
+    "a size that is none": (
+        lambda f: edit(f / "config.json", projection_dim="32"),
+        "projection_dim='32' is not like 512",
+    ),
+    "another activation": (
+        lambda f: edit(f / "config.json", text_config={"hidden_act": "relu6"}),
+        "hidden_act='relu6' is unknown",
+    ),
+    **BROKEN_FILES,
     "missing weights": (
         change_weights(visual_projection__weight=None),
         r"lacks weights of this config: 'visual_projection\.weight'; give",
@@ -403,6 +477,8 @@ BROKEN = {
         lambda f: (as_open_clip()(f), without_tokenizer(f)),
         "has no tokenizer; copy .*openai/clip-vit-base-patch32",
     ),
+    "OpenCLIP heads without width": (as_open_clip(head_width=0), r"vision_cfg: head_width=0 does not divide width=768"),
+    "OpenCLIP heads of another width": (as_open_clip(width=600), "head_width=64 does not divide width=600"),
     "another OpenCLIP": (as_open_clip(attentional_pool=True), r"vision_cfg\.attentional_pool=True is another arch"),
     "OpenCLIP without a model": (
         lambda f: (as_open_clip()(f), edit(f / "open_clip_config.json", model_cfg=None)),
@@ -504,6 +580,13 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     np.testing.assert_array_equal(open_clip(experiment, workdir).embed_texts(TEXTS), expected)
     embeddings = workdir.require(recipes.embeddings(experiment, "test"), "")
     assert embeddings.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint
+
+    # bfloat16 makes other vectors from the same artifact
+    faster = replace(experiment, clip=replace(experiment.clip, dtype="bfloat16"))
+    assert recipes.clip(faster) == recipes.clip(experiment)
+    assert recipes.embeddings(faster, "test") != recipes.embeddings(experiment, "test")
+    rounded = open_clip(faster, workdir).embed_texts(TEXTS)
+    assert 1e-4 < np.abs(rounded - expected).max() < 0.03
 
     refitted = replace(experiment, seed=1, clip=replace(experiment.clip, max_logit_scale=7.0))
     assert recipes.clip(refitted) == recipes.clip(experiment)
