@@ -1,0 +1,107 @@
+"""CLIP's loss is that of the whole batch, wherever its rows are."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import PIL.Image
+import pytest
+import tiny_config
+
+from rac3.documents.document import Document, Image, Text
+from rac3.experiment import Experiment, FitConfig
+from rac3.stages import fit_clip, fitting
+from rac3.training.state import TrainState
+
+ROWS = 16
+WORDS = ("red", "blue", "green", "old", "small")
+
+
+def documents() -> list[Document]:
+    """Captions repeat, so that rows on different devices are no negatives of each other."""
+    rng = np.random.default_rng(0)
+    out = []
+    for number in range(24):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+        caption = f"a {WORDS[number % 5]} fox number {number % 9}"
+        out.append(Document(str(number), (Text(caption), Image(buffer.getvalue())), {}))
+    return out
+
+
+@dataclass
+class Fitting:
+    """What `fit_clip` hands to the training loop, the state that it begins with, and what one step makes of it."""
+
+    step: Callable[[TrainState, Any], tuple[TrainState, Any]]
+    batch: Any
+    before: Any
+    after: Any
+    loss: float
+
+    def one_device(self, rows: slice) -> tuple[float, Any]:
+        """The loss and the gradient of some rows of the batch on one device: descent at rate 1 subtracts it."""
+        device = jax.devices()[0]
+        state = TrainState(np.zeros((), np.int32), self.before, optax.sgd(1.0).init(self.before))
+        batch = jax.tree.map(lambda x: x[rows], self.batch)
+        new, metrics = jax.jit(self.step)(*jax.device_put((state, batch), device))
+        return float(metrics["loss"][0]), jax.tree.map(np.subtract, self.before, jax.device_get(new.params))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitting:
+    """One step of the real `fit_clip` on eight devices, without augmentation, by plain descent at rate 1."""
+    folder, seen = tmp_path_factory.mktemp("fit"), {}
+    experiment: Experiment = tiny_config.get_config()
+    clip = replace(experiment.clip, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
+
+    def watched(*arguments: Any) -> TrainState:
+        _, _, _, init, _, _, step, items, batch, _ = arguments
+        seen["step"], seen["before"] = step, jax.device_get(jax.jit(init)(jax.random.key(experiment.seed)))
+        seen["batch"] = batch(np.random.default_rng([experiment.seed, 0]).integers(items, size=ROWS))
+        return fitting.fit_encoder(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_clip, "adam", lambda config: optax.sgd(1.0))
+        patch.setattr(fit_clip, "fit_encoder", watched)
+        checkpoint = fit_clip.fit_clip(replace(experiment, clip=clip), documents(), folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return Fitting(**seen, after=checkpoint.params, loss=json.loads(lines[-1])["loss"])
+
+
+def close(one: Any, other: Any) -> bool:
+    """Within float32's rounding of sums over the batch, against the largest gradient of all."""
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(other))
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.abs(a - b).max() < 1e-5 * scale for a, b in pairs)
+
+
+def test_eight_devices_step_as_one_does(fitted: Fitting):
+    assert jax.device_count() == 8
+    gradient = jax.tree.map(np.subtract, fitted.before, fitted.after)
+    loss, expected = fitted.one_device(slice(None))
+    assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-2
+    np.testing.assert_allclose(fitted.loss, loss, rtol=1e-5)
+    assert close(gradient, expected)
+
+
+def test_which_is_not_the_mean_of_eight_losses(fitted: Fitting):
+    """Each device's rows alone have one negative in place of fifteen."""
+    parts = [fitted.one_device(slice(start, start + ROWS // 8)) for start in range(0, ROWS, ROWS // 8)]
+    gradient = jax.tree.map(np.subtract, fitted.before, fitted.after)
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(part for _, part in parts))
+    assert np.mean([loss for loss, _ in parts]) < 0.7 * fitted.loss
+    assert not close(gradient, mean)
+
+
+def test_equal_captions_are_on_different_devices(fitted: Fitting):
+    ids = fitted.batch[0]
+    assert len(ids) == ROWS
+    assert len(np.unique(ids, axis=0)) < ROWS  # equal captions, some of them on different devices
+    first = {tuple(row): place // (ROWS // 8) for place, row in reversed(list(enumerate(ids)))}
+    assert any(first[tuple(row)] != place // (ROWS // 8) for place, row in enumerate(ids))
