@@ -74,7 +74,10 @@ def fit_encoder(
     batch: Callable[[np.ndarray], PyTree],
     folder: Path,
 ) -> TrainState:
-    """Data-parallel fitting with the training loop; the rows of a step are a function of (seed, step)."""
+    """Data-parallel fitting with the training loop; the rows of a step are a function of (seed, step).
+
+    A process reads its share of them, so that a step sees the same rows however many processes there are.
+    """
     mesh_config = MeshConfig()
     size = -(-config.batch // jax.device_count()) * jax.device_count()
 
@@ -83,7 +86,7 @@ def fit_encoder(
         while True:
             rows = np.random.default_rng([experiment.seed, number]).integers(items, size=size)
             number += 1
-            yield batch(rows), [number]
+            yield batch(np.split(rows, jax.process_count())[jax.process_index()]), [number]
 
     mesh = mesh_config.build()
     with use_mesh(mesh_config, mesh):

@@ -2,8 +2,13 @@
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,10 +58,9 @@ class Fitting:
         return float(metrics["loss"][0]), jax.tree.map(np.subtract, self.before, jax.device_get(new.params))
 
 
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitting:
-    """One step of the real `fit_clip` on eight devices, without augmentation, by plain descent at rate 1."""
-    folder, seen = tmp_path_factory.mktemp("fit"), {}
+def one_step(folder: Path) -> Fitting:
+    """One step of the real `fit_clip` on all devices, without augmentation, by plain descent at rate 1."""
+    seen: dict[str, Any] = {}
     experiment: Experiment = tiny_config.get_config()
     clip = replace(experiment.clip, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
 
@@ -72,6 +76,11 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitting:
         checkpoint = fit_clip.fit_clip(replace(experiment, clip=clip), documents(), folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return Fitting(**seen, after=checkpoint.params, loss=json.loads(lines[-1])["loss"])
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitting:
+    return one_step(tmp_path_factory.mktemp("fit"))
 
 
 def close(one: Any, other: Any) -> bool:
@@ -105,3 +114,39 @@ def test_equal_captions_are_on_different_devices(fitted: Fitting):
     assert len(np.unique(ids, axis=0)) < ROWS  # equal captions, some of them on different devices
     first = {tuple(row): place // (ROWS // 8) for place, row in reversed(list(enumerate(ids)))}
     assert any(first[tuple(row)] != place // (ROWS // 8) for place, row in enumerate(ids))
+
+
+def test_two_processes_step_as_one_does(fitted: Fitting, tmp_path: Path):
+    """Four devices each. Both write into one folder, as the hosts of a cluster do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+    }
+    commands = [[sys.executable, __file__, address, str(number), str(tmp_path)] for number in range(2)]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    gradient = jax.tree.map(np.subtract, fitted.before, fitted.after)
+    for number in range(2):
+        leaves = np.load(tmp_path / f"{number}.npz")
+        assert float(leaves["loss"]) == pytest.approx(fitted.loss, rel=1e-5)
+        after = jax.tree.unflatten(jax.tree.structure(gradient), [leaves[f"arr_{i}"] for i in range(len(leaves) - 1)])
+        assert close(jax.tree.map(np.subtract, fitted.before, after), gradient)
+
+
+if __name__ == "__main__":
+    jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    assert jax.device_count() == 8
+    result = one_step(Path(sys.argv[3]))
+    np.savez(Path(sys.argv[3]) / f"{sys.argv[2]}.npz", *jax.tree.leaves(result.after), loss=result.loss)
