@@ -46,6 +46,8 @@ ORDER = {
         "params_file",
         "torch_file",
         "vqgan",
+        "discriminator",
+        "perceptual",
         "vqgan_objective",
         "vqgan_checkpoints",
         "html",

@@ -17,7 +17,7 @@ from rac3.experiment import Experiment
 from rac3.retrieval.clip import CLIP, CLIPConfig, contrastive_loss, crop_images, crop_texts
 from rac3.retrieval.clip_images import OPENAI_MEAN, OPENAI_STD
 from rac3.retrieval.encoder import ClipText
-from rac3.stages.fitting import adam, fit_encoder, one_each
+from rac3.stages.fitting import Fitting, adam, fit_encoder, one_each
 from rac3.tokens.params_file import save_params
 from rac3.tokens.text import Tokenizer
 from rac3.training.state import TrainState, apply_gradients
@@ -47,7 +47,7 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
     images = np.stack([prepare_image(document.images[0].pixels(), size) for document in pairs])
     ids, mask = ClipText.fitted(tokenizer, config.text_config)([document.text for document in pairs])
     mean, deviation = np.array(OPENAI_MEAN) * 255, np.array(OPENAI_STD) * 255
-    optimizer = adam(experiment.clip.fit)
+    optimizer = adam(experiment.clip.fit, experiment.clip.fit.steps)
 
     def pixels_of(raw: Array) -> Array:
         return (raw.astype(jnp.float32) - mean) / deviation
@@ -56,7 +56,7 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
         one = jax.tree.map(jnp.asarray, (ids[:1], mask[:1], images[:1]))
         return model.init(key, one[0], one[1], pixels_of(one[2]))["params"]
 
-    def step(state: TrainState, batch: tuple[Array, Array, Array]) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: tuple[Array, Array, Array], _: None) -> tuple[TrainState, Metrics]:
         ids, mask, pixels = batch
         text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step))
         ids, mask = crop_texts(text_key, ids, mask, experiment.clip.text_crop)
@@ -73,9 +73,8 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
     def batch(rows: np.ndarray) -> PyTree:
         return ids[rows], mask[rows], images[rows]
 
-    state = fit_encoder(
-        experiment, "fit CLIP", experiment.clip.fit, init, None, optimizer, step, len(pairs), batch, folder
-    )
+    fitting = Fitting("fit CLIP", init, optimizer, step, len(pairs), batch)
+    state = fit_encoder(experiment, experiment.clip.fit, fitting, folder)
     save_params(folder / PARAMS, jax.device_get(state.params))
     (folder / CONFIG).write_text(json.dumps(canonical(config), indent=2) + "\n")
 

@@ -34,14 +34,17 @@ def vqgan(experiment: Experiment) -> Recipe:
     """Of a checkpoint: its path and resolution, and the names and sizes of its files; no documents are looked at.
 
     Raises:
-      InputError: the checkpoint, or a file of it, does not exist.
+      InputError: the checkpoint, or a file of it, does not exist; or weights of the perceptual loss don't.
     """
     checkpoint = experiment.vqgan.checkpoint
     if checkpoint is not None:
         files = [[path.name, path.stat().st_size] for path in checkpoint_files(Path(checkpoint))]
-        config = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": files}
-        return Recipe("vqgan", config, {})
-    return Recipe("vqgan", {"vqgan": experiment.vqgan, "data": fitting_data(experiment), "seed": experiment.seed}, {})
+        loaded = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": files}
+        return Recipe("vqgan", loaded, {})
+    config: dict[str, Any] = {"vqgan": experiment.vqgan, "data": fitting_data(experiment), "seed": experiment.seed}
+    if experiment.vqgan.objective.perceptual.weights:
+        config["perceptual"] = [path.stat().st_size for path in experiment.vqgan.objective.perceptual.files()]
+    return Recipe("vqgan", config, {})
 
 
 def clip(experiment: Experiment) -> Recipe:
