@@ -92,7 +92,8 @@ class Fitting:
 
 def fit_encoder(experiment: Experiment, config: FitConfig, fitting: Fitting, folder: Path) -> TrainState:
     """Fits with the training loop, the batch cut over the `data` and `fsdp` axes of the experiment's mesh and the
-    parameters whole on each device; the rows of a step are a function of (seed, step)."""
+    parameters whole on each device. The rows of a step are a function of (seed, step); a process reads its share of
+    them, so that a step sees the same rows however many processes there are."""
     mesh = experiment.mesh.build()
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-config.batch // parts) * parts
@@ -102,7 +103,7 @@ def fit_encoder(experiment: Experiment, config: FitConfig, fitting: Fitting, fol
         while True:
             rows = np.random.default_rng([experiment.seed, number]).integers(fitting.items, size=size)
             number += 1
-            yield fitting.batch(rows), [number]
+            yield fitting.batch(np.split(rows, jax.process_count())[jax.process_index()]), [number]
 
     with use_mesh(experiment.mesh, mesh):
         state = create_state(fitting.init, fitting.optimizer, experiment.seed, experiment.mesh, mesh)

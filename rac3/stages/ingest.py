@@ -14,7 +14,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject
-from rac3.documents.store import LENGTHS, TokenizedDocument, write_shard
+from rac3.documents.store import LENGTHS, TokenizedDocument, id_type, write_shard
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
 from rac3.stages import recipes
@@ -63,6 +63,7 @@ def _ingest_split(
                 items = source.read(data_dir, shard)
                 _ingest_shard(experiment, items, tokenizer, codec, builder, draft.folder / f"{number:05d}.array_record")
             bar.update()
+    draft.counts["ids"] = np.dtype(id_type(tokenizer.size, codec.codes)).name
     _merge(experiment, split, len(shards), draft)
 
 
@@ -91,7 +92,7 @@ def _ingest_shard(
                 waiting = []
     kept += tokenize(waiting, tokenizer, codec, experiment.max_text_tokens)
     temporary = path.with_suffix(".tmp")
-    write_shard(temporary, kept)
+    write_shard(temporary, kept, id_type(tokenizer.size, codec.codes))
     temporary.replace(path)
     summary = {
         "lengths": [len(builder.sequence(item).ids) for item in kept],
