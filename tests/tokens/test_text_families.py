@@ -284,7 +284,9 @@ def test_the_command_tells_what_it_found_and_stores_ids_as_narrow_as_they_are(
         tokenizer = experiment.text.load()
         for item in (documents := DocumentStore(artifact.folder)).many(range(len(documents))):
             texts = [
-                ids for segment, ids in zip(item.document.segments, item.ids, strict=True) if isinstance(segment, Text)
+                ids.tolist()
+                for segment, ids in zip(item.document.segments, item.ids, strict=True)
+                if isinstance(segment, Text)
             ]
             assert " ".join(map(tokenizer.decode, texts)) == item.document.text
         (folder / "tokenizer_config.json").write_text("{ }")
