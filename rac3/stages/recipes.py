@@ -36,7 +36,7 @@ def vqgan(experiment: Experiment) -> Recipe:
     """Of a checkpoint: its path and resolution, and the names and sizes of its files; no documents are looked at.
 
     Raises:
-      InputError: the checkpoint, or a file of it, does not exist.
+      InputError: the checkpoint, or a file of it, does not exist; or weights of the perceptual loss don't.
     """
     checkpoint = experiment.vqgan.checkpoint
     if checkpoint is not None:
@@ -44,7 +44,13 @@ def vqgan(experiment: Experiment) -> Recipe:
         sizes = [[path.name, path.stat().st_size] for path in (*files.configs, *files.weights)]
         where = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": sizes}
         return Recipe("vqgan", where, {})
-    config = {"vqgan": _fitted(experiment.vqgan), "data": fitting_data(experiment), "seed": experiment.seed}
+    config: dict[str, Any] = {
+        "vqgan": _fitted(experiment.vqgan),
+        "data": fitting_data(experiment),
+        "seed": experiment.seed,
+    }
+    if experiment.vqgan.objective.perceptual.weights:
+        config["perceptual"] = [path.stat().st_size for path in experiment.vqgan.objective.perceptual.files()]
     return Recipe("vqgan", config, {})
 
 

@@ -40,10 +40,10 @@ def documents() -> list[Document]:
 
 
 @dataclass
-class Fitting:
+class Fitted:
     """What `fit_clip` hands to the training loop, the state that it begins with, and what one step makes of it."""
 
-    step: Callable[[TrainState, Any], tuple[TrainState, Any]]
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, Any]]
     batch: Any
     before: Any
     after: Any
@@ -54,32 +54,32 @@ class Fitting:
         device = jax.devices()[0]
         state = TrainState(np.zeros((), np.int32), self.before, optax.sgd(1.0).init(self.before))
         batch = jax.tree.map(lambda x: x[rows], self.batch)
-        new, metrics = jax.jit(self.step)(*jax.device_put((state, batch), device))
+        new, metrics = jax.jit(self.step)(*jax.device_put((state, batch), device), None)
         return float(metrics["loss"][0]), jax.tree.map(np.subtract, self.before, jax.device_get(new.params))
 
 
-def one_step(folder: Path) -> Fitting:
+def one_step(folder: Path) -> Fitted:
     """One step of the real `fit_clip` on all devices, without augmentation, by plain descent at rate 1."""
     seen: dict[str, Any] = {}
     experiment: Experiment = tiny_config.get_config()
     clip = replace(experiment.clip, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
 
-    def watched(*arguments: Any) -> TrainState:
-        _, _, _, init, _, _, step, items, batch, _ = arguments
-        seen["step"], seen["before"] = step, jax.device_get(jax.jit(init)(jax.random.key(experiment.seed)))
-        seen["batch"] = batch(np.random.default_rng([experiment.seed, 0]).integers(items, size=ROWS))
-        return fitting.fit_encoder(*arguments)
+    def watched(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
+        seen["step"] = given.step
+        seen["before"] = jax.device_get(jax.jit(given.init)(jax.random.key(experiment.seed)))
+        seen["batch"] = given.batch(np.random.default_rng([experiment.seed, 0]).integers(given.items, size=ROWS))
+        return fitting.fit_encoder(experiment, config, given, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_clip, "adam", lambda config: optax.sgd(1.0))
+        patch.setattr(fit_clip, "adam", lambda config, steps: optax.sgd(1.0))
         patch.setattr(fit_clip, "fit_encoder", watched)
         checkpoint = fit_clip.fit_clip(replace(experiment, clip=clip), documents(), folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return Fitting(**seen, after=checkpoint.params, loss=json.loads(lines[-1])["loss"])
+    return Fitted(**seen, after=checkpoint.params, loss=json.loads(lines[-1])["loss"])
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitting:
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     return one_step(tmp_path_factory.mktemp("fit"))
 
 
@@ -90,7 +90,7 @@ def close(one: Any, other: Any) -> bool:
     return all(np.abs(a - b).max() < 1e-5 * scale for a, b in pairs)
 
 
-def test_eight_devices_step_as_one_does(fitted: Fitting):
+def test_eight_devices_step_as_one_does(fitted: Fitted):
     assert jax.device_count() == 8
     gradient = jax.tree.map(np.subtract, fitted.before, fitted.after)
     loss, expected = fitted.one_device(slice(None))
@@ -99,7 +99,7 @@ def test_eight_devices_step_as_one_does(fitted: Fitting):
     assert close(gradient, expected)
 
 
-def test_which_is_not_the_mean_of_eight_losses(fitted: Fitting):
+def test_which_is_not_the_mean_of_eight_losses(fitted: Fitted):
     """Each device's rows alone have one negative in place of fifteen."""
     parts = [fitted.one_device(slice(start, start + ROWS // 8)) for start in range(0, ROWS, ROWS // 8)]
     gradient = jax.tree.map(np.subtract, fitted.before, fitted.after)
@@ -108,7 +108,7 @@ def test_which_is_not_the_mean_of_eight_losses(fitted: Fitting):
     assert not close(gradient, mean)
 
 
-def test_equal_captions_are_on_different_devices(fitted: Fitting):
+def test_equal_captions_are_on_different_devices(fitted: Fitted):
     ids = fitted.batch[0]
     assert len(ids) == ROWS
     assert len(np.unique(ids, axis=0)) < ROWS  # equal captions, some of them on different devices
@@ -116,7 +116,7 @@ def test_equal_captions_are_on_different_devices(fitted: Fitting):
     assert any(first[tuple(row)] != place // (ROWS // 8) for place, row in enumerate(ids))
 
 
-def test_two_processes_step_as_one_does(fitted: Fitting, tmp_path: Path):
+def test_two_processes_step_as_one_does(fitted: Fitted, tmp_path: Path):
     """Four devices each. Both write into one folder, as the hosts of a cluster do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
