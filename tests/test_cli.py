@@ -58,7 +58,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         capsys.readouterr()
         code = rac3(monkeypatch, *arguments, *(["--workdir", str(workdir)] if workdir else []))
         lines = [
-            line for line in capsys.readouterr().err.splitlines() if not re.match(r"(read|fit|index|ingest) ", line)
+            line for line in capsys.readouterr().err.splitlines() if not re.match(r"(read|fit|index|ingest|embed|retrieve)\b", line)
         ]
         assert code == 2
         assert len(lines) == 1, lines

@@ -4,7 +4,7 @@ A record is {"key", "segments": [{"text" | "image", "ids"}, ...], "metadata"}; `
 little-endian uint32 text ids or image codes. Nothing in it is executable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,8 +44,8 @@ def unpack_record(data: bytes) -> TokenizedDocument:
     return TokenizedDocument(Document(record["key"], segments, record["metadata"]), ids)
 
 
-def write_shard(path: Path, items: Sequence[TokenizedDocument]) -> None:
-    """Writes one shard. The caller makes it atomic (a temporary name, then a rename)."""
+def write_shard(path: Path, items: Iterable[TokenizedDocument]) -> None:
+    """Writes one shard, each document as it comes. The caller makes it atomic (a temporary name, then a rename)."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # Groups of one record make every random read one record's decompression.
