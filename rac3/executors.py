@@ -19,7 +19,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rac3.artifacts import TEMPORARY, write_atomic
 from rac3.config import CONFIG_MODULE, InputError
@@ -75,12 +75,14 @@ class _StoppedError(BaseException):
     """Ends a thread of a run that is interrupted: not an Exception, which a source might swallow."""
 
 
+@runtime_checkable
 class Worker(Protocol):
     """Makes a shard: writes its files, and returns what is worth keeping of it, as JSON. Called from many threads."""
 
     def __call__(self, shard: Shard, tally: Tally) -> Mapping[str, Any]: ...
 
 
+@runtime_checkable
 class Job(Protocol):
     """A stage, as it is sent to the workers: small, picklable, and opened where it runs."""
 
@@ -116,7 +118,7 @@ class Beat:
 Events = Generator[Outcome | Beat, None, None]
 
 
-def run(executor: "Local | Ray", job: Job, shards: Sequence[Shard]) -> dict[str, float]:
+def run(executor: "Local | Ray", job: Job, shards: Sequence[Shard]) -> dict[str, int | float]:
     """Makes the shards that are not done.
 
     Returns:
@@ -191,10 +193,11 @@ class _Ledger:
     def note(self) -> str:
         documents, rejects = self.documents + self.beat.documents, self.rejects + self.beat.rejects
         rate = documents / max(time.monotonic() - self.started, 1e-9)
-        parts = [f"{documents} documents", f"{rate:.3g}/s", f"{rejects} rejects", f"{self.beat.workers} workers"]
-        return ", ".join(parts + ([f"{len(self.poisoned)} failed"] if self.poisoned else []))
+        counts = [_count(rejects, "reject"), _count(self.beat.workers, "worker")]
+        failed = [f"{_count(len(self.poisoned), 'shard')} failed"] if self.poisoned else []
+        return ", ".join([_count(documents, "document"), f"{rate:.4g}/s", *counts, *failed])
 
-    def throughput(self) -> dict[str, float]:
+    def throughput(self) -> dict[str, int | float]:
         seconds = time.monotonic() - self.started
         return {
             "documents": self.documents,
@@ -204,14 +207,18 @@ class _Ledger:
         }
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def _poisoned(label: str, outcomes: Sequence[Outcome], left: int) -> str:
     """The one line about shards that cannot be made."""
     named = "; ".join(f"{outcome.shard.name} ({outcome.error})" for outcome in outcomes[:5])
     more = f"; and {len(outcomes) - 5} more" if len(outcomes) > 5 else ""
-    rest = f"{left} others were not tried any more" if left else "all others are done"
+    rest = f"{left} others are not done" if left else "all others are done"
     return (
-        f"{label}: {len(outcomes)} shards failed {ATTEMPTS} times each: {named}{more}; {rest}; mend these and run the "
-        "same command again, which makes them alone" + (" and what is left" if left else "")
+        f"{label}: {_count(len(outcomes), 'shard')} failed {ATTEMPTS} times each: {named}{more}; {rest}; mend what "
+        "they name and run the same command again, which makes only what is not done"
     )
 
 
@@ -372,9 +379,10 @@ def _put(ray: Any, job: Job) -> Any:
 class _RayWorker:
     """The process of a worker."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, path: list[str]) -> None:
         self._folder = folder
         self._worker: Worker | None = None
+        sys.path += [entry for entry in path if entry not in sys.path]  # a config imports what is beside it
 
     def open(self, job: Job) -> str | None:
         """Why it cannot be opened; None if it is."""
@@ -433,7 +441,7 @@ class _RayPool:
             yield Beat(sum(seat.open for seat in self._seats))
 
     def _seat(self) -> _Seat:
-        seat = _Seat(self._remote.remote(os.getcwd()))
+        seat = _Seat(self._remote.remote(os.getcwd(), sys.path))
         self._running[seat.actor.open.remote(self._job)] = seat, None
         return seat
 
@@ -460,12 +468,13 @@ class _RayPool:
         try:
             result = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
-            self._replace(seat)
             if shard is None:
                 self._lost_unopened += 1
-                if self._lost_unopened == MAX_LOST:
-                    reason = " ".join(str(error).split())[:500]
-                    raise InputError(f"{MAX_LOST} Ray workers died while they were opened: {reason}") from error
+                if self._lost_unopened == MAX_LOST or not isinstance(error, self._ray.exceptions.RayActorError):
+                    reason = str(error).strip().splitlines()[-1]
+                    raise InputError(f"a Ray worker cannot be opened: {reason}") from error
+            self._replace(seat)
+            if shard is None:
                 return None
             self._failed[shard].append(seat)
             return Outcome(shard, error="its worker died: killed, out of memory, or crashed", trace=str(error))
