@@ -40,7 +40,7 @@ class Shard:
     Attributes:
       part: the split.
       number: of the shard within its part.
-      name: what messages call it.
+      name: within its part, for messages.
     """
 
     part: str
@@ -51,6 +51,9 @@ class Shard:
     @property
     def summary(self) -> Path:
         return self.folder / f"{self.number:06d}.json"
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.name}"
 
     def read_summary(self) -> dict[str, Any]:
         """What the worker returned for this shard."""
@@ -213,7 +216,7 @@ def _count(number: int, thing: str) -> str:
 
 def _poisoned(label: str, outcomes: Sequence[Outcome], left: int) -> str:
     """The one line about shards that cannot be made."""
-    named = "; ".join(f"{outcome.shard.name} ({outcome.error})" for outcome in outcomes[:5])
+    named = "; ".join(f"{outcome.shard} ({outcome.error})" for outcome in outcomes[:5])
     more = f"; and {len(outcomes) - 5} more" if len(outcomes) > 5 else ""
     rest = f"{left} others are not done" if left else "all others are done"
     return (
@@ -224,7 +227,7 @@ def _poisoned(label: str, outcomes: Sequence[Outcome], left: int) -> str:
 
 def _trace(outcomes: Sequence[Outcome]) -> RuntimeError | None:
     """What `--debug` shows."""
-    traces = [f"{outcome.shard.name}:\n{outcome.trace}" for outcome in outcomes if outcome.trace]
+    traces = [f"{outcome.shard}:\n{outcome.trace}" for outcome in outcomes if outcome.trace]
     return RuntimeError("\n".join(["in a worker", *traces])) if traces else None
 
 

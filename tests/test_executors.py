@@ -111,7 +111,7 @@ def test_a_poisoned_shard_is_named_and_the_others_are_made(executor: Local | Ray
     with pytest.raises(InputError, match=r"number [27].* number [27]") as raised:
         run(executor, job, shards)
     line = str(raised.value)
-    assert line.startswith("square: 2 shards failed 3 times each: ")
+    assert line.startswith("square: 2 shards failed 3 times each: train number ")
     assert "number 2 (ValueError: a bad number)" in line
     assert "all others are done" in line
     assert "\n" not in line
@@ -161,7 +161,7 @@ def test_a_worker_that_is_killed_is_replaced(trap: str, job: Squares, shards: li
 def test_a_shard_that_kills_its_workers_is_named_alone(job: Squares, shards: list[Shard]):
     """One worker with two shards at a time: whichever stands beside it dies with it, and is not held to account."""
     (job.traps / "die always 6").touch()
-    with pytest.raises(InputError, match=r"1 shard failed 3 times each: number 6 .its worker died"):
+    with pytest.raises(InputError, match=r"1 shard failed 3 times each: train number 6 .its worker died"):
         run(Ray(workers=1, threads=2), job, shards)
     assert_made(shards, but=(6,))
     assert job.made()["make 6"] == ATTEMPTS

@@ -52,7 +52,7 @@ def embed(experiment: Experiment, workdir: Workdir) -> None:
 def document_shards(experiment: Experiment, split: Split, documents: int, folder: Path) -> list[Shard]:
     """Ranges of documents, each of which is one file of every array that is made from them."""
     starts = range(0, documents, experiment.documents_per_shard)
-    names = [f"{split} documents {start} to {min(start + starts.step, documents) - 1}" for start in starts]
+    names = [f"documents {start} to {min(start + starts.step, documents) - 1}" for start in starts]
     return [Shard(split, number, name, folder) for number, name in enumerate(names)]
 
 
