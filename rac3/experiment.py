@@ -17,6 +17,7 @@ from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.sharding import MeshConfig
+from rac3.tokens.perceptual import MIN_RESOLUTION
 from rac3.tokens.text import TextTokenizer
 from rac3.tokens.vqgan import VQGANConfig
 from rac3.tokens.vqgan_objective import VQGANObjective
@@ -64,17 +65,22 @@ class FitConfig:
       steps: optimizer steps.
       batch: images, or caption-image pairs, in a step.
       peak_lr: of Adam, with a short warm-up and linear decay.
+      b1, b2: of Adam; with an adversarial loss 0.5 and 0.9 are usual.
       max_documents: at most this many documents are read, evenly from all shards.
     """
 
     steps: int = 10_000
     batch: int = 256
     peak_lr: float = 1e-3
+    b1: float = 0.9
+    b2: float = 0.98
     max_documents: int = 50_000
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.max_documents) < 1 or self.peak_lr <= 0:
             raise InputError(f"fit: steps={self.steps}, batch={self.batch}, peak_lr={self.peak_lr} must be positive")
+        if not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
+            raise InputError(f"fit: b1={self.b1} and b2={self.b2} must lie in [0, 1); 0.9 and 0.98 are the defaults")
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,26 @@ class ImageTokenizer:
             raise InputError(
                 f"vqgan.model.quantizer={self.model.quantizer!r} can't be fitted here; use 'nearest', or set "
                 "vqgan.checkpoint"
+            )
+        if self.checkpoint is None:
+            self._check_objective()
+
+    def _check_objective(self) -> None:
+        adversarial, resolution = self.objective.adversarial, self.model.resolution
+        if adversarial.weight and resolution < adversarial.min_resolution:
+            raise InputError(
+                f"adversarial.n_layers={adversarial.n_layers} needs pictures of {adversarial.min_resolution} pixels, "
+                f"and vqgan.model.resolution={resolution}; lower n_layers"
+            )
+        if adversarial.weight and adversarial.start >= self.fit.steps:
+            raise InputError(
+                f"adversarial.start={adversarial.start} is not below vqgan.fit.steps={self.fit.steps}, so that the "
+                "adversarial loss never counts; lower it, or set adversarial.weight=0"
+            )
+        if self.objective.perceptual.weights and resolution < MIN_RESOLUTION:
+            raise InputError(
+                f"the perceptual loss needs pictures of {MIN_RESOLUTION} pixels, and vqgan.model.resolution="
+                f"{resolution}; leave perceptual.weights out"
             )
 
 

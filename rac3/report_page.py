@@ -25,10 +25,11 @@ ENCODER_ROWS = (
     ("VQGAN: SSIM", ("vqgan", "ssim"), ".3f"),
     ("VQGAN: codes used", ("vqgan", "codebook_use"), ".1%"),
     ("VQGAN: codebook perplexity", ("vqgan", "codebook_perplexity"), ".1f"),
-    ("CLIP: own image of a text, recall at 1", ("clip", "text_to_image_recall_at_1"), ".1%"),
-    ("CLIP: own image of a text, recall at 5", ("clip", "text_to_image_recall_at_5"), ".1%"),
-    ("CLIP: own text of an image, recall at 1", ("clip", "image_to_text_recall_at_1"), ".1%"),
-    ("CLIP: own text of an image, recall at 5", ("clip", "image_to_text_recall_at_5"), ".1%"),
+    *(
+        (f"CLIP: {what}, recall at {k}", ("clip", f"{key}_recall_at_{k}"), ".1%")
+        for key, what in (("text_to_image", "own image of a text"), ("image_to_text", "own text of an image"))
+        for k in (1, 5, 10)
+    ),
 )
 
 STYLE = """
@@ -322,7 +323,7 @@ def _encoders(content: Content) -> str:
         counts = ", ".join(f"{values['clip']['pairs']} {split}" for split, values in splits.items())
         parts.append(
             f'<p class="note">CLIP recall: how often a document\'s other half is among the first, out of all pairs '
-            f"({counts}).</p>"
+            f"({counts}). That of a document with the same text or image is right too; ties count against it.</p>"
         )
     plots = []
     for name, key, title, unit in (

@@ -342,6 +342,8 @@ def kill_when(path_pattern: str, workdir: Path, arguments: list[str]) -> None:
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path):
     steps = {"--vqgan.fit.steps": "70", "--training.steps": "40", "--training.checkpoint-every": "5"}
     settings = [word for pair in steps.items() for word in pair] + ["--no-compare-with-cm3"]
+    players = {"ema-decay": "0.99", "adversarial.weight": "0.5", "adversarial.start": "40", "adversarial.ndf": "4"}
+    settings += [word for name, value in players.items() for word in (f"--vqgan.objective.{name}", value)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     def arguments(stage: str, workdir: Path) -> list[str]:
@@ -370,3 +372,6 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path):
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    fitted = [path.read_bytes() for folder in (whole, killed) for path in folder.glob("vqgan/*/params.safetensors")]
+    assert len(fitted) == 2
+    assert fitted[0] == fitted[1]

@@ -58,6 +58,8 @@ ORDER = {
         "params_file",
         "torch_file",
         "vqgan",
+        "discriminator",
+        "perceptual",
         "vqgan_objective",
         "vqgan_weights",
         "vqgan_configs",

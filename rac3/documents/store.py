@@ -1,7 +1,8 @@
 """Tokenized documents on disk: `array_record` shards of msgpack records, read at random.
 
-A record is {"key", "segments": [{"text" | "image", "ids"}, ...], "metadata"}; `image` holds the encoded picture, `ids`
-little-endian uint32 text ids or image codes. Nothing in it is executable.
+A record is {"key", "ids": "<u2" | "<u4", "segments": [{"text" | "image", "ids"}, ...], "metadata"}; `image` holds the
+encoded picture, a segment's `ids` the bytes of its text ids or image codes, in the record's type: little-endian, of 2
+or 4 bytes. Nothing in it is executable.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,11 @@ import msgpack
 import numpy as np
 from jaxtyping import Int
 
+from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 
 LENGTHS = "lengths.npy"
+NARROW, WIDE = "<u2", "<u4"
 
 
 @dataclass(frozen=True)
@@ -27,32 +30,51 @@ class TokenizedDocument:
     ids: tuple[Int[np.ndarray, " _"], ...]
 
 
-def pack_record(item: TokenizedDocument) -> bytes:
+def id_type(text_size: int, image_size: int) -> str:
+    """The type of all ids of a store: 2 bytes if those of both tokenizers, each in a range of its own, fit, else 4."""
+    return NARROW if max(text_size, image_size) <= 2**16 else WIDE
+
+
+def pack_record(item: TokenizedDocument, kind: str) -> bytes:
+    """The record of a document, its ids as `kind`.
+
+    Raises:
+      InputError: an id that `kind` cannot hold.
+    """
+    limit = np.iinfo(kind).max
     segments: list[dict[str, Any]] = []
     for segment, ids in zip(item.document.segments, item.ids, strict=True):
-        raw = np.asarray(ids, "<u4").tobytes()
+        if ids.size and (ids.min() < 0 or ids.max() > limit):
+            bad, what = (ids.min() if ids.min() < 0 else ids.max()), type(segment).__name__.lower()
+            raise InputError(
+                f"document {item.document.key!r} has the {what} id {bad}, outside [0, {limit}] that its store of "
+                f"{np.dtype(kind).name} holds; use a tokenizer that gives ids below its size only"
+            )
         content = {"text": segment.text} if isinstance(segment, Text) else {"image": segment.data}
-        segments.append({**content, "ids": raw})
-    record = {"key": item.document.key, "segments": segments, "metadata": dict(item.document.metadata)}
+        segments.append({**content, "ids": ids.astype(kind).tobytes()})
+    record = {"key": item.document.key, "ids": kind, "segments": segments, "metadata": dict(item.document.metadata)}
     return msgpack.packb(record)
 
 
 def unpack_record(data: bytes) -> TokenizedDocument:
     record = msgpack.unpackb(data)
     segments = tuple(Text(s["text"]) if "text" in s else Image(s["image"]) for s in record["segments"])
-    ids = tuple(np.frombuffer(s["ids"], "<u4").astype(np.int32) for s in record["segments"])
+    ids = tuple(np.frombuffer(s["ids"], record["ids"]).astype(np.int32) for s in record["segments"])
     return TokenizedDocument(Document(record["key"], segments, record["metadata"]), ids)
 
 
-def write_shard(path: Path, items: Iterable[TokenizedDocument]) -> None:
-    """Writes one shard, each document as it comes. The caller makes it atomic (a temporary name, then a rename)."""
+def write_shard(path: Path, items: Iterable[TokenizedDocument], kind: str) -> None:
+    """Writes one shard, each document as it comes, its ids as `kind`.
+
+    The caller makes it atomic (a temporary name, then a rename).
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # Groups of one record make every random read one record's decompression.
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         for item in items:
-            writer.write(pack_record(item))
+            writer.write(pack_record(item, kind))
     finally:
         writer.close()
 

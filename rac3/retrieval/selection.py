@@ -1,5 +1,7 @@
 """From a ranked list of candidates to the documents worth having in context."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,10 +67,13 @@ def select(
       exclude: global id of the document that each query was made from; -1 if it is not in the memory.
     """
     starts = range(0, max(len(candidate_ids), 1), _QUERIES_AT_ONCE)
-    chunks = [
-        _select_chunk(selection, query_embeddings[rows], candidate_ids[rows], memory, exclude[rows])
-        for rows in (slice(start, start + _QUERIES_AT_ONCE) for start in starts)
-    ]
+
+    def some(start: int) -> Selected:
+        rows = slice(start, start + _QUERIES_AT_ONCE)
+        return _select_some(selection, query_embeddings[rows], candidate_ids[rows], memory, exclude[rows])
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy gathers and multiplies outside of Python's lock
+        chunks = list(threads.map(some, starts))
     return Selected(
         ids=np.concatenate([chunk.ids for chunk in chunks]),
         scores=np.concatenate([chunk.scores for chunk in chunks]),
@@ -76,21 +81,59 @@ def select(
     )
 
 
-def _select_chunk(
+def _select_some(
     selection: Selection,
     query_embeddings: Float[np.ndarray, "queries embed"],
     candidate_ids: Int[np.ndarray, "queries candidates"],
     memory: Memory,
     exclude: Int[np.ndarray, "queries"],
 ) -> Selected:
-    """`select`, vectorized over the queries: one step per place in the ranked list."""
+    """`select` of few queries: a walk over the first candidates, then over all of them where those did not suffice.
+
+    What selection costs is to read embeddings, and most lists are full at `depth` or soon after.
+    """
+    shape, depth = candidate_ids.shape, selection.depth
+    taken, to_query = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    dropped = np.zeros((shape[0], 3), np.int64)
+    rows = np.arange(shape[0])
+    for width in (min(depth + 2, shape[1]), shape[1]):
+        walked = _walk(selection, query_embeddings[rows], candidate_ids[rows, :width], memory, exclude[rows])
+        taken[rows, :width], to_query[rows, :width], dropped[rows] = walked
+        if width == shape[1]:
+            break
+        rows = rows[(taken[rows].sum(axis=1) < depth) & (candidate_ids[rows, width] >= 0)]
+    order = np.argsort(~taken, axis=1, kind="stable")[:, :depth]  # the taken ones first, in their order
+    is_document = np.take_along_axis(taken, order, axis=1)
+    padding = ((0, 0), (0, depth - order.shape[1]))
+    ids = np.where(is_document, np.take_along_axis(candidate_ids, order, axis=1), -1).astype(np.int64)
+    scores = np.where(is_document, np.take_along_axis(to_query, order, axis=1), np.float32(-np.inf))
+    return Selected(
+        np.pad(ids, padding, constant_values=-1),
+        np.pad(scores, padding, constant_values=-np.inf),
+        Dropped(*dropped.sum(axis=0).tolist()),
+    )
+
+
+def _walk(
+    selection: Selection,
+    query_embeddings: Float[np.ndarray, "queries embed"],
+    candidate_ids: Int[np.ndarray, "queries candidates"],
+    memory: Memory,
+    exclude: Int[np.ndarray, "queries"],
+) -> tuple[
+    Bool[np.ndarray, "queries candidates"], Float[np.ndarray, "queries candidates"], Int[np.ndarray, "queries 3"]
+]:
+    """Which candidates are taken, all inner products with the query, and how many fell to each rule of `Dropped`.
+
+    Vectorized over the queries: one step per place in the ranked list.
+    """
     embeddings = memory.embeddings_of(candidate_ids)
-    to_query = np.einsum("qce,qe->qc", embeddings, np.asarray(query_embeddings, np.float32))
+    to_query = np.matmul(embeddings, np.asarray(query_embeddings, np.float32)[:, :, None])[:, :, 0]
     to_each_other = embeddings @ embeddings.swapaxes(1, 2)
     # Rounding puts the inner product of equal unit vectors a little above 1, which must not be skipped at a limit of 1.
     limit = selection.max_similarity if selection.max_similarity < 1 else np.inf
-    taken: Bool[np.ndarray, "queries candidates"] = np.zeros(candidate_ids.shape, bool)
-    dropped = np.zeros(3, np.int64)
+    taken = np.zeros(candidate_ids.shape, bool)
+    dropped = np.zeros((len(candidate_ids), 3), np.int64)
     for place in range(candidate_ids.shape[1]):
         ids = candidate_ids[:, place]
         considered = (ids >= 0) & (taken.sum(axis=1) < selection.depth)
@@ -100,16 +143,7 @@ def _select_chunk(
             (taken & (to_each_other[:, place] > limit)).any(axis=1),
         )
         for number, broken in enumerate(rules):
-            dropped[number] += (considered & broken).sum()
+            dropped[:, number] += considered & broken
             considered &= ~broken
         taken[:, place] = considered
-    order = np.argsort(~taken, axis=1, kind="stable")[:, : selection.depth]  # the taken ones first, in their order
-    is_document = np.take_along_axis(taken, order, axis=1)
-    padding = ((0, 0), (0, selection.depth - order.shape[1]))
-    ids = np.where(is_document, np.take_along_axis(candidate_ids, order, axis=1), -1).astype(np.int64)
-    scores = np.where(is_document, np.take_along_axis(to_query, order, axis=1), np.float32(-np.inf))
-    return Selected(
-        np.pad(ids, padding, constant_values=-1),
-        np.pad(scores, padding, constant_values=-np.inf),
-        Dropped(*dropped.tolist()),
-    )
+    return taken, to_query, dropped

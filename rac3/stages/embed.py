@@ -5,6 +5,8 @@ queries: validation, test        <split>/text, image    of each part alone
          train                   train/text, image      the same with query dropout (paper, section 3.2)
 """
 
+import math
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from rac3.documents.store import DocumentStore, TokenizedDocument
 from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
 from rac3.retrieval.encoder import Encoder, mix, query_dropout_keys
+from rac3.retrieval.memory import EmbeddingRows
 from rac3.stages import recipes
 from rac3.stages.encoders import open_clip
 
@@ -135,9 +138,14 @@ class _Embedder:
         return vectors
 
 
-def document_embeddings(folder: Path) -> Vectors:
-    """The mixed-modal vectors of a split of the memory."""
-    return Vectors(folder / DOCUMENT)
+def document_embeddings(folder: Path) -> EmbeddingRows:
+    """The mixed-modal vectors of a split of the memory: read when asked for, or now if they are small.
+
+    Small is a sixteenth of this machine's memory, on which there may be a worker for each of 8 GPUs.
+    """
+    vectors = Vectors(folder / DOCUMENT)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return vectors[:] if 4 * math.prod(vectors.shape) <= machine // 16 else vectors
 
 
 def query_embeddings(folder: Path, part: str) -> Vectors:

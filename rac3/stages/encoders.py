@@ -56,7 +56,10 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
             if recipe.stage == "text":
                 if experiment.text.checkpoint is None:
                     experiment.text.fit((document.text for document in documents if document.text), draft.folder)
-                draft.counts["ids"] = experiment.text.load(draft.folder).size
+                tokenizer = experiment.text.load(draft.folder)
+                draft.counts["ids"] = tokenizer.size
+                if experiment.text.checkpoint is not None:
+                    print(f"text tokenizer {experiment.text.checkpoint}: {tokenizer.summary()}")
             elif recipe.stage == "vqgan" and experiment.vqgan.checkpoint is not None:
                 _convert_vqgan(Path(experiment.vqgan.checkpoint), experiment.vqgan.resolution, draft.folder)
             elif recipe.stage == "vqgan":

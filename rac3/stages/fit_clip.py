@@ -17,7 +17,7 @@ from rac3.retrieval.clip import CLIP, CLIPConfig, contrastive_loss, crop_images,
 from rac3.retrieval.clip_checkpoints import TOKENIZER, ClipCheckpoint
 from rac3.retrieval.clip_images import ClipImages
 from rac3.retrieval.encoder import ClipText
-from rac3.stages.fitting import adam, fit_encoder, one_each
+from rac3.stages.fitting import Fitting, adam, fit_encoder, one_each
 from rac3.tokens.text import Tokenizer
 from rac3.training.state import TrainState, apply_gradients
 from rac3.training.step import Metrics
@@ -44,7 +44,7 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
     images = np.stack([IMAGES.square(document.images[0].pixels(), size) for document in pairs])
     ids, mask = ClipText.fitted(tokenizer, config.text_config)([document.text for document in pairs])
     mean, deviation = np.array(IMAGES.mean) * 255, np.array(IMAGES.std) * 255
-    optimizer = adam(experiment.clip.fit)
+    optimizer = adam(experiment.clip.fit, experiment.clip.fit.steps)
 
     def pixels_of(raw: Array) -> Array:
         return (raw.astype(jnp.float32) - mean) / deviation
@@ -53,7 +53,7 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
         one = jax.tree.map(jnp.asarray, (ids[:1], mask[:1], images[:1]))
         return model.init(key, one[0], one[1], pixels_of(one[2]))["params"]
 
-    def step(state: TrainState, batch: tuple[Array, Array, Array]) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: tuple[Array, Array, Array], _: None) -> tuple[TrainState, Metrics]:
         ids, mask, pixels = batch
         text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step))
         ids, mask = crop_texts(text_key, ids, mask, experiment.clip.text_crop)
@@ -70,9 +70,8 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
     def batch(rows: np.ndarray) -> PyTree:
         return ids[rows], mask[rows], images[rows]
 
-    state = fit_encoder(
-        experiment, "fit CLIP", experiment.clip.fit, init, None, optimizer, step, len(pairs), batch, folder
-    )
+    fitting = Fitting("fit CLIP", init, optimizer, step, len(pairs), batch)
+    state = fit_encoder(experiment, experiment.clip.fit, fitting, folder)
     return ClipCheckpoint(config, jax.device_get(state.params), tokenizer, IMAGES)
 
 

@@ -19,7 +19,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Source
-from rac3.documents.store import LENGTHS, TokenizedDocument, write_shard
+from rac3.documents.store import LENGTHS, TokenizedDocument, id_type, write_shard
 from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
 from rac3.stages import recipes
@@ -86,11 +86,12 @@ class _Ingester:
         self.sources: dict[str, Source] = {str(split): source for split, source in experiment.data.sources().items()}
 
     def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
-        summary = _Summary()
-        items = self.sources[shard.part].read(Path(self.experiment.data_dir), shard.name)
+        kind = id_type(self.tokenizer.size, self.codec.codes)
+        summary = _Summary(ids=np.dtype(kind).name)
+        items = iter(self.sources[shard.part].read(Path(self.experiment.data_dir), shard.name))
         path = shard.folder / f"{shard.number:06d}.array_record"
         temporary = temporary_path(path)
-        write_shard(temporary, self._kept(items, summary, tally))
+        write_shard(temporary, self._kept(items, summary, tally), kind)
         temporary.replace(path)
         return asdict(summary)
 
@@ -119,6 +120,7 @@ class _Ingester:
 class _Summary:
     """What is kept of a shard beside its records."""
 
+    ids: str  # the type of the token ids on disk
     lengths: list[int] = field(default_factory=list)
     filtered: dict[str, int] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
@@ -155,14 +157,14 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
     parts: list[np.ndarray] = []
     filtered: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    texts_cut = 0
+    texts_cut, ids = 0, ""
     temporary = temporary_path(draft.folder / REJECTS)
     with temporary.open("w") as lines:
         for shard in shards:
             summary = shard.read_summary()
             parts.append(np.array(summary["lengths"], np.int32))
             filtered.update(summary["filtered"])
-            texts_cut += summary["texts_cut"]
+            texts_cut, ids = texts_cut + summary["texts_cut"], summary["ids"]
             reasons.update(reject["reason"].split(":")[0] for reject in summary["rejects"])
             lines.writelines(json.dumps(reject, ensure_ascii=False) + "\n" for reject in summary["rejects"])
     temporary.replace(draft.folder / REJECTS)
@@ -185,6 +187,7 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
         filtered=dict(filtered),
         rejects=dict(reasons),
         texts_cut=texts_cut,
+        ids=ids,
     )
 
 

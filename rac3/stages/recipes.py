@@ -8,6 +8,7 @@ from rac3.config import canonical
 from rac3.experiment import Experiment, ImageTextEncoder, ImageTokenizer, Split
 from rac3.retrieval.clip_checkpoints import checkpoint_identity
 from rac3.retrieval.controls import NoRetriever
+from rac3.tokens.text import tokenizer_identity
 from rac3.tokens.vqgan_files import checkpoint_files
 
 
@@ -26,15 +27,16 @@ def fitting_data(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def text(experiment: Experiment) -> Recipe:
-    data = None if experiment.text.checkpoint else fitting_data(experiment)
-    return Recipe("text", {"text": experiment.text, "data": data}, {})
+    if experiment.text.checkpoint is not None:
+        return Recipe("text", {"checkpoint": tokenizer_identity(experiment.text.checkpoint)}, {})
+    return Recipe("text", {"text": experiment.text, "data": fitting_data(experiment)}, {})
 
 
 def vqgan(experiment: Experiment) -> Recipe:
     """Of a checkpoint: its path and resolution, and the names and sizes of its files; no documents are looked at.
 
     Raises:
-      InputError: the checkpoint, or a file of it, does not exist.
+      InputError: the checkpoint, or a file of it, does not exist; or weights of the perceptual loss don't.
     """
     checkpoint = experiment.vqgan.checkpoint
     if checkpoint is not None:
@@ -42,7 +44,13 @@ def vqgan(experiment: Experiment) -> Recipe:
         sizes = [[path.name, path.stat().st_size] for path in (*files.configs, *files.weights)]
         where = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": sizes}
         return Recipe("vqgan", where, {})
-    config = {"vqgan": _fitted(experiment.vqgan), "data": fitting_data(experiment), "seed": experiment.seed}
+    config: dict[str, Any] = {
+        "vqgan": _fitted(experiment.vqgan),
+        "data": fitting_data(experiment),
+        "seed": experiment.seed,
+    }
+    if experiment.vqgan.objective.perceptual.weights:
+        config["perceptual"] = [path.stat().st_size for path in experiment.vqgan.objective.perceptual.files()]
     return Recipe("vqgan", config, {})
 
 

@@ -8,17 +8,36 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rac3.config import InputError
-from rac3.tokens.checkpoint_files import checkpoint_folder
+from rac3.tokens.checkpoint_files import checkpoint_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # before there was tokenizer.json
+FILES = ("*.json", "*.txt", "*.model")  # where published tokenizers have their vocabularies and settings
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
 SENTENCEPIECE = "spiece.model"  # SigLIP's
 BYTES = 256  # every byte is a token, so that any text can be written
+
+PROBES = {
+    "capitals": "A Red FOX",
+    "spaces": "  two  spaces, and at the end ",
+    "line breaks": "one\r\ntwo\n\n\tthree",
+    "punctuation": "I 'm , don 't : $4.50 (50%) “fox”",
+    "composed accents": "naïve Ångström",
+    "combining accents": "cafe\u0301 a\u0327\u0302",
+    "Greek and Cyrillic": "αλεπού лиса",
+    "Hebrew and Arabic": "שועל ثَعلب",
+    "Devanagari and Thai": "लोमड़ी สุนัข",
+    "Han, Kana and Hangul": "狐狸 キツネ 여우",
+    "emoji": "\U0001f98a \U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7",
+    "control characters": "a\x00b\x07c\x7f",
+    "markup": "</s> <|endoftext|> <unk> [SEP]",
+}
+"""Short texts of many kinds, to see what a tokenizer does not give back."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +100,29 @@ class Tokenizer:
         self.eos: int | None = pretrained.eos_token_id
         self.pad: int | None = pretrained.pad_token_id
         self.pads_left: bool = pretrained.padding_side == "left"
+        self._controls = _special_ids(pretrained)
+        if pretrained.unk_token_id not in (self.bos, self.eos, self.pad):
+            self._controls.discard(pretrained.unk_token_id)  # it stands for text
 
     def encode(self, text: str) -> list[int]:
-        return self._pretrained.encode(self._cased(text), add_special_tokens=False, verbose=False)
+        """Ids of `text`, in which the characters `</s>` are characters: no text becomes a control id.
+
+        What a tokenizer has no other ids for is left out, as `</s>` in Unigram models, which know it as a word only.
+        """
+        ids = self._pretrained.encode(
+            self._cased(text), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        return [i for i in ids if i not in self._controls]
 
     def encode_with_specials(self, text: str, max_length: int) -> list[int]:
         """With the special tokens that the tokenizer itself adds, of which none is lost where the text is cut."""
         return self._pretrained.encode(
-            self._cased(text), add_special_tokens=True, truncation=True, max_length=max_length, verbose=False
+            self._cased(text),
+            add_special_tokens=True,
+            split_special_tokens=True,
+            truncation=True,
+            max_length=max_length,
+            verbose=False,
         )
 
     def _cased(self, text: str) -> str:
@@ -102,6 +136,16 @@ class Tokenizer:
         plain = [int(i) for i in ids]
         text = self._pretrained.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text if isinstance(text, str) else "".join(text)
+
+    def summary(self) -> str:
+        """One line: the class, its ids, and which of `PROBES` come back otherwise than they went in."""
+        own = [f"{name} {i}" for name, i in (("bos", self.bos), ("eos", self.eos)) if i is not None]
+        named = (getattr(self._pretrained, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
+        probes = PROBES | {"its own special tokens": " ".join(dict.fromkeys(token for token in named if token))}
+        back = {kind: self.decode(self.encode(text)) for kind, text in probes.items()}
+        changes = [f"{kind} ({probes[kind]!r} -> {text!r})" for kind, text in back.items() if text != probes[kind]]
+        verdict = f"changes {', '.join(changes)}" if changes else f"gives back all {len(probes)} kinds of text tried"
+        return f"{type(self._pretrained).__name__}, {', '.join([f'{self.size} ids', *own])}; {verdict}"
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""
@@ -122,6 +166,15 @@ def load_clip_tokenizer(folder: Path) -> Tokenizer:
     settings = folder / "tokenizer_config.json"
     named = settings.is_file() and "tokenizer_class" in settings.read_text(errors="replace")
     return Tokenizer(_load_pretrained(str(folder), "AutoTokenizer" if named else "CLIPTokenizer"))
+
+
+def tokenizer_identity(source: str) -> dict[str, Any]:
+    """What an artifact that is made with a published tokenizer depends on: its name; of a folder, its files' sizes."""
+    folder = checkpoint_folder("tokenizer", source)
+    if folder is None:
+        return {"name": source}
+    files = sorted({path for pattern in FILES for path in folder.glob(pattern)})
+    return {"folder": str(folder.resolve()), "files": {path.name: path.stat().st_size for path in files}}
 
 
 def load_siglip_tokenizer(folder: Path) -> Tokenizer:
@@ -155,16 +208,40 @@ def load_siglip_tokenizer(folder: Path) -> Tokenizer:
 
 def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTokenizerBase":
     import transformers
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    is_folder = checkpoint_folder("tokenizer", source) is not None
+    folder = checkpoint_folder("tokenizer", source)
+    local = folder is not None
+    fix = "check the hub name and the network, or give a folder"
+    if folder is not None:
+        fix = (
+            "a folder needs tokenizer.json, or what its class reads: vocab.json and merges.txt, or a SentencePiece "
+            ".model, for which pip install 'rac3[siglip]'"
+        )
+        if not any(path for pattern in FILES for path in folder.glob(pattern)):
+            raise InputError(f"tokenizer {source!r} has no files of a tokenizer ({fix})")
+        for path in (folder / name for name in JSON_FILES):
+            if path.is_file():
+                read_json(path)  # names the file that is damaged, which transformers does not
     try:
-        return getattr(transformers, kind).from_pretrained(source, local_files_only=is_folder, trust_remote_code=False)
-    except ImportError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"tokenizer {source!r} cannot be loaded: {reason} (pip install 'rac3[siglip]' has what SigLIP's need)"
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: SentencePiece's, of a damaged file
-        reason = str(error).strip().splitlines()[0]
-        fix = "a folder needs tokenizer.json" if is_folder else "check the hub name and the network, or give a folder"
+        custom = get_tokenizer_config(source, local_files_only=local).get("auto_map")
+        if custom and (not isinstance(custom, dict) or "AutoTokenizer" in custom):
+            raise InputError(
+                f"tokenizer {source!r} is code of its own (auto_map in tokenizer_config.json), which is not run; give "
+                "one of a class that transformers has"
+            )
+        loaded = getattr(transformers, kind).from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # the parsers in Rust raise no narrower type
+        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         raise InputError(f"tokenizer {source!r} cannot be loaded: {reason} ({fix})") from error
+    if _special_ids(loaded).issuperset(loaded.get_vocab().values()):  # what transformers makes of a missing vocabulary
+        raise InputError(f"tokenizer {source!r} has no vocabulary, only special tokens ({fix})")
+    return loaded
+
+
+def _special_ids(pretrained: "PreTrainedTokenizerBase") -> set[int]:
+    """The ids that are no text: begin, end, padding, unknown, and what else its files call special."""
+    added = {i for i, token in pretrained.added_tokens_decoder.items() if token.special}
+    return added | {i for i in pretrained.all_special_ids if i is not None}

@@ -1,19 +1,25 @@
 """The objective that fits a VQGAN.
 
 Code vectors follow the encoder by moving averages (arXiv 1711.00937, appendix A.1) rather than by gradient, and a code
-that nothing uses is moved to where the data is. There is no perceptual or adversarial term: the objective suits small
-flat pictures; photographs want a public checkpoint.
+that nothing uses is moved to where the data is. As it stands the loss is of pixels, which suits small flat pictures.
+The rest of VQGAN's objective (arXiv 2012.09841) is off until it is asked for: the adversarial loss
+(`discriminator.py`), the perceptual one (`perceptual.py`, with weights that the user has), and the average of the
+generator's weights.
 """
 
-from dataclasses import dataclass
-from typing import cast, no_type_check
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from rac3.config import InputError
+from rac3.tokens.discriminator import AdversarialConfig
+from rac3.tokens.perceptual import LPIPS, PerceptualConfig, lpips
 from rac3.tokens.vqgan import VQGAN, Features, Images, Params, VQGANOutput
 
 
@@ -28,6 +34,9 @@ class VQGANObjective:
     decay: float = 0.95  # of the moving averages, per step; slower than the encoder moves, most codes die
     smoothing: float = 1e-5  # Laplace smoothing of the cluster sizes
     revive_below: float = 0.03  # a code with less than this share of an even use is dead; 0 never revives
+    ema_decay: float = 0.0  # of the average of the weights that is kept in the end; see `averaged`; 0 keeps the last
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -35,6 +44,10 @@ class VQGANObjective:
         if not 0 <= self.revive_below < 1:
             raise InputError(
                 f"vqgan objective: revive_below={self.revive_below} is outside [0, 1); use 0 to switch off"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(
+                f"vqgan objective: ema_decay={self.ema_decay} is outside [0, 1); 0.999 is usual, 0 switches off"
             )
 
 
@@ -113,45 +126,100 @@ def locality_loss(
     return error / (jnp.mean(jnp.var(wanted, axis=(0, 1, 2))) + 1e-6)
 
 
-def vqgan_loss(
+class Step(NamedTuple):
+    """What one batch says: gradients of the generator's loss, the next codebook, and metrics."""
+
+    gradients: Params
+    codebook: CodebookState
+    reconstruction: Images  # in [-1, 1], not clipped
+    metrics: dict[str, Float[Array, ""]]
+
+
+def vqgan_step(
     model: VQGAN,
     objective: VQGANObjective,
     params: Params,
     codebook: CodebookState,
     images: Images,
     key: PRNGKeyArray,
-) -> tuple[Float[Array, ""], tuple[CodebookState, dict[str, Float[Array, ""]]]]:
-    """The fitting loss on images in [-1, 1], for `jax.value_and_grad(..., argnums=2, has_aux=True)`.
+    perceptual: LPIPS | None = None,
+    adversary: Callable[[Images], Float[Array, ""]] | None = None,
+) -> Step:
+    """The gradients of the fitting loss on images in [-1, 1].
 
-    loss = l1 |x - x'| + l2 (x - x')^2 + beta (z - stop_gradient(code))^2, means over all elements. The code vectors
-    are those of `codebook`, which moves on without gradient; `params["codebook"]` is ignored.
+    L = L_rec + beta (z - stop_gradient(code))^2 + weight lambda L_GAN, means over all elements, where
+    L_rec = l1 |x - x'| + l2 (x - x')^2 + weight LPIPS(x, x') with `perceptual`, and L_GAN is `adversary(x')`. The code
+    vectors are those of `codebook`, which moves on without gradient; `params["codebook"]` is ignored.
 
-    Returns:
-      the loss, and (the next codebook, metrics). Metrics, of this batch: `loss`, `l1` and `mse` (of values in [0, 1]),
-      `psnr` (dB, over the whole batch), `commitment`, `perplexity` of the codes (1 to n_embed), `codes_used` (share).
+    Metrics, of this batch: `loss`, `l1` and `mse` (of values in [0, 1]), `psnr` (dB, over the whole batch),
+    `commitment`, `perplexity` of the codes (1 to n_embed), `codes_used` (share); `perceptual`; `generator_loss` (L_GAN)
+    and `adaptive_weight` (lambda).
     """
     dropout_key, codebook_key, mix_key = jax.random.split(key, 3)
-    variables = {"params": with_codebook(params, codebook)}
-    out = cast(VQGANOutput, model.apply(variables, images, train=True, rngs={"dropout": dropout_key}))
-    error = out.reconstruction - images
-    l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-    commitment = jnp.mean((out.latents - out.quantized) ** 2)
-    loss = objective.l1 * l1 + objective.l2 * l2 + objective.beta * commitment
-    if objective.locality > 0:
-        loss += objective.locality * locality_loss(model, variables, images, out.latents, mix_key)
 
-    vectors = jax.lax.stop_gradient(out.latents).reshape(-1, model.config.embed_dim)
+    def forward(params: Params) -> tuple[tuple[Images, Array], tuple[VQGANOutput, Array]]:
+        variables = {"params": with_codebook(params, codebook)}
+        out = cast(VQGANOutput, model.apply(variables, images, train=True, rngs={"dropout": dropout_key}))
+        commitment = jnp.mean((out.latents - out.quantized) ** 2)
+        latent_loss = objective.beta * commitment
+        if objective.locality > 0:
+            latent_loss += objective.locality * locality_loss(model, variables, images, out.latents, mix_key)
+        return (out.reconstruction, latent_loss), (out, commitment)
+
+    def reconstruction_loss(reconstruction: Images) -> tuple[Array, dict[str, Array]]:
+        error = reconstruction - images
+        l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
+        mse = l2 / 4  # errors over [0, 1] are half of those over [-1, 1]
+        metrics = {"l1": l1 / 2, "mse": mse, "psnr": -10 * jnp.log10(mse)}
+        loss = objective.l1 * l1 + objective.l2 * l2
+        if perceptual is not None:
+            metrics["perceptual"] = jnp.mean(lpips(perceptual, images, reconstruction))
+            loss += objective.perceptual.weight * metrics["perceptual"]
+        return loss, metrics
+
+    # Each loss is derived by the pictures first, and these derivatives go back through the generator as one.
+    (reconstruction, latent_loss), pull, (out, commitment) = jax.vjp(forward, params, has_aux=True)
+    (loss, metrics), toward = jax.value_and_grad(reconstruction_loss, has_aux=True)(reconstruction)
+    loss += latent_loss
+    if adversary is not None:
+        adversarial, toward_real = jax.value_and_grad(adversary)(reconstruction)
+
+        def last_layer(toward: Images) -> Array:  # all other gradients of this pull are unused, so never computed
+            return pull((toward, jnp.zeros(())))[0]["decoder"]["conv_out"]["kernel"]
+
+        weight = adaptive_weight(last_layer(toward), last_layer(toward_real))
+        metrics |= {"generator_loss": adversarial, "adaptive_weight": weight}
+        toward += objective.adversarial.weight * weight * toward_real
+        loss += objective.adversarial.weight * weight * adversarial
+    (gradients,) = pull((toward, jnp.ones(())))
+
     codes = out.codes.reshape(-1)
-    updated = update_codebook(objective, codebook, vectors, codes, codebook_key)
+    updated = update_codebook(objective, codebook, out.latents.reshape(-1, model.config.embed_dim), codes, codebook_key)
     share = jnp.zeros(model.config.n_embed).at[codes].add(1.0 / codes.size)
-    mse = l2 / 4  # errors over [0, 1] are half of those over [-1, 1]
-    metrics = {
+    metrics |= {
         "loss": loss,
-        "l1": l1 / 2,
-        "mse": mse,
-        "psnr": -10 * jnp.log10(mse),
         "commitment": commitment,
         "perplexity": jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share))),
         "codes_used": jnp.mean(share > 0),
     }
-    return loss, (updated, metrics)
+    return Step(gradients, updated, reconstruction, metrics)
+
+
+def adaptive_weight(reconstruction: Float[Array, "*shape"], adversarial: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """lambda = |gradient of L_rec| / (|gradient of L_GAN| + 1e-4), at most 1e4: both by the decoder's last kernel.
+
+    Equation 7 of the paper, which has 1e-6; its published code has 1e-4, and the bound.
+    """
+    ratio = jnp.linalg.norm(reconstruction.ravel()) / (jnp.linalg.norm(adversarial.ravel()) + 1e-4)
+    return jnp.minimum(ratio, 1e4)
+
+
+def averaged(decay: float, average: Params, params: Params, updates: Int[Array, ""]) -> Params:
+    """The moving average of the parameters after one more update; `updates` have gone into it so far.
+
+    It begins as the initial parameters. Of them, and of the first steps, nothing stays even in a short run, since the
+    decay warms up: min(decay, (1 + updates) / (10 + updates)) averages over about the last tenth of the run until it
+    reaches `decay`.
+    """
+    decays = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    return optax.incremental_update(params, average, 1 - decays)

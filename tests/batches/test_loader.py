@@ -14,7 +14,7 @@ from rac3.batches.masking import Masking
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, RETRIEVED_IMAGE, RETRIEVED_TEXT, PackedBatch
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import LENGTHS, DocumentStore, TokenizedDocument, write_shard
+from rac3.documents.store import LENGTHS, NARROW, DocumentStore, TokenizedDocument, write_shard
 from rac3.tokens.vocabulary import EOD, Vocabulary
 
 DOCUMENTS = 300
@@ -33,8 +33,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
     for number in range(DOCUMENTS):
         ids = (np.array([number] * rng.integers(2, 9), np.int32), rng.integers(0, 20, 16).astype(np.int32))
         items.append(TokenizedDocument(Document(str(number), (Text("x"), Image(b"x")), {}), ids))
-    write_shard(folder / "00000.array_record", items[:200])
-    write_shard(folder / "00001.array_record", items[200:])
+    write_shard(folder / "00000.array_record", items[:200], NARROW)
+    write_shard(folder / "00001.array_record", items[200:], NARROW)
     np.save(folder / LENGTHS, np.array([len(builder.sequence(item).ids) for item in items], np.int32))
     return DocumentStore(folder)
 

@@ -5,17 +5,29 @@ from pathlib import Path
 
 import msgpack
 import numpy as np
+import pytest
 
+from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import LENGTHS, DocumentStore, TokenizedDocument, pack_record, unpack_record, write_shard
+from rac3.documents.store import (
+    LENGTHS,
+    NARROW,
+    WIDE,
+    DocumentStore,
+    TokenizedDocument,
+    id_type,
+    pack_record,
+    unpack_record,
+    write_shard,
+)
 
 
-def item(number: int) -> TokenizedDocument:
-    """A document of varying form; images are bytes that nobody decodes here."""
+def item(number: int, bound: int = 2**16) -> TokenizedDocument:
+    """A document of varying form with ids below `bound`; images are bytes that nobody decodes here."""
     rng = np.random.default_rng(number)
     segments: list[Text | Image] = [Text(f"caption {number} é"), Image(rng.bytes(20)), Image(rng.bytes(3)), Text("end")]
     segments = segments[number % 2 : 2 + number % 3]
-    ids = tuple(rng.integers(0, 2**31, rng.integers(1, 9)).astype(np.int32) for _ in segments)
+    ids = tuple(rng.integers(0, bound, rng.integers(1, 9)).astype(np.int32) for _ in segments)
     return TokenizedDocument(Document(f"shard/{number}", tuple(segments), {"n": number, "tags": ["a", None]}), ids)
 
 
@@ -28,22 +40,40 @@ def write(folder: Path, sizes: list[int]) -> list[TokenizedDocument]:
     items = [item(number) for number in range(sum(sizes))]
     start = 0
     for shard, size in enumerate(sizes):
-        write_shard(folder / f"{shard:05d}.array_record", items[start : start + size])
+        write_shard(folder / f"{shard:05d}.array_record", items[start : start + size], NARROW)
         start += size
     np.save(folder / LENGTHS, np.array([sum(map(len, each.ids)) for each in items], np.int32))
     return items
 
 
-def test_a_record_comes_back():
+@pytest.mark.parametrize(("kind", "bound"), [(NARROW, 2**16), (WIDE, 2**31)])
+def test_a_record_comes_back(kind: str, bound: int):
     for number in range(12):
-        assert same(unpack_record(pack_record(item(number))), item(number))
+        assert same(unpack_record(pack_record(item(number, bound), kind)), item(number, bound))
 
 
-def test_a_record_is_plain_msgpack():
-    record = msgpack.unpackb(pack_record(item(2)))
-    assert record.keys() == {"key", "segments", "metadata"}
-    assert record["segments"][0]["text"] == "caption 2 é"
-    np.testing.assert_array_equal(np.frombuffer(record["segments"][1]["ids"], "<u4"), item(2).ids[1])
+def test_a_record_is_plain_msgpack_and_says_its_width():
+    for kind, size in ((NARROW, 2), (WIDE, 4)):
+        record = msgpack.unpackb(pack_record(item(2), kind))
+        assert record.keys() == {"key", "ids", "segments", "metadata"}
+        assert record["ids"] == kind
+        assert record["segments"][0]["text"] == "caption 2 é"
+        assert len(record["segments"][1]["ids"]) == size * len(item(2).ids[1])
+        np.testing.assert_array_equal(np.frombuffer(record["segments"][1]["ids"], kind), item(2).ids[1])
+
+
+def test_ids_take_two_bytes_where_those_of_both_tokenizers_fit():
+    assert id_type(50_265, 16_384) == id_type(65_536, 65_536) == NARROW
+    assert id_type(65_537, 256) == id_type(300, 65_537) == id_type(128_256, 8_192) == WIDE
+
+
+@pytest.mark.parametrize("bad", [2**16, -1])
+def test_an_id_that_does_not_fit_is_refused(bad: int):
+    edge = TokenizedDocument(Document("a/1", (Text("x"),), {}), (np.array([0, 2**16 - 1], np.int32),))
+    assert same(unpack_record(pack_record(edge, NARROW)), edge)
+    wrong = TokenizedDocument(edge.document, (np.array([3, bad], np.int32),))
+    with pytest.raises(InputError, match=rf"'a/1' has the text id {bad}, outside \[0, 65535\] .* uint16 holds; use"):
+        pack_record(wrong, NARROW)
 
 
 def test_documents_are_read_at_random_in_shard_order(tmp_path: Path):

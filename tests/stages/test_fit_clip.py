@@ -1,0 +1,152 @@
+"""CLIP's loss is that of the whole batch, wherever its rows are."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import PIL.Image
+import pytest
+import tiny_config
+
+from rac3.documents.document import Document, Image, Text
+from rac3.experiment import Experiment, FitConfig
+from rac3.stages import fit_clip, fitting
+from rac3.training.state import TrainState
+
+ROWS = 16
+WORDS = ("red", "blue", "green", "old", "small")
+
+
+def documents() -> list[Document]:
+    """Captions repeat, so that rows on different devices are no negatives of each other."""
+    rng = np.random.default_rng(0)
+    out = []
+    for number in range(24):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+        caption = f"a {WORDS[number % 5]} fox number {number % 9}"
+        out.append(Document(str(number), (Text(caption), Image(buffer.getvalue())), {}))
+    return out
+
+
+@dataclass
+class Fitted:
+    """What `fit_clip` hands to the training loop, the state that it begins with, and what one step makes of it."""
+
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, Any]]
+    batch: Any
+    before: Any
+    after: Any
+    loss: float
+
+    def one_device(self, rows: slice) -> tuple[float, Any]:
+        """The loss and the gradient of some rows of the batch on one device: descent at rate 1 subtracts it."""
+        device = jax.devices()[0]
+        state = TrainState(np.zeros((), np.int32), self.before, optax.sgd(1.0).init(self.before))
+        batch = jax.tree.map(lambda x: x[rows], self.batch)
+        new, metrics = jax.jit(self.step)(*jax.device_put((state, batch), device), None)
+        return float(metrics["loss"][0]), jax.tree.map(np.subtract, self.before, jax.device_get(new.params))
+
+
+def one_step(folder: Path) -> Fitted:
+    """One step of the real `fit_clip` on all devices, without augmentation, by plain descent at rate 1."""
+    seen: dict[str, Any] = {}
+    experiment: Experiment = tiny_config.get_config()
+    clip = replace(experiment.clip, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
+
+    def watched(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
+        seen["step"] = given.step
+        seen["before"] = jax.device_get(jax.jit(given.init)(jax.random.key(experiment.seed)))
+        seen["batch"] = given.batch(np.random.default_rng([experiment.seed, 0]).integers(given.items, size=ROWS))
+        return fitting.fit_encoder(experiment, config, given, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_clip, "adam", lambda config, steps: optax.sgd(1.0))
+        patch.setattr(fit_clip, "fit_encoder", watched)
+        checkpoint = fit_clip.fit_clip(replace(experiment, clip=clip), documents(), folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return Fitted(**seen, after=checkpoint.params, loss=json.loads(lines[-1])["loss"])
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    return one_step(tmp_path_factory.mktemp("fit"))
+
+
+def close(one: Any, other: Any) -> bool:
+    """Within float32's rounding of sums over the batch, against the largest gradient of all."""
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(other))
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.abs(a - b).max() < 1e-5 * scale for a, b in pairs)
+
+
+def test_eight_devices_step_as_one_does(fitted: Fitted):
+    assert jax.device_count() == 8
+    gradient = jax.tree.map(np.subtract, fitted.before, fitted.after)
+    loss, expected = fitted.one_device(slice(None))
+    assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-2
+    np.testing.assert_allclose(fitted.loss, loss, rtol=1e-5)
+    assert close(gradient, expected)
+
+
+def test_which_is_not_the_mean_of_eight_losses(fitted: Fitted):
+    """Each device's rows alone have one negative in place of fifteen."""
+    parts = [fitted.one_device(slice(start, start + ROWS // 8)) for start in range(0, ROWS, ROWS // 8)]
+    gradient = jax.tree.map(np.subtract, fitted.before, fitted.after)
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(part for _, part in parts))
+    assert np.mean([loss for loss, _ in parts]) < 0.7 * fitted.loss
+    assert not close(gradient, mean)
+
+
+def test_equal_captions_are_on_different_devices(fitted: Fitted):
+    ids = fitted.batch[0]
+    assert len(ids) == ROWS
+    assert len(np.unique(ids, axis=0)) < ROWS  # equal captions, some of them on different devices
+    first = {tuple(row): place // (ROWS // 8) for place, row in reversed(list(enumerate(ids)))}
+    assert any(first[tuple(row)] != place // (ROWS // 8) for place, row in enumerate(ids))
+
+
+def test_two_processes_step_as_one_does(fitted: Fitted, tmp_path: Path):
+    """Four devices each. Both write into one folder, as the hosts of a cluster do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests"))),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+    }
+    commands = [[sys.executable, __file__, address, str(number), str(tmp_path)] for number in range(2)]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    gradient = jax.tree.map(np.subtract, fitted.before, fitted.after)
+    for number in range(2):
+        leaves = np.load(tmp_path / f"{number}.npz")
+        assert float(leaves["loss"]) == pytest.approx(fitted.loss, rel=1e-5)
+        after = jax.tree.unflatten(jax.tree.structure(gradient), [leaves[f"arr_{i}"] for i in range(len(leaves) - 1)])
+        assert close(jax.tree.map(np.subtract, fitted.before, after), gradient)
+
+
+if __name__ == "__main__":
+    jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    assert jax.device_count() == 8
+    result = one_step(Path(sys.argv[3]))
+    np.savez(Path(sys.argv[3]) / f"{sys.argv[2]}.npz", *jax.tree.leaves(result.after), loss=result.loss)

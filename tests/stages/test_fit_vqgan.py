@@ -1,0 +1,199 @@
+"""Fitting a VQGAN with everything switched on: over devices, across a restart, and what is kept in the end."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from jaxtyping import PyTree
+
+from rac3.config import InputError
+from rac3.documents.document import Document, Image
+from rac3.documents.world import World
+from rac3.experiment import Data, Experiment, FitConfig, ImageTokenizer
+from rac3.sharding import use_mesh
+from rac3.stages import recipes
+from rac3.stages.fit_vqgan import fit_vqgan, vqgan_fitting
+from rac3.tokens.discriminator import AdversarialConfig
+from rac3.tokens.perceptual import CHANNELS, LAYERS, PerceptualConfig
+from rac3.tokens.vqgan import VQGANConfig
+from rac3.tokens.vqgan_objective import VQGANObjective
+from rac3.training.checkpoint import Checkpoints
+from rac3.training.loop import put
+from rac3.training.metrics import read_metrics
+from rac3.training.state import TrainState, create_state
+from rac3.training.step import Metrics
+
+MODEL = VQGANConfig(
+    ch=4, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), resolution=8, z_channels=8, embed_dim=4, n_embed=8,
+    norm_groups=2, mid_attn=False,
+)  # fmt: skip
+ADVERSARIAL = AdversarialConfig(weight=0.8, start=1, ndf=32, n_layers=1)
+TOKENIZER = ImageTokenizer(
+    model=MODEL,
+    objective=VQGANObjective(ema_decay=0.99, adversarial=ADVERSARIAL),
+    fit=FitConfig(steps=4, batch=16, peak_lr=1e-3, b1=0.5, b2=0.9),
+)
+EXPERIMENT = Experiment(name="fit", data=Data(World("train")), vqgan=TOKENIZER)
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    rng = np.random.default_rng(0)
+    out = []
+    for key in range(24):
+        pixels = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((2, 2, 1))).astype(np.uint8)
+        file = io.BytesIO()
+        PIL.Image.fromarray(pixels).save(file, "png")
+        out.append(Document(str(key), (Image(file.getvalue()),), {}))
+    return out
+
+
+class Run:
+    """The steps of an experiment one by one, on some of the devices; compiled once."""
+
+    def __init__(self, documents: list[Document], devices: int) -> None:
+        self.fitting = vqgan_fitting(EXPERIMENT, documents)
+        self.config, self.mesh = EXPERIMENT.mesh, EXPERIMENT.mesh.build(jax.devices()[:devices])
+        self.step = jax.jit(self.fitting.step)
+        with use_mesh(self.config, self.mesh):
+            state = create_state(self.fitting.init, self.fitting.optimizer, EXPERIMENT.seed, self.config, self.mesh)
+            self.first: TrainState = self.fitting.start(state, self.mesh)
+
+    def go(self, state: TrainState, steps: int) -> list[tuple[TrainState, Metrics]]:
+        """What comes after each step."""
+        out = []
+        with use_mesh(self.config, self.mesh):
+            for _ in range(steps):
+                rows = np.random.default_rng(int(state.step)).integers(24, size=16)
+                batch = put(self.fitting.batch(rows), self.config, self.mesh)
+                state, metrics = self.step(state, batch, self.fitting.frozen)
+                out.append((state, {name: (float(a), float(b)) for name, (a, b) in metrics.items()}))
+        return out
+
+
+def assert_trees_equal(one: PyTree, other: PyTree) -> None:
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def run(documents) -> Run:
+    return Run(documents, 8)
+
+
+@pytest.fixture(scope="module")
+def whole(run: Run) -> list[tuple[TrainState, Metrics]]:
+    return run.go(run.first, STEPS)
+
+
+def test_the_players_meet_at_the_start_step(run: Run, whole):
+    players = ("discriminator_loss", "generator_loss", "adaptive_weight")
+    for name in players:
+        assert [metrics[name][1] for _, metrics in whole] == [0, 1, 1, 1]
+        assert whole[0][1][name] == (0, 0)
+    assert [int(state.extra.discriminator.step) for state, _ in whole] == [0, 1, 2, 3]
+    assert_trees_equal(whole[0][0].extra.discriminator, run.first.extra.discriminator)
+    assert whole[1][1]["discriminator_loss"][0] == pytest.approx(1, abs=0.2)  # of logits near 0
+    assert all(0 < metrics["adaptive_weight"][0] < 1e4 for _, metrics in whole[1:])
+
+    def with_another_discriminator(state: TrainState) -> TrainState:
+        changed = jax.tree.map(lambda x: 2 * x, state.extra.discriminator)
+        return state.replace(extra=state.extra.replace(discriminator=changed))
+
+    (before, _), (after, _) = (run.go(with_another_discriminator(state), 1)[0] for state in (run.first, whole[0][0]))
+    assert_trees_equal(before.params, whole[0][0].params)  # nothing of it counts yet
+    kernels = [state.params["decoder"]["conv_out"]["kernel"] for state in (after, whole[1][0])]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-6
+
+
+def test_many_devices_as_one(documents, whole):
+    state, _ = whole[-1]
+    assert len(state.extra.discriminator.params["conv_0"]["kernel"].sharding.device_set) == 8
+    one = Run(documents, 1)
+    alone = one.go(one.first, STEPS)
+    for (_, metrics), (_, other) in zip(alone, whole, strict=True):
+        for name in metrics:
+            assert metrics[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(alone[-1][0]), jax.tree.leaves(state), strict=True):
+        # float32 sums in another order, where Adam divides by gradients of any size
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_restored_run_goes_on_bit_for_bit(run: Run, whole, tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, whole[1][0], [2])
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    restored = checkpoints.restore(run.first)
+    checkpoints.close()
+    assert restored is not None
+    resumed = run.go(restored[0], STEPS - 2)
+    assert [metrics for _, metrics in resumed] == [metrics for _, metrics in whole[2:]]
+    assert_trees_equal(resumed[-1][0], whole[-1][0])
+
+
+def test_the_average_and_the_codebook_are_kept(run: Run, documents, tmp_path: Path):
+    fitted = fit_vqgan(EXPERIMENT, documents, tmp_path)
+    (line,) = read_metrics(tmp_path)
+    assert {"discriminator_loss", "generator_loss", "adaptive_weight", "psnr", "loss"} <= line.keys()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    restored = checkpoints.restore(run.first)
+    checkpoints.close()
+    assert restored is not None
+    state = restored[0]
+    np.testing.assert_array_equal(fitted["codebook"]["embedding"], state.extra.codebook.embedding)
+    for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+        assert_trees_equal(fitted[part], state.extra.average[part])
+    kernel = state.params["decoder"]["conv_out"]["kernel"]
+    assert 0 < np.abs(fitted["decoder"]["conv_out"]["kernel"] - kernel).max() < 1e-2
+
+
+def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    widths = dict(zip((index for layer in LAYERS for index in layer), (
+        width for layer, width in zip(LAYERS, CHANNELS, strict=True) for _ in layer), strict=True))  # fmt: skip
+    inputs = [3, *list(widths.values())[:-1]]
+    weights = {f"lin{i}.model.1.weight": torch.full((1, width, 1, 1), 0.1) for i, width in enumerate(CHANNELS)}
+    for (index, width), channels in zip(widths.items(), inputs, strict=True):
+        weights[f"features.{index}.weight"] = torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5
+        weights[f"features.{index}.bias"] = torch.zeros(width)
+    file = tmp_path / "weights.pth"
+    objective = VQGANObjective(perceptual=PerceptualConfig((str(file),)))
+    fit = FitConfig(steps=1, batch=8)
+    tokenizer = ImageTokenizer(model=replace(MODEL, resolution=16), objective=objective, fit=fit)
+    experiment = replace(EXPERIMENT, vqgan=tokenizer)
+    with pytest.raises(InputError, match=r"perceptual\.weights.*weights\.pth' do not exist"):
+        recipes.vqgan(experiment)
+
+    file.write_bytes(b"PK something else")
+    before = recipes.vqgan(experiment).fingerprint
+    torch.save(weights, file)
+    assert recipes.vqgan(experiment).fingerprint != before
+    fit_vqgan(experiment, documents, tmp_path / "run")
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["perceptual"] > 0
+    assert line["loss"] > 2 * line["l1"] + 4 * line["mse"] + line["perceptual"]  # and what is of the latents
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (VQGANObjective(adversarial=AdversarialConfig(weight=1.0, n_layers=2)), "needs pictures of 12 pixels"),
+        (VQGANObjective(adversarial=replace(ADVERSARIAL, start=4)), "start=4 is not below vqgan.fit.steps=4"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(objective: VQGANObjective, message: str):
+    with pytest.raises(InputError, match=message):
+        replace(TOKENIZER, objective=objective)
+    assert replace(TOKENIZER, objective=objective, checkpoint="elsewhere")  # whose objective is not used
+
+
+def test_the_perceptual_loss_needs_sixteen_pixels():
+    objective = VQGANObjective(perceptual=PerceptualConfig(("vgg.pth",)))
+    with pytest.raises(InputError, match=r"needs pictures of 16 pixels, and vqgan\.model\.resolution=8"):
+        ImageTokenizer(model=replace(MODEL, resolution=8), objective=objective)

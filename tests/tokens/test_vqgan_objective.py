@@ -1,0 +1,126 @@
+"""The gradients of fitting against plain ones, the adaptive weight, and the average of the weights."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rac3.config import InputError
+from rac3.tokens.discriminator import AdversarialConfig
+from rac3.tokens.vqgan import VQGAN, VQGANConfig
+from rac3.tokens.vqgan_objective import (
+    VQGANObjective,
+    adaptive_weight,
+    averaged,
+    init_codebook_from_batch,
+    locality_loss,
+    vqgan_step,
+    with_codebook,
+)
+
+MODEL = VQGAN(
+    VQGANConfig(
+        ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), resolution=8, z_channels=8, embed_dim=4,
+        n_embed=16, norm_groups=4, mid_attn=False,
+    )
+)  # fmt: skip
+OBJECTIVE = VQGANObjective(l1=0.7, l2=0.4, locality=0.1, adversarial=AdversarialConfig(weight=0.8))
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def start() -> tuple:
+    """(parameters, codebook, images)"""
+    images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3), minval=-1.0)
+    rng = np.random.default_rng(1)  # to compile `init` would take longer than all the rest
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = rng.standard_normal(leaf.shape).astype(np.float32)
+        return jnp.asarray(values / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 1 + 0.1 * values)
+
+    params = jax.tree.map(draw, jax.eval_shape(MODEL.init, jax.random.key(1), images)["params"])
+    return params, init_codebook_from_batch(MODEL, params, images, jax.random.key(2)), images
+
+
+@pytest.fixture(scope="module")
+def compiled(start) -> dict[bool, jax.stages.Compiled]:
+    """The step, without and with an adversary."""
+    steps = {
+        against: partial(vqgan_step, MODEL, OBJECTIVE, adversary=critic if against else None) for against in (0, 1)
+    }
+    return {bool(against): jax.jit(step).lower(*start, KEY).compile() for against, step in steps.items()}
+
+
+def critic(images: jax.Array) -> jax.Array:
+    """A smooth loss of pictures with a gradient unlike that of the reconstruction."""
+    return jnp.mean(jnp.sin(3 * images) * jnp.arange(8.0)[:, None])
+
+
+def plain_losses(params, codebook, images) -> jax.Array:
+    """(of the reconstruction, of the latents, adversarial)"""
+    variables = {"params": with_codebook(params, codebook)}
+    out = MODEL.apply(variables, images, train=True)
+    error = out.reconstruction - images
+    commitment = jnp.mean((out.latents - jax.lax.stop_gradient(out.quantized)) ** 2)
+    locality = locality_loss(MODEL, variables, images, out.latents, jax.random.split(KEY, 3)[2])
+    reconstruction = 0.7 * jnp.mean(jnp.abs(error)) + 0.4 * jnp.mean(error**2)
+    return jnp.stack([reconstruction, 0.25 * commitment + 0.1 * locality, critic(out.reconstruction)])
+
+
+def test_gradients_are_those_of_the_sum_of_the_losses(start, compiled):
+    """Eq. 6 and 7 as they stand: a backward pass for each loss, and their sum."""
+    losses = plain_losses(*start)
+    each = jax.jit(jax.jacrev(plain_losses))(*start)
+    norms = jnp.linalg.norm(each["decoder"]["conv_out"]["kernel"].reshape(3, -1), axis=1)
+    weight = norms[0] / (norms[2] + 1e-4)
+    assert 0.01 < weight < 1e3
+    for against, step in compiled.items():
+        found = step(*start, KEY)
+        factors = jnp.array([1, 1, 0.8 * weight if against else 0])
+        np.testing.assert_allclose(found.metrics["loss"], losses @ factors, rtol=1e-5)
+        if against:
+            np.testing.assert_allclose(found.metrics["adaptive_weight"], weight, rtol=1e-4)
+            np.testing.assert_allclose(found.metrics["generator_loss"], losses[2], rtol=1e-5)
+        expected = jax.tree.map(lambda gradients: jnp.tensordot(factors, gradients, 1), each)  # noqa: B023
+        for (path, one), other in zip(
+            jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found.gradients), strict=True
+        ):
+            # float32 sums in another order, relative to the largest value
+            atol = 1e-4 * np.abs(one).max() + 1e-7
+            np.testing.assert_allclose(other, one, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_adaptive_weight_costs_no_second_backward_pass(compiled):
+    flops = {against: step.cost_analysis()["flops"] for against, step in compiled.items()}
+    assert flops[True] < 1.1 * flops[False]  # of which a backward pass is about two thirds
+
+
+def test_the_adaptive_weight_is_bounded_where_the_adversary_has_no_opinion():
+    reconstruction = jnp.full((3, 3, 8, 3), 0.5)
+    zeros = jnp.zeros_like(reconstruction)
+    assert adaptive_weight(reconstruction, zeros) == 1e4
+    np.testing.assert_allclose(adaptive_weight(reconstruction, 2 * reconstruction), 0.5, rtol=1e-4)
+    assert adaptive_weight(zeros, reconstruction) == 0
+
+
+def test_the_average_warms_up():
+    """After n updates it is the weighted mean by products of the decays; a short run keeps nothing of its start."""
+    decay, values = 0.9, np.random.default_rng(0).normal(size=31)
+    average = {"w": jnp.float32(values[0])}
+    expected, kept = values[0], 1.0
+    for updates, value in enumerate(values[1:]):
+        average = averaged(decay, average, {"w": jnp.float32(value)}, jnp.int32(updates))
+        step = min(decay, (1 + updates) / (10 + updates))
+        expected = step * expected + (1 - step) * value
+        kept *= step
+    np.testing.assert_allclose(average["w"], expected, rtol=1e-5)
+    assert kept < 1e-6
+    late = averaged(decay, {"w": jnp.float32(0)}, {"w": jnp.float32(1)}, jnp.int32(10_000))
+    np.testing.assert_allclose(late["w"], 1 - decay, rtol=1e-6)
+
+
+def test_bad_settings():
+    with pytest.raises(InputError, match=r"ema_decay=1\.0 is outside"):
+        VQGANObjective(ema_decay=1.0)
