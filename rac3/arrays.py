@@ -1,27 +1,74 @@
-"""Arrays on disk: tensorstore zarr3, written and read by rows."""
+"""Arrays on disk: tensorstore zarr3, one file for each shard of rows, in chunks that are read alone.
 
+rows   0 ........ 65535 | 65536 ........ 131071 | 131072 ...
+files  c/0/0            | c/1/0                 | c/2/0         each written whole, by one process
+chunks ||||||||||||||||   ||||||||||||||||||||    |||||         128 KiB: what a read of one row costs
+"""
+
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 128 * 2**10  # sequential reads want it larger, random rows smaller
+SCALES = ".scales"  # of int8 vectors, beside them
+
+VectorDtype = Literal["float32", "bfloat16", "int8"]
 
 
-def create_array(path: Path, shape: tuple[int, ...], dtype: str, fill: int | float = 0) -> Any:
-    """The tensorstore at `path`: made anew, or opened if it is there with this shape and type."""
-    row_bytes = max(1, int(np.prod(shape[1:], initial=1)) * np.dtype(dtype).itemsize)
-    rows = int(np.clip(CHUNK_BYTES // row_bytes, 1, max(shape[0], 1)))
-    chunk = [rows, *[max(n, 1) for n in shape[1:]]]
-    spec = _spec(path) | {
-        "metadata": {
-            "shape": list(shape),
-            "data_type": dtype,
-            "fill_value": fill,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        }
+def create_array(
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: str,
+    shard_rows: int,
+    fill: int | float = 0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Any:
+    """The tensorstore at `path`: made anew, or opened if it is there with this shape and type.
+
+    Args:
+      shard_rows: rows of a file. Write with `write_shard`.
+      chunk_bytes: at most this much is read for a row, but for larger rows.
+    """
+    import tensorstore
+
+    row_bytes = max(1, int(np.prod(shape[1:], initial=1)) * tensorstore.dtype(dtype).numpy_dtype.itemsize)
+    limit = max(1, min(chunk_bytes // row_bytes, shard_rows))
+    rows = next(rows for rows in range(limit, 0, -1) if shard_rows % rows == 0)  # chunks fill a shard
+    rest = [max(n, 1) for n in shape[1:]]
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": [rows, *rest],
+        "codecs": [little_endian],
+        "index_codecs": [little_endian, {"name": "crc32c"}],
     }
-    return _open(spec | {"open": True, "create": True})
+    metadata = {
+        "shape": list(shape),
+        "data_type": dtype,
+        "fill_value": fill,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, *rest]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    return _open(_spec(path) | {"metadata": metadata, "open": True, "create": True})
+
+
+def write_shard(array: Any, number: int, rows: np.ndarray) -> None:
+    """Writes all rows of shard `number`, which is one file, in one go.
+
+    Raises:
+      ValueError: `rows` are more or fewer than the shard has. To write a part would read and write the whole file, and
+        two processes that do so lose what one of them wrote.
+    """
+    import tensorstore
+
+    size = array.chunk_layout.write_chunk.shape[0]
+    start, stop = number * size, min((number + 1) * size, array.shape[0])
+    if len(rows) != stop - start:
+        raise ValueError(f"shard {number} has {stop - start} rows, and {len(rows)} are to be written; write it whole")
+    with tensorstore.Transaction() as transaction:
+        array.with_transaction(transaction)[start:stop].write(rows).result()
 
 
 def open_array(path: Path) -> Any:
@@ -32,6 +79,74 @@ def open_array(path: Path) -> Any:
 def read_array(path: Path) -> np.ndarray:
     """The whole array."""
     return np.asarray(open_array(path).read().result())
+
+
+class Rows:
+    """An array on disk that is indexed by its rows, and reads those alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _array(self) -> Any:
+        return open_array(self.path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._array.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return _read(self._array, rows)
+
+
+class Vectors(Rows):
+    """Vectors on disk: float32 when they are read, whatever they are stored as.
+
+    int8 keeps, of each row, the numbers -127..127 and what 1 stands for, its largest absolute value / 127.
+    """
+
+    @classmethod
+    def create(cls, path: Path, shape: tuple[int, int], dtype: VectorDtype, shard_rows: int) -> "Vectors":
+        """Makes them, or opens them if they are there with this shape and type."""
+        create_array(path, shape, dtype, shard_rows)
+        if dtype == "int8":
+            create_array(_scales(path), shape[:1], "float32", shard_rows)
+        return cls(path)
+
+    @cached_property
+    def _scales(self) -> Any:
+        return open_array(_scales(self.path)) if self._array.dtype.name == "int8" else None
+
+    def write_shard(self, number: int, vectors: Float[np.ndarray, "rows embed"]) -> None:
+        """Writes all rows of shard `number`; see `arrays.write_shard`."""
+        if self._scales is None:
+            write_shard(self._array, number, vectors.astype(self._array.dtype.numpy_dtype))
+            return
+        scales = np.abs(vectors).max(1, initial=0) / 127
+        codes = np.divide(vectors, scales[:, None], out=np.zeros_like(vectors), where=scales[:, None] > 0)
+        write_shard(self._array, number, np.rint(codes).astype(np.int8))
+        write_shard(self._scales, number, scales)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Float[np.ndarray, "rows embed"]:
+        stored = np.asarray(_read(self._array, rows), np.float32)
+        return stored if self._scales is None else stored * _read(self._scales, rows)[:, None]
+
+
+def _scales(path: Path) -> Path:
+    return path.with_name(path.name + SCALES)
+
+
+def _read(array: Any, rows: slice | np.ndarray) -> np.ndarray:
+    """As numpy indexes: tensorstore takes no negative numbers and no stop behind the end."""
+    if isinstance(rows, slice):
+        start, stop, step = rows.indices(array.shape[0])
+        if step != 1:
+            raise ValueError(f"rows are read in steps of 1, not {step}")
+        rows = slice(start, max(start, stop))
+    return np.asarray(array[rows].read().result())
 
 
 def _spec(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ from rac3.config import InputError, canonical, fingerprint
 
 MANIFEST = "manifest.json"
 OWNER = "workdir.json"
+TEMPORARY = ".tmp"
 PACKAGES = ("rac3", "jax", "flax", "numpy", "tensorstore", "array-record", "scann")
 
 
@@ -143,12 +145,17 @@ class Workdir:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """The file appears whole or not at all, also when the machine fails."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other process uses, to write to and then rename."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
 
 
 @contextlib.contextmanager

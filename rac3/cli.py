@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 from rac3.artifacts import Workdir
 from rac3.config import InputError, load_config_module
+from rac3.executors import Local, Ray
 from rac3.experiment import Experiment
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.exact import Exact
@@ -22,6 +23,7 @@ from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 
 RETRIEVERS: dict[str, Callable[[], Retriever]] = {"scann": Scann, "exact": Exact, "random": Random, "none": NoRetriever}
+EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
 STAGES = {
     "encoders": "fit or load the text tokenizer, the VQGAN and CLIP; --report shows reconstructions",
     "ingest": "read, filter and tokenize the documents",
@@ -133,6 +135,9 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
             fields.append((field.name, fixed, dataclasses.field(default=value)))
         elif field.name == "retriever":
             fields.append((field.name, _retriever_type(value), dataclasses.field(default=value)))
+        elif field.name == "executor":  # its name, and the settings of each beside it
+            fields.append((field.name, Literal[tuple(EXECUTORS)], type(value).__name__.lower()))
+            fields += [(n, kind, value if isinstance(value, kind) else kind()) for n, kind in EXECUTORS.items()]
         else:
             fields.append((field.name, field.type, dataclasses.field(default_factory=lambda v=value: v)))  # type: ignore[misc]
     fields = [(name, kind, _default(spec)) for name, kind, spec in fields]
@@ -155,6 +160,7 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
             raise
         raise InputError(_one_line(output.getvalue(), stage)) from None
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Experiment)}
+    values["executor"] = getattr(parsed, parsed.executor)
     options = kind(**{f.name: getattr(parsed, f.name) for f in _option_fields(stage)}) if kind else None
     return Experiment(**values), options
 
@@ -219,7 +225,8 @@ def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workd
 
     if stage in ("run", "train") and experiment.vqgan.checkpoint is not None:
         require_decoder(Path(experiment.vqgan.checkpoint))
-    experiment.mesh.build()
+    if stage in ("run", "train", "evaluate", "generate"):
+        experiment.mesh.build()  # what asks for other devices than there are is refused before work is done
     started = time.monotonic()
     variants = [experiment, *([vanilla(experiment)] if experiment.compare_with_cm3 else [])]
     prepare = stage in ("run", "prepare")

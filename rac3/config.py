@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+CONFIG_MODULE = "rac3_config_"  # begins the module name of a config file
+
 
 class InputError(ValueError):
     """Bad input from the user: one line with the value, the limit and the fix. The command exits with code 2."""
@@ -66,7 +68,7 @@ def load_config_module(name_or_path: str) -> ModuleType:
         path = shipped[name_or_path]
     if not path.is_file():
         raise InputError(f"config {name_or_path!r} does not exist; give a path to a .py file with get_config()")
-    spec = importlib.util.spec_from_file_location(f"rac3_config_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{CONFIG_MODULE}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"config {name_or_path!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)

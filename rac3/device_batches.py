@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import TypeVar
 
 import jax
@@ -40,6 +41,7 @@ class DeviceBatches:
         self.size = -(-size // self.devices) * self.devices
         self.by_row = NamedSharding(mesh, PartitionSpec("batch"))
         self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._applying = Lock()
         self._rows = ThreadPoolExecutor(min(32, os.cpu_count() or 1), "prepare-row")
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -61,7 +63,8 @@ class DeviceBatches:
         """
         running: tuple[Array, int] | None = None
         for arrays, count in self._prepared(rows, prepare):
-            started = apply(arrays), count
+            with self._applying:  # of threads that ask for one shape, the first compiles it
+                started = apply(arrays), count
             if running is not None:
                 yield _take(*running)
             running = started

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from rac3.arrays import VectorDtype
 from rac3.batches.loader import BatchConfig
 from rac3.config import InputError
 from rac3.documents.document import Source
 from rac3.documents.filter import LaionFilter
 from rac3.evaluation.settings import EvaluationConfig
+from rac3.executors import Local, Ray
 from rac3.model.transformer import TransformerConfig
 from rac3.retrieval.clip import CLIPConfig
 from rac3.retrieval.retriever import Retriever
@@ -179,6 +181,10 @@ class Experiment:
       max_reject_fraction: a source with a larger share of damaged documents stops the run.
       max_text_tokens: longer texts are cut, and counted.
       query_dropout: share of a training query's tokens (text, or image patches) that is dropped (paper, section 3.2).
+      embedding_dtype: of the vectors on disk; 768 of them take 3 kB in float32, 1.5 in bfloat16, 0.8 in int8.
+      documents_per_shard: whose vectors, or neighbors, are made at a time and are in one file. A worker holds the
+        vectors of a shard in memory for each of its threads.
+      executor: where `ingest`, `embed` and `retrieve` run: `Local()`, this process, or `Ray()`, a cluster.
       compare_with_cm3: train and evaluate the vanilla CM3 of the same size, data and compute beside the model.
     """
 
@@ -190,6 +196,9 @@ class Experiment:
     max_reject_fraction: float = 0.05
     max_text_tokens: int = 256
     query_dropout: float = 0.2
+    embedding_dtype: VectorDtype = "float32"
+    documents_per_shard: int = 65_536
+    executor: Local | Ray = field(default_factory=Local)
     compare_with_cm3: bool = True
     filter: LaionFilter = field(default_factory=LaionFilter)
     text: TextTokenizer = field(default_factory=TextTokenizer)
@@ -213,6 +222,8 @@ class Experiment:
             raise InputError(f"max_reject_fraction={self.max_reject_fraction} is outside 0 to 1; use 0.05, say")
         if not 0 <= self.query_dropout < 1:
             raise InputError(f"query_dropout={self.query_dropout} is outside 0 to 1; the paper uses 0.2")
+        if self.documents_per_shard < 1:
+            raise InputError(f"documents_per_shard={self.documents_per_shard} is below 1; use tens of thousands")
         if self.evaluation.max_caption_tokens > self.max_text_tokens:
             raise InputError(
                 f"evaluation.max_caption_tokens={self.evaluation.max_caption_tokens} exceeds "

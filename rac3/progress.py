@@ -25,13 +25,15 @@ class Progress:
         self.bar = tqdm(dynamic_ncols=True, **options) if terminal else None
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """Adds `count` units; `note` is shown behind the rate."""
+        """Adds `count` units, or none; `note` is shown behind the rate."""
         self.done += count
         self.note = note or self.note
         if self.bar is not None:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
+            if not count:
+                self.bar.refresh()  # a note alone
         elif time.monotonic() - self.last_line > LINE_EVERY:
             self.last_line = time.monotonic()
             self._line()

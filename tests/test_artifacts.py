@@ -7,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from rac3.arrays import create_array, open_array, read_array
 from rac3.artifacts import MANIFEST, Recipe, Workdir, write_atomic
 from rac3.config import InputError
 from rac3.tokens.vocabulary import Vocabulary
@@ -144,24 +142,3 @@ def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path: Path):
     write_atomic(tmp_path / "a.json", b"\x00\x01")
     assert (tmp_path / "a.json").read_bytes() == b"\x00\x01"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
-@pytest.mark.parametrize("shape", [(1000, 2, 3), (0, 4), (5,), (3, 2_000_000)])
-def test_arrays_come_back_by_rows_and_whole(tmp_path: Path, shape: tuple[int, ...]):
-    """(3, 2000000) float32 has rows larger than a chunk is meant to be."""
-    array = create_array(tmp_path / "a", shape, "float32", fill=-1)
-    data = np.random.default_rng(0).random(shape, np.float32)
-    half = shape[0] // 2
-    array[:half].write(data[:half]).result()
-    expected = np.concatenate([data[:half], np.full((shape[0] - half, *shape[1:]), -1, np.float32)])
-    np.testing.assert_array_equal(read_array(tmp_path / "a"), expected)
-    create_array(tmp_path / "a", shape, "float32", fill=-1)[half:].write(data[half:]).result()
-    np.testing.assert_array_equal(read_array(tmp_path / "a"), data)
-    if half:
-        np.testing.assert_array_equal(open_array(tmp_path / "a")[half:].read().result(), data[half:])
-
-
-def test_an_array_of_another_shape_is_not_opened_for_this_one(tmp_path: Path):
-    create_array(tmp_path / "a", (4, 2), "int64")
-    with pytest.raises(ValueError, match="shape"):
-        create_array(tmp_path / "a", (5, 2), "int64")

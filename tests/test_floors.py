@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rac3"
 
 FLOORS = (
-    ("config", "sharding", "artifacts", "arrays", "progress", "device_batches"),
+    ("config", "sharding", "artifacts", "arrays", "progress", "executors", "device_batches"),
     ("documents", "tokens"),
     ("retrieval", "batches"),
     ("model",),
@@ -38,6 +38,7 @@ ORDER = {
         "artifacts",
         "arrays",
         "progress",
+        "executors",
         "device_batches",
         "experiment",
         "stages",

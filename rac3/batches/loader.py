@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from rac3.arrays import Rows
 from rac3.batches import draws
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import TOKENS_PER_SPAN, Masking
@@ -95,7 +96,7 @@ class BatchStream:
       seed: of every draw.
       documents: the training documents.
       neighbors: row numbers in `documents` of each document's neighbors, best first, for each query part (text,
-        image); -1 is none. None trains without retrieval (K = 0).
+        image); -1 is none. Those of a block are read at a time. None trains without retrieval (K = 0).
       builder: makes the groups.
       hosts, host: this host reads its share of each batch's rows.
 
@@ -108,7 +109,7 @@ class BatchStream:
         config: BatchConfig,
         seed: int,
         documents: DocumentStore,
-        neighbors: Int[np.ndarray, "documents parts depth"] | None,
+        neighbors: Rows | Int[np.ndarray, "documents parts depth"] | None,
         builder: GroupBuilder,
         hosts: int = 1,
         host: int = 0,
@@ -185,8 +186,8 @@ class BatchStream:
         most = int(choices.max())
         k = choices[(draws.uniform(self.seed, epoch, main, draws.NUM_RETRIEVED)[:, 0] * len(choices)).astype(int)]
         part = (draws.uniform(self.seed, epoch, main, draws.QUERY_PART)[:, 0] * self.neighbors.shape[1]).astype(int)
-        pool = self.neighbors[main, part, : self.config.candidates].astype(np.int64)
-        other = self.neighbors[main, 1 - part, : self.config.candidates].astype(np.int64)
+        candidates = self.neighbors[main][:, :, : self.config.candidates].astype(np.int64)
+        pool, other = (candidates[np.arange(len(main)), each] for each in (part, 1 - part))
         pool = np.where((pool >= 0).any(1, keepdims=True), pool, other)  # a document of one part has one query
         pool = np.pad(pool, ((0, 0), (0, max(0, most - pool.shape[1]))), constant_values=-1)
         keys = draws.uniform(self.seed, epoch, main, draws.NEIGHBOR, pool.shape[1])

@@ -5,7 +5,7 @@ encoded picture, a segment's `ids` the bytes of its text ids or image codes, in 
 or 4 bytes. Nothing in it is executable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,8 +63,11 @@ def unpack_record(data: bytes) -> TokenizedDocument:
     return TokenizedDocument(Document(record["key"], segments, record["metadata"]), ids)
 
 
-def write_shard(path: Path, items: Sequence[TokenizedDocument], kind: str) -> None:
-    """Writes one shard, its ids as `kind`. The caller makes it atomic (a temporary name, then a rename)."""
+def write_shard(path: Path, items: Iterable[TokenizedDocument], kind: str) -> None:
+    """Writes one shard, each document as it comes, its ids as `kind`.
+
+    The caller makes it atomic (a temporary name, then a rename).
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     # Groups of one record make every random read one record's decompression.

@@ -1,22 +1,35 @@
-"""Embed: each document's text and image through frozen CLIP, and the training queries with dropout."""
+"""Embed: each document's text and image through frozen CLIP, into the vectors that retrieval reads.
 
+memory : train, memory           <split>/document       mixed-modal, of text and image (paper, eq. 1)
+queries: validation, test        <split>/text, image    of each part alone
+         train                   train/text, image      the same with query dropout (paper, section 3.2)
+"""
+
+import math
+import os
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from rac3.arrays import create_array, open_array, read_array
+from rac3.arrays import Vectors
 from rac3.artifacts import Workdir
 from rac3.documents.store import DocumentStore, TokenizedDocument
+from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
-from rac3.progress import Progress
 from rac3.retrieval.encoder import Encoder, mix, query_dropout_keys
+from rac3.retrieval.memory import EmbeddingRows
 from rac3.stages import recipes
 from rac3.stages.encoders import open_clip
 
-BLOCK = 1024  # documents that are embedded, and written, at once
+DOCUMENTS_AT_ONCE = 1024  # that a thread holds in memory
+DOCUMENT = "document"
 PARTS = ("text", "image")
+MEMORY: tuple[Split, ...] = ("train", "memory")
 
 
 def embed(experiment: Experiment, workdir: Workdir) -> None:
@@ -24,71 +37,117 @@ def embed(experiment: Experiment, workdir: Workdir) -> None:
     missing = [split for split in experiment.data.sources() if not workdir.find(recipes.embeddings(experiment, split))]
     if not missing:
         return
-    encoder = open_clip(experiment, workdir)
-    for split in missing:
-        documents = open_documents(experiment, workdir, split)
-        with workdir.write(recipes.embeddings(experiment, split)) as draft:
-            _embed_split(experiment, split, documents, encoder, draft.folder)
-            draft.counts["documents"] = len(documents)
+    workdir.require(recipes.clip(experiment), "rac3 encoders")
+    documents = {split: open_documents(experiment, workdir, split) for split in missing}
+    with ExitStack() as stack:
+        drafts = {split: stack.enter_context(workdir.write(recipes.embeddings(experiment, split))) for split in missing}
+        shards = [
+            shard
+            for split, draft in drafts.items()
+            for shard in document_shards(experiment, split, len(documents[split]), draft.folder)
+        ]
+        throughput = run(experiment.executor, _Embed(experiment, workdir, tuple(missing)), shards)
+        for split, draft in drafts.items():
+            draft.counts.update(documents=len(documents[split]), throughput=throughput)
+        clear(shards)
+
+
+def document_shards(experiment: Experiment, split: Split, documents: int, folder: Path) -> list[Shard]:
+    """Ranges of documents, each of which is one file of every array that is made from them."""
+    starts = range(0, documents, experiment.documents_per_shard)
+    names = [f"documents {start} to {min(start + starts.step, documents) - 1}" for start in starts]
+    return [Shard(split, number, name, folder) for number, name in enumerate(names)]
+
+
+def document_rows(experiment: Experiment, shard: Shard, documents: int) -> range:
+    """The documents of a shard of `document_shards`."""
+    start = shard.number * experiment.documents_per_shard
+    return range(start, min(start + experiment.documents_per_shard, documents))
 
 
 def open_documents(experiment: Experiment, workdir: Workdir, split: Split) -> DocumentStore:
     return DocumentStore(workdir.require(recipes.documents(experiment, split), "rac3 ingest").folder)
 
 
-def _embed_split(
-    experiment: Experiment, split: Split, documents: DocumentStore, encoder: Encoder, folder: Path
-) -> None:
-    """Blocks in order; a block is done when its marker is there. Query embeddings are of the training split only."""
-    names = [*PARTS, *(f"query_{part}" for part in PARTS if split == "train")]
-    shape = (len(documents), encoder.width)
-    arrays = {name: create_array(folder / name, shape, "float32") for name in names}
-    with Progress(f"embed {split}", len(documents), "documents") as bar:
-        for start in range(0, len(documents), BLOCK):
-            stop = min(start + BLOCK, len(documents))
-            marker = folder / f"{start:09d}.done"
-            if not marker.exists():
-                items = documents.many(range(start, stop))
-                for name, rows in _embed_block(experiment, items, encoder, dropped=split == "train").items():
-                    arrays[name][start:stop].write(rows).result()
-                marker.touch()
-            bar.update(stop - start)
-    for marker in folder.glob("*.done"):
-        marker.unlink()
+@dataclass(frozen=True)
+class _Embed:
+    """The job."""
+
+    experiment: Experiment
+    workdir: Workdir
+    splits: tuple[Split, ...]
+    label: str = "embed"
+
+    def open(self) -> "_Embedder":
+        documents = {split: open_documents(self.experiment, self.workdir, split) for split in self.splits}
+        return _Embedder(self.experiment, open_clip(self.experiment, self.workdir), documents)
 
 
-def _embed_block(
-    experiment: Experiment, items: Sequence[TokenizedDocument], encoder: Encoder, dropped: bool
-) -> dict[str, Float[np.ndarray, "documents embed"]]:
-    """Vectors by name; a part that a document lacks is zeros. A document of several images has their first."""
-    texts = [item.document.text for item in items]
-    has_text = [row for row, text in enumerate(texts) if text]
-    has_image = [row for row, item in enumerate(items) if item.document.images]
-    images = [items[row].document.images[0] for row in has_image]
-    out = {}
-    for prefix in ("", "query_") if dropped else ("",):
-        keys = query_dropout_keys(experiment.seed, [item.document.key for item in items]) if prefix else None
-        for part, rows in (("text", has_text), ("image", has_image)):
-            chosen = None if keys is None else keys[np.array(rows, int)]
-            rate = experiment.query_dropout
-            vectors = np.zeros((len(items), encoder.width), np.float32)
-            if rows:
-                vectors[rows] = (
-                    encoder.embed_texts([texts[row] for row in rows], drop_keys=chosen, drop_rate=rate)
-                    if part == "text"
-                    else encoder.embed_images(images, drop_keys=chosen, drop_rate=rate)
-                )
-            out[prefix + part] = vectors
-    return out
+class _Embedder:
+    """Embeds the documents of a shard."""
+
+    def __init__(self, experiment: Experiment, encoder: Encoder, documents: dict[Split, DocumentStore]) -> None:
+        self.experiment, self.encoder = experiment, encoder
+        self.documents = {str(split): store for split, store in documents.items()}
+
+    def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
+        store = self.documents[shard.part]
+        rows = document_rows(self.experiment, shard, len(store))
+        names = [*([DOCUMENT] if shard.part in MEMORY else []), *(PARTS if shard.part != "memory" else ())]
+        vectors = {name: np.zeros((len(rows), self.encoder.width), np.float32) for name in names}
+        for start in range(0, len(rows), DOCUMENTS_AT_ONCE):
+            block = rows[start : start + DOCUMENTS_AT_ONCE]
+            items = store.many(block)
+            for name in names:
+                vectors[name][start : start + len(block)] = self._embed(items, name, dropped=shard.part == "train")
+            tally.add(len(block))
+        shape = len(store), self.encoder.width
+        for name in names:
+            array = Vectors.create(
+                shard.folder / name, shape, self.experiment.embedding_dtype, self.experiment.documents_per_shard
+            )
+            array.write_shard(shard.number, vectors[name])
+        return {}
+
+    def _embed(
+        self, items: Sequence[TokenizedDocument], name: str, dropped: bool
+    ) -> Float[np.ndarray, "documents embed"]:
+        """The vectors `name` of some documents; a part that a document lacks is zeros."""
+        if name == DOCUMENT:
+            text, image = (self._embed_part(items, part, dropped=False) for part in PARTS)
+            return mix(text, image, np.asarray(text.any(1)), np.asarray(image.any(1)))
+        return self._embed_part(items, name, dropped)
+
+    def _embed_part(
+        self, items: Sequence[TokenizedDocument], part: str, dropped: bool
+    ) -> Float[np.ndarray, "documents embed"]:
+        """Vectors of the texts, or of the first images."""
+        vectors = np.zeros((len(items), self.encoder.width), np.float32)
+        documents = [item.document for item in items]
+        rows = np.flatnonzero([bool(document.text if part == "text" else document.images) for document in documents])
+        if not len(rows):
+            return vectors
+        chosen = [documents[row] for row in rows]
+        keys = query_dropout_keys(self.experiment.seed, [document.key for document in chosen]) if dropped else None
+        rate = self.experiment.query_dropout
+        vectors[rows] = (
+            self.encoder.embed_texts([document.text for document in chosen], drop_keys=keys, drop_rate=rate)
+            if part == "text"
+            else self.encoder.embed_images([document.images[0] for document in chosen], drop_keys=keys, drop_rate=rate)
+        )
+        return vectors
 
 
-def document_embeddings(folder: Path) -> Float[np.ndarray, "documents embed"]:
-    """The mixed-modal vectors of a split (paper, eq. 1)."""
-    text, image = read_array(folder / "text"), read_array(folder / "image")
-    return mix(text, image, np.asarray(text.any(1)), np.asarray(image.any(1)))
+def document_embeddings(folder: Path) -> EmbeddingRows:
+    """The mixed-modal vectors of a split of the memory: read when asked for, or now if they are small.
+
+    Small is a sixteenth of this machine's memory, on which there may be a worker for each of 8 GPUs.
+    """
+    vectors = Vectors(folder / DOCUMENT)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return vectors[:] if 4 * math.prod(vectors.shape) <= machine // 16 else vectors
 
 
-def query_embeddings(folder: Path, part: str, training: bool) -> Float[np.ndarray, "documents embed"]:
-    """The vectors of one query part; zeros where a document lacks it."""
-    name = f"query_{part}" if training else part
-    return np.asarray(open_array(folder / name).read().result())
+def query_embeddings(folder: Path, part: str) -> Vectors:
+    """The vectors of one query part; zeros where a document lacks it. Those of `train` have query dropout."""
+    return Vectors(folder / part)

@@ -102,7 +102,7 @@ def evaluate_encoders(experiment: Experiment, workdir: Workdir) -> dict[str, Any
         items = documents.many(range(min(len(documents), experiment.evaluation.documents)))
         images = [image for item in items for image in item.document.images]
         folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
-        text, image = (query_embeddings(folder, part, training=False)[: len(items)] for part in PARTS)
+        text, image = (query_embeddings(folder, part)[: len(items)] for part in PARTS)
         out[split] = {
             "vqgan": vqgan_metrics(codec, images) if images else None,
             "clip": clip_metrics([item.document for item in items], text, image),
@@ -137,7 +137,7 @@ def evaluate_retrieval(experiment: Experiment, workdir: Workdir, split: Split, k
         _entities(open_documents(experiment, workdir, part), field) for part in recipes.memory_splits(experiment, split)
     ]
     queries = _entities(open_documents(experiment, workdir, split), field)
-    neighbors = read_neighbors(experiment, workdir, split)
+    neighbors = read_neighbors(experiment, workdir, split)[:]
     flat = [entity for part in memory for entity in part]
     return {part: recall_at(k, neighbors[:, number], queries, flat) for number, part in enumerate(PARTS)}
 

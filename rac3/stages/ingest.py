@@ -1,29 +1,34 @@
-"""Ingest: sources -> filtered, tokenized documents in `array_record` shards, and what was rejected."""
+"""Ingest: sources -> filtered, tokenized documents in `array_record` shards, and what was rejected.
+
+A shard of the source becomes a shard of documents.
+"""
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rac3.artifacts import Draft, Workdir, write_atomic
+from rac3.artifacts import Draft, Workdir, temporary_path
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
-from rac3.documents.document import Document, Image, Reject
+from rac3.documents.document import Document, Image, Reject, Source
 from rac3.documents.store import LENGTHS, TokenizedDocument, id_type, write_shard
+from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
-from rac3.progress import Progress
 from rac3.stages import recipes
 from rac3.stages.encoders import ImageCodec, open_text, open_vqgan
 from rac3.tokens.text import Tokenizer
 from rac3.tokens.vocabulary import Vocabulary
 
 REJECTS = "rejects.jsonl"
-IMAGES_AT_ONCE = 512  # pixels of this many images are held at a time
+DOCUMENTS_AT_ONCE = 512  # that a thread holds in memory
 
 
 def vocabulary_of(tokenizer: Tokenizer, codec: ImageCodec) -> Vocabulary:
@@ -39,68 +44,87 @@ def ingest(experiment: Experiment, workdir: Workdir) -> None:
     missing = [split for split in experiment.data.sources() if not workdir.find(recipes.documents(experiment, split))]
     if not missing:
         return
-    tokenizer, codec = open_text(experiment, workdir), open_vqgan(experiment, workdir)
-    builder = GroupBuilder(vocabulary_of(tokenizer, codec), Masking("none"), 1.0)
-    for split in missing:
-        with workdir.write(recipes.documents(experiment, split)) as draft:
-            _ingest_split(experiment, split, tokenizer, codec, builder, draft)
+    for recipe in (recipes.text(experiment), recipes.vqgan(experiment)):
+        workdir.require(recipe, "rac3 encoders")
+    with ExitStack() as stack:
+        drafts = {split: stack.enter_context(workdir.write(recipes.documents(experiment, split))) for split in missing}
+        shards = {split: _shards(experiment, split, draft.folder) for split, draft in drafts.items()}
+        everything = [shard for part in shards.values() for shard in part]
+        throughput = run(experiment.executor, _Ingest(experiment, workdir), everything)
+        for split, draft in drafts.items():
+            _merge(experiment, split, shards[split], draft)
+            draft.counts["throughput"] = throughput
+        clear(everything)
 
 
-def _ingest_split(
-    experiment: Experiment,
-    split: Split,
-    tokenizer: Tokenizer,
-    codec: ImageCodec,
-    builder: GroupBuilder,
-    draft: Draft,
-) -> None:
-    source, data_dir = experiment.data.sources()[split], Path(experiment.data_dir)
-    shards = source.shards(data_dir)
-    with Progress(f"ingest {split}", len(shards), "shards") as bar:
-        for number, shard in enumerate(shards):
-            done = draft.folder / f"{number:05d}.json"
-            if not done.exists():
-                items = source.read(data_dir, shard)
-                _ingest_shard(experiment, items, tokenizer, codec, builder, draft.folder / f"{number:05d}.array_record")
-            bar.update()
-    draft.counts["ids"] = np.dtype(id_type(tokenizer.size, codec.codes)).name
-    _merge(experiment, split, len(shards), draft)
+def _shards(experiment: Experiment, split: Split, folder: Path) -> list[Shard]:
+    """Those of the source, under its names."""
+    names = experiment.data.sources()[split].shards(Path(experiment.data_dir))
+    return [Shard(split, number, name, folder) for number, name in enumerate(names)]
 
 
-def _ingest_shard(
-    experiment: Experiment,
-    items: Iterator[Document | Reject],
-    tokenizer: Tokenizer,
-    codec: ImageCodec,
-    builder: GroupBuilder,
-    path: Path,
-) -> None:
-    """One shard: its records first, then the summary that says the shard is whole."""
-    rejects: list[dict[str, str]] = []
-    filtered: Counter[str] = Counter()
-    kept: list[TokenizedDocument] = []
-    waiting: list[Document] = []
-    for item in items:
-        if isinstance(item, Reject):
-            rejects.append(asdict(item))
-        elif reason := experiment.filter.reason(item.metadata):
-            filtered[reason] += 1
-        else:
-            waiting.append(item)
-            if len(waiting) == IMAGES_AT_ONCE:
-                kept += tokenize(waiting, tokenizer, codec, experiment.max_text_tokens)
-                waiting = []
-    kept += tokenize(waiting, tokenizer, codec, experiment.max_text_tokens)
-    temporary = path.with_suffix(".tmp")
-    write_shard(temporary, kept, id_type(tokenizer.size, codec.codes))
-    temporary.replace(path)
-    summary = {
-        "lengths": [len(builder.sequence(item).ids) for item in kept],
-        "filtered": filtered,
-        "rejects": rejects,
-        "texts_cut": sum(_is_cut(item, tokenizer, experiment.max_text_tokens) for item in kept),
-    }
-    write_atomic(path.with_suffix(".json"), json.dumps(summary))
+@dataclass(frozen=True)
+class _Ingest:
+    """The job."""
+
+    experiment: Experiment
+    workdir: Workdir
+    label: str = "ingest"
+
+    def open(self) -> "_Ingester":
+        return _Ingester(
+            self.experiment, open_text(self.experiment, self.workdir), open_vqgan(self.experiment, self.workdir)
+        )
+
+
+class _Ingester:
+    """Reads, filters and tokenizes the documents of a shard."""
+
+    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, codec: ImageCodec) -> None:
+        self.experiment, self.tokenizer, self.codec = experiment, tokenizer, codec
+        self.builder = GroupBuilder(vocabulary_of(tokenizer, codec), Masking("none"), 1.0)
+        self.sources: dict[str, Source] = {str(split): source for split, source in experiment.data.sources().items()}
+
+    def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
+        kind = id_type(self.tokenizer.size, self.codec.codes)
+        summary = _Summary(ids=np.dtype(kind).name)
+        items = iter(self.sources[shard.part].read(Path(self.experiment.data_dir), shard.name))
+        path = shard.folder / f"{shard.number:06d}.array_record"
+        temporary = temporary_path(path)
+        write_shard(temporary, self._kept(items, summary, tally), kind)
+        temporary.replace(path)
+        return asdict(summary)
+
+    def _kept(
+        self, items: Iterator[Document | Reject], summary: "_Summary", tally: Tally
+    ) -> Iterator[TokenizedDocument]:
+        """The tokenized documents; what else there is to say goes into `summary`."""
+        limit = self.experiment.max_text_tokens
+        while block := list(islice(items, DOCUMENTS_AT_ONCE)):
+            documents = []
+            for item in block:
+                if isinstance(item, Reject):
+                    summary.rejects.append(asdict(item))
+                elif reason := self.experiment.filter.reason(item.metadata):
+                    summary.filtered[reason] = summary.filtered.get(reason, 0) + 1
+                else:
+                    documents.append(item)
+            tally.add(len(block), sum(isinstance(item, Reject) for item in block))
+            for tokenized in tokenize(documents, self.tokenizer, self.codec, limit):
+                summary.lengths.append(len(self.builder.sequence(tokenized).ids))
+                summary.texts_cut += _is_cut(tokenized, self.tokenizer, limit)
+                yield tokenized
+
+
+@dataclass
+class _Summary:
+    """What is kept of a shard beside its records."""
+
+    ids: str  # the type of the token ids on disk
+    lengths: list[int] = field(default_factory=list)
+    filtered: dict[str, int] = field(default_factory=dict)
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    texts_cut: int = 0
 
 
 def tokenize(
@@ -128,37 +152,43 @@ def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:
     )
 
 
-def _merge(experiment: Experiment, split: Split, shards: int, draft: Draft) -> None:
-    """The shards' summaries as one: lengths, rejects, counts."""
-    paths = [draft.folder / f"{number:05d}.json" for number in range(shards)]
-    summaries: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
-    rejects = [reject for summary in summaries for reject in summary["rejects"]]
-    lengths = np.array([length for summary in summaries for length in summary["lengths"]], np.int32)
-    filtered = sum((Counter(summary["filtered"]) for summary in summaries), Counter())
-    lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-    write_atomic(draft.folder / REJECTS, lines)
-    seen = len(lengths) + len(rejects) + filtered.total()
-    if len(rejects) > experiment.max_reject_fraction * seen:
+def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft: Draft) -> None:
+    """The shards' summaries as one: lengths, rejects, counts. Holds one shard's at a time."""
+    parts: list[np.ndarray] = []
+    filtered: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    texts_cut, ids = 0, ""
+    temporary = temporary_path(draft.folder / REJECTS)
+    with temporary.open("w") as lines:
+        for shard in shards:
+            summary = shard.read_summary()
+            parts.append(np.array(summary["lengths"], np.int32))
+            filtered.update(summary["filtered"])
+            texts_cut, ids = texts_cut + summary["texts_cut"], summary["ids"]
+            reasons.update(reject["reason"].split(":")[0] for reject in summary["rejects"])
+            lines.writelines(json.dumps(reject, ensure_ascii=False) + "\n" for reject in summary["rejects"])
+    temporary.replace(draft.folder / REJECTS)
+    lengths = np.concatenate(parts)
+    rejects, seen = reasons.total(), len(lengths) + reasons.total() + filtered.total()
+    if rejects > experiment.max_reject_fraction * seen:
         raise InputError(
-            f"{len(rejects)} of {seen} documents of {split} are damaged, more than max_reject_fraction="
+            f"{rejects} of {seen} documents of {split} are damaged, more than max_reject_fraction="
             f"{experiment.max_reject_fraction}; see {draft.folder / REJECTS}, mend them or raise --max-reject-fraction"
         )
     if len(lengths) == 0:
         raise InputError(
-            f"the source of {split} gives no documents ({len(rejects)} damaged, {filtered.total()} filtered); "
+            f"the source of {split} gives no documents ({rejects} damaged, {filtered.total()} filtered); "
             "check its folder and the filter"
         )
     np.save(draft.folder / LENGTHS, lengths)
-    reasons = Counter(reject["reason"].split(":")[0] for reject in rejects)
     draft.counts.update(
         documents=len(lengths),
         tokens=int(lengths.sum()),
         filtered=dict(filtered),
         rejects=dict(reasons),
-        texts_cut=sum(summary["texts_cut"] for summary in summaries),
+        texts_cut=texts_cut,
+        ids=ids,
     )
-    for path in paths:
-        path.unlink()
 
 
 def counts_line(experiment: Experiment, workdir: Workdir, split: Split) -> str:

@@ -78,7 +78,12 @@ def documents(experiment: Experiment, split: Split) -> Recipe:
 
 
 def embeddings(experiment: Experiment, split: Split) -> Recipe:
-    config: dict[str, Any] = {"split": split, "dtype": experiment.clip.dtype}
+    config: dict[str, Any] = {
+        "split": split,
+        "dtype": experiment.clip.dtype,
+        "stored": experiment.embedding_dtype,
+        "documents_per_shard": experiment.documents_per_shard,
+    }
     if split == "train":
         config |= {"query_dropout": experiment.query_dropout, "seed": experiment.seed}
     inputs = {"documents": documents(experiment, split).fingerprint, "clip": clip(experiment).fingerprint}

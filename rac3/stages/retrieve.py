@@ -1,23 +1,35 @@
 """Index and retrieve: memory parts -> indexes -> selected neighbors of every document, for each query part."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from threading import Lock
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from rac3.arrays import create_array, read_array
+from rac3.arrays import Rows, create_array, write_shard
 from rac3.artifacts import Workdir
 from rac3.documents.store import DocumentStore, TokenizedDocument
+from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, search_memory
 from rac3.retrieval.selection import select
 from rac3.stages import recipes
-from rac3.stages.embed import PARTS, document_embeddings, open_documents, query_embeddings
+from rac3.stages.embed import (
+    PARTS,
+    document_embeddings,
+    document_rows,
+    document_shards,
+    open_documents,
+    query_embeddings,
+)
 
-BLOCK = 16_384  # queries at once
+NEIGHBORS_CHUNK = 16 * 2**10  # bytes: training reads the neighbors of documents in random order
 
 
 class Texts(Sequence[str]):
@@ -90,45 +102,87 @@ def retrieve(
     """Makes the neighbors of each split; `memory` is never a query."""
     if not recipes.retrieves(experiment):
         return
-    for split in experiment.data.sources():
-        recipe = recipes.neighbors(experiment, split)
-        if split not in splits or workdir.find(recipe) is not None:
-            continue
-        memory = OpenMemory(experiment, workdir, recipes.memory_splits(experiment, split))
-        documents = open_documents(experiment, workdir, split)
-        folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
-        training = split == "train"
-        shape = (len(documents), len(PARTS), experiment.selection.depth)
-        with workdir.write(recipe) as draft, Progress(f"retrieve {split}", 2 * len(documents), "queries") as bar:
-            ids = create_array(draft.folder / "ids", shape, "int64", fill=-1)
-            scores = create_array(draft.folder / "scores", shape, "float32")
-            for number, part in enumerate(PARTS):
-                vectors = query_embeddings(folder, part, training)
-                for start in range(0, len(documents), BLOCK):
-                    rows = np.arange(start, min(start + BLOCK, len(documents)))
-                    found = _retrieve_block(memory, documents, vectors[rows], rows, training)
-                    ids[start : start + len(rows), number].write(found[0]).result()
-                    scores[start : start + len(rows), number].write(found[1]).result()
-                    bar.update(len(rows))
-            draft.counts["documents"] = len(documents)
+    missing = [
+        split
+        for split in experiment.data.sources()
+        if split in splits and not workdir.find(recipes.neighbors(experiment, split))
+    ]
+    for split in missing:
+        for part in recipes.memory_splits(experiment, split):
+            workdir.require(recipes.index(experiment, part), "rac3 index")
+        workdir.require(recipes.embeddings(experiment, split), "rac3 embed")
+    documents = {split: len(open_documents(experiment, workdir, split)) for split in missing}
+    with ExitStack() as stack:
+        drafts = {split: stack.enter_context(workdir.write(recipes.neighbors(experiment, split))) for split in missing}
+        shards = [
+            shard
+            for split, draft in drafts.items()
+            for shard in document_shards(experiment, split, documents[split], draft.folder)
+        ]
+        throughput = run(experiment.executor, _Retrieve(experiment, workdir), shards)
+        for split, draft in drafts.items():
+            draft.counts.update(documents=documents[split], throughput=throughput)
+        clear(shards)
 
 
-def _retrieve_block(
-    memory: OpenMemory,
-    documents: DocumentStore,
-    vectors: Float[np.ndarray, "queries embed"],
-    rows: Int[np.ndarray, " queries"],
-    training: bool,
-) -> tuple[Int[np.ndarray, "queries depth"], Float[np.ndarray, "queries depth"]]:
-    """Neighbors of one block; none for a document that lacks the query part. In training, never itself."""
-    items = documents.many(rows.tolist())
-    queries = Queries([item.document.key for item in items], vectors, [item.document.text for item in items])
-    exclude = rows if training else np.full(len(rows), -1)
-    ids, scores = memory.retrieve(queries, exclude)
-    lacks = ~np.asarray(vectors.any(1, keepdims=True))
-    return np.where(lacks, -1, ids), np.where(lacks, 0, scores).astype(np.float32)
+@dataclass(frozen=True)
+class _Retrieve:
+    """The job."""
+
+    experiment: Experiment
+    workdir: Workdir
+    label: str = "retrieve"
+
+    def open(self) -> "_Searcher":
+        return _Searcher(self.experiment, self.workdir)
 
 
-def read_neighbors(experiment: Experiment, workdir: Workdir, split: Split) -> Int[np.ndarray, "documents parts depth"]:
-    """Global memory ids by document and query part (text, image)."""
-    return read_array(workdir.require(recipes.neighbors(experiment, split), "rac3 retrieve").folder / "ids")
+class _Searcher:
+    """Finds the neighbors of the documents of a shard, for each part of the query.
+
+    One search runs at a time, since a retriever may take all cores, and its author need not think of threads.
+    """
+
+    def __init__(self, experiment: Experiment, workdir: Workdir) -> None:
+        self.experiment, self.workdir = experiment, workdir
+        self._searching = Lock()
+        self._open = lru_cache(maxsize=1)(partial(OpenMemory, experiment, workdir))  # the shards come split by split
+
+    def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
+        experiment, split = self.experiment, cast(Split, shard.part)
+        store = open_documents(experiment, self.workdir, split)
+        folder = self.workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
+        rows = document_rows(experiment, shard, len(store))
+        documents = [item.document for item in store.many(rows)]
+        keys, texts = [document.key for document in documents], [document.text for document in documents]
+        del documents  # with their images
+        shape = (len(rows), len(PARTS), experiment.selection.depth)
+        ids, scores = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+        for number, part in enumerate(PARTS):
+            queries = Queries(keys, query_embeddings(folder, part)[rows.start : rows.stop], texts)
+            ids[:, number], scores[:, number] = self._search(split, queries, np.array(rows))
+            tally.add(0)
+        tally.add(len(rows))
+        for name, values, fill in (("ids", ids, -1), ("scores", scores, 0)):
+            whole = (len(store), *shape[1:])
+            array = create_array(
+                shard.folder / name, whole, str(values.dtype), experiment.documents_per_shard, fill, NEIGHBORS_CHUNK
+            )
+            write_shard(array, shard.number, values)
+        return {}
+
+    def _search(
+        self, split: Split, queries: Queries, rows: Int[np.ndarray, " queries"]
+    ) -> tuple[Int[np.ndarray, "queries depth"], Float[np.ndarray, "queries depth"]]:
+        """Neighbors; none for a document that lacks the query part. In training, never itself."""
+        exclude = rows if split == "train" else np.full(len(rows), -1)
+        with self._searching:
+            memory = self._open(tuple(recipes.memory_splits(self.experiment, split)))
+            ids, scores = memory.retrieve(queries, exclude)
+        lacks = ~np.asarray(queries.embeddings.any(1, keepdims=True))
+        return np.where(lacks, -1, ids), np.where(lacks, 0, scores).astype(np.float32)
+
+
+def read_neighbors(experiment: Experiment, workdir: Workdir, split: Split) -> Rows:
+    """Global memory ids [documents, parts, depth] by document and query part (text, image)."""
+    return Rows(workdir.require(recipes.neighbors(experiment, split), "rac3 retrieve").folder / "ids")

@@ -1,0 +1,65 @@
+"""Which vectors the embed stage makes of which documents, and in what form they are read."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rac3.arrays import Vectors
+from rac3.artifacts import Workdir
+from rac3.config import load_config_module
+from rac3.experiment import Split
+from rac3.retrieval.encoder import mix, query_dropout_keys
+from rac3.retrieval.memory import MemoryPart
+from rac3.stages import recipes
+from rac3.stages.embed import document_embeddings, open_documents, query_embeddings
+from rac3.stages.encoders import open_clip
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", {"document", "text", "image"}),
+        ("memory", {"document"}),
+        ("validation", {"text", "image"}),
+        ("test", {"text", "image"}),
+    ],
+)
+def test_each_split_has_the_vectors_that_it_is_asked_for(
+    split: Split, names: set[str], finished_workdir: tuple[Path, Path]
+):
+    experiment = load_config_module(str(finished_workdir[0])).get_config()
+    workdir = Workdir(finished_workdir[1], "tiny")
+    folder = workdir.require(recipes.embeddings(experiment, split), "").folder
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == names
+    documents = [item.document for item in open_documents(experiment, workdir, split).many(range(4))]
+    encoder = open_clip(experiment, workdir)
+    texts, images = [document.text for document in documents], [document.images[0] for document in documents]
+    text, image = encoder.embed_texts(texts), encoder.embed_images(images)
+    if "document" in names:
+        everywhere = np.ones(4, bool)
+        np.testing.assert_allclose(
+            document_embeddings(folder)[:4], mix(text, image, everywhere, everywhere), atol=1e-5, rtol=0
+        )
+    if "text" in names:
+        if split == "train":
+            keys = query_dropout_keys(experiment.seed, [document.key for document in documents])
+            dropout = {"drop_keys": keys, "drop_rate": experiment.query_dropout}
+            text, image = encoder.embed_texts(texts, **dropout), encoder.embed_images(images, **dropout)
+        np.testing.assert_allclose(query_embeddings(folder, "text")[:4], text, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(query_embeddings(folder, "image")[:4], image, atol=1e-5, rtol=0)
+
+
+def test_a_large_memory_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    vectors = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    Vectors.create(tmp_path / "document", (40, 8), "float32", 64).write_shard(0, vectors)
+    small = document_embeddings(tmp_path)
+    assert isinstance(small, np.ndarray)
+    np.testing.assert_array_equal(small, vectors)
+    monkeypatch.setattr(os, "sysconf", lambda name: 64)  # a machine of 4 kB
+    large = document_embeddings(tmp_path)
+    assert not isinstance(large, np.ndarray)
+    part = MemoryPart("train", large, [""] * 40)
+    for rows in (slice(2, 9), np.array([39, 3, 5, 3])):
+        np.testing.assert_array_equal(part.read(rows), vectors[rows])
