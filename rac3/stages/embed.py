@@ -1,17 +1,20 @@
 """Embed: each document's text and image through frozen CLIP, and the training queries with dropout."""
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from rac3.arrays import create_array, open_array, read_array
+from rac3.arrays import create_array, open_array
 from rac3.artifacts import Workdir
 from rac3.documents.store import DocumentStore, TokenizedDocument
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
 from rac3.retrieval.encoder import MixedEncoder, mix, query_dropout_keys
+from rac3.retrieval.memory import EmbeddingRows
 from rac3.stages import recipes
 from rac3.stages.encoders import open_clip
 
@@ -82,10 +85,24 @@ def _embed_block(
     return out
 
 
-def document_embeddings(folder: Path) -> Float[np.ndarray, "documents embed"]:
-    """The mixed-modal vectors of a split (paper, eq. 1)."""
-    text, image = read_array(folder / "text"), read_array(folder / "image")
-    return mix(text, image, np.asarray(text.any(1)), np.asarray(image.any(1)))
+class DocumentEmbeddings:
+    """The mixed-modal vectors of a split (paper, eq. 1), read and mixed when rows are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._text, self._image = open_array(folder / "text"), open_array(folder / "image")
+        self.shape: tuple[int, ...] = tuple(self._text.shape)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Float[np.ndarray, "rows embed"]:
+        reading = [array[rows].read() for array in (self._text, self._image)]
+        text, image = (np.asarray(future.result()) for future in reading)
+        return mix(text, image, np.asarray(text.any(1)), np.asarray(image.any(1)))
+
+
+def document_embeddings(folder: Path) -> EmbeddingRows:
+    """The mixed-modal vectors of a split: in memory if they take at most a quarter of it, else read when asked for."""
+    embeddings = DocumentEmbeddings(folder)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return embeddings[:] if 4 * math.prod(embeddings.shape) <= memory // 4 else embeddings
 
 
 def query_embeddings(folder: Path, part: str, training: bool) -> Float[np.ndarray, "documents embed"]:
