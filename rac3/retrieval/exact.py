@@ -1,33 +1,60 @@
-"""Exact maximum inner product search, on whatever devices JAX has."""
+"""Exact maximum inner product search, on all devices that JAX has."""
 
+import functools
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Queries, check_num_neighbors, no_candidates
 
+_GROUP = 32  # documents whose best score decides whether the others are looked at
+_TILE_ON_CPU = 256, 8192  # queries x documents that are scored at once: 8 MiB of scores, which stay in its cache
+_TILE = 1024, 65_536
+_HOST_BYTES = 2**30  # of a part's embeddings that stay in memory between searches, where the device is the host
+_BY_DEVICE, _WHOLE = PartitionSpec("device"), PartitionSpec()
+
 
 @dataclass(frozen=True)
 class Exact:
-    """Every inner product is computed, in float32: the paper's search (section 3.2), and the reference for the rest.
+    """Every inner product is computed: the paper's search (section 3.2), and the reference for the rest.
 
-    The memory streams through the device in blocks, so it may be larger than the device, and is read once per call
-    of `search`: ask many queries at a time. Device memory: `query_rows` * `block_rows` * 4 bytes for the scores,
-    two blocks of the memory, and all queries of the call.
+    The memory streams through the devices in blocks, a share of the documents to each, so it may be larger than all of
+    them together, and is read once per call of `search`: ask many queries at a time. Blocks stay on the devices as
+    long as half of their memory is free (1 GiB in all on CPU), so that the next call reads only the rest. Beside them
+    a device holds two blocks, `query_rows` queries, and the scores of a tile (0.3 GB; 8 MB on CPU).
+
+    In a run of several processes (`jax.distributed`) each reads and searches its share of the documents only: all
+    processes must call `search`, with the same queries and in the same order, and all get the same result.
+
+    `dtype="bfloat16"` scores in bfloat16 with float32 sums, and then computes the scores of the best
+    `num_neighbors + overscan` documents of each block in float32: several times as fast where the hardware has
+    bfloat16, and equal to float32 unless rounding puts a neighbor behind `overscan` documents that are none.
     """
 
     num_neighbors: int = 16
-    block_rows: int = 32_768  # documents per block
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    overscan: int = 16
+    block_rows: int = 65_536  # documents that a device reads, and searches, at once
     query_rows: int = 1024  # queries that meet a block at once
 
     def __post_init__(self) -> None:
         check_num_neighbors(self.num_neighbors)
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"retriever.dtype={self.dtype!r} is not float32 or bfloat16")
+        if self.overscan < 0:
+            raise InputError(f"retriever.overscan={self.overscan} is negative; use 0 or more, such as 16")
         for field, value in (("block_rows", self.block_rows), ("query_rows", self.query_rows)):
             if value < 1:
                 raise InputError(f"retriever.{field}={value} is below 1; use at least 1, or thousands to be fast")
@@ -39,57 +66,265 @@ class Exact:
         return ExactIndex(self, part)
 
 
-@dataclass(frozen=True)
+Best = tuple[Array, Array]  # scores and rows, [devices, queries, k], each device's own
+
+
 class ExactIndex:
-    config: Exact
-    part: MemoryPart
+    """A part, cut into blocks of `mesh.size * block_rows` documents; a block is cut into equal runs, one per device."""
+
+    def __init__(self, config: Exact, part: MemoryPart) -> None:
+        self.config, self.part = config, part
+        devices = jax.devices()
+        self.mesh = Mesh(np.array(devices), ("device",), axis_types=(AxisType.Auto,))
+        self.tile_queries, tile_rows = _TILE_ON_CPU if devices[0].platform == "cpu" else _TILE
+        # A small part has a power of two of rows, so that parts of many sizes share what is compiled.
+        rows = min(config.block_rows, 1 << (-(-len(part) // len(devices)) - 1).bit_length())
+        self.tiles = -(-rows // tile_rows)
+        self.block_rows = _round_up(rows, self.tiles * _GROUP)
+        self._kept: dict[int, Array] = {}  # blocks that stay on the devices, by number
 
     def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
         """Inner products (float32, descending; of equal ones the lower row first) and rows; see `Index.search`.
 
-        Compiled once per part and k, for full batches of queries; a smaller batch is padded to a power of two, so
-        that the calls of a session compile a handful of shapes rather than one each.
+        Compiled once per size of a part and k, for full batches of queries; a smaller batch is padded to a power of
+        two, so that the calls of a session compile a handful of shapes rather than one each.
+
+        Raises:
+          InputError: an embedding holds NaN or infinity; or the processes of a run do not search for the same.
         """
-        total, size = len(queries), len(self.part)
-        if total == 0 or k == 0 or size == 0:
+        total = len(queries)
+        if total == 0 or k == 0 or len(self.part) == 0:
             return no_candidates(total, k)
-        rows = min(self.config.query_rows, 1 << (total - 1).bit_length())
-        starts = range(0, total, rows)
-        batches = [jnp.asarray(_padded(queries.embeddings[start : start + rows], rows)) for start in starts]
-        best = [(jnp.full((rows, k), -jnp.inf), jnp.full((rows, k), -1, jnp.int32)) for _ in starts]
-        block_rows = min(self.config.block_rows, size)
-        for start in range(0, size, block_rows):
-            embeddings = self.part.read(slice(start, min(start + block_rows, size)))
-            block = jax.device_put(_padded(embeddings, block_rows))
-            # Dispatch runs ahead of the device: wait for the last block here, or the queue would hold the whole memory.
-            jax.block_until_ready(best)
-            best = [_search_block(*b, q, block, start, len(embeddings)) for b, q in zip(best, batches, strict=True)]
-        scores = np.concatenate([np.asarray(scores) for scores, _ in best])[:total]
-        found = np.concatenate([np.asarray(found) for _, found in best])[:total]
-        return scores, found.astype(np.int64)
+        _check_that_all_search_for(queries, k)
+        best, failure = [], None
+        try:
+            best = self._search_own_rows(np.asarray(queries.embeddings, np.float32), k)
+        except InputError as error:
+            failure = error
+        _check_that_none_failed(failure)
+        merged = [_merge_devices(*each, mesh=self.mesh) for each in best]
+        scores = np.concatenate([np.asarray(scores) for scores, _ in merged])[:total]
+        rows = np.concatenate([np.asarray(rows) for _, rows in merged])[:total]
+        return scores, rows.astype(np.int64)
+
+    def _search_own_rows(self, queries: Float[np.ndarray, "queries embed"], k: int) -> list[Best]:
+        """The best of each device's documents, by batch of queries; the last batch is padded."""
+        wanted = min(self.config.query_rows, 1 << (len(queries) - 1).bit_length())
+        tile = min(wanted, self.tile_queries)
+        rows = _round_up(wanted, tile)
+        padded = np.pad(queries, ((0, -len(queries) % rows), (0, 0)))
+        batches = [self._put(batch, _WHOLE) for batch in padded.reshape(-1, rows, queries.shape[1])]
+        shape = self.mesh.size, rows, k
+        by_device = NamedSharding(self.mesh, _BY_DEVICE)
+        empty = jnp.full(shape, -jnp.inf, device=by_device), jnp.full(shape, -1, jnp.int32, device=by_device)
+        best: list[Best] = [empty for _ in batches]
+        for number, block in enumerate(self._blocks()):
+            waiting = best
+            start = number * self.mesh.size * self.block_rows
+            best = [
+                _search_block(
+                    *each, batch, block, start, len(self.part), mesh=self.mesh, tiles=self.tiles, query_rows=tile,
+                    dtype=self.config.dtype, overscan=self.config.overscan if self.config.dtype == "bfloat16" else 0,
+                )
+                for each, batch in zip(best, batches, strict=True)
+            ]  # fmt: skip
+            # Dispatch runs ahead of the devices: without a wait, the queue would hold the whole memory.
+            jax.block_until_ready(waiting)
+        return best
+
+    def _blocks(self) -> Iterator[Float[Array, "documents embed"]]:
+        """The blocks on the devices; one is read while the devices work on the one before."""
+        kept = dict(self._kept)
+        missing = [number for number in range(self._num_blocks) if number not in kept]
+        with ThreadPoolExecutor(1, "read-block") as thread:
+            ahead = deque(thread.submit(self._load, number) for number in missing[:1])
+            for number in range(self._num_blocks):
+                if number in kept:
+                    yield kept[number]
+                    continue
+                block = ahead.popleft().result()
+                missing.pop(0)
+                ahead.extend(thread.submit(self._load, later) for later in missing[:1])
+                if _has_room(block, len(self._kept)):
+                    self._kept[number] = block
+                yield block
+
+    @property
+    def _num_blocks(self) -> int:
+        return -(-len(self.part) // (self.mesh.size * self.block_rows))
+
+    def _load(self, number: int) -> Float[Array, "documents embed"]:
+        """A block, each process its own devices' documents; zeros behind the last. Within a tile the first documents
+        of all groups come first, then the second ones, ...: the best of a group is then a maximum of whole vectors."""
+        start = number * self.mesh.size * self.block_rows
+
+        def read(index: Any) -> np.ndarray:
+            first = start + (index[0].start or 0)
+            rows = self.part.read(slice(first, min(first + self.block_rows, len(self.part))))
+            rows = np.pad(rows, ((0, self.block_rows - len(rows)), (0, 0)))
+            groups = rows.reshape(self.tiles, -1, _GROUP, rows.shape[1])
+            return np.ascontiguousarray(groups.swapaxes(1, 2)).reshape(rows.shape)
+
+        shape = self.mesh.size * self.block_rows, self.part.embed_dim
+        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, _BY_DEVICE), read)
+
+    def _put(self, array: np.ndarray, spec: PartitionSpec) -> Array:
+        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), lambda index: array[index])
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("mesh", "tiles", "query_rows", "dtype", "overscan"))
 def _search_block(
-    best_scores: Float[Array, "queries k"],
-    best_rows: Int[Array, "queries k"],
+    best_scores: Float[Array, "devices queries k"],
+    best_rows: Int[Array, "devices queries k"],
     queries: Float[Array, "queries embed"],
     block: Float[Array, "documents embed"],
     start: Int[Array, ""] | int,
-    valid: Int[Array, ""] | int,
+    size: Int[Array, ""] | int,
+    *,
+    mesh: Mesh,
+    tiles: int,
+    query_rows: int,
+    dtype: str,
+    overscan: int,
+) -> tuple[Float[Array, "devices queries k"], Int[Array, "devices queries k"]]:
+    """The best k of those found so far and of a block, whose rows begin at `start`, of a part of `size` documents."""
+
+    def on_device(best_scores, best_rows, queries, block, start, size):
+        start = start + jax.lax.axis_index("device") * len(block)
+        k, embed = best_scores.shape[-1], queries.shape[-1]
+        by_tile = queries.reshape(-1, query_rows, embed)
+        cast = by_tile.astype(dtype)
+        shape = *by_tile.shape[:2], k + overscan
+
+        def scan_tile(found, item):
+            number, tile = item
+            first = number * len(tile)
+            tile = tile.astype(dtype)
+            found = jax.lax.map(lambda x: _search_tile(x[0], x[1], x[2], tile, first, size - start), (*found, cast))
+            return found, None
+
+        empty = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
+        found, _ = jax.lax.scan(scan_tile, empty, (jnp.arange(tiles), block.reshape(tiles, -1, embed)))
+        if dtype != "float32":
+            found = jax.lax.map(lambda x: _rescore(x[0], x[1], x[2], block, tiles), (*found, by_tile))
+        scores, places = (x.reshape(-1, k + overscan) for x in found)
+        rows = jnp.where(scores > -jnp.inf, start + places, -1)
+        # top_k keeps the first of equal scores, and what was found in earlier blocks has the lower rows.
+        merged = _top(jnp.concatenate([best_scores[0], scores], 1), jnp.concatenate([best_rows[0], rows], 1), k)
+        return merged[0][None], merged[1][None]
+
+    specs = (_BY_DEVICE, _BY_DEVICE, _WHOLE, _BY_DEVICE, _WHOLE, _WHOLE)
+    search = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(_BY_DEVICE,) * 2, check_vma=False)
+    return search(best_scores, best_rows, queries, block, jnp.int32(start), jnp.int32(size))
+
+
+def _search_tile(
+    scores: Float[Array, "queries candidates"],
+    places: Int[Array, "queries candidates"],
+    queries: Float[Array, "queries embed"],
+    tile: Float[Array, "documents embed"],
+    first: Int[Array, ""],
+    size: Int[Array, ""],
+) -> tuple[Float[Array, "queries candidates"], Int[Array, "queries candidates"]]:
+    """The best of the candidates so far and of a tile, by score and then by place in the block.
+
+    A sort of every row of scores would cost more than the scores. The best c documents of a tile are in the c groups
+    whose maxima are highest: c others would be above any that is not. So two short sorts do: of the groups' maxima,
+    and of the documents of c groups. Groups are runs of the memory, hence this holds for ties as well.
+
+    Args:
+      first: place of the tile in its block.
+      size: documents in the block from its first on; places from there on are padding.
+    """
+    products = jax.lax.dot_general(
+        queries, tile, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
+    )
+    products = products.reshape(len(queries), _GROUP, -1)
+    groups = products.shape[-1]
+    place = first + jnp.arange(groups) * _GROUP + jnp.arange(_GROUP)[:, None]
+    products = jnp.where(place < size, products, -jnp.inf)
+    wanted = scores.shape[1]
+    _, chosen = jax.lax.top_k(products.max(1), min(wanted, groups))
+    chosen = jnp.sort(chosen, axis=1)
+    near = jnp.take_along_axis(products, chosen[:, None], axis=2).swapaxes(1, 2).reshape(len(queries), -1)
+    near_places = (first + chosen[..., None] * _GROUP + jnp.arange(_GROUP)).reshape(near.shape)
+    return _top(jnp.concatenate([scores, near], 1), jnp.concatenate([places, near_places], 1), wanted)
+
+
+def _rescore(
+    scores: Float[Array, "queries candidates"],
+    places: Int[Array, "queries candidates"],
+    queries: Float[Array, "queries embed"],
+    block: Float[Array, "documents embed"],
+    tiles: int,
+) -> tuple[Float[Array, "queries candidates"], Int[Array, "queries candidates"]]:
+    """Float32 scores of candidates, in the order of their places."""
+    order = jnp.argsort(places, axis=1)
+    scores, places = (jnp.take_along_axis(x, order, axis=1) for x in (scores, places))
+    tile_rows = len(block) // tiles
+    tile, inside = places // tile_rows, places % tile_rows
+    stored = tile * tile_rows + inside % _GROUP * (tile_rows // _GROUP) + inside // _GROUP
+    exact = jnp.einsum("qe,qce->qc", queries, block[stored], precision="highest")
+    return jnp.where(scores > -jnp.inf, exact, -jnp.inf), places
+
+
+def _top(
+    scores: Float[Array, "queries candidates"], rows: Int[Array, "queries candidates"], k: int
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
-    """The best k of those found so far and of the block's first `valid` documents, whose rows begin at `start`."""
-    scores = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
-    scores = jnp.where(jnp.arange(block.shape[0]) < valid, scores, -jnp.inf)
-    k = best_scores.shape[1]
-    block_scores, block_rows = jax.lax.top_k(scores, min(k, block.shape[0]))
-    block_rows = jnp.where(block_scores > -jnp.inf, block_rows + start, -1)
-    # top_k keeps the first of equal scores, and what was found earlier has the lower rows.
-    merged_rows = jnp.concatenate([best_rows, block_rows], axis=1)
-    merged_scores, order = jax.lax.top_k(jnp.concatenate([best_scores, block_scores], axis=1), k)
-    return merged_scores, jnp.take_along_axis(merged_rows, order, axis=1)
+    best, order = jax.lax.top_k(scores, k)
+    return best, jnp.take_along_axis(rows, order, axis=1)
 
 
-def _padded(rows: Float[np.ndarray, "rows embed"], size: int) -> Float[np.ndarray, "size embed"]:
-    """`rows` as float32 with rows of zeros appended up to `size`."""
-    return np.pad(np.asarray(rows, np.float32), ((0, size - len(rows)), (0, 0)))
+@functools.partial(jax.jit, static_argnames="mesh")
+def _merge_devices(
+    scores: Float[Array, "devices queries k"], rows: Int[Array, "devices queries k"], *, mesh: Mesh
+) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
+    """The best of what the devices, of all processes, have found; on each of them."""
+    k = scores.shape[-1]
+    everywhere = NamedSharding(mesh, _WHOLE)
+    scores, rows = (jax.lax.with_sharding_constraint(x, everywhere) for x in (scores, rows))
+    if mesh.size == 1:
+        return scores[0], rows[0]
+    scores, rows = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (scores, rows))
+    below, rows = jax.lax.sort((-scores, rows), num_keys=2)  # runs of one block lie on all devices: rows decide ties
+    return -below[:, :k], rows[:, :k]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _has_room(block: Array, kept: int) -> bool:
+    """Whether a block may stay on its devices, beside `kept` others of this part."""
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats:
+        return (kept + 1) * block.nbytes <= _HOST_BYTES
+    return stats["bytes_in_use"] <= stats["bytes_limit"] // 2
+
+
+def _everywhere(value: int) -> Int[np.ndarray, " processes"]:
+    """The `value` of each process."""
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(np.int32(value)))
+
+
+def _check_that_all_search_for(queries: Queries, k: int) -> None:
+    """Raises InputError in all processes of a run if they differ in their queries: their results would be mixed."""
+    if jax.process_count() > 1:
+        embeddings = np.ascontiguousarray(queries.embeddings, np.float32)
+        digest = zlib.crc32(f"{embeddings.shape} {k}".encode(), zlib.crc32(embeddings.tobytes()))
+        if len(set(_everywhere(digest >> 1).tolist())) > 1:
+            raise InputError(
+                "the processes of this run search for different queries; retriever:exact searches a share of the "
+                "memory in each, so give all of them the same queries"
+            )
+
+
+def _check_that_none_failed(failure: InputError | None) -> None:
+    """Raises this process's failure; and in the others one that names it, which would else wait for it forever."""
+    failed = _everywhere(failure is not None) if jax.process_count() > 1 else np.zeros(0)
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise InputError(f"the search failed in process {int(np.argmax(failed))}; its own message says why")

@@ -11,7 +11,7 @@ import pytest
 
 from rac3.config import InputError
 from rac3.retrieval.controls import NoRetriever, Random
-from rac3.retrieval.exact import Exact, _search_block
+from rac3.retrieval.exact import Exact
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, Retriever, no_candidates, ranked, search_memory
 from rac3.retrieval.scann import Scann
@@ -49,6 +49,7 @@ class WordOverlapIndex:
 SEARCHERS = [
     Exact(),
     Exact(block_rows=37, query_rows=16),
+    Exact(dtype="bfloat16"),
     Scann(),
     Scann(num_leaves=1, num_leaves_to_search=1),
     Scann(num_leaves=1, reorder_dtype="bfloat16"),
@@ -131,12 +132,6 @@ def test_zero_vectors_and_duplicates(retriever: Retriever, tmp_path: Path):
     np.testing.assert_array_equal(zero_scores, np.zeros((1, 4)))
     all_zero = index_of(retriever, part_of(np.zeros((30, EMBED), np.float32), "zero"), tmp_path)
     np.testing.assert_array_equal(all_zero.search(queries_of(rows[:2]), 4)[0], np.zeros((2, 4)))
-
-
-def test_exact_gives_ties_to_the_lower_row_across_blocks(tmp_path: Path):
-    rows = np.eye(EMBED, dtype=np.float32)[np.arange(100) % 3]
-    _, found = index_of(Exact(block_rows=8), part_of(rows), tmp_path).search(queries_of(rows[:3]), 6)
-    np.testing.assert_array_equal(found, np.arange(3)[:, None] + np.arange(0, 18, 3))
 
 
 def test_exact_never_finds_the_padding_of_its_last_block(tmp_path: Path):
@@ -304,15 +299,6 @@ def test_num_neighbors_is_checked(retriever: type):
         retriever(num_neighbors=0)
     with pytest.raises(InputError, match=r"retriever\.num_neighbors=2"):
         NoRetriever(num_neighbors=2)
-
-
-def test_exact_compiles_once_for_a_part_whatever_the_number_of_queries_and_blocks(tmp_path: Path):
-    index = Exact(block_rows=30, query_rows=8).open(part_of(embeddings(100)), tmp_path)
-    index.search(queries_of(embeddings(5)), 3)
-    compiled = _search_block._cache_size()  # type: ignore[attr-defined]
-    for num_queries in (6, 8, 20, 64):
-        index.search(queries_of(embeddings(num_queries)), 3)
-    assert _search_block._cache_size() == compiled  # type: ignore[attr-defined]
 
 
 def test_reading_a_config_does_not_import_scann():
