@@ -36,6 +36,7 @@ STAGES = {
     "generate": "draw a caption of your own, or caption a picture",
     "report": "write the report and metrics.json",
     "run": "prepare, train, evaluate and report",
+    "plan": "what the offline stages would take: FLOPs, time, memory, disk; runs nothing",
     "quickstart": "`run` with the quickstart config that ships with rac3",
 }
 USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,random,none} [its overrides]]"
@@ -216,6 +217,7 @@ def _one_line(text: str, stage: str) -> str:
 
 def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workdir: Workdir, options: Any) -> None:
     """The stages that the command names, in the order of the chain."""
+    from rac3.plan import plan
     from rac3.report import collect, report, summary
     from rac3.report_encoders import encoders_report
     from rac3.stages import embed, encoders, ingest, retrieve, train
@@ -225,6 +227,9 @@ def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workd
 
     if stage in ("run", "train") and experiment.vqgan.checkpoint is not None:
         require_decoder(Path(experiment.vqgan.checkpoint))
+    if stage == "plan":
+        print(plan(experiment, workdir))
+        return
     if stage in ("run", "train", "evaluate", "generate"):
         experiment.mesh.build()  # what asks for other devices than there are is refused before work is done
     started = time.monotonic()

@@ -16,6 +16,7 @@ from rac3.retrieval.clip import CLIPConfig
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
+from rac3.scale import Scale
 from rac3.sharding import MeshConfig
 from rac3.tokens.perceptual import MIN_RESOLUTION
 from rac3.tokens.text import TextTokenizer
@@ -212,6 +213,7 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    scale: Scale = field(default_factory=Scale)
 
     def __post_init__(self) -> None:
         if self.seed < 0:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rac3"
 
 FLOORS = (
-    ("config", "sharding", "artifacts", "arrays", "progress", "executors", "device_batches"),
+    ("config", "sharding", "artifacts", "arrays", "progress", "executors", "device_batches", "scale"),
     ("documents", "tokens"),
     ("retrieval", "batches"),
     ("model",),
@@ -21,6 +21,7 @@ FLOORS = (
     (
         "experiment",
         "stages",
+        "plan",
         "report_table",
         "report_plots",
         "report_page",
@@ -40,8 +41,10 @@ ORDER = {
         "progress",
         "executors",
         "device_batches",
+        "scale",
         "experiment",
         "stages",
+        "plan",
         "report_table",
         "report_plots",
         "report_page",

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
-from rac3.retrieval.retriever import Queries, check_num_neighbors, no_candidates
+from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Random:
 
     def build(self, part: MemoryPart, folder: Path) -> None:
         """Writes nothing."""
+
+    def needs(self, documents: int, width: int) -> Needs:
+        """Nothing to speak of."""
+        return Needs()
 
     def open(self, part: MemoryPart, folder: Path) -> "RandomIndex":
         return RandomIndex(self.seed, part.name, len(part))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
-from rac3.retrieval.retriever import Queries, check_num_neighbors, no_candidates
+from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates
 
 _GROUP = 32  # documents whose best score decides whether the others are looked at
 _TILE_ON_CPU = 256, 8192  # queries x documents that are scored at once: 8 MiB of scores, which stay in its cache
@@ -64,6 +64,17 @@ class Exact:
 
     def open(self, part: MemoryPart, folder: Path) -> "ExactIndex":
         return ExactIndex(self, part)
+
+    def needs(self, documents: int, width: int) -> Needs:
+        """The memory streams: a device holds two blocks at least."""
+        block = 4.0 * min(self.block_rows, documents) * width
+        bytes_each = {"float32": 4.0, "bfloat16": 2.0}[self.dtype]
+        return Needs(
+            search_bytes=2 * block,
+            device_bytes=2 * bytes_each * min(self.block_rows, documents) * width,
+            query_flops=2.0 * documents * width,
+            on_devices=True,
+        )
 
 
 Best = tuple[Array, Array]  # scores and rows, [devices, queries, k], each device's own

@@ -72,6 +72,38 @@ class Retriever(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the index of one part of a memory takes, by arithmetic.
+
+    Attributes:
+      build_bytes: host memory while it is built.
+      search_bytes: host memory while it is searched.
+      device_bytes: memory of all accelerators together while it is searched, at least.
+      disk_bytes: of its files.
+      build_flops: to build it.
+      query_flops: to search it for one query.
+      on_devices: the search runs on accelerators where there are any; else on cores.
+    """
+
+    build_bytes: float = 0.0
+    search_bytes: float = 0.0
+    device_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    build_flops: float = 0.0
+    query_flops: float = 0.0
+    on_devices: bool = False
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A retriever that can say what it needs, for `rac3 plan`. One of your own may leave it out."""
+
+    def needs(self, documents: int, width: int) -> Needs:
+        """Of the index of a part with this many documents and vectors of this width."""
+        ...
+
+
 def check_num_neighbors(num_neighbors: int) -> None:
     """Raises InputError unless a retriever's `num_neighbors` is at least 1."""
     if num_neighbors < 1:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
-from rac3.retrieval.retriever import Queries, check_num_neighbors, no_candidates, ranked
+from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates, ranked
 
 _BRUTE_FORCE_BELOW = 20_000  # documents; ScaNN's own advice
 _QUANTIZED_FROM = 16  # documents; the codebook of each block has 16 centers, each of which needs one to train on
@@ -103,6 +103,27 @@ class Scann:
         pybind = _import_scann().scann_ops_pybind
         assets = (folder / "scann_assets.pbtxt").read_text()
         return ScannIndex(self, part, pybind.ScannSearcher(pybind.scann_pybind.ScannNumpy(str(folder), assets)))
+
+    def needs(self, documents: int, width: int) -> Needs:
+        """k-means on a sample (ten rounds), every vector to its nearest leaf, and its 4-bit codes; then, for a query,
+        all centers, the codes of the leaves searched (a table look-up for each counts as one), and the reordering."""
+        vectors = 4.0 * documents * width
+        kept = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.25}[self.reorder_dtype] * vectors
+        leaves = self.leaves_for(documents)
+        if leaves is None:
+            return Needs(2 * vectors, vectors, disk_bytes=vectors, query_flops=2.0 * documents * width)
+        codes = documents * width / self.dimensions_per_block / 2
+        sample = min(documents, max(100_000, 40 * leaves))
+        searched = self.num_leaves_to_search or math.ceil(leaves / 20)
+        return Needs(
+            build_bytes=vectors + kept + codes,
+            search_bytes=kept + codes,
+            disk_bytes=kept + codes,
+            build_flops=2.0 * leaves * width * (10 * sample + documents),
+            query_flops=2.0 * leaves * width
+            + documents * searched / leaves * width / self.dimensions_per_block
+            + 2.0 * self.reorder_num_neighbors * width,
+        )
 
     def leaves_for(self, size: int) -> int | None:
         """Leaves of the tree over `size` documents; None for brute force.

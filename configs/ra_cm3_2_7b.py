@@ -1,0 +1,47 @@
+"""rac3 plan configs/ra_cm3_2_7b.py
+
+The paper's setting (section 4.1): 2.7B parameters, 4,096 tokens, 150M documents of LAION, CLIP ViT-L/14, 256 GPUs of
+80 GB. `--data-dir` holds shards as img2dataset writes them; the VQGAN is taming's Gumbel f8, 1,024
+tokens a picture. Nothing of this size has been run with this code: the plan says what its offline stages would take.
+"""
+
+from rac3.documents.webdataset import WebDataset
+from rac3.experiment import Data, Experiment, ImageTextEncoder, ImageTokenizer
+from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rac3.retrieval.exact import Exact
+from rac3.scale import Scale
+from rac3.sharding import MeshConfig
+from rac3.tokens.text import TextTokenizer
+from rac3.tokens.vqgan import VQGANConfig
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        name="ra_cm3_2_7b",
+        data=Data(train=WebDataset("laion"), validation=WebDataset("laion-validation"), test=WebDataset("coco")),
+        text=TextTokenizer("facebook/opt-2.7b", vocab_size=50_272),
+        vqgan=ImageTokenizer(
+            checkpoint="vqgan_gumbel_f8/last.ckpt",
+            dtype="bfloat16",
+            model=VQGANConfig(ch_mult=(1, 1, 2, 4), attn_resolutions=(32,), n_embed=8192),  # as the checkpoint has it
+        ),
+        clip=ImageTextEncoder(
+            checkpoint="openai/clip-vit-large-patch14",
+            dtype="bfloat16",
+            model=CLIPConfig(  # as the checkpoint has it
+                CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+                CLIPVisionConfig(
+                    hidden_size=1024,
+                    intermediate_size=4096,
+                    num_hidden_layers=24,
+                    num_attention_heads=16,
+                    patch_size=14,
+                ),
+                projection_dim=768,
+            ),
+        ),
+        embedding_dtype="bfloat16",
+        retriever=Exact(num_neighbors=32, dtype="bfloat16"),
+        mesh=MeshConfig(fsdp=8),
+        scale=Scale(documents=150_000_000, hosts=32, gpus=8, cores=96, memory_gb=1000.0),
+    )
