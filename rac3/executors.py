@@ -418,6 +418,7 @@ class _Seat:
     actor: Any
     open: bool = False
     lost: bool = False
+    shards: set[Shard] = field(default_factory=set)  # under way
 
 
 class _RayPool:
@@ -431,14 +432,17 @@ class _RayPool:
         self._seats = [self._seat() for _ in range(workers)]
 
     def outcomes(self, missing: deque[Shard]) -> Events:
-        while missing or any(shard for _, shard in self._running.values()):
-            for seat in self._seats:
-                while missing and self._takes(seat, missing[0]):
-                    shard = missing.popleft()
-                    self._running[seat.actor.make.remote(shard)] = seat, shard
+        while missing or any(seat.shards for seat, _ in self._running.values()):
+            while missing and (free := [seat for seat in self._seats if self._takes(seat, missing)]):
+                seat, shard = min(free, key=lambda seat: len(seat.shards)), missing.popleft()
+                seat.shards.add(shard)
+                self._running[seat.actor.make.remote(shard)] = seat, shard
             done, _ = self._ray.wait(list(self._running), timeout=BEAT)
             for ref in done:
-                outcome = self._result(ref, *self._running.pop(ref))
+                seat, known = self._running.pop(ref)
+                if known is not None:
+                    seat.shards.remove(known)
+                outcome = self._result(ref, seat, known)
                 if outcome is not None:
                     yield outcome
             yield Beat(sum(seat.open for seat in self._seats))
@@ -448,19 +452,20 @@ class _RayPool:
         self._running[seat.actor.open.remote(self._job)] = seat, None
         return seat
 
-    def _takes(self, seat: _Seat, shard: Shard) -> bool:
-        """Whether to give it the shard now.
+    def _takes(self, seat: _Seat, missing: deque[Shard]) -> bool:
+        """Whether it is given the next shard now.
 
         One that has failed before has a worker to itself, so that it is not held against others if the worker dies, and
-        another worker than before if there is one.
+        another worker than before if there is one. Where few are left, each worker takes its share.
         """
-        busy = [other for owner, other in self._running.values() if owner is seat and other is not None]
-        if not seat.open or any(other in self._failed for other in busy):
+        shard = missing[0]
+        if not seat.open or any(other in self._failed for other in seat.shards):
             return False
         if shard not in self._failed:
-            return len(busy) < self._threads
+            left = len(missing) + sum(len(other.shards) for other in self._seats)
+            return len(seat.shards) < min(self._threads, -(-left // len(self._seats)))
         untried = [other for other in self._seats if other.open and other not in self._failed[shard]]
-        return not busy and (seat in untried or not untried)
+        return not seat.shards and (seat in untried or not untried)
 
     def _result(self, ref: Any, seat: _Seat, shard: Shard | None) -> Outcome | None:
         """What has come back: an attempt, or None for a worker that is open now, or lost before.
