@@ -58,6 +58,8 @@ def clip(experiment: Experiment) -> Recipe:
     if experiment.clip.checkpoint is not None:
         return Recipe("clip", {"checkpoint": checkpoint_identity(experiment.clip.checkpoint)}, {})
     config = {"clip": _fitted(experiment.clip), "data": fitting_data(experiment), "seed": experiment.seed}
+    if experiment.clip.tokenizer.checkpoint is not None:
+        config["tokenizer"] = tokenizer_identity(experiment.clip.tokenizer.checkpoint)
     return Recipe("clip", config, {})
 
 

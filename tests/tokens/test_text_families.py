@@ -282,13 +282,11 @@ def test_the_command_tells_what_it_found_and_stores_ids_as_narrow_as_they_are(
         artifact = Workdir(workdir, "tiny").require(recipes.documents(experiment, "test"), "rac3 ingest")
         assert artifact.manifest["counts"]["ids"] == width
         tokenizer = experiment.text.load()
-        for item in (documents := DocumentStore(artifact.folder)).many(range(len(documents))):
-            texts = [
-                ids.tolist()
-                for segment, ids in zip(item.document.segments, item.ids, strict=True)
-                if isinstance(segment, Text)
-            ]
-            assert " ".join(map(tokenizer.decode, texts)) == item.document.text
+        documents = DocumentStore(artifact.folder)
+        for item in documents.many(range(len(documents))):
+            pairs = zip(item.document.segments, item.ids, strict=True)
+            texts = [tokenizer.decode(ids.tolist()) for segment, ids in pairs if isinstance(segment, Text)]
+            assert " ".join(texts) == item.document.text
         (folder / "tokenizer_config.json").write_text("{ }")
         with pytest.raises(InputError, match=r"text is stale .*run `rac3 encoders"):
             run(["ingest", *arguments])
