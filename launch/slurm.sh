@@ -15,7 +15,9 @@
 set -euo pipefail
 
 address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):6379
-ray get-auth-token --generate >/dev/null 2>&1 || true # where Ray asks for one; the home folder is shared
+if ray get-auth-token --generate >/dev/null 2>&1; then # where this Ray knows tokens: in the home folder, shared too
+    export RAY_AUTH_MODE=token
+fi
 
 # On every node: starts Ray, on the first one runs the command when all have come, and stops Ray when it has ended.
 srun --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 \

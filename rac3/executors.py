@@ -319,19 +319,24 @@ class Ray:
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[Any]:
         """The ray module, connected."""
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        own: dict[str, Any] = {}
+        if address == "local":
+            own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+            if "ray" not in sys.modules:  # which reads these when it is imported
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+                os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default there, without its notice
         try:
             import ray
         except ImportError as error:
             raise InputError(f"executor ray cannot import ray ({error}); pip install 'rac3[ray]'") from error
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
-        own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                f"no Ray cluster can be used at {address!r} ({reason}); give another --ray.address"
+                f"no Ray cluster can be used at {address!r} ({reason}); give another --ray.address, or set "
+                "RAY_AUTH_MODE=token if the cluster asks for a token"
             ) from error
         try:
             yield ray

@@ -245,7 +245,7 @@ main()
 
 @pytest.mark.parametrize("name", ["local", pytest.param("ray", marks=needs_ray)])
 def test_an_interrupt_ends_the_run(name: str, tmp_path: Path):
-    """A shard takes a minute; a Ctrl-C does not wait for it, and no worker is left behind."""
+    """A shard takes a minute; a Ctrl-C does not wait for it."""
     root = str(Path(__file__).parents[1])
     command = [sys.executable, "-c", SLOW, root, str(tmp_path), name]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
