@@ -319,19 +319,24 @@ class Ray:
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[Any]:
         """The ray module, connected."""
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        own: dict[str, Any] = {}
+        if address == "local":
+            own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+            if "ray" not in sys.modules:  # which reads these when it is imported
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+                os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default there, without its notice
         try:
             import ray
         except ImportError as error:
             raise InputError(f"executor ray cannot import ray ({error}); pip install 'rac3[ray]'") from error
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
-        own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                f"no Ray cluster can be used at {address!r} ({reason}); give another --ray.address"
+                f"no Ray cluster can be used at {address!r} ({reason}); give another --ray.address, or set "
+                "RAY_AUTH_MODE=token if the cluster asks for a token"
             ) from error
         try:
             yield ray
@@ -418,6 +423,7 @@ class _Seat:
     actor: Any
     open: bool = False
     lost: bool = False
+    shards: set[Shard] = field(default_factory=set)  # under way
 
 
 class _RayPool:
@@ -431,14 +437,17 @@ class _RayPool:
         self._seats = [self._seat() for _ in range(workers)]
 
     def outcomes(self, missing: deque[Shard]) -> Events:
-        while missing or any(shard for _, shard in self._running.values()):
-            for seat in self._seats:
-                while missing and self._takes(seat, missing[0]):
-                    shard = missing.popleft()
-                    self._running[seat.actor.make.remote(shard)] = seat, shard
+        while missing or any(seat.shards for seat, _ in self._running.values()):
+            while missing and (free := [seat for seat in self._seats if self._takes(seat, missing)]):
+                seat, shard = min(free, key=lambda seat: len(seat.shards)), missing.popleft()
+                seat.shards.add(shard)
+                self._running[seat.actor.make.remote(shard)] = seat, shard
             done, _ = self._ray.wait(list(self._running), timeout=BEAT)
             for ref in done:
-                outcome = self._result(ref, *self._running.pop(ref))
+                seat, known = self._running.pop(ref)
+                if known is not None:
+                    seat.shards.remove(known)
+                outcome = self._result(ref, seat, known)
                 if outcome is not None:
                     yield outcome
             yield Beat(sum(seat.open for seat in self._seats))
@@ -448,19 +457,20 @@ class _RayPool:
         self._running[seat.actor.open.remote(self._job)] = seat, None
         return seat
 
-    def _takes(self, seat: _Seat, shard: Shard) -> bool:
-        """Whether to give it the shard now.
+    def _takes(self, seat: _Seat, missing: deque[Shard]) -> bool:
+        """Whether it is given the next shard now.
 
         One that has failed before has a worker to itself, so that it is not held against others if the worker dies, and
-        another worker than before if there is one.
+        another worker than before if there is one. Where few are left, each worker takes its share.
         """
-        busy = [other for owner, other in self._running.values() if owner is seat and other is not None]
-        if not seat.open or any(other in self._failed for other in busy):
+        shard = missing[0]
+        if not seat.open or any(other in self._failed for other in seat.shards):
             return False
         if shard not in self._failed:
-            return len(busy) < self._threads
+            left = len(missing) + sum(len(other.shards) for other in self._seats)
+            return len(seat.shards) < min(self._threads, -(-left // len(self._seats)))
         untried = [other for other in self._seats if other.open and other not in self._failed[shard]]
-        return not busy and (seat in untried or not untried)
+        return not seat.shards and (seat in untried or not untried)
 
     def _result(self, ref: Any, seat: _Seat, shard: Shard | None) -> Outcome | None:
         """What has come back: an attempt, or None for a worker that is open now, or lost before.

@@ -168,6 +168,30 @@ def test_a_shard_that_kills_its_workers_is_named_alone(job: Squares, shards: lis
 
 
 @dataclass(frozen=True)
+class Together:
+    """Shards that end when four are under way, and say in which process."""
+
+    label: str = "meet"
+
+    def open(self) -> "Together":
+        return self
+
+    def __call__(self, shard: Shard, tally: Tally) -> Mapping[str, Any]:
+        (shard.folder / f"here {shard.number}").touch()
+        while len(list(shard.folder.glob("here *"))) < 4:
+            time.sleep(0.01)
+        return {"process": os.getpid()}
+
+
+@untidy
+@needs_ray
+def test_the_first_worker_leaves_their_share_to_the_others(shards: list[Shard]):
+    run(Ray(workers=2, threads=4), Together(), shards[:4])
+    made = Counter(shard.read_summary()["process"] for shard in shards[:4])
+    assert sorted(made.values()) == [2, 2]
+
+
+@dataclass(frozen=True)
 class Unopened:
     """Cannot be opened."""
 
@@ -221,7 +245,7 @@ main()
 
 @pytest.mark.parametrize("name", ["local", pytest.param("ray", marks=needs_ray)])
 def test_an_interrupt_ends_the_run(name: str, tmp_path: Path):
-    """A shard takes a minute; a Ctrl-C does not wait for it, and no worker is left behind."""
+    """A shard takes a minute; a Ctrl-C does not wait for it."""
     root = str(Path(__file__).parents[1])
     command = [sys.executable, "-c", SLOW, root, str(tmp_path), name]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:

@@ -208,6 +208,7 @@ def test_a_second_command_is_turned_away_and_the_first_ends(config: Path, traps:
 
 def test_a_poisoned_shard_is_named_and_then_alone_made(config: Path, traps: Path, whole: Path, workdir: Path):
     (traps / "raise 000006").touch()
+    (traps / "log").write_text("")
     with start(config, workdir) as process:
         _, err = process.communicate()
     assert process.returncode == 2
@@ -226,6 +227,7 @@ def test_a_poisoned_shard_is_named_and_then_alone_made(config: Path, traps: Path
 def test_ray_makes_what_local_makes_though_a_worker_is_killed(config: Path, traps: Path, whole: Path, workdir: Path):
     """The source and the retriever are classes of the config file, which no worker can import."""
     (traps / "kill 000008").touch()
+    (traps / "log").write_text("")
     prepare(config, workdir, "--executor", "ray", "--ray.workers", "2")
     assert not (traps / "kill 000008").exists()
     assert (traps / "log").read_text().split().count("000008") == 2

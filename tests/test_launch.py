@@ -1,0 +1,72 @@
+"""What `launch/` starts is a command that rac3 takes. No cluster is started here."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rac3.cli import parse
+from rac3.config import load_config_module
+from rac3.executors import Ray
+from rac3.experiment import Experiment
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+
+def parsed(words: list[str], config: str) -> Experiment:
+    """The experiment of a command line `rac3 prepare CONFIG ...`, over the quickstart."""
+    assert words[:3] == ["rac3", "prepare", config]
+    return parse("prepare", load_config_module("quickstart").get_config(), words[3:])[0]
+
+
+def test_slurm_starts_one_ray_cluster_and_the_command(tmp_path: Path):
+    """Slurm's own commands stand in: `srun` shows what it is told to run on each node."""
+    for name, body in (("scontrol", "printf 'node7\\nnode8\\n'"), ("srun", 'printf "%s\\n" "$@"'), ("ray", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "64"}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [LAUNCH / "slurm.sh", "my config.py", "--workdir", "/shared/my runs"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    words = done.stdout.splitlines()
+    start, rac3 = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert shlex.join(start[2:]) == "ray symmetric-run --address node7:6379 --min-nodes 2 --num-cpus 64"
+    experiment = parsed(rac3, "my config.py")
+    assert experiment.executor == Ray(address="node7:6379")
+    assert experiment.workdir == "/shared/my runs"
+
+
+def test_the_script_is_refused_outside_of_slurm():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    done = subprocess.run([LAUNCH / "slurm.sh", "x"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "SLURM_JOB_NODELIST" in done.stderr
+
+
+@pytest.fixture
+def job() -> dict[str, Any]:
+    return yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+
+
+def test_kubernetes_starts_the_command_with_as_many_workers_as_pods(job: dict[str, Any]):
+    experiment = parsed(shlex.split(job["spec"]["entrypoint"]), "/shared/config.py")
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert experiment.executor == Ray(workers=group["replicas"], address="auto")
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_all_pods_see_the_files_of_the_command(job: dict[str, Any]):
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        (mount,) = container["volumeMounts"]
+        assert mount["name"] in {volume["name"] for volume in pod["volumes"]}
+        for word in shlex.split(job["spec"]["entrypoint"]):
+            assert not word.startswith("/") or word.startswith(f"{mount['mountPath']}/")
