@@ -19,10 +19,17 @@ from rac3.executors import Local, Ray
 from rac3.experiment import Experiment
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.exact import Exact
+from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 
-RETRIEVERS: dict[str, Callable[[], Retriever]] = {"scann": Scann, "exact": Exact, "random": Random, "none": NoRetriever}
+RETRIEVERS: dict[str, Callable[[], Retriever]] = {
+    "scann": Scann,
+    "exact": Exact,
+    "faiss": Faiss,
+    "random": Random,
+    "none": NoRetriever,
+}
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
 STAGES = {
     "encoders": "fit or load the text tokenizer, the VQGAN and CLIP; --report shows reconstructions",
@@ -39,7 +46,7 @@ STAGES = {
     "plan": "what the offline stages would take: FLOPs, time, memory, disk; runs nothing",
     "quickstart": "`run` with the quickstart config that ships with rac3",
 }
-USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,random,none} [its overrides]]"
+USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,random,none} [its overrides]]"
 
 
 def main() -> None:

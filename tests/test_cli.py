@@ -18,9 +18,10 @@ import pytest
 
 from rac3.arrays import read_array
 from rac3.artifacts import MANIFEST, Workdir
-from rac3.cli import main
+from rac3.cli import main, parse
 from rac3.config import load_config_module
 from rac3.experiment import Experiment
+from rac3.retrieval.faiss import Faiss
 from rac3.stages import recipes
 
 ROOT = Path(__file__).parents[1]
@@ -260,6 +261,12 @@ def test_help_lists_what_can_be_set(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "--optimizer.peak-lr" in out
     assert "retriever:exact" in out
     assert "--data.train" not in out
+
+
+def test_a_retriever_of_the_command_line_takes_its_options():
+    options = ["--retriever.factory", "IVF16,PQ8", "--retriever.search", "nprobe=4"]
+    experiment, _ = parse("evaluate", tiny(), ["retriever:faiss", *options])
+    assert experiment.retriever == Faiss(factory="IVF16,PQ8", search="nprobe=4")
 
 
 def test_a_second_run_makes_nothing(monkeypatch: pytest.MonkeyPatch, workdir: Path):

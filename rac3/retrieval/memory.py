@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike
 
 from rac3.config import InputError
 
+_GATHERED_BYTES = 2**26  # of embeddings that `inner_products` holds at once
+
 
 @runtime_checkable
 class EmbeddingRows(Protocol):
@@ -70,6 +72,22 @@ class MemoryPart:
                 "embed that document again, or reject it"
             )
         return block
+
+    def inner_products(
+        self, queries: Float[np.ndarray, "queries embed"], rows: Int[np.ndarray, "queries candidates"]
+    ) -> Float[np.ndarray, "queries candidates"]:
+        """Of each query with documents of its own, in float32; -inf for the row -1.
+
+        Raises:
+          InputError: an embedding holds NaN or infinity.
+        """
+        products = np.full(rows.shape, -np.inf, np.float32)
+        at_once = max(1, _GATHERED_BYTES // max(4 * rows.shape[1] * self.embed_dim, 1))
+        for some in (slice(start, start + at_once) for start in range(0, len(rows), at_once)):
+            embeddings = self.read(np.maximum(rows[some], 0).ravel()).reshape(*rows[some].shape, -1)
+            found = (embeddings @ queries[some, :, None])[..., 0]
+            products[some] = np.where(rows[some] < 0, np.float32(-np.inf), found)
+        return products
 
 
 @dataclass(frozen=True, eq=False)

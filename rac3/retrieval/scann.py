@@ -170,12 +170,11 @@ class ScannIndex:
             pre_reorder_num_neighbors=max(wanted, self.config.reorder_num_neighbors),
         )
         missing = np.isnan(products)  # the leaves that were searched hold fewer documents; the row is 0 there
+        found = np.where(missing, -1, found.astype(np.int64))
         if self.config.reorder_dtype != "float32":
-            exact = self.part.read(found.ravel().astype(np.int64)).reshape(*found.shape, -1)
-            products = np.einsum("qe,qke->qk", embeddings, exact)
-        scores[:, :wanted], rows[:, :wanted] = ranked(
-            np.where(missing, np.float32(-np.inf), products), np.where(missing, -1, found.astype(np.int64)), wanted
-        )
+            products = self.part.inner_products(embeddings, found)
+        products = np.where(missing, np.float32(-np.inf), products)
+        scores[:, :wanted], rows[:, :wanted] = ranked(products, found, wanted)
         return scores, rows
 
 

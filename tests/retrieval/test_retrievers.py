@@ -1,5 +1,6 @@
 """The contract that every retriever keeps, and what each promises besides."""
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import pytest
 from rac3.config import InputError
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.exact import Exact
+from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, Retriever, no_candidates, ranked, search_memory
 from rac3.retrieval.scann import Scann
@@ -55,6 +57,13 @@ SEARCHERS = [
     Scann(num_leaves=1, reorder_dtype="bfloat16"),
     Scann(num_leaves=1, reorder_dtype="int8"),
 ]
+if importlib.util.find_spec("faiss"):
+    SEARCHERS += [
+        Faiss(),
+        Faiss(factory="HNSW16", search="efSearch=64"),
+        Faiss(factory="SQ8"),  # any codes; its training needs few documents
+        Faiss(factory="IVF1,SQ8", search="nprobe=1"),
+    ]
 ALL = [*SEARCHERS, Random(), NoRetriever(), WordOverlap()]
 
 
@@ -113,6 +122,7 @@ def test_inner_products_agree_with_sorting_all_of_them(retriever: Retriever, tmp
     np.testing.assert_allclose(scores, np.take_along_axis(products, rows, axis=1), atol=ATOL)
     best = -np.sort(-products, axis=1)[:, :12]
     rounded = isinstance(retriever, Scann) and retriever.reorder_dtype != "float32"
+    rounded = rounded or (isinstance(retriever, Faiss) and "SQ8" in retriever.factory)
     # int8 moves a product by at most half a step (0.6 / 127) times the query's L1 norm (3.9), so it may swap two
     # neighbors that lie within twice that; bfloat16 moves it less.
     np.testing.assert_allclose(scores, best, atol=0.02 if rounded else ATOL)
@@ -207,7 +217,7 @@ def test_scann_checks_its_leaves(tmp_path: Path):
         Scann(num_leaves=0)
 
 
-@pytest.mark.parametrize("retriever", [Exact(), Scann()], ids=str)
+@pytest.mark.parametrize("retriever", SEARCHERS, ids=str)
 def test_nan_in_the_memory_is_refused(retriever: Retriever, tmp_path: Path):
     rows = embeddings(20)
     rows[13, 2] = np.nan
@@ -293,12 +303,67 @@ def test_an_index_that_breaks_the_contract_is_named(scores: np.ndarray, rows: np
         search_memory([Broken()], memory, queries_of(embeddings(2)), 2)
 
 
-@pytest.mark.parametrize("retriever", [Exact, Scann, Random])
+@pytest.mark.parametrize("retriever", [Exact, Scann, Faiss, Random])
 def test_num_neighbors_is_checked(retriever: type):
     with pytest.raises(InputError, match=r"retriever\.num_neighbors=0"):
         retriever(num_neighbors=0)
     with pytest.raises(InputError, match=r"retriever\.num_neighbors=2"):
         NoRetriever(num_neighbors=2)
+
+
+def test_faiss_trees_over_codes_recall_what_exact_finds(tmp_path: Path):
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    centers = 1.5 * rng.normal(size=(50, 32)) + 0.7
+    memory = part_of(unit(centers[rng.integers(0, 50, 4000)] + rng.normal(size=(4000, 32))))
+    queries = queries_of(memory.read(slice(0, 100)))
+    _, exact = Exact().open(memory, tmp_path).search(queries, 10)
+    recalls = []
+    for number, reorder in enumerate((16, 200)):
+        (tmp_path / str(number)).mkdir()
+        retriever = Faiss(factory="IVF20,PQ8x4", search="nprobe=10", reorder_num_neighbors=reorder)
+        scores, found = index_of(retriever, memory, tmp_path / str(number)).search(queries, 10)
+        np.testing.assert_allclose(scores, memory.inner_products(queries.embeddings, found), atol=1e-6)
+        recalls.append(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]))
+    assert recalls[1] > max(0.9, recalls[0] + 0.1)  # what the codes blur, the exact scores mend
+    few = Faiss(factory="IVF20,Flat", search="nprobe=1")
+    (tmp_path / "few").mkdir()
+    scores, rows = index_of(few, memory, tmp_path / "few").search(queries, 1000)
+    assert (rows[:, -1] == -1).all()
+    assert ((rows == -1) == (scores == -np.inf)).all()
+
+
+def test_faiss_is_trained_on_a_sample_in_the_order_of_the_memory():
+    faiss = pytest.importorskip("faiss")
+    index = faiss.index_factory(8, "IVF2000,PQ8", faiss.METRIC_INNER_PRODUCT)
+    rows = Faiss()._training_rows(1_000_000, index)
+    assert len(rows) == 128_000
+    assert (np.diff(rows) > 0).all()
+    assert abs(rows.mean() / 500_000 - 1) < 0.01  # 6 standard errors of 1 / sqrt(3 * 128000)
+    assert (Faiss(seed=1)._training_rows(1_000_000, index) != rows).any()
+    np.testing.assert_array_equal(Faiss()._training_rows(70, index), np.arange(70))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"factory": "Tree"}, "'Tree' for 30 documents .*could not parse.* such as Flat"),
+        ({"factory": "IVF40,Flat"}, "'IVF40,Flat' for 30 documents .*training points .30. should be"),
+        ({"factory": "PQ4x4"}, "should be a multiple"),
+        ({"factory": "Flat", "search": "nprobe=3"}, "search='nprobe=3' is refused by retriever.factory='Flat'"),
+    ],
+)
+def test_what_faiss_refuses_costs_one_line(fields: dict[str, str], says: str, tmp_path: Path):
+    pytest.importorskip("faiss")
+    with pytest.raises(InputError, match=says) as error:
+        Faiss(**fields).build(part_of(embeddings(30)), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_faiss_that_is_not_installed_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match=r"cannot import the faiss package .*; pip install 'rac3\[faiss\]'"):
+        Faiss().build(part_of(embeddings(30)), tmp_path)
 
 
 def test_reading_a_config_does_not_import_scann():

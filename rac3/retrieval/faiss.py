@@ -1,0 +1,142 @@
+"""Maximum inner product search with FAISS, on CPU: any index that its factory can name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from rac3.config import InputError
+from rac3.retrieval.memory import MemoryPart
+from rac3.retrieval.retriever import Queries, check_num_neighbors, no_candidates, ranked
+
+_FILE = "index.faiss"
+_BLOCK = 65_536  # documents that are added at once
+_KEEP_VECTORS = ("IndexFlat", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWFlat", "IndexRefineFlat")
+
+
+@dataclass(frozen=True)
+class Faiss:
+    """An index by its factory string: "Flat" (brute force), "HNSW32", "IVF4096,Flat", "OPQ64,IVF16384,PQ64", ...
+
+    `search` sets parameters of the search in the syntax of FAISS's ParameterSpace: "nprobe=16" for IVF, "efSearch=64"
+    for HNSW, several with commas between them. They take no part in building.
+
+    Building holds one index in host memory at a time, and a sample of the embeddings to train it on. A finished index
+    is mapped from its file rather than read. The scores are inner products in float32: an index that keeps whole
+    vectors gives them, and of one that keeps codes (PQ, SQ, ...) the first `reorder_num_neighbors` are scored anew
+    with the embeddings of the part.
+
+    Reference: Douze et al., The Faiss library (arXiv 2401.08281).
+    """
+
+    num_neighbors: int = 16
+    factory: str = "Flat"
+    search: str = ""
+    reorder_num_neighbors: int = 128  # candidates by code whose exact scores decide
+    seed: int = 0  # draws the documents that the index is trained on
+
+    def __post_init__(self) -> None:
+        check_num_neighbors(self.num_neighbors)
+        if self.reorder_num_neighbors < self.num_neighbors:
+            raise InputError(
+                f"retriever.reorder_num_neighbors={self.reorder_num_neighbors} is below "
+                f"retriever.num_neighbors={self.num_neighbors}; use at least that, about 8 times as many"
+            )
+        if self.seed < 0:
+            raise InputError(f"retriever.seed={self.seed} is negative; use 0 or more")
+
+    def build(self, part: MemoryPart, folder: Path) -> None:
+        """Writes the index; nothing for a part without documents.
+
+        Raises:
+          InputError: FAISS cannot make, train or search such an index, or is not installed.
+        """
+        if len(part) == 0:
+            return
+        faiss = _import_faiss()
+        try:
+            index = faiss.index_factory(part.embed_dim, self.factory, faiss.METRIC_INNER_PRODUCT)
+            self._set_search(index)
+            if not index.is_trained:
+                index.train(part.read(self._training_rows(len(part), index)))
+            for start in range(0, len(part), _BLOCK):
+                index.add(part.read(slice(start, min(start + _BLOCK, len(part)))))
+        except RuntimeError as error:
+            raise InputError(
+                f"retriever.factory={self.factory!r} for {len(part)} documents of width {part.embed_dim}: FAISS says "
+                f"{_reason(error)!r}; use another factory string, such as Flat"
+            ) from error
+        faiss.write_index(index, str(folder / _FILE))
+
+    def open(self, part: MemoryPart, folder: Path) -> "FaissIndex":
+        """Raises InputError: `search` names what the index does not have, or FAISS is not installed."""
+        if len(part) == 0:
+            return FaissIndex(self, part, None, True)
+        faiss = _import_faiss()
+        index = faiss.read_index(str(folder / _FILE), faiss.IO_FLAG_MMAP_IFC)
+        self._set_search(index)
+        return FaissIndex(self, part, index, type(faiss.downcast_index(index)).__name__ in _KEEP_VECTORS)
+
+    def _set_search(self, index: Any) -> None:
+        if not self.search:
+            return
+        try:
+            _import_faiss().ParameterSpace().set_index_parameters(index, self.search)
+        except RuntimeError as error:
+            raise InputError(
+                f"retriever.search={self.search!r} is refused by retriever.factory={self.factory!r}: "
+                f"FAISS says {_reason(error)!r}; use nprobe=16 for IVF, efSearch=64 for HNSW, nothing for Flat"
+            ) from error
+
+    def _training_rows(self, size: int, index: Any) -> Int[np.ndarray, " rows"]:
+        """A uniform sample in the order of the memory. FAISS asks for tens of documents per cell and per code word."""
+        ivf = _import_faiss().try_extract_index_ivf(index)
+        wanted = max(100_000, 64 * ivf.nlist if ivf is not None else 0)
+        if wanted >= size:
+            return np.arange(size)
+        return np.sort(np.random.default_rng(self.seed).choice(size, wanted, replace=False, shuffle=False))
+
+
+@dataclass(frozen=True)
+class FaissIndex:
+    config: Faiss
+    part: MemoryPart
+    index: Any  # None for a part without documents
+    keeps_vectors: bool  # its scores are exact
+
+    def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
+        """Inner products (float32, descending) and rows; see `Index.search`. On all CPU cores.
+
+        Of documents with equal scores, some may be missing rather than those with the highest rows.
+        """
+        wanted = min(k, len(self.part))
+        scores, rows = no_candidates(len(queries), k)
+        if self.index is None or len(queries) == 0 or wanted == 0:
+            return scores, rows
+        embeddings = np.ascontiguousarray(queries.embeddings, np.float32)
+        ask = wanted if self.keeps_vectors else min(max(wanted, self.config.reorder_num_neighbors), len(self.part))
+        products, found = self.index.search(embeddings, ask)
+        if self.keeps_vectors:
+            products = np.where(found < 0, np.float32(-np.inf), products)  # FAISS gives the lowest number
+        else:
+            products = self.part.inner_products(embeddings, found)
+        scores[:, :wanted], rows[:, :wanted] = ranked(products, found, wanted)
+        return scores, rows
+
+
+def _reason(error: RuntimeError) -> str:
+    """What is wrong, without FAISS's place in its source."""
+    return " ".join(str(error).split("failed: ")[-1].split(".cpp:")[-1].split(": ", 1)[-1].split())
+
+
+def _import_faiss() -> Any:
+    """The faiss package. Raises InputError where it does not import."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise InputError(
+            f"retriever:faiss cannot import the faiss package ({error}); pip install 'rac3[faiss]'"
+        ) from error
+    return faiss
