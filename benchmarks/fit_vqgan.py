@@ -1,0 +1,128 @@
+"""How well a VQGAN that is fitted in a given time keeps held-out pictures.
+
+    python benchmarks/fit_vqgan.py --data-dir DIR [--config emoji_captions] [--budget-minutes 10] [--factor 8]
+        [--json FILE] [overrides of the config, as for `rac3 encoders`]
+
+Fits the config's VQGAN on its training and memory documents as `rac3 encoders` does, then encodes and decodes all
+validation pictures with the parameters that it would keep. `--factor` is what height and width are divided by: the
+config's levels, or fewer of them.
+
+The budget is for fitting; reading documents and measuring are not in it. A trial of 60 steps tells how long a step
+takes, and what compiling does; the fit that follows has as many steps as the rest of the budget holds, so that its
+learning rate falls to 0 as in any other. `--json` adds the result to the file, in the place of one with the same name.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from measure import hardware
+
+from rac3.cli import parse
+from rac3.config import InputError, canonical, load_config_module
+from rac3.experiment import Experiment
+from rac3.stages.encoders import ImageCodec, vqgan_metrics
+from rac3.stages.fit_vqgan import fit_vqgan
+from rac3.stages.fitting import fitting_documents, read_documents
+from rac3.tokens.vqgan import VQGAN
+from rac3.training.metrics import read_metrics
+
+TRIAL = 60  # steps; the time of the last 40 is taken
+
+
+def with_factor(experiment: Experiment, factor: int) -> Experiment:
+    model = experiment.vqgan.model
+    levels = factor.bit_length()
+    if 2 ** (levels - 1) != factor or levels > len(model.ch_mult):
+        raise InputError(f"--factor {factor} is not a power of 2 up to {2 ** (len(model.ch_mult) - 1)}")
+    return replace(experiment, vqgan=replace(experiment.vqgan, model=replace(model, ch_mult=model.ch_mult[:levels])))
+
+
+def with_steps(experiment: Experiment, steps: int) -> Experiment:
+    return replace(experiment, vqgan=replace(experiment.vqgan, fit=replace(experiment.vqgan.fit, steps=steps)))
+
+
+def fit_within(experiment: Experiment, seconds: float) -> dict[str, Any]:
+    """Fits and measures; times in seconds."""
+    limit = experiment.vqgan.fit.max_documents
+    documents = fitting_documents(experiment, limit)
+    held_out = read_documents(experiment, ["validation"], limit)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        fit_vqgan(with_steps(experiment, TRIAL), documents, Path(folder))
+        step_seconds = sum(line["step_seconds"] for line in read_metrics(Path(folder))[1:]) / 2
+    trial = time.monotonic() - started
+    steps = int((seconds - trial - (trial - TRIAL * step_seconds)) / step_seconds)
+    if steps < 1:
+        raise InputError(f"--budget-minutes {seconds / 60:g} ends while the fit compiles; give more")
+    cpu = time.process_time()
+    experiment = with_steps(experiment, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        params = fit_vqgan(experiment, documents, Path(folder))
+        last = read_metrics(Path(folder))[-1]
+    took, cpu = time.monotonic() - started, time.process_time() - cpu
+    codec = ImageCodec(VQGAN(experiment.vqgan.model), params)
+    figures = vqgan_metrics(codec, [image.pixels() for document in held_out for image in document.images])
+    return {
+        "validation": {"pictures": sum(len(document.images) for document in held_out), **figures},
+        "tokens_per_image": codec.tokens_per_image,
+        "codes": codec.codes,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "training_pictures": sum(len(document.images) for document in documents),
+        "steps": steps,
+        "trial_step_seconds": step_seconds,
+        "seconds": took,
+        "cpu_seconds": cpu,
+        "last_metrics": last,
+        "vqgan": canonical(experiment.vqgan),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--config", default="emoji_captions", help="a shipped config or the path of one")
+    parser.add_argument("--budget-minutes", type=float, default=10)
+    parser.add_argument("--factor", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--name", help="of the result in the file; f8, say, if it is left out")
+    parser.add_argument("--note", default="", help="kept with the result")
+    arguments, overrides = parser.parse_known_args()
+    try:
+        configured = with_factor(load_config_module(arguments.config).get_config(), arguments.factor)
+        experiment, _ = parse("encoders", replace(configured, data_dir=arguments.data_dir), overrides)
+        result = fit_within(experiment, 60 * arguments.budget_minutes)
+    except InputError as error:
+        sys.exit(f"fit_vqgan: {error}")
+    words = ["--budget-minutes", f"{arguments.budget_minutes:g}", "--factor", str(arguments.factor), *overrides]
+    record = {
+        "command": f"python benchmarks/fit_vqgan.py --data-dir DIR {shlex.join(words)}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{hardware()}, load average {os.getloadavg()[0]:.1f} at the end",
+        "note": arguments.note,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+        },
+        **result,
+    }
+    print(json.dumps(record["validation"], indent=2), f"{record['steps']} steps in {record['seconds']:.0f} s", sep="\n")
+    if arguments.json:
+        results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        results[arguments.name or f"f{arguments.factor}"] = record
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
