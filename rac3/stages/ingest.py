@@ -14,7 +14,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject
-from rac3.documents.store import LENGTHS, TokenizedDocument, write_shard
+from rac3.documents.store import KEY_HASHES, LENGTHS, TokenizedDocument, key_hash, write_shard
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
 from rac3.stages import recipes
@@ -95,6 +95,7 @@ def _ingest_shard(
     temporary.replace(path)
     summary = {
         "lengths": [len(builder.sequence(item).ids) for item in kept],
+        "key_hashes": [key_hash(item.document.key) for item in kept],
         "filtered": filtered,
         "rejects": rejects,
         "texts_cut": sum(_is_cut(item, tokenizer, experiment.max_text_tokens) for item in kept),
@@ -128,7 +129,7 @@ def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:
 
 
 def _merge(experiment: Experiment, split: Split, shards: int, draft: Draft) -> None:
-    """The shards' summaries as one: lengths, rejects, counts."""
+    """The shards' summaries as one: lengths, keys, rejects, counts."""
     paths = [draft.folder / f"{number:05d}.json" for number in range(shards)]
     summaries: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
     rejects = [reject for summary in summaries for reject in summary["rejects"]]
@@ -148,6 +149,7 @@ def _merge(experiment: Experiment, split: Split, shards: int, draft: Draft) -> N
             "check its folder and the filter"
         )
     np.save(draft.folder / LENGTHS, lengths)
+    np.save(draft.folder / KEY_HASHES, np.array([each for s in summaries for each in s["key_hashes"]], np.uint64))
     reasons = Counter(reject["reason"].split(":")[0] for reject in rejects)
     draft.counts.update(
         documents=len(lengths),

@@ -1,6 +1,7 @@
 """Index and retrieve: memory parts -> indexes -> selected neighbors of every document, for each query part."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -8,9 +9,11 @@ from jaxtyping import Float, Int
 
 from rac3.arrays import create_array, read_array
 from rac3.artifacts import Workdir
+from rac3.documents.document import Document
 from rac3.documents.store import DocumentStore, TokenizedDocument
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
+from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, search_memory
 from rac3.retrieval.selection import select
@@ -31,10 +34,26 @@ class Texts(Sequence[str]):
 
     def __getitem__(self, row):  # int -> str, slice -> list, as of any sequence
         if isinstance(row, slice):
-            return [item.document.text for item in self.documents.many(range(*row.indices(len(self))))]
+            return [self._of(item.document) for item in self.documents.many(range(*row.indices(len(self))))]
         if not -len(self) <= row < len(self):
             raise IndexError(row)  # what ends a `for` over a sequence
-        return self.documents[row % len(self)].document.text
+        return self._of(self.documents[row % len(self)].document)
+
+    def _of(self, document: Document) -> str:
+        return document.text
+
+
+class Keys(Texts):
+    """The keys of the documents of a split; `index` looks one up without reading the documents."""
+
+    def _of(self, document: Document) -> str:
+        return document.key
+
+    def index(self, value: str, *_: int) -> int:
+        row = self.documents.row_of(value)
+        if row is None:
+            raise ValueError(f"{value!r} is not a key of {self.documents.folder}")
+        return row
 
 
 class OpenMemory:
@@ -48,15 +67,21 @@ class OpenMemory:
 
     @cached_property
     def indexes(self) -> list[Index]:
-        pairs = zip(self.memory.parts, self.folders, strict=True)
-        return [self.experiment.retriever.open(part, folder) for part, folder in pairs]
+        retriever = self.experiment.retriever
+        indexes = [retriever.open(*each) for each in zip(self.memory.parts, self.folders, strict=True)]
+        if isinstance(retriever, Fixed):
+            retriever.check(self.memory)
+        return indexes
 
     def retrieve(
         self, queries: Queries, exclude: Int[np.ndarray, " queries"]
     ) -> tuple[Int[np.ndarray, "queries depth"], Float[np.ndarray, "queries depth"]]:
         """Global ids (-1 is none) and similarities of the selected documents, best first."""
-        _, ids = search_memory(self.indexes, self.memory, queries, self.experiment.retriever.num_neighbors)
-        selected = select(self.experiment.selection, queries.embeddings, ids, self.memory, exclude)
+        retriever, selection = self.experiment.retriever, self.experiment.selection
+        _, ids = search_memory(self.indexes, self.memory, queries, retriever.num_neighbors)
+        if isinstance(retriever, Fixed):
+            selection = replace(selection, max_similarity=1.0)  # what a person has chosen is not redundant
+        selected = select(selection, queries.embeddings, ids, self.memory, exclude)
         return selected.ids, selected.scores
 
     def document(self, number: int) -> TokenizedDocument:
@@ -67,7 +92,8 @@ class OpenMemory:
 
 def memory_part(experiment: Experiment, workdir: Workdir, split: Split) -> MemoryPart:
     folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
-    return MemoryPart(split, document_embeddings(folder), Texts(open_documents(experiment, workdir, split)))
+    documents = open_documents(experiment, workdir, split)
+    return MemoryPart(split, document_embeddings(folder), Texts(documents), Keys(documents))
 
 
 def index(experiment: Experiment, workdir: Workdir) -> None:
@@ -106,7 +132,7 @@ def retrieve(
                 vectors = query_embeddings(folder, part, training)
                 for start in range(0, len(documents), BLOCK):
                     rows = np.arange(start, min(start + BLOCK, len(documents)))
-                    found = _retrieve_block(memory, documents, vectors[rows], rows, training)
+                    found = _retrieve_block(memory, documents, part, vectors[rows], rows, training)
                     ids[start : start + len(rows), number].write(found[0]).result()
                     scores[start : start + len(rows), number].write(found[1]).result()
                     bar.update(len(rows))
@@ -116,13 +142,18 @@ def retrieve(
 def _retrieve_block(
     memory: OpenMemory,
     documents: DocumentStore,
+    part: str,
     vectors: Float[np.ndarray, "queries embed"],
     rows: Int[np.ndarray, " queries"],
     training: bool,
 ) -> tuple[Int[np.ndarray, "queries depth"], Float[np.ndarray, "queries depth"]]:
-    """Neighbors of one block; none for a document that lacks the query part. In training, never itself."""
+    """Neighbors of one block by one query part; none for a document that lacks it. In training, never itself.
+
+    The query is that part alone: a text beside an image would lead a retriever that reads to the caption's own words.
+    """
     items = documents.many(rows.tolist())
-    queries = Queries([item.document.key for item in items], vectors, [item.document.text for item in items])
+    texts = [item.document.text if part == "text" else "" for item in items]
+    queries = Queries([item.document.key for item in items], vectors, texts)
     exclude = rows if training else np.full(len(rows), -1)
     ids, scores = memory.retrieve(queries, exclude)
     lacks = ~np.asarray(vectors.any(1, keepdims=True))
