@@ -20,6 +20,7 @@ from rac3.experiment import Experiment
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
+from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 
@@ -27,6 +28,7 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
     "scann": Scann,
     "exact": Exact,
     "faiss": Faiss,
+    "fixed": Fixed,
     "random": Random,
     "none": NoRetriever,
 }
@@ -46,7 +48,7 @@ STAGES = {
     "plan": "what the offline stages would take: FLOPs, time, memory, disk; runs nothing",
     "quickstart": "`run` with the quickstart config that ships with rac3",
 }
-USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,random,none} [its overrides]]"
+USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,random,none} [its overrides]]"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from rac3.evaluation.settings import EvaluationConfig
 from rac3.executors import Local, Ray
 from rac3.model.transformer import TransformerConfig
 from rac3.retrieval.clip import CLIPConfig
+from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
@@ -235,6 +236,11 @@ class Experiment:
             raise InputError(
                 f"batches.candidates={self.batches.candidates} exceeds selection.depth={self.selection.depth}, the "
                 "neighbors kept per document; raise selection.depth"
+            )
+        if isinstance(self.retriever, Fixed) and len(self.retriever.keys) > self.selection.depth:
+            raise InputError(
+                f"retriever.keys names {len(self.retriever.keys)} documents, more than the "
+                f"selection.depth={self.selection.depth} that a query keeps; raise selection.depth"
             )
 
     @property

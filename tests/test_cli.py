@@ -22,7 +22,11 @@ from rac3.cli import main, parse
 from rac3.config import load_config_module
 from rac3.experiment import Experiment
 from rac3.retrieval.faiss import Faiss
+from rac3.retrieval.fixed import Fixed
+from rac3.retrieval.retriever import Queries
+from rac3.retrieval.selection import Selection
 from rac3.stages import recipes
+from rac3.stages.retrieve import OpenMemory
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "tiny_config.py")
@@ -290,6 +294,25 @@ def test_the_retriever_is_swapped_on_the_command_line(monkeypatch: pytest.Monkey
     assert ids.keys() == {"Scann", "Exact", "Random"}
     np.testing.assert_array_equal(ids["Scann"], ids["Exact"])
     assert (ids["Random"] != ids["Exact"]).any()
+
+
+def test_documents_named_by_hand_are_all_in_context(
+    monkeypatch: pytest.MonkeyPatch, refused: Refused, workdir: Path, capsys: pytest.CaptureFixture[str]
+):
+    keys = ["memory/000003", "train/000001", "train/000000"]
+    prompt = ["--prompt", "a fox", "--samples", "1", "--workdir", str(workdir), "retriever:fixed", "--retriever.keys"]
+    assert rac3(monkeypatch, "generate", TINY, *prompt, *keys) == 0
+    assert re.findall(r"^retrieved (\S+) ", capsys.readouterr().out, re.M) == keys
+    assert "no document of train and memory has the key 'nowhere'" in refused("generate", TINY, *prompt, "nowhere")
+    assert "retriever.keys names no document" in refused("generate", TINY, *prompt)
+    assert "selection.depth=" in refused("generate", TINY, *prompt, *map(str, range(9)))
+    # Near-duplicates that redundancy avoidance would skip are kept too; but a training document is never its own.
+    experiment = replace(tiny(), retriever=Fixed(tuple(keys)), selection=Selection(max_similarity=1e-6))
+    memory = OpenMemory(experiment, Workdir(workdir, "tiny"), ["train", "memory"])
+    queries = Queries(["a", "b"], memory.memory.parts[0].read(slice(0, 2)), ["", ""])
+    ids, _ = memory.retrieve(queries, np.array([-1, 1]))
+    third = int(memory.memory.offsets[1]) + 3
+    np.testing.assert_array_equal(ids[:, :4], [[third, 1, 0, -1], [third, 0, -1, -1]])
 
 
 def test_a_retriever_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workdir: Path):

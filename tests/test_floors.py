@@ -82,6 +82,7 @@ ORDER = {
         "scann",
         "exact",
         "faiss",
+        "fixed",
         "controls",
     ),
     "batches": ("draws", "masking", "packing", "groups", "loader"),

@@ -5,6 +5,7 @@ encoded picture, a segment's `ids` the bytes of its text ids or image codes, in 
 or 4 bytes. Nothing in it is executable.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 
 LENGTHS = "lengths.npy"
+KEY_HASHES = "key_hashes.npy"
 NARROW, WIDE = "<u2", "<u4"
 
 
@@ -79,6 +81,11 @@ def write_shard(path: Path, items: Iterable[TokenizedDocument], kind: str) -> No
         writer.close()
 
 
+def key_hash(key: str) -> int:
+    """64 bits that are the same everywhere."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
 class DocumentStore:
     """The documents of one ingested split, in shard order. Safe to send to another process."""
 
@@ -104,6 +111,18 @@ class DocumentStore:
 
     def __getitem__(self, index: int) -> TokenizedDocument:
         return unpack_record(self._source[int(index)])
+
+    def row_of(self, key: str) -> int | None:
+        """The number of the document with this key, if there is one; reads 8 bytes per document, not the documents.
+
+        Raises:
+          InputError: the documents were ingested before their keys were kept.
+        """
+        path = self.folder / KEY_HASHES
+        if not path.is_file():
+            raise InputError(f"{path} is missing; delete {self.folder} and run `rac3 ingest` again to look up keys")
+        same = np.flatnonzero(np.load(path, mmap_mode="r", allow_pickle=False) == np.uint64(key_hash(key)))
+        return next((row for row in same.tolist() if self[row].document.key == key), None)
 
     def many(self, indices: Sequence[int]) -> list[TokenizedDocument]:
         if len(indices) == 0:

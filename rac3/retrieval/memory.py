@@ -25,15 +25,16 @@ class EmbeddingRows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MemoryPart:
-    """The documents of one split. A row of `embeddings` and the same item of `texts` are one document.
+    """The documents of one split. A row of `embeddings` and the same item of `texts` and `keys` are one document.
 
     Raises:
-      InputError: `embeddings` is not a matrix, or has more or fewer rows than `texts` has items.
+      InputError: `embeddings` is not a matrix, or has more or fewer rows than `texts` or `keys` has items.
     """
 
     name: str  # the split; distinct within a memory
     embeddings: EmbeddingRows  # [documents, embed]: mixed-modal document embeddings of norm 1 (or 0: matches nothing)
     texts: Sequence[str]  # may read each document only when it is asked for
+    keys: Sequence[str] = ()  # names within the part, distinct; may be left out where no retriever asks for them
 
     def __post_init__(self) -> None:
         if len(self.embeddings.shape) != 2:
@@ -44,6 +45,10 @@ class MemoryPart:
         if len(self.texts) != len(self):
             raise InputError(
                 f"memory part {self.name!r} has {len(self)} embeddings but {len(self.texts)} texts; give one each"
+            )
+        if len(self.keys) not in (0, len(self)):
+            raise InputError(
+                f"memory part {self.name!r} has {len(self)} embeddings but {len(self.keys)} keys; give one each"
             )
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from rac3.generation.captions import generate_captions
 from rac3.generation.generator import Generator
 from rac3.generation.images import generate_images
 from rac3.retrieval.encoder import Encoder
+from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
 from rac3.stages import recipes
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan
@@ -128,19 +129,19 @@ class GenerateConfig:
     Attributes:
       prompt: a caption to draw.
       image: a picture to caption instead.
-      num_retrieved: documents in context.
+      num_retrieved: documents in context; None is 2, or all that retriever:fixed names.
       samples: images to draw; captions to choose from.
       out: the folder for the images; "" is WORKDIR/generated.
     """
 
     prompt: str = ""
     image: str = ""
-    num_retrieved: int = 2
+    num_retrieved: int | None = None
     samples: int = 4
     out: str = ""
 
     def __post_init__(self) -> None:
-        if self.num_retrieved < 0 or self.samples < 1:
+        if (self.num_retrieved is not None and self.num_retrieved < 0) or self.samples < 1:
             raise InputError(
                 f"num_retrieved={self.num_retrieved} must be at least 0 and samples={self.samples} at least 1"
             )
@@ -156,14 +157,17 @@ def generate(experiment: Experiment, trained: Experiment, workdir: Workdir, conf
         raise InputError("the prompt has no text and no image, or both; give --prompt TEXT or --image FILE")
     pixels = _read_image(Path(config.image)) if config.image else None
     session = Session.open(experiment, workdir, trained)
-    found = session.retrieve(config.prompt, pixels, config.num_retrieved)
+    retriever, k = experiment.retriever, config.num_retrieved
+    if k is None:
+        k = len(retriever.keys) if isinstance(retriever, Fixed) else 2
+    found = session.retrieve(config.prompt, pixels, k)
     lines = [f"retrieved {item.document.key} ({item.score:.2f}): {item.document.text}" for item in found]
     if pixels is not None:
-        caption = session.caption(pixels, config.num_retrieved, config.samples, experiment.seed)
+        caption = session.caption(pixels, k, config.samples, experiment.seed)
         return "\n".join([*lines, f"caption: {caption}"])
     folder = Path(config.out) if config.out else workdir.path / "generated"
     folder.mkdir(parents=True, exist_ok=True)
-    images = session.image(config.prompt, config.num_retrieved, config.samples, experiment.seed)
+    images = session.image(config.prompt, k, config.samples, experiment.seed)
     name = "".join(c if c.isalnum() else "-" for c in config.prompt.strip().lower())[:60]
     for rank, image in enumerate(images):
         path = folder / f"{name}-{rank}.png"

@@ -19,7 +19,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Source
-from rac3.documents.store import LENGTHS, TokenizedDocument, id_type, write_shard
+from rac3.documents.store import KEY_HASHES, LENGTHS, TokenizedDocument, id_type, key_hash, write_shard
 from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
 from rac3.stages import recipes
@@ -112,6 +112,7 @@ class _Ingester:
             tally.add(len(block), sum(isinstance(item, Reject) for item in block))
             for tokenized in tokenize(documents, self.tokenizer, self.codec, limit):
                 summary.lengths.append(len(self.builder.sequence(tokenized).ids))
+                summary.key_hashes.append(key_hash(tokenized.document.key))
                 summary.texts_cut += _is_cut(tokenized, self.tokenizer, limit)
                 yield tokenized
 
@@ -122,6 +123,7 @@ class _Summary:
 
     ids: str  # the type of the token ids on disk
     lengths: list[int] = field(default_factory=list)
+    key_hashes: list[int] = field(default_factory=list)
     filtered: dict[str, int] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
     texts_cut: int = 0
@@ -153,8 +155,9 @@ def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:
 
 
 def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft: Draft) -> None:
-    """The shards' summaries as one: lengths, rejects, counts. Holds one shard's at a time."""
+    """The shards' summaries as one: lengths, keys, rejects, counts. Holds one shard's at a time."""
     parts: list[np.ndarray] = []
+    hashes: list[np.ndarray] = []
     filtered: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     texts_cut, ids = 0, ""
@@ -163,6 +166,7 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
         for shard in shards:
             summary = shard.read_summary()
             parts.append(np.array(summary["lengths"], np.int32))
+            hashes.append(np.array(summary["key_hashes"], np.uint64))
             filtered.update(summary["filtered"])
             texts_cut, ids = texts_cut + summary["texts_cut"], summary["ids"]
             reasons.update(reject["reason"].split(":")[0] for reject in summary["rejects"])
@@ -181,6 +185,7 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
             "check its folder and the filter"
         )
     np.save(draft.folder / LENGTHS, lengths)
+    np.save(draft.folder / KEY_HASHES, np.concatenate(hashes))
     draft.counts.update(
         documents=len(lengths),
         tokens=int(lengths.sum()),

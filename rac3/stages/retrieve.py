@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from threading import Lock
 from typing import Any, cast
@@ -12,10 +12,12 @@ from jaxtyping import Float, Int
 
 from rac3.arrays import Rows, create_array, write_shard
 from rac3.artifacts import Workdir
+from rac3.documents.document import Document
 from rac3.documents.store import DocumentStore, TokenizedDocument
 from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
+from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, search_memory
 from rac3.retrieval.selection import select
@@ -43,10 +45,26 @@ class Texts(Sequence[str]):
 
     def __getitem__(self, row):  # int -> str, slice -> list, as of any sequence
         if isinstance(row, slice):
-            return [item.document.text for item in self.documents.many(range(*row.indices(len(self))))]
+            return [self._of(item.document) for item in self.documents.many(range(*row.indices(len(self))))]
         if not -len(self) <= row < len(self):
             raise IndexError(row)  # what ends a `for` over a sequence
-        return self.documents[row % len(self)].document.text
+        return self._of(self.documents[row % len(self)].document)
+
+    def _of(self, document: Document) -> str:
+        return document.text
+
+
+class Keys(Texts):
+    """The keys of the documents of a split; `index` looks one up without reading the documents."""
+
+    def _of(self, document: Document) -> str:
+        return document.key
+
+    def index(self, value: str, *_: int) -> int:
+        row = self.documents.row_of(value)
+        if row is None:
+            raise ValueError(f"{value!r} is not a key of {self.documents.folder}")
+        return row
 
 
 class OpenMemory:
@@ -60,15 +78,21 @@ class OpenMemory:
 
     @cached_property
     def indexes(self) -> list[Index]:
-        pairs = zip(self.memory.parts, self.folders, strict=True)
-        return [self.experiment.retriever.open(part, folder) for part, folder in pairs]
+        retriever = self.experiment.retriever
+        indexes = [retriever.open(*each) for each in zip(self.memory.parts, self.folders, strict=True)]
+        if isinstance(retriever, Fixed):
+            retriever.check(self.memory)
+        return indexes
 
     def retrieve(
         self, queries: Queries, exclude: Int[np.ndarray, " queries"]
     ) -> tuple[Int[np.ndarray, "queries depth"], Float[np.ndarray, "queries depth"]]:
         """Global ids (-1 is none) and similarities of the selected documents, best first."""
-        _, ids = search_memory(self.indexes, self.memory, queries, self.experiment.retriever.num_neighbors)
-        selected = select(self.experiment.selection, queries.embeddings, ids, self.memory, exclude)
+        retriever, selection = self.experiment.retriever, self.experiment.selection
+        _, ids = search_memory(self.indexes, self.memory, queries, retriever.num_neighbors)
+        if isinstance(retriever, Fixed):
+            selection = replace(selection, max_similarity=1.0)  # what a person has chosen is not redundant
+        selected = select(selection, queries.embeddings, ids, self.memory, exclude)
         return selected.ids, selected.scores
 
     def document(self, number: int) -> TokenizedDocument:
@@ -79,7 +103,8 @@ class OpenMemory:
 
 def memory_part(experiment: Experiment, workdir: Workdir, split: Split) -> MemoryPart:
     folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
-    return MemoryPart(split, document_embeddings(folder), Texts(open_documents(experiment, workdir, split)))
+    documents = open_documents(experiment, workdir, split)
+    return MemoryPart(split, document_embeddings(folder), Texts(documents), Keys(documents))
 
 
 def index(experiment: Experiment, workdir: Workdir) -> None:
@@ -159,7 +184,9 @@ class _Searcher:
         shape = (len(rows), len(PARTS), experiment.selection.depth)
         ids, scores = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
         for number, part in enumerate(PARTS):
-            queries = Queries(keys, query_embeddings(folder, part)[rows.start : rows.stop], texts)
+            # the query is that part alone: a text beside an image would lead a retriever that reads to its own words
+            words = texts if part == "text" else [""] * len(texts)
+            queries = Queries(keys, query_embeddings(folder, part)[rows.start : rows.stop], words)
             ids[:, number], scores[:, number] = self._search(split, queries, np.array(rows))
             tally.add(0)
         tally.add(len(rows))

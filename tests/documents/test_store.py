@@ -10,12 +10,14 @@ import pytest
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 from rac3.documents.store import (
+    KEY_HASHES,
     LENGTHS,
     NARROW,
     WIDE,
     DocumentStore,
     TokenizedDocument,
     id_type,
+    key_hash,
     pack_record,
     unpack_record,
     write_shard,
@@ -97,3 +99,15 @@ def test_a_store_travels_as_its_folder(tmp_path: Path):
     state = store.__getstate__()
     assert state == {"folder": tmp_path}
     assert same(copy.copy(store)[3], items[3])
+
+
+def test_a_document_is_found_by_its_key(tmp_path: Path):
+    write(tmp_path, [3, 5])
+    with pytest.raises(InputError, match="run `rac3 ingest` again"):
+        DocumentStore(tmp_path).row_of("shard/5")
+    hashes = [key_hash(f"shard/{number}") for number in range(8)]
+    hashes[2] = hashes[5]  # two keys with one hash
+    np.save(tmp_path / KEY_HASHES, np.array(hashes, np.uint64))
+    store = DocumentStore(tmp_path)
+    assert [store.row_of(key) for key in ("shard/5", "shard/0", "shard/8", "")] == [5, 0, None, None]
+    assert key_hash("shard/5") == 0x57D7F854BC2F6C6F

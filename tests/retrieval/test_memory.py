@@ -84,5 +84,7 @@ def test_parts_that_do_not_fit_are_refused():
         Memory((part("a", 1), part("b", 2, embed=5)))
     with pytest.raises(InputError, match="3 embeddings but 2 texts"):
         MemoryPart("a", np.zeros((3, 4), np.float32), ["", ""])
+    with pytest.raises(InputError, match="3 embeddings but 2 keys"):
+        MemoryPart("a", np.zeros((3, 4), np.float32), [""] * 3, ["x", "y"])
     with pytest.raises(InputError, match="matrix"):
         MemoryPart("a", np.zeros(3, np.float32), [""] * 3)

@@ -14,6 +14,7 @@ from rac3.config import InputError
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
+from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, Retriever, no_candidates, ranked, search_memory
 from rac3.retrieval.scann import Scann
@@ -225,6 +226,33 @@ def test_nan_in_the_memory_is_refused(retriever: Retriever, tmp_path: Path):
         index_of(retriever, part_of(rows), tmp_path).search(queries_of(rows[:1]), 2)
     with pytest.raises(InputError, match="query 13"):
         queries_of(rows)
+
+
+def test_fixed_gives_the_named_documents_in_their_order(tmp_path: Path):
+    def named(name: str, keys: list[str]) -> MemoryPart:
+        return MemoryPart(name, embeddings(len(keys)), [""] * len(keys), keys)
+
+    memory = Memory((named("train", ["a", "b", "c"]), named("empty", []), named("memory", ["d", "b", "x:y"])))
+    queries = queries_of(embeddings(2))
+
+    def found(*keys: str, k: int = 4) -> np.ndarray:
+        retriever = Fixed(keys)
+        retriever.check(memory)
+        _, ids = search_memory([index_of(retriever, part, tmp_path) for part in memory.parts], memory, queries, k)
+        for part in memory.parts:
+            (tmp_path / part.name).rmdir()
+        return ids
+
+    assert (found("d", "a", "x:y") == [3, 0, 5, -1]).all()
+    assert (found("memory:b", "c", "train:b") == [4, 2, 1, -1]).all()
+    assert (found("c", "d", "a", k=2) == [2, 3]).all()
+    for keys, says in ((("a", "e"), "no document of train and empty and memory has the key 'e'"), (("b",), "train:b")):
+        with pytest.raises(InputError, match=says):
+            Fixed(keys).check(memory)
+    with pytest.raises(InputError, match="names no document"):
+        Fixed().open(memory.parts[0], tmp_path)
+    with pytest.raises(InputError, match="twice"):
+        Fixed(("a", "a"))
 
 
 def test_random_is_uniform_over_the_union_of_unequal_parts(tmp_path: Path):
