@@ -1,6 +1,7 @@
 """Exact maximum inner product search, on all devices that JAX has."""
 
 import functools
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ _GROUP = 32  # documents whose best score decides whether the others are looked 
 _TILE_ON_CPU = 256, 8192  # queries x documents that are scored at once: 8 MiB of scores, which stay in its cache
 _TILE = 1024, 65_536
 _HOST_BYTES = 2**30  # of a part's embeddings that stay in memory between searches, where the device is the host
+_SEARCHING = threading.Lock()  # programs of all devices must reach each of them in one order
 _BY_DEVICE, _WHOLE = PartitionSpec("device"), PartitionSpec()
 
 
@@ -106,6 +108,10 @@ class ExactIndex:
         total = len(queries)
         if total == 0 or k == 0 or len(self.part) == 0:
             return no_candidates(total, k)
+        with _SEARCHING:
+            return self._search(queries, k)
+
+    def _search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
         _check_that_all_search_for(queries, k)
         best, failure = [], None
         try:
@@ -114,8 +120,8 @@ class ExactIndex:
             failure = error
         _check_that_none_failed(failure)
         merged = [_merge_devices(*each, mesh=self.mesh) for each in best]
-        scores = np.concatenate([np.asarray(scores) for scores, _ in merged])[:total]
-        rows = np.concatenate([np.asarray(rows) for _, rows in merged])[:total]
+        scores = np.concatenate([np.asarray(scores) for scores, _ in merged])[: len(queries)]
+        rows = np.concatenate([np.asarray(rows) for _, rows in merged])[: len(queries)]
         return scores, rows.astype(np.int64)
 
     def _search_own_rows(self, queries: Float[np.ndarray, "queries embed"], k: int) -> list[Best]:

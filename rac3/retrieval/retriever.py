@@ -1,10 +1,13 @@
 """What a retriever is: two protocols, which any dataclass may satisfy, and the search over all parts of a memory."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -128,7 +131,7 @@ def ranked(
 def search_memory(
     indexes: Sequence[Index], memory: Memory, queries: Queries, k: int
 ) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-    """Search every part and merge by score.
+    """Search every part, each in a thread of its own, and merge by score.
 
     Args:
       indexes: one per part of `memory`, in its order.
@@ -143,9 +146,13 @@ def search_memory(
     """
     if len(queries) == 0 or k == 0:
         return no_candidates(len(queries), k)
+    if len(memory.parts) > 1 and jax.process_count() == 1:
+        with ThreadPoolExecutor(min(len(memory.parts), os.cpu_count() or 1), "search-part") as threads:
+            found = list(threads.map(lambda index: index.search(queries, k), indexes))
+    else:  # several processes may meet inside a search, and must come to the parts in one order
+        found = [index.search(queries, k) for index in indexes]
     all_scores, all_ids = [], []
-    for index, part, offset in zip(indexes, memory.parts, memory.offsets[:-1], strict=True):
-        scores, rows = index.search(queries, k)
+    for (scores, rows), index, part, offset in zip(found, indexes, memory.parts, memory.offsets[:-1], strict=True):
         _check_found(scores, rows, (len(queries), k), index, part)
         all_scores.append(np.asarray(scores, np.float32))
         all_ids.append(np.where(rows < 0, -1, rows.astype(np.int64) + offset))

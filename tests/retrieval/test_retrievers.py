@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +217,36 @@ def test_scann_checks_its_leaves(tmp_path: Path):
         Scann(num_neighbors=16, reorder_num_neighbors=8)
     with pytest.raises(InputError, match="num_leaves=0"):
         Scann(num_leaves=0)
+    with pytest.raises(InputError, match="soar_lambda=-1"):
+        Scann(soar_lambda=-1.0)
+
+
+def test_scann_with_soar_has_two_leaves_for_a_document(tmp_path: Path):
+    memory, queries = part_of(embeddings(2000)), queries_of(embeddings(300, seed=1))
+    _, exact = Exact().open(memory, tmp_path).search(queries, 10)
+    recalls = []
+    for number, soar in enumerate((None, 1.5)):
+        (tmp_path / str(number)).mkdir()
+        retriever = Scann(num_leaves=40, num_leaves_to_search=3, soar_lambda=soar)
+        scores, found = index_of(retriever, memory, tmp_path / str(number)).search(queries, 10)
+        assert all(len(set(row)) == len(row) for row in found[(found >= 0).all(1)])
+        np.testing.assert_allclose(scores, memory.inner_products(queries.embeddings, found), atol=ATOL)
+        recalls.append(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]))
+    assert recalls[1] > recalls[0]
+
+
+def test_the_parts_are_searched_at_once():
+    """Each waits for the other: one after the other, they would wait in vain."""
+    both = threading.Barrier(2)
+
+    class Meets:
+        def search(self, queries: Queries, k: int):
+            both.wait(timeout=60)
+            return np.ones((len(queries), k), np.float32), np.tile(np.arange(k), (len(queries), 1))
+
+    memory = Memory((part_of(embeddings(3), "a"), part_of(embeddings(3), "b")))
+    _, ids = search_memory([Meets(), Meets()], memory, queries_of(embeddings(2)), 2)
+    assert (ids == [0, 1]).all()
 
 
 @pytest.mark.parametrize("retriever", SEARCHERS, ids=str)
