@@ -9,6 +9,7 @@ order. Nothing that an executor decides changes what is made.
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -331,7 +332,7 @@ class Ray:
         except ImportError as error:
             raise InputError(f"executor ray cannot import ray ({error}); pip install 'rac3[ray]'") from error
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
