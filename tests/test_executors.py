@@ -18,6 +18,9 @@ import pytest
 from rac3.config import InputError
 from rac3.executors import ATTEMPTS, MAX_POISONED, Local, Ray, Shard, Tally, clear, run
 
+# Ray starts its processes by fork and exec, which is safe; JAX, at work since an earlier test, warns of any fork
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="ray is not installed")
 # Ray leaves sockets and files of its own to the garbage collector.
@@ -220,7 +223,8 @@ def test_workers_that_cannot_be_opened_are_not_tried_for_ever(how: str, says: st
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from rac3.cli import main
