@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Union
 
 from rac3.artifacts import Workdir
 from rac3.config import InputError, load_config_module
-from rac3.executors import Local, Ray
+from rac3.executors import Local
 from rac3.experiment import Experiment
+from rac3.ray_executor import Ray
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss

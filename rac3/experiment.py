@@ -10,8 +10,9 @@ from rac3.config import InputError
 from rac3.documents.document import Source
 from rac3.documents.filter import LaionFilter
 from rac3.evaluation.settings import EvaluationConfig
-from rac3.executors import Local, Ray
+from rac3.executors import Local
 from rac3.model.transformer import TransformerConfig
+from rac3.ray_executor import Ray
 from rac3.retrieval.clip import CLIPConfig
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
@@ -94,8 +95,8 @@ class ImageTokenizer:
         checkpoint's: `model`, `objective` and `fit` are not used.
       resolution: pixels of the pictures that a checkpoint is used at, in height and width; None is what its config
         says, and 256 for LlamaGen's, which have none.
-      dtype: of the convolutions when pictures are encoded and decoded; codes are found in float32 always. A GPU is
-        faster in bfloat16, which changes a few percent of the codes.
+      dtype: of the convolutions when pictures are encoded and decoded; codes are found in float32 always. bfloat16
+        changes a few percent of the codes.
     """
 
     checkpoint: str | None = None
@@ -147,7 +148,7 @@ class ImageTextEncoder:
     Attributes:
       checkpoint: a folder as Hugging Face's `CLIPModel`, `SiglipModel`, `Siglip2Model` or OpenCLIP write it, or a name
         on the Hugging Face hub.
-      dtype: of the layers when documents are embedded; the vectors are float32. A GPU is faster in bfloat16.
+      dtype: of the layers when documents are embedded; the vectors are float32.
       max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (3) makes the vectors of a
         small data set tell subjects apart before surroundings.
       text_crop: share of the captions that are cut to a random length while fitting.

@@ -150,7 +150,7 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
             searching,
             searching / rate,
             host_bytes=sum(needs.search_bytes for needs in parts),
-            gpu_bytes=sum(needs.device_bytes for needs in parts) / max(1, scale.hosts * scale.gpus),
+            gpu_bytes=max(needs.device_bytes for needs in parts) if scale.gpus else 0.0,
             disk_bytes=neighbors,
             limit="GPUs" if train.on_devices and scale.gpus else "cores",
         ),
@@ -159,13 +159,17 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
 
 def _problem(experiment: Experiment, line: Line) -> str:
     """What does not fit, in one line with the fix; "" if all does."""
-    scale = experiment.scale
+    scale, name = experiment.scale, type(experiment.retriever).__name__
     if line.host_bytes > scale.host_bytes:
-        name = type(experiment.retriever).__name__
         return (
             f"{line.stage}: {name} takes {_bytes(line.host_bytes)} of host memory, a host has "
             f"{_bytes(scale.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
             "(--retriever.reorder-dtype int8 of scann), or a host with more"
+        )
+    if scale.gpus and line.gpu_bytes > 1e9 * scale.gpu_memory_gb:
+        return (
+            f"{line.stage}: {name} takes {_bytes(line.gpu_bytes)} of each GPU's memory, which is "
+            f"{scale.gpu_memory_gb:g} GB; lower --retriever.block-rows"
         )
     return ""
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from rac3.config import InputError
-from rac3.executors import ATTEMPTS, MAX_POISONED, Local, Ray, Shard, Tally, clear, run
+from rac3.executors import ATTEMPTS, MAX_POISONED, Local, Shard, Tally, clear, run
+from rac3.ray_executor import Ray
 
 # Ray starts its processes by fork and exec, which is safe; JAX, at work since an earlier test, warns of any fork
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
@@ -229,6 +230,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from rac3.cli import main
 import rac3.cli, rac3.executors as ex
+from rac3.ray_executor import Ray
 
 class Slow:
     label = "slow"
@@ -241,7 +243,7 @@ class Slow:
         return {}
 
 folder = Path(sys.argv[2])
-executor = ex.Local(threads=2) if sys.argv[3] == "local" else ex.Ray(workers=1)
+executor = ex.Local(threads=2) if sys.argv[3] == "local" else Ray(workers=1)
 rac3.cli.run = lambda arguments: ex.run(executor, Slow(), [ex.Shard("a", n, str(n), folder) for n in range(3)])
 main()
 """

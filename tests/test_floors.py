@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rac3"
 
 FLOORS = (
-    ("config", "sharding", "artifacts", "arrays", "progress", "executors", "device_batches", "scale"),
+    ("config", "sharding", "artifacts", "arrays", "progress", "executors", "ray_executor", "device_batches", "scale"),
     ("documents", "tokens"),
     ("retrieval", "batches"),
     ("model",),
@@ -40,6 +40,7 @@ ORDER = {
         "arrays",
         "progress",
         "executors",
+        "ray_executor",
         "device_batches",
         "scale",
         "experiment",

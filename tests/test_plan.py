@@ -50,6 +50,13 @@ def test_scann_of_the_papers_memory_and_what_does_not_fit(tmp_path, capsys):
     assert table(replace(small, retriever=Exact()), tmp_path)
 
 
+def test_blocks_that_no_gpu_holds(tmp_path):
+    # a device holds two blocks of 2 bytes x 768 at least
+    huge = replace(PAPER, retriever=Exact(dtype="bfloat16", block_rows=100_000_000))
+    with pytest.raises(InputError, match=r"retrieve: Exact takes 307 GB of each GPU's memory, which is 80 GB; lower"):
+        table(replace(huge, scale=replace(huge.scale, memory_gb=1e4)), tmp_path)
+
+
 def test_documents_are_counted_or_asked_for(tmp_path):
     tiny = tiny_config.get_config()
     # 12 seen entities of 3 documents; 4 unseen ones join the memory

@@ -7,7 +7,7 @@ The architecture and the config fields are those of Hugging Face `CLIPModel`, so
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -53,12 +53,6 @@ def check_tower(config: TowerConfig, name: str) -> None:
         raise InputError(f"{name}: hidden_act={config.hidden_act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
 
 
-def check_patches(image_size: int, patch_size: int, name: str) -> None:
-    """Raises InputError where not even one patch fits into an image."""
-    if not 0 < patch_size <= image_size:
-        raise InputError(f"{name}: patch_size={patch_size} is outside [1, image_size={image_size}]; lower it")
-
-
 @dataclass(frozen=True)
 class CLIPTextConfig:
     """Field names and defaults of `transformers.CLIPTextConfig`."""
@@ -96,9 +90,14 @@ class CLIPVisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
+    tower: ClassVar[str] = "clip vision"
+
     def __post_init__(self) -> None:
-        check_tower(self, "clip vision")
-        check_patches(self.image_size, self.patch_size, "clip vision")
+        check_tower(self, self.tower)
+        if not 0 < self.patch_size <= self.image_size:
+            raise InputError(
+                f"{self.tower}: patch_size={self.patch_size} is outside [1, image_size={self.image_size}]; lower it"
+            )
 
     @property
     def num_patches(self) -> int:

@@ -41,8 +41,8 @@ class Exact:
     processes must call `search`, with the same queries and in the same order, and all get the same result.
 
     `dtype="bfloat16"` scores in bfloat16 with float32 sums, and then computes the scores of the best
-    `num_neighbors + overscan` documents of each block in float32: several times as fast where the hardware has
-    bfloat16, and equal to float32 unless rounding puts a neighbor behind `overscan` documents that are none.
+    `num_neighbors + overscan` documents of each block in float32: faster where the hardware multiplies bfloat16 faster,
+    and equal to float32 unless rounding puts a neighbor behind `overscan` documents that are none.
     """
 
     num_neighbors: int = 16
@@ -68,12 +68,12 @@ class Exact:
         return ExactIndex(self, part)
 
     def needs(self, documents: int, width: int) -> Needs:
-        """The memory streams: a device holds two blocks at least."""
-        block = 4.0 * min(self.block_rows, documents) * width
+        """The memory streams: a process and each of its devices hold two blocks at least."""
+        rows = min(self.block_rows, documents)
         bytes_each = {"float32": 4.0, "bfloat16": 2.0}[self.dtype]
         return Needs(
-            search_bytes=2 * block,
-            device_bytes=2 * bytes_each * min(self.block_rows, documents) * width,
+            search_bytes=8.0 * rows * width,
+            device_bytes=2 * bytes_each * rows * width,
             query_flops=2.0 * documents * width,
             on_devices=True,
         )

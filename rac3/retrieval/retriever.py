@@ -82,7 +82,7 @@ class Needs:
     Attributes:
       build_bytes: host memory while it is built.
       search_bytes: host memory while it is searched.
-      device_bytes: memory of all accelerators together while it is searched, at least.
+      device_bytes: memory of each accelerator while it is searched, at least.
       disk_bytes: of its files.
       build_flops: to build it.
       query_flops: to search it for one query.

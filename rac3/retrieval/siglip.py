@@ -11,6 +11,7 @@ A NaFlex checkpoint of SigLIP 2 becomes a `SigLIP` of one square grid when it is
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rac3.config import InputError
-from rac3.retrieval.clip import CLIPMLP, CLIPAttention, CLIPLayer, check_patches, check_tower, unit_norm
+from rac3.retrieval.clip import CLIPMLP, CLIPAttention, CLIPLayer, CLIPVisionConfig, check_tower, unit_norm
 
 
 @dataclass(frozen=True)
@@ -50,27 +51,14 @@ class SiglipTextConfig:
 
 
 @dataclass(frozen=True)
-class SiglipVisionConfig:
-    """Field names and defaults of `transformers.SiglipVisionConfig`."""
+class SiglipVisionConfig(CLIPVisionConfig):
+    """Field names and defaults of `transformers.SiglipVisionConfig`: CLIP's fields."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224  # pixels, height and width
     patch_size: int = 16
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self) -> None:
-        check_tower(self, "siglip vision")
-        check_patches(self.image_size, self.patch_size, "siglip vision")
-
-    @property
-    def num_patches(self) -> int:
-        """Whole patches only, as in `CLIPVisionConfig`."""
-        return (self.image_size // self.patch_size) ** 2
+    tower: ClassVar[str] = "siglip vision"
 
 
 @dataclass(frozen=True)

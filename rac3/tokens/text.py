@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,14 +117,14 @@ class Tokenizer:
 
     def encode_with_specials(self, text: str, max_length: int) -> list[int]:
         """With the special tokens that the tokenizer itself adds, of which none is lost where the text is cut."""
-        return self._pretrained.encode(
-            self._cased(text),
-            add_special_tokens=True,
-            split_special_tokens=True,
-            truncation=True,
-            max_length=max_length,
-            verbose=False,
-        )
+        before, after = self._added
+        return before + self.encode(text)[: max(0, max_length - len(before + after))] + after
+
+    @cached_property
+    def _added(self) -> tuple[list[int], list[int]]:
+        """The special ids that the tokenizer puts before a text, and behind it."""
+        ids = self._pretrained.encode("", add_special_tokens=True, verbose=False)
+        return (ids[:1], ids[1:]) if ids and ids[0] == self.bos else ([], ids)
 
     def _cased(self, text: str) -> str:
         return text.lower() if self._lowercase else text

@@ -106,6 +106,19 @@ def reference_ids(folder: Path, texts: list[str]) -> np.ndarray:
     return tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")["input_ids"]
 
 
+@pytest.mark.parametrize("kind", ["gemma", "unigram"])
+def test_an_end_of_text_that_is_spelled_out_is_none(tmp_path, kind):
+    from rac3.tokens.text import load_siglip_tokenizer
+
+    TOKENIZERS[kind](tmp_path)
+    tokenizer = load_siglip_tokenizer(tmp_path)
+    for end in ("</s>", "<eos>"):
+        ids = tokenizer.encode_with_specials(f"cat {end} red", LENGTH)
+        assert ids.count(tokenizer.eos) == 1
+        assert ids[-1] == tokenizer.eos
+    assert len(tokenizer.encode_with_specials("cat red " * 50, 8)) == 8
+
+
 def random_model(kind: str, text: dict, vision: dict):
     """A `SiglipModel` or `Siglip2Model` with weights far from their initial values."""
     torch, transformers = module("torch"), module("transformers")
