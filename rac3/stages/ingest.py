@@ -14,7 +14,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject
-from rac3.documents.store import KEY_HASHES, LENGTHS, TokenizedDocument, key_hash, write_shard
+from rac3.documents.store import KEY_HASHES, LENGTHS, TEXT_LENGTHS, TokenizedDocument, key_hash, write_shard
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
 from rac3.stages import recipes
@@ -95,6 +95,7 @@ def _ingest_shard(
     temporary.replace(path)
     summary = {
         "lengths": [len(builder.sequence(item).ids) for item in kept],
+        "text_lengths": [_text_length(item) for item in kept],
         "key_hashes": [key_hash(item.document.key) for item in kept],
         "filtered": filtered,
         "rejects": rejects,
@@ -120,6 +121,11 @@ def tokenize(
     return tokenized
 
 
+def _text_length(item: TokenizedDocument) -> int:
+    pairs = zip(item.document.segments, item.ids, strict=True)
+    return sum(len(ids) for segment, ids in pairs if not isinstance(segment, Image))
+
+
 def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:
     pairs = zip(item.document.segments, item.ids, strict=True)
     return any(
@@ -133,7 +139,10 @@ def _merge(experiment: Experiment, split: Split, shards: int, draft: Draft) -> N
     paths = [draft.folder / f"{number:05d}.json" for number in range(shards)]
     summaries: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
     rejects = [reject for summary in summaries for reject in summary["rejects"]]
-    lengths = np.array([length for summary in summaries for length in summary["lengths"]], np.int32)
+    lengths, text_lengths, key_hashes = (
+        np.array([value for summary in summaries for value in summary[name]], dtype)
+        for name, dtype in (("lengths", np.int32), ("text_lengths", np.int32), ("key_hashes", np.uint64))
+    )
     filtered = sum((Counter(summary["filtered"]) for summary in summaries), Counter())
     lines = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
     write_atomic(draft.folder / REJECTS, lines)
@@ -149,7 +158,8 @@ def _merge(experiment: Experiment, split: Split, shards: int, draft: Draft) -> N
             "check its folder and the filter"
         )
     np.save(draft.folder / LENGTHS, lengths)
-    np.save(draft.folder / KEY_HASHES, np.array([each for s in summaries for each in s["key_hashes"]], np.uint64))
+    np.save(draft.folder / TEXT_LENGTHS, text_lengths)
+    np.save(draft.folder / KEY_HASHES, key_hashes)
     reasons = Counter(reject["reason"].split(":")[0] for reject in rejects)
     draft.counts.update(
         documents=len(lengths),
