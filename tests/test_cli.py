@@ -26,6 +26,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.selection import Selection
 from rac3.stages import recipes
+from rac3.stages.generate import Session
 from rac3.stages.retrieve import OpenMemory
 
 ROOT = Path(__file__).parents[1]
@@ -313,6 +314,20 @@ def test_documents_named_by_hand_are_all_in_context(
     ids, _ = memory.retrieve(queries, np.array([-1, 1]))
     third = int(memory.memory.offsets[1]) + 3
     np.testing.assert_array_equal(ids[:, :4], [[third, 1, 0, -1], [third, 0, -1, -1]])
+
+
+@pytest.mark.parametrize(("shown", "hidden"), [("text", "is_image"), ("image", "is_text")])
+def test_a_prompt_has_one_modality_of_what_is_retrieved(shown: str, hidden: str, workdir: Path):
+    experiment = replace(tiny(), batches=replace(tiny().batches, retrieved=shown))
+    session = Session.open(experiment, Workdir(workdir, "tiny"), tiny())
+    found = session.retrieve("a fox", k=2)
+    assert len(found) == 2
+    sequences = session._sequences(found)
+    vocabulary = session.builder.vocabulary
+    assert len(sequences) == 2
+    for sequence in sequences:
+        assert not getattr(vocabulary, hidden)(sequence.ids).any()
+        assert (vocabulary.is_text(sequence.ids) | vocabulary.is_image(sequence.ids)).any()
 
 
 def test_a_retriever_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workdir: Path):

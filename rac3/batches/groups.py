@@ -16,33 +16,57 @@ from rac3.batches.packing import (
     RETRIEVED_TEXT,
     Group,
 )
-from rac3.documents.document import Image
-from rac3.documents.store import TokenizedDocument
+from rac3.documents.document import Document, Image, Text
+from rac3.documents.store import Shown, TokenizedDocument
 from rac3.tokens.html import Segment, Sequenced, encode
 from rac3.tokens.vocabulary import EOD, Vocabulary
 
 
 @dataclass(frozen=True)
 class GroupBuilder:
-    """Builds groups with one vocabulary, masking and weight of retrieved documents (paper, eq. 2-3)."""
+    """Builds groups with one vocabulary, masking and weight of retrieved documents (paper, eq. 2-3).
+
+    `retrieved` is what a group holds of a retrieved document: all of it, or its images or texts alone (appendix C.3).
+    """
 
     vocabulary: Vocabulary
     masking: Masking
     retrieved_weight: float
+    retrieved: Shown = "document"
 
     def sequence(self, item: TokenizedDocument) -> Sequenced:
         """A document as ids, `<eod>` last."""
         pairs = zip(item.document.segments, item.ids, strict=True)
         return encode(self.vocabulary, [Segment(isinstance(segment, Image), ids) for segment, ids in pairs])
 
+    def shown(self, item: TokenizedDocument) -> TokenizedDocument | None:
+        """What a group holds of a retrieved document; None if that is nothing. Texts that come together are one."""
+        if self.retrieved == "document":
+            return item
+        wanted = Image if self.retrieved == "image" else Text
+        pairs = [pair for pair in zip(item.document.segments, item.ids, strict=True) if isinstance(pair[0], wanted)]
+        if not pairs:
+            return None
+        segments, ids = zip(*pairs, strict=True)
+        if wanted is Text:
+            segments, ids = (Text(item.document.text),), (np.concatenate(ids),)
+        return TokenizedDocument(Document(item.document.key, segments, item.document.metadata), ids)
+
+    def retrieved_sequences(self, items: Sequence[TokenizedDocument]) -> list[Sequenced]:
+        """What a group holds of each of the retrieved documents, as ids; those that have nothing of it are left out."""
+        return [self.sequence(item) for item in map(self.shown, items) if item is not None]
+
     def build(self, documents: Sequence[TokenizedDocument], draws: Float[np.ndarray, "documents draws"]) -> Group:
-        """The group of `documents`, the main one last; `draws` are the masking draws of each."""
-        return self.join(
-            [
-                mask_document(self.masking, self.vocabulary, self.sequence(item), row)
-                for item, row in zip(documents, draws, strict=True)
-            ]
-        )
+        """The group of `documents`, the main one last; `draws` are the masking draws of each.
+
+        Each retrieved document has something to show.
+        """
+        sequences = [*self.retrieved_sequences(documents[:-1]), self.sequence(documents[-1])]
+        masked = [
+            mask_document(self.masking, self.vocabulary, sequence, row)
+            for sequence, row in zip(sequences, draws, strict=True)
+        ]
+        return self.join(masked)
 
     def join(self, masked: Sequence[Masked]) -> Group:
         """Retrieved documents and the main one (last), masked already, as one group."""

@@ -20,7 +20,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import TOKENS_PER_SPAN, Masking
 from rac3.batches.packing import PackedBatch, pack, packed_row
 from rac3.config import InputError
-from rac3.documents.store import DocumentStore
+from rac3.documents.store import DocumentStore, Shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class BatchConfig:
       row_length: the length of a packed row; 0 means `context_length`. Longer rows waste less.
       rows: rows in the global batch.
       num_retrieved: K is drawn uniformly from these (paper: 0, 1, 2).
+      retrieved: what is put in context of a retrieved document, in training and at inference: all of it, or its images
+        or texts alone (paper, appendix C.3). A document that has none of these is not retrieved.
       retrieved_weight: alpha, the loss weight of retrieved documents (paper, eq. 2-3: 0.1).
       candidates: the K documents are drawn from this many at the top of the selected neighbors.
       masking: CM3 masking.
@@ -42,6 +44,7 @@ class BatchConfig:
     row_length: int = 0
     rows: int = 256
     num_retrieved: tuple[int, ...] = (0, 1, 2)
+    retrieved: Shown = "document"
     retrieved_weight: float = 0.1
     candidates: int = 4
     masking: Masking = field(default_factory=Masking)
@@ -121,6 +124,7 @@ class BatchStream:
         check_context(config, int(documents.lengths.max()))
         self.config, self.seed, self.documents, self.neighbors = config, seed, documents, neighbors
         self.builder, self.hosts, self.host = builder, hosts, host
+        self._retrieved_lengths = documents.shown_lengths(builder.retrieved)
         # Whole batches are taken from a block, and the rows behind the last are dropped: of 64 batches or more, so that
         # it is under 2%. Retrieved documents make groups longer than documents, and the batches more.
         groups_per_row = -(-config.row // int(documents.lengths.mean()))
@@ -188,6 +192,7 @@ class BatchStream:
         part = (draws.uniform(self.seed, epoch, main, draws.QUERY_PART)[:, 0] * self.neighbors.shape[1]).astype(int)
         candidates = self.neighbors[main][:, :, : self.config.candidates].astype(np.int64)
         pool, other = (candidates[np.arange(len(main)), each] for each in (part, 1 - part))
+        pool, other = (np.where(self._retrieved_lengths[ids] > 0, ids, -1) for ids in (pool, other))
         pool = np.where((pool >= 0).any(1, keepdims=True), pool, other)  # a document of one part has one query
         pool = np.pad(pool, ((0, 0), (0, max(0, most - pool.shape[1]))), constant_values=-1)
         keys = draws.uniform(self.seed, epoch, main, draws.NEIGHBOR, pool.shape[1])
@@ -202,7 +207,8 @@ class BatchStream:
         for slot in [*range(1, 1 + neighbors.shape[1]), 0]:
             member = neighbors[:, slot - 1] if slot else main
             drawn = draws.uniform(self.seed, epoch, main, draws.MASK + slot, 1)
-            length = self.documents.lengths[np.maximum(member, 0)] + TOKENS_PER_SPAN * masking.num_spans(drawn)
+            lengths = self._retrieved_lengths if slot else self.documents.lengths
+            length = lengths[np.maximum(member, 0)] + TOKENS_PER_SPAN * masking.num_spans(drawn)
             columns.append(np.where(member >= 0, length, 0))
         return np.stack(columns, 1)
 

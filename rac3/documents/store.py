@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 import numpy as np
@@ -20,8 +20,12 @@ from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 
 LENGTHS = "lengths.npy"
+TEXT_LENGTHS = "text_lengths.npy"
 KEY_HASHES = "key_hashes.npy"
 NARROW, WIDE = "<u2", "<u4"
+
+Shown = Literal["document", "image", "text"]
+"""What a model sees of a document: all of it, or its images or texts alone."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,24 @@ class DocumentStore:
         """Ids of each document as one sequence, its final `<eod>` included."""
         return np.load(self.folder / LENGTHS, allow_pickle=False)
 
+    def shown_lengths(self, shown: Shown) -> Int[np.ndarray, " documents"]:
+        """As `lengths`, of each document or of its images or texts alone; 0 where it has none.
+
+        Raises:
+          InputError: the documents were ingested before the lengths of their texts were kept.
+        """
+        if shown == "document":
+            return self.lengths
+        texts = np.load(self._require(TEXT_LENGTHS), allow_pickle=False)
+        lengths = texts + 1 if shown == "text" else self.lengths - texts  # the <eod> is in both
+        return np.where(lengths > 1, lengths, 0)
+
+    def _require(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing; delete {self.folder} and run `rac3 ingest` again")
+        return path
+
     @cached_property
     def _source(self) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -118,9 +140,7 @@ class DocumentStore:
         Raises:
           InputError: the documents were ingested before their keys were kept.
         """
-        path = self.folder / KEY_HASHES
-        if not path.is_file():
-            raise InputError(f"{path} is missing; delete {self.folder} and run `rac3 ingest` again to look up keys")
+        path = self._require(KEY_HASHES)
         same = np.flatnonzero(np.load(path, mmap_mode="r", allow_pickle=False) == np.uint64(key_hash(key)))
         return next((row for row in same.tolist() if self[row].document.key == key), None)
 

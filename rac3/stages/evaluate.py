@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -176,7 +177,7 @@ class _HeldOut:
             experiment,
             workdir,
             generator,
-            GroupBuilder(vocabulary, Masking("none"), 1.0),
+            GroupBuilder(vocabulary, Masking("none"), 1.0, experiment.batches.retrieved),
             tokenizer,
             codec,
             open_clip(experiment, workdir),
@@ -185,12 +186,14 @@ class _HeldOut:
         )
 
     def retrieved(self, neighbors: Int[np.ndarray, " depth"], k: int) -> list[TokenizedDocument]:
+        """The first k neighbors that have something to show."""
         if self.memory is None:
             return []
-        return [self.memory.document(int(number)) for number in neighbors[:k] if number >= 0]
+        documents = map(self.memory.document, neighbors[neighbors >= 0].tolist())
+        return list(islice((item for item in documents if self.builder.shown(item) is not None), k))
 
     def sequences(self, documents: list[TokenizedDocument]) -> list[Sequenced]:
-        return [self.builder.sequence(document) for document in documents]
+        return self.builder.retrieved_sequences(documents)
 
 
 def _evaluate_split(held_out: _HeldOut, split: Split, folder: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Generate: a prompt of one's own -> what it retrieves, and images or a caption."""
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ class Session:
         return cls(
             experiment,
             Generator(model, params, vocabulary, codec.tokens_per_image),
-            GroupBuilder(vocabulary, Masking("none"), 1.0),
+            GroupBuilder(vocabulary, Masking("none"), 1.0, experiment.batches.retrieved),
             tokenizer,
             codec,
             open_clip(experiment, workdir),
@@ -75,7 +76,7 @@ class Session:
         )
 
     def retrieve(self, text: str = "", image: UInt8[np.ndarray, "_ _ 3"] | None = None, k: int = 2) -> list[Found]:
-        """The documents that a text, or an image, retrieves; best first, at most k.
+        """The documents that a text, or an image, retrieves; best first, at most k that have something to show.
 
         Raises:
           InputError: neither a text nor an image, or both: a query is one part of a document (paper, section 3.4).
@@ -88,10 +89,11 @@ class Session:
             self.encoder.embed_texts([text]) if image is None else self.encoder.embed_images([image])
         )
         ids, scores = self.memory.retrieve(Queries([text or "image"], vector, [text]), np.array([-1]))
-        found = [
+        documents = (
             (self.memory.document(int(i)), float(score)) for i, score in zip(ids[0], scores[0], strict=True) if i >= 0
-        ]
-        return [Found(item.document, score, item) for item, score in found[:k]]
+        )
+        found = (Found(item.document, score, item) for item, score in documents if self.builder.shown(item) is not None)
+        return list(islice(found, k))
 
     def image(self, text: str, k: int = 2, samples: int = 4, seed: int = 0) -> list[UInt8[np.ndarray, "_ _ 3"]]:
         """Images of a caption, the one that CLIP likes best first."""
@@ -119,7 +121,7 @@ class Session:
         return self.tokenizer.decode(ids[0].tolist())
 
     def _sequences(self, found: list[Found]) -> list[Sequenced]:
-        return [self.builder.sequence(item.tokens) for item in found]
+        return self.builder.retrieved_sequences([item.tokens for item in found])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Source
-from rac3.documents.store import KEY_HASHES, LENGTHS, TokenizedDocument, id_type, key_hash, write_shard
+from rac3.documents.store import KEY_HASHES, LENGTHS, TEXT_LENGTHS, TokenizedDocument, id_type, key_hash, write_shard
 from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
 from rac3.stages import recipes
@@ -144,6 +144,11 @@ def tokenize(
         ]
         tokenized.append(TokenizedDocument(document, tuple(ids)))
     return tokenized
+
+
+def _text_length(item: TokenizedDocument) -> int:
+    pairs = zip(item.document.segments, item.ids, strict=True)
+    return sum(len(ids) for segment, ids in pairs if not isinstance(segment, Image))
 
 
 def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:

@@ -63,7 +63,9 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
     neighbors = read_neighbors(experiment, workdir, "train") if recipes.retrieves(experiment) else None
     codec = open_vqgan(experiment, workdir)
     vocabulary = vocabulary_of(open_text(experiment, workdir), codec)
-    builder = GroupBuilder(vocabulary, experiment.batches.masking, experiment.batches.retrieved_weight)
+    builder = GroupBuilder(
+        vocabulary, experiment.batches.masking, experiment.batches.retrieved_weight, experiment.batches.retrieved
+    )
     stream = BatchStream(
         experiment.batches, experiment.seed, documents, neighbors, builder, jax.process_count(), jax.process_index()
     )

@@ -85,3 +85,26 @@ def test_a_group_of_one():
     group = builder.build(ITEMS[1:2], np.zeros((1, builder.masking.draws_per_document)))
     np.testing.assert_array_equal(group.targets, [14, EOD])
     np.testing.assert_array_equal(group.loss_weight, [1.0, 1.0])
+
+
+def test_a_group_shows_of_retrieved_documents_what_it_should():
+    between = TokenizedDocument(  # text, image, text
+        Document("k", (Text("a"), Image(b"x"), Text("b")), {}), (np.array([1]), np.array([3, 4]), np.array([2]))
+    )
+    documents, t, i = [*ITEMS[:2], between, ITEMS[2]], 8, 48
+    main = [IMAGE_ALT, t + 7, t + 8, IMAGE_SOURCE, i + 9, i + 10, IMAGE_END, EOD]
+    texts = GroupBuilder(VOCABULARY, Masking("none"), 0.1, "text")
+    no_draws = np.zeros((4, texts.masking.draws_per_document))
+    group = texts.build(documents, no_draws)
+    retrieved = [t + 1, t + 2, EOD, t + 6, EOD, t + 1, t + 2, EOD]
+    np.testing.assert_array_equal(group.targets, [*retrieved, *main])
+    assert not (group.kind == RETRIEVED_IMAGE).any()
+    images = GroupBuilder(VOCABULARY, Masking("none"), 0.1, "image")
+    assert images.shown(ITEMS[1]) is None
+    group = images.build([documents[0], *documents[2:]], no_draws[1:])
+    head, tail = [IMAGE_ALT, IMAGE_SOURCE], [IMAGE_END, EOD]
+    retrieved = [*head, i + 3, i + 4, i + 5, *tail, *head, i + 3, i + 4, *tail]
+    np.testing.assert_array_equal(group.targets, [*retrieved, *main])
+    assert not (group.kind == RETRIEVED_TEXT).any()
+    for builder, lengths in ((texts, [3, 2, 3, 3]), (images, [7, 6, 6])):
+        assert [len(each.ids) for each in builder.retrieved_sequences(documents)] == lengths

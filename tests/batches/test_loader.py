@@ -14,7 +14,7 @@ from rac3.batches.masking import Masking
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, RETRIEVED_IMAGE, RETRIEVED_TEXT, PackedBatch
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import LENGTHS, NARROW, DocumentStore, TokenizedDocument, write_shard
+from rac3.documents.store import LENGTHS, NARROW, TEXT_LENGTHS, DocumentStore, TokenizedDocument, write_shard
 from rac3.tokens.vocabulary import EOD, Vocabulary
 
 DOCUMENTS = 300
@@ -237,3 +237,44 @@ def test_fields_are_checked(fields: dict, message: str):
         BatchConfig(**fields)
     assert BatchConfig().row == 4096
     assert BatchConfig(row_length=9000).row == 9000
+
+
+@pytest.mark.parametrize(("shown", "other"), [("text", RETRIEVED_IMAGE), ("image", RETRIEVED_TEXT)])
+def test_batches_with_one_modality_of_the_retrieved_documents(shown, other, neighbors: np.ndarray, tmp_path: Path):
+    """Every third document has no text, every fifth no image; lengths are planned for what is shown."""
+    rng, items = np.random.default_rng(0), []
+    for number in range(DOCUMENTS):
+        parts = [(Text("x"), np.full(rng.integers(2, 9), number)), (Image(b"x"), rng.integers(0, 20, 16))]
+        parts = parts[1:] if number % 3 == 0 else parts[:1] if number % 5 == 0 else parts
+        segments, ids = zip(*parts, strict=True)
+        items.append(TokenizedDocument(Document(str(number), segments, {}), tuple(x.astype(np.int32) for x in ids)))
+    write_shard(tmp_path / "00000.array_record", items)
+    config = dataclasses.replace(PLAIN, retrieved=shown)
+    builder = GroupBuilder(VOCABULARY, config.masking, 0.1, shown)
+    texts = [
+        sum(len(x) for x, s in zip(item.ids, item.document.segments, strict=True) if isinstance(s, Text))
+        for item in items
+    ]
+    np.save(tmp_path / LENGTHS, np.array([len(builder.sequence(item).ids) for item in items], np.int32))
+    store = DocumentStore(tmp_path)
+    with pytest.raises(InputError, match="run `rac3 ingest` again"):
+        BatchStream(config, 0, store, neighbors, builder)
+    np.save(tmp_path / TEXT_LENGTHS, np.array(texts, np.int32))
+    views = [builder.shown(item) for item in items]
+    wanted = [0 if view is None else len(builder.sequence(view).ids) for view in views]
+    np.testing.assert_array_equal(store.shown_lengths(shown), wanted)
+    np.testing.assert_array_equal(store.shown_lengths("document"), store.lengths)
+    made = BatchStream(config, 0, store, neighbors, builder)
+    plan = made.plan(0)
+    assert (plan.neighbors >= 0).any()
+    assert all(wanted[number] for number in plan.neighbors[plan.neighbors >= 0])
+    planned = sum(
+        store.lengths[plan.main[g]] + sum(wanted[n] for n in plan.neighbors[g] if n >= 0) for g in plan.rows[0]
+    )
+    row = made.row(plan, 0)
+    assert (row.segments > 0).sum() == planned
+    kinds = np.concatenate([batch.kind.ravel() for batch, _ in islice(made.batches(StreamState()), 4)])
+    assert not (kinds == other).any()
+    assert (kinds == {"text": RETRIEVED_TEXT, "image": RETRIEVED_IMAGE}[shown]).any()
+    assert (kinds == MAIN_TEXT).any()
+    assert (kinds == MAIN_IMAGE).any()
