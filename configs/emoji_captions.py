@@ -28,9 +28,10 @@ def get_config() -> Experiment:
         name="emoji_captions",
         data=Data(
             train=WebDataset("train"),
-            memory=WebDataset("unseen-memory"),
+            memory={"unseen": WebDataset("unseen-memory")},
             validation=WebDataset("validation"),
             test=WebDataset("unseen-test"),
+            fit_on=("train", "unseen"),
             entity_field="concept",
         ),
         text=TextTokenizer(vocab_size=2048),

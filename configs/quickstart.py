@@ -30,9 +30,10 @@ def get_config(seed: int = 0) -> Experiment:
         query_dropout=0.1,  # of captions of ten tokens; 0.2 loses the name, and with it the entity, too often
         data=Data(
             train=World("train", seed),
-            memory=World("memory", seed),
+            memory={"memory": World("memory", seed)},
             validation=World("validation", seed),
             test=World("test", seed),
+            fit_on=("train", "memory"),  # as a public CLIP has seen much of what it is asked for
             entity_field="entity",
         ),
         text=TextTokenizer(vocab_size=320),  # spells names by letters, so that one never seen is of known ids

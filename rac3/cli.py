@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Union
 
 from rac3.artifacts import Workdir
 from rac3.config import InputError, load_config_module
+from rac3.documents.webdataset import WebDataset
 from rac3.executors import Local
-from rac3.experiment import Experiment
+from rac3.experiment import Data, Experiment
 from rac3.ray_executor import Ray
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.exact import Exact
@@ -41,8 +42,9 @@ STAGES = {
     "index": "build the retriever's index of each part of the memory",
     "retrieve": "find and select the neighbors of every document",
     "prepare": "the five above, skipping what is current",
+    "audit": "look for leaks: main documents, copies and test targets in what is retrieved",
     "train": "train the model, and the vanilla CM3 beside it",
-    "evaluate": "evaluate on the held-out documents",
+    "evaluate": "evaluate on the held-out documents; --task retrieval: what is retrieved, without a model",
     "generate": "draw a caption of your own, or caption a picture",
     "report": "write the report and metrics.json",
     "run": "prepare, train, evaluate and report",
@@ -114,11 +116,11 @@ def _load(config: str) -> Experiment:
 def _preparing(stage: str, arguments: Sequence[str]) -> str:
     """The arguments for an earlier stage of the same command: without what belongs to `stage` alone.
 
-    A retriever that is named at inference is not the one that the model is trained with.
+    A retriever or takedowns that are named at inference are not those that the model is trained with.
     """
     own = {field.name for field in _option_fields(stage)}
     if stage in ("evaluate", "generate", "report"):
-        own.add("retriever")
+        own |= {"retriever", "takedowns"}
     kept: list[str] = []
     dropping = False
     for argument in arguments:
@@ -153,9 +155,11 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
             fields.append((field.name, field.type, dataclasses.field(default_factory=lambda v=value: v)))  # type: ignore[misc]
     fields = [(name, kind, _default(spec)) for name, kind, spec in fields]
     fields += [(f.name, f.type, dataclasses.field(default=f.default)) for f in _option_fields(stage)]
+    fields += [(f.name, f.type, f) for f in dataclasses.fields(MemoryOptions)]
     command = dataclasses.make_dataclass("Command", fields, frozen=True)
     kind = _options(stage)
     command.__doc__ = f"{STAGES[stage]}.\n\n{_attribute_docs(Experiment)}" + (_attribute_docs(kind) if kind else "")
+    command.__doc__ += _attribute_docs(MemoryOptions)
     output = io.StringIO()
     wants_help = {"-h", "--help"} & set(arguments)
     try:
@@ -172,16 +176,48 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
         raise InputError(_one_line(output.getvalue(), stage)) from None
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Experiment)}
     values["executor"] = getattr(parsed, parsed.executor)
+    values["data"] = MemoryOptions(parsed.add_memory, parsed.withdraw_memory).of(configured.data)
     options = kind(**{f.name: getattr(parsed, f.name) for f in _option_fields(stage)}) if kind else None
     return Experiment(**values), options
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryOptions:
+    """Changes to the memory that a config names.
+
+    Attributes:
+      add_memory: parts that join the memory at inference, each as NAME=FOLDER of shards in img2dataset's layout
+        (a relative folder starts from data_dir). Give them to every command that is to see them.
+      withdraw_memory: names of parts that are no longer retrieved from.
+    """
+
+    add_memory: tuple[str, ...] = ()
+    withdraw_memory: tuple[str, ...] = ()
+
+    def of(self, data: Data) -> Data:
+        """`data` with these changes.
+
+        Raises:
+          InputError: a part without name or folder, one that is there already, or none of a name to withdraw.
+        """
+        memory = dict(data.memory)
+        for each in self.add_memory:
+            name, _, folder = each.partition("=")
+            if not name or not folder:
+                raise InputError(f"--add-memory {each!r} is not NAME=FOLDER; such as news=/data/news")
+            if name in memory:
+                raise InputError(f"--add-memory {each!r}: the memory has a part {name!r} already; use another name")
+            memory[name] = WebDataset(folder)
+        return dataclasses.replace(data, memory=memory, withdrawn=data.withdrawn + self.withdraw_memory)
 
 
 def _options(stage: str) -> Any:
     """The dataclass of what a stage takes beside the experiment; None if that is nothing."""
     from rac3.report_encoders import EncodersReport
+    from rac3.stages.evaluate import EvaluateOptions
     from rac3.stages.generate import GenerateConfig
 
-    return {"generate": GenerateConfig, "encoders": EncodersReport}.get(stage)
+    return {"generate": GenerateConfig, "encoders": EncodersReport, "evaluate": EvaluateOptions}.get(stage)
 
 
 def _option_fields(stage: str) -> Sequence[Any]:
@@ -230,8 +266,11 @@ def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workd
     from rac3.plan import plan
     from rac3.report import collect, report, summary
     from rac3.report_encoders import encoders_report
+    from rac3.report_retrieval import retrieval_report, retrieval_summary
     from rac3.stages import embed, encoders, ingest, retrieve, train
+    from rac3.stages.audit import audit
     from rac3.stages.evaluate import evaluate_all, vanilla
+    from rac3.stages.evaluate_retrieval import evaluate_retrieval
     from rac3.stages.generate import generate
     from rac3.tokens.vqgan_files import require_decoder
 
@@ -240,7 +279,8 @@ def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workd
     if stage == "plan":
         print(plan(experiment, workdir))
         return
-    if stage in ("run", "train", "evaluate", "generate"):
+    without_model = stage == "evaluate" and options.task == "retrieval"
+    if stage in ("run", "train", "evaluate", "generate") and not without_model:
         experiment.mesh.build()  # what asks for other devices than there are is refused before work is done
     started = time.monotonic()
     variants = [experiment, *([vanilla(experiment)] if experiment.compare_with_cm3 else [])]
@@ -262,9 +302,16 @@ def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workd
     if stage in ("run", "train"):
         for variant in variants:
             train.train(variant, workdir)
-    # At inference a retriever on the command line goes to the model that the config trains.
-    trained = experiment if stage == "run" else dataclasses.replace(experiment, retriever=configured.retriever)
-    if stage in ("run", "evaluate"):
+    if stage == "audit":
+        print(audit(experiment, workdir))
+    # At inference a retriever on the command line goes to the model that the config trains; takedowns likewise.
+    trained = experiment
+    if stage != "run":
+        trained = dataclasses.replace(experiment, retriever=configured.retriever, takedowns=configured.takedowns)
+    if without_model:
+        print(retrieval_summary(evaluate_retrieval(experiment, workdir)))
+        print(f"report: {retrieval_report(experiment, workdir)}")
+    elif stage in ("run", "evaluate"):
         evaluate_all(experiment, trained, workdir)
         print(summary(collect(experiment, workdir, trained)))
     if stage in ("run", "report"):

@@ -1,5 +1,6 @@
 """The `Experiment` that a config returns: everything that decides what rac3 computes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,8 @@ from rac3.tokens.vqgan_objective import VQGANObjective
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
 
-Split = Literal["train", "memory", "validation", "test"]
+Split = str  # the name of a source: train, validation, test, or that of a part of the memory
+Role = Literal["train", "memory", "held out"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -37,32 +39,60 @@ class Data:
 
     Attributes:
       train: trained on, and the memory that training retrieves from.
-      memory: joins the memory at inference only; the model never trains on it.
+      memory: parts that join the memory at inference only, by name; the model never trains on them. A part that is
+        added changes nothing that was made before.
+      withdrawn: names of parts of `memory` that are no longer retrieved from.
       validation, test: held out; encoders are never fitted on them.
+      fit_on: the sources that encoders are fitted on where none is loaded: `train`, or parts of the memory too.
       entity_field: the metadata field that names what a document shows, for retrieval recall and accuracies; "" if
         there is none.
     """
 
     train: Source
-    memory: Source | None = None
+    memory: Mapping[Split, Source] = field(default_factory=dict)
+    withdrawn: tuple[Split, ...] = ()
     validation: Source | None = None
     test: Source | None = None
+    fit_on: tuple[Split, ...] = ("train",)
     entity_field: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.memory, Mapping):
+            raise InputError("data.memory is no mapping; name the parts, as in memory={'news': WebDataset('news')}")
+        for name in self.memory:
+            if name in ("", "train", "validation", "test"):
+                raise InputError(f"data.memory names a part {name!r}; use another name")
+        parts = ", ".join(self.memory) or "none"
+        for name in self.withdrawn:
+            if name not in self.memory:
+                raise InputError(f"data.withdrawn names {name!r}, which is no part of the memory; there are: {parts}")
+        for name in self.fit_on:
+            if name != "train" and name not in self.memory:
+                raise InputError(
+                    f"data.fit_on names {name!r}; use train, or parts of the memory, of which there are: {parts}"
+                )
+        if not self.fit_on:
+            raise InputError("data.fit_on is empty; use train")
+        named = self.sources()
+        equal = [(a, b) for a in named for b in named if a < b and named[a] == named[b]]
+        if equal:
+            raise InputError(f"{' and '.join(equal[0])} are one source; give each documents of its own")
+
     def sources(self) -> dict[Split, Source]:
-        """The splits that there are, in the order in which they are prepared."""
-        named: dict[Split, Source | None] = {
-            "train": self.train,
-            "memory": self.memory,
-            "validation": self.validation,
-            "test": self.test,
-        }
+        """The splits that there are, in the order in which they are prepared; none that is withdrawn."""
+        memory = {name: source for name, source in self.memory.items() if name not in self.withdrawn}
+        named = {"train": self.train, **memory, "validation": self.validation, "test": self.test}
         return {split: source for split, source in named.items() if source is not None}
+
+    def role(self, split: Split) -> Role:
+        if split == "train":
+            return "train"
+        return "memory" if split in self.memory else "held out"
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How an encoder is fitted on the training and memory documents.
+    """How an encoder is fitted on the documents of `Data.fit_on`.
 
     Attributes:
       steps: optimizer steps.
@@ -184,6 +214,10 @@ class Experiment:
       max_reject_fraction: a source with a larger share of damaged documents stops the run.
       max_text_tokens: longer texts are cut, and counted.
       query_dropout: share of a training query's tokens (text, or image patches) that is dropped (paper, section 3.2).
+      num_views: training queries of each document and part, with dropout of their own each; an epoch takes the
+        neighbors of one. The embedding and the search of the training queries take as many times as long.
+      takedowns: a file of keys, one per line (KEY, or SPLIT:KEY for one split alone), of documents that are not
+        retrieved and not trained on. They are on disk until their split is ingested without them.
       embedding_dtype: of the vectors on disk; 768 of them take 3 kB in float32, 1.5 in bfloat16, 0.8 in int8.
       documents_per_shard: whose vectors, or neighbors, are made at a time and are in one file. A worker holds the
         vectors of a shard in memory for each of its threads.
@@ -199,6 +233,8 @@ class Experiment:
     max_reject_fraction: float = 0.05
     max_text_tokens: int = 256
     query_dropout: float = 0.2
+    num_views: int = 1
+    takedowns: str = ""
     embedding_dtype: VectorDtype = "float32"
     documents_per_shard: int = 65_536
     executor: Local | Ray = field(default_factory=Local)
@@ -226,6 +262,10 @@ class Experiment:
             raise InputError(f"max_reject_fraction={self.max_reject_fraction} is outside 0 to 1; use 0.05, say")
         if not 0 <= self.query_dropout < 1:
             raise InputError(f"query_dropout={self.query_dropout} is outside 0 to 1; the paper uses 0.2")
+        if self.num_views < 1:
+            raise InputError(f"num_views={self.num_views} is below 1; use 1, or more for neighbors that change")
+        if self.num_views > 1 and self.query_dropout == 0:
+            raise InputError(f"num_views={self.num_views} are all the same without query_dropout; use 1")
         if self.documents_per_shard < 1:
             raise InputError(f"documents_per_shard={self.documents_per_shard} is below 1; use tens of thousands")
         if self.evaluation.max_caption_tokens > self.max_text_tokens:

@@ -59,14 +59,15 @@ def plan(experiment: Experiment, workdir: Workdir) -> str:
 
 
 def _sizes(experiment: Experiment, workdir: Workdir) -> dict[Split, int]:
-    """Documents of the training source and of the one that joins the memory."""
-    told = {"train": experiment.scale.documents, "memory": experiment.scale.memory_documents}
+    """Documents of each part of the memory, the training documents first."""
+    told = {"train": experiment.scale.documents, "memory": experiment.scale.memory_documents, "held out": 0}
     sizes: dict[Split, int] = {}
     for split, source in experiment.data.sources().items():
-        if split not in told:
+        role = experiment.data.role(split)
+        if role == "held out":
             continue
-        if told[split]:
-            sizes[split] = told[split]
+        if told[role]:
+            sizes[split] = told[role]
         elif isinstance(source, World):
             sizes[split] = sum(1 for shard in source.shards(workdir.path) for _ in source.read(workdir.path, shard))
         elif (count := _ingested(experiment, workdir, split)) is not None:
@@ -96,18 +97,17 @@ def _ingest(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
 
 
 def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
-    """Training documents go through CLIP twice: as documents, and as queries with dropout."""
-    config, documents = experiment.clip.model, sum(sizes.values())
+    """Training documents go through CLIP as documents, and for each view as queries with dropout."""
+    config, documents, queries = experiment.clip.model, sum(sizes.values()), experiment.num_views * sizes["train"]
     model = CLIP(config, experiment.clip.dtype)
     vision, text = config.vision_config, config.text_config
     pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, min(TEXT_TOKENS, text.max_position_embeddings)), jnp.int32)
     both = ids, jax.ShapeDtypeStruct(ids.shape, bool), pixels
     each = _flops(model, "encode_image", pixels, *both) + _flops(model, "encode_text", ids, *both)
-    arrays = len(PARTS) + 1  # and their mixture
-    vectors = arrays * documents + len(PARTS) * sizes["train"]
+    vectors = documents + len(PARTS) * queries
     disk = float(vectors * config.projection_dim * VECTOR_BYTES[experiment.embedding_dtype])
-    return _encoding(experiment, "embed", each * (documents + sizes["train"]), documents, disk)
+    return _encoding(experiment, "embed", each * (documents + queries), documents, disk)
 
 
 def _encoding(experiment: Experiment, stage: str, flops: float, pictures: int, disk_bytes: float) -> Line:
@@ -131,7 +131,7 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
         return [Line(stage, None, None, limit="not known of this retriever") for stage in ("index", "retrieve")]
     parts = [retriever.needs(count, width) for count in sizes.values()]
     train = retriever.needs(sizes["train"], width)
-    queries = len(PARTS) * sizes["train"]
+    queries = len(PARTS) * experiment.num_views * sizes["train"]
     rate = scale.device_flops if train.on_devices else scale.cpu_flops
     build_flops = sum(needs.build_flops for needs in parts)
     searching = queries * train.query_flops

@@ -17,7 +17,8 @@ from rac3.report_page import Content, page
 from rac3.report_samples import Samples
 from rac3.report_table import ROWS, lookup, model_label, model_names, recall_rows
 from rac3.stages import recipes
-from rac3.stages.evaluate import SPLITS, comparisons, evaluate, evaluate_encoders, evaluate_retrieval
+from rac3.stages.evaluate import SPLITS, comparisons, evaluate, evaluate_encoders
+from rac3.stages.evaluate_retrieval import entity_recall
 from rac3.stages.train import model_name
 from rac3.training.metrics import read_metrics
 
@@ -53,7 +54,7 @@ def collect(experiment: Experiment, workdir: Workdir, trained: Experiment | None
         workdir.require(recipes.evaluation(inference, model), "rac3 evaluate")
     values = {name: evaluate(inference, model, workdir) for name, (inference, model) in models.items()}
     k = experiment.evaluation.num_retrieved
-    recall = {split: evaluate_retrieval(experiment, workdir, split, k) for split in SPLITS}
+    recall = {split: entity_recall(experiment, workdir, split, k) for split in SPLITS}
     metrics = {
         **{name: _model_metrics(model, values[name], workdir) for name, (_, model) in models.items()},
         "retrieval": {f"recall_at_{k}": recall["test"], "validation": {f"recall_at_{k}": recall["validation"]}},
@@ -116,7 +117,9 @@ def _seconds(experiment: Experiment, models: Comparisons, workdir: Workdir) -> d
         "ingest": [recipes.documents(experiment, split) for split in splits],
         "embed": [recipes.embeddings(experiment, split) for split in splits],
         "index": [recipes.index(e, part) for e in retrieving for part in recipes.memory_splits(e, "test")],
-        "retrieve": [recipes.neighbors(e, split) for e in retrieving for split in splits if split != "memory"],
+        "retrieve": [
+            recipes.neighbors(e, split) for e in retrieving for split in splits if e.data.role(split) != "memory"
+        ],
         **{f"train {model_name(model)}": [recipes.train(model)] for _, model in models.values()},
         "evaluate": [recipes.evaluation(inference, model) for inference, model in models.values()],
     }

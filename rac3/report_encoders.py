@@ -97,7 +97,7 @@ def _metrics(found: Reconstructed, codes: int) -> dict[str, int | float]:
 def _numbers(
     experiment: Experiment, codec: ImageCodec, splits: dict[Split, Reconstructed], metrics: dict[Split, Any]
 ) -> str:
-    source = experiment.vqgan.checkpoint or "Fitted on the training and memory documents"
+    source = experiment.vqgan.checkpoint or f"Fitted on {' and '.join(experiment.data.fit_on)}"
     what = (
         f"{source}: {codec.codes:,} codes, {codec.tokens_per_image:,} tokens for a picture of {codec.resolution} x "
         f"{codec.resolution}. What it loses, no language model brings back."

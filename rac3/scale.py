@@ -12,7 +12,7 @@ class Scale:
 
     Attributes:
       documents: of the training source; 0 takes the number that is ingested.
-      memory_documents: of the source that joins the memory at inference; 0 as above.
+      memory_documents: of each part of `Data.memory`; 0 as above.
       image_kilobytes: of an encoded picture, on average.
       hosts: machines of the cluster.
       cores: CPU cores of a host; 0 for those of this machine.

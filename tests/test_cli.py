@@ -27,7 +27,7 @@ from rac3.retrieval.retriever import Queries
 from rac3.retrieval.selection import Selection
 from rac3.stages import recipes
 from rac3.stages.generate import Session
-from rac3.stages.retrieve import OpenMemory
+from rac3.stages.memory import OpenMemory
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "tiny_config.py")

@@ -14,7 +14,7 @@ from rac3.experiment import Experiment, FitConfig
 def get_config() -> Experiment:
     full = quickstart()
     world = World(seen=12, unseen=4, documents_per_entity=3, questions_per_entity=1)
-    splits = {split: replace(world, split=split) for split in ("train", "memory", "validation", "test")}
+    splits = {split: replace(world, split=split) for split in ("train", "validation", "test")}
     model = replace(full.vqgan.model, ch=4, z_channels=8, n_embed=16)
     clip_model = replace(
         full.clip.model,
@@ -24,7 +24,7 @@ def get_config() -> Experiment:
     return replace(
         full,
         name="tiny",
-        data=replace(full.data, **splits),
+        data=replace(full.data, memory={"memory": replace(world, split="memory")}, **splits),
         text=replace(full.text, vocab_size=300),
         vqgan=replace(full.vqgan, model=model, fit=FitConfig(steps=6, batch=8, peak_lr=3e-3)),
         clip=replace(full.clip, model=clip_model, fit=FitConfig(steps=6, batch=16, peak_lr=1e-3)),

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 NUM_RETRIEVED = 0  # the streams: what a number is drawn for
-QUERY_PART = 1
+QUERY = 1
 NEIGHBOR = 2
 MASK = 64  # and above: a document's position in its group is part of the stream
 ORDER = 1 << 20

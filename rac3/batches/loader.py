@@ -98,10 +98,12 @@ class BatchStream:
       config: the batch.
       seed: of every draw.
       documents: the training documents.
-      neighbors: row numbers in `documents` of each document's neighbors, best first, for each query part (text,
-        image); -1 is none. Those of a block are read at a time. None trains without retrieval (K = 0).
+      neighbors: row numbers in `documents` of each document's neighbors, best first, for each of its queries: those of
+        a text and of an image in turn, for each view. -1 is none. Those of a block are read at a time. None trains
+        without retrieval (K = 0).
       builder: makes the groups.
       hosts, host: this host reads its share of each batch's rows.
+      withdrawn: documents that are not trained on.
 
     Raises:
       InputError: no documents, or a document that is longer than the context.
@@ -112,15 +114,17 @@ class BatchStream:
         config: BatchConfig,
         seed: int,
         documents: DocumentStore,
-        neighbors: Rows | Int[np.ndarray, "documents parts depth"] | None,
+        neighbors: Rows | Int[np.ndarray, "documents queries depth"] | None,
         builder: GroupBuilder,
         hosts: int = 1,
         host: int = 0,
+        withdrawn: Int[np.ndarray, " rows"] | None = None,
     ) -> None:
         if config.rows % hosts:
             raise InputError(f"batches.rows={config.rows} is not a multiple of the {hosts} hosts; make it one")
-        if len(documents) == 0:
-            raise InputError("there are no training documents; the source gave none that passed the filter")
+        self._main = np.setdiff1d(np.arange(len(documents)), [] if withdrawn is None else withdrawn)
+        if len(self._main) == 0:
+            raise InputError("there are no training documents; the source gave none that passed filter and takedowns")
         check_context(config, int(documents.lengths.max()))
         self.config, self.seed, self.documents, self.neighbors = config, seed, documents, neighbors
         self.builder, self.hosts, self.host = builder, hosts, host
@@ -151,7 +155,7 @@ class BatchStream:
     def plan(self, block: int) -> BlockPlan:
         """Which groups the block holds and how they are packed; reads no documents."""
         number = np.arange(block * self.block_groups, (block + 1) * self.block_groups)
-        epoch, place = np.divmod(number, len(self.documents))
+        epoch, place = np.divmod(number, len(self._main))
         main = np.empty_like(number)
         for each in np.unique(epoch):
             main[epoch == each] = self._order(int(each))[place[epoch == each]]
@@ -180,18 +184,18 @@ class BatchStream:
         return packed_row(groups, self.config.row)
 
     def _shuffled(self, epoch: int) -> Int[np.ndarray, " documents"]:
-        return np.random.default_rng([self.seed, draws.ORDER, epoch]).permutation(len(self.documents))
+        return np.random.default_rng([self.seed, draws.ORDER, epoch]).permutation(self._main)
 
     def _draw_neighbors(self, epoch: np.ndarray, main: np.ndarray) -> Int[np.ndarray, "groups max_k"]:
-        """K, the query part, and K of the top candidates, kept in their order."""
+        """K, the query (its view and part), and K of its top candidates, kept in their order."""
         if self.neighbors is None:
             return np.full((len(main), 0), -1, np.int64)
         choices = np.array(self.config.num_retrieved)
         most = int(choices.max())
         k = choices[(draws.uniform(self.seed, epoch, main, draws.NUM_RETRIEVED)[:, 0] * len(choices)).astype(int)]
-        part = (draws.uniform(self.seed, epoch, main, draws.QUERY_PART)[:, 0] * self.neighbors.shape[1]).astype(int)
+        query = (draws.uniform(self.seed, epoch, main, draws.QUERY)[:, 0] * self.neighbors.shape[1]).astype(int)
         candidates = self.neighbors[main][:, :, : self.config.candidates].astype(np.int64)
-        pool, other = (candidates[np.arange(len(main)), each] for each in (part, 1 - part))
+        pool, other = (candidates[np.arange(len(main)), each] for each in (query, query ^ 1))
         pool, other = (np.where(self._retrieved_lengths[ids] > 0, ids, -1) for ids in (pool, other))
         pool = np.where((pool >= 0).any(1, keepdims=True), pool, other)  # a document of one part has one query
         pool = np.pad(pool, ((0, 0), (0, max(0, most - pool.shape[1]))), constant_values=-1)

@@ -6,7 +6,7 @@ or 4 bytes. Nothing in it is executable.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +14,19 @@ from typing import Any, Literal
 
 import msgpack
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 
-LENGTHS = "lengths.npy"
-TEXT_LENGTHS = "text_lengths.npy"
-KEY_HASHES = "key_hashes.npy"
 NARROW, WIDE = "<u2", "<u4"
+COLUMNS: dict[str, type[np.integer[Any]]] = {  # NAME.npy: a number per document, for which no document need be read
+    "lengths": np.int32,
+    "text_lengths": np.int32,
+    "key_hashes": np.uint64,
+    "text_hashes": np.uint64,
+    "image_hashes": np.uint64,
+}
 
 Shown = Literal["document", "image", "text"]
 """What a model sees of a document: all of it, or its images or texts alone."""
@@ -85,9 +89,36 @@ def write_shard(path: Path, items: Iterable[TokenizedDocument], kind: str) -> No
         writer.close()
 
 
-def key_hash(key: str) -> int:
-    """64 bits that are the same everywhere."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+def hash64(data: bytes) -> int:
+    """64 bits that are the same everywhere, and never 0."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
+
+
+def columns_of(item: TokenizedDocument, length: int) -> dict[str, int]:
+    """The numbers of a document, by column.
+
+    Equal `text_hashes` are equal texts but for case and spacing; equal `image_hashes` are first images of equal codes,
+    which are the same picture to a model; 0 is none.
+
+    Args:
+      length: of the document as one sequence of ids, its final `<eod>` included.
+    """
+    pairs = list(zip(item.document.segments, item.ids, strict=True))
+    text = " ".join(item.document.text.casefold().split())
+    image = next((ids for segment, ids in pairs if isinstance(segment, Image)), None)
+    return {
+        "lengths": length,
+        "text_lengths": sum(len(ids) for segment, ids in pairs if isinstance(segment, Text)),
+        "key_hashes": hash64(item.document.key.encode()),
+        "text_hashes": hash64(text.encode()) if text else 0,
+        "image_hashes": 0 if image is None else hash64(image.astype(WIDE).tobytes()),
+    }
+
+
+def write_columns(folder: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Writes the columns, each in pieces in the order of the documents."""
+    for name, dtype in COLUMNS.items():
+        np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, dtype), *columns[name]]))
 
 
 class DocumentStore:
@@ -99,7 +130,18 @@ class DocumentStore:
     @cached_property
     def lengths(self) -> Int[np.ndarray, " documents"]:
         """Ids of each document as one sequence, its final `<eod>` included."""
-        return np.load(self.folder / LENGTHS, allow_pickle=False)
+        return np.asarray(self.column("lengths"))
+
+    def column(self, name: str) -> Integer[np.ndarray, " documents"]:
+        """One of `COLUMNS`, mapped into memory.
+
+        Raises:
+          InputError: the documents were ingested before this column was kept.
+        """
+        path = self.folder / f"{name}.npy"
+        if not path.is_file():
+            raise InputError(f"{path} is missing; delete {self.folder} and run `rac3 ingest` again")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def shown_lengths(self, shown: Shown) -> Int[np.ndarray, " documents"]:
         """As `lengths`, of each document or of its images or texts alone; 0 where it has none.
@@ -109,15 +151,9 @@ class DocumentStore:
         """
         if shown == "document":
             return self.lengths
-        texts = np.load(self._require(TEXT_LENGTHS), allow_pickle=False)
+        texts = self.column("text_lengths")
         lengths = texts + 1 if shown == "text" else self.lengths - texts  # the <eod> is in both
         return np.where(lengths > 1, lengths, 0)
-
-    def _require(self, name: str) -> Path:
-        path = self.folder / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing; delete {self.folder} and run `rac3 ingest` again")
-        return path
 
     @cached_property
     def _source(self) -> Any:
@@ -140,8 +176,7 @@ class DocumentStore:
         Raises:
           InputError: the documents were ingested before their keys were kept.
         """
-        path = self._require(KEY_HASHES)
-        same = np.flatnonzero(np.load(path, mmap_mode="r", allow_pickle=False) == np.uint64(key_hash(key)))
+        same = np.flatnonzero(self.column("key_hashes") == np.uint64(hash64(key.encode())))
         return next((row for row in same.tolist() if self[row].document.key == key), None)
 
     def many(self, indices: Sequence[int]) -> list[TokenizedDocument]:

@@ -1,6 +1,6 @@
 """Retrieval recall: does what comes back show what the query shows?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -10,9 +10,16 @@ TIE = 1e-6  # of vectors of norm 1: what float32 adds up differently from row to
 
 
 def recall_at(
-    k: int, neighbors: Int[np.ndarray, "queries depth"], query_entities: Sequence[str], memory_entities: Sequence[str]
+    k: int,
+    neighbors: Int[np.ndarray, "queries depth"],
+    query_entities: Sequence[str],
+    memory_entities: Sequence[str] | Mapping[int, str],
 ) -> float:
-    """Share of the queries with a document of their own entity among the first `k` neighbors (-1 is none)."""
+    """Share of the queries with a document of their own entity among the first `k` neighbors (-1 is none).
+
+    Args:
+      memory_entities: of each document of the memory, or of those among `neighbors`.
+    """
     hits = [
         any(number >= 0 and memory_entities[number] == entity for number in row[:k].tolist())
         for row, entity in zip(neighbors, query_entities, strict=True)

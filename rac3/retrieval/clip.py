@@ -49,6 +49,8 @@ def check_tower(config: TowerConfig, name: str) -> None:
             f"{name}: hidden_size={config.hidden_size} is not a multiple of "
             f"num_attention_heads={config.num_attention_heads}; change either"
         )
+    if config.num_hidden_layers < 1:
+        raise InputError(f"{name}: num_hidden_layers={config.num_hidden_layers} is below 1; use at least 1")
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{name}: hidden_act={config.hidden_act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
 
@@ -166,11 +168,19 @@ class CLIPLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq embed"], mask: Bool[Array, "#batch 1 #seq seq"] | None
-    ) -> Float[Array, "batch seq embed"]:
+        self,
+        x: Float[Array, "batch seq embed"],
+        mask: Bool[Array, "#batch 1 #queries seq"] | None,
+        place: Int[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch queries embed"]:
+        """The outputs at all places; or at one `place` of each row, which is all that is asked of a last layer, and
+        for which only keys and values are computed of the others."""
         eps = self.config.layer_norm_eps
         h = nn.LayerNorm(eps, dtype=self.dtype, name="layer_norm1")(x)
-        x = x + CLIPAttention(self.config, self.dtype, name="self_attn")(h, mask)
+        queries = h
+        if place is not None:
+            x, queries = (jnp.take_along_axis(each, place[:, None, None], axis=1) for each in (x, h))
+        x = x + CLIPAttention(self.config, self.dtype, name="self_attn")(queries, mask, h)
         h = nn.LayerNorm(eps, dtype=self.dtype, name="layer_norm2")(x)
         return x + CLIPMLP(self.config, self.dtype, name="mlp")(h)
 
@@ -193,15 +203,17 @@ class CLIPTextModel(nn.Module):
         )
         positions = self.param("position_embedding", init, (config.max_position_embeddings, config.hidden_size))
         x = embed(ids) + positions[:seq].astype(self.dtype)
-        causal = jnp.tril(jnp.ones((seq, seq), bool))
-        for i in range(config.num_hidden_layers):
-            x = CLIPLayer(config, self.dtype, name=f"layers_{i}")(x, causal & mask[:, None, None, :])
-        x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
         if config.eos_token_id == 2:
             end = jnp.argmax(jnp.where(mask, ids, -1), axis=1)
         else:
             end = jnp.argmax((ids == config.eos_token_id) & mask, axis=1)
-        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        causal = jnp.tril(jnp.ones((seq, seq), bool))
+        for i in range(config.num_hidden_layers - 1):
+            x = CLIPLayer(config, self.dtype, name=f"layers_{i}")(x, causal & mask[:, None, None, :])
+        before_end = (jnp.arange(seq) <= end[:, None]) & mask
+        last = CLIPLayer(config, self.dtype, name=f"layers_{config.num_hidden_layers - 1}")
+        x = last(x, before_end[:, None, None, :], end)
+        return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x[:, 0])
 
 
 class CLIPVisionModel(nn.Module):
@@ -239,8 +251,10 @@ class CLIPVisionModel(nn.Module):
         mask = None
         if patch_keep is not None:
             mask = jnp.pad(patch_keep, ((0, 0), (1, 0)), constant_values=True)[:, None, None, :]
-        for i in range(config.num_hidden_layers):
+        for i in range(config.num_hidden_layers - 1):
             x = CLIPLayer(config, self.dtype, name=f"layers_{i}")(x, mask)
+        last = CLIPLayer(config, self.dtype, name=f"layers_{config.num_hidden_layers - 1}")
+        x = last(x, mask, jnp.zeros(batch, jnp.int32))
         return nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(x[:, 0])
 
 

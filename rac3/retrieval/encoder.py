@@ -180,11 +180,12 @@ class SiglipText:
         return ids, mask
 
 
-def query_dropout_keys(seed: int, documents: Sequence[str]) -> Key[Array, "batch"]:
-    """One key per document, a function of (seed, document key) alone: how documents are batched changes nothing."""
+def query_dropout_keys(seed: int, documents: Sequence[str], view: int = 0) -> Key[Array, "batch"]:
+    """One key per document, a function of (seed, document key, view) alone: batching changes nothing."""
     digests = [hashlib.blake2b(key.encode(), digest_size=4).digest() for key in documents]
     hashes = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint32)
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hashes)
+    key = jax.random.key(seed)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, view) if view else key, hashes)
 
 
 class MixedEncoder:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, UInt64
 from numpy.typing import ArrayLike
 
 from rac3.config import InputError
@@ -35,6 +35,8 @@ class MemoryPart:
     embeddings: EmbeddingRows  # [documents, embed]: mixed-modal document embeddings of norm 1 (or 0: matches nothing)
     texts: Sequence[str]  # may read each document only when it is asked for
     keys: Sequence[str] = ()  # names within the part, distinct; may be left out where no retriever asks for them
+    hashes: tuple[UInt64[np.ndarray, " documents"], ...] = ()  # of the texts, and of the images: equal for copies, or 0
+    withdrawn: Int[np.ndarray, " rows"] | None = None  # documents that are not to be retrieved
 
     def __post_init__(self) -> None:
         if len(self.embeddings.shape) != 2:
@@ -50,6 +52,8 @@ class MemoryPart:
             raise InputError(
                 f"memory part {self.name!r} has {len(self)} embeddings but {len(self.keys)} keys; give one each"
             )
+        if any(len(column) != len(self) for column in self.hashes):
+            raise InputError(f"memory part {self.name!r} has {len(self)} embeddings, and hashes of more or fewer")
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
@@ -130,6 +134,33 @@ class Memory:
     def offsets(self) -> Int[np.ndarray, "parts_plus_1"]:
         """Global id of each part's first document, then the size of the whole memory."""
         return np.cumsum([0, *(len(part) for part in self.parts)], dtype=np.int64)
+
+    def duplicates(
+        self, ids: Int[np.ndarray, "n candidates"], of: Int[np.ndarray, " n"]
+    ) -> Bool[np.ndarray, "n candidates"]:
+        """Which of the documents `ids` have the text or the image of the document `of` of their row; none of -1 has."""
+        found = np.zeros(ids.shape, bool)
+        for kind in range(max(len(part.hashes) for part in self.parts)):
+            theirs, own = self._hashes(kind, ids.ravel()).reshape(ids.shape), self._hashes(kind, of)
+            found |= (theirs == own[:, None]) & (theirs != 0)
+        return found
+
+    def are_withdrawn(self, ids: Int[np.ndarray, "*ids"]) -> Bool[np.ndarray, "*ids"]:
+        """Which of the documents are not to be retrieved."""
+        found = np.zeros(ids.shape, bool)
+        for part, offset in zip(self.parts, self.offsets[:-1], strict=True):
+            if part.withdrawn is not None and len(part.withdrawn):
+                found |= np.isin(ids, part.withdrawn + offset)
+        return found
+
+    def _hashes(self, kind: int, ids: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+        """Of these documents; 0 for the id -1, and where a part has none."""
+        hashes = np.zeros(len(ids), np.uint64)
+        for part, offset in zip(self.parts, self.offsets[:-1], strict=True):
+            here = np.flatnonzero((ids >= offset) & (ids < offset + len(part)))
+            if here.size and kind < len(part.hashes):
+                hashes[here] = part.hashes[kind][ids[here] - offset]
+        return hashes
 
     def embeddings_of(self, ids: Int[np.ndarray, "*ids"]) -> Float[np.ndarray, "*ids embed"]:
         """Embeddings of the documents with these global ids, float32; zeros for the id -1 (no document).

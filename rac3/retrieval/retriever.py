@@ -1,7 +1,7 @@
 """What a retriever is: two protocols, which any dataclass may satisfy, and the search over all parts of a memory."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,18 @@ class Planned(Protocol):
 
     def needs(self, documents: int, width: int) -> Needs:
         """Of the index of a part with this many documents and vectors of this width."""
+        ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A retriever whose index can be searched with more or less effort, for `rac3 evaluate --task retrieval`."""
+
+    def efforts(self, documents: int) -> Mapping[str, Retriever]:
+        """Settings for a part with this many documents, from the least effort to the most, by a name for each.
+
+        Each opens what this retriever has built.
+        """
         ...
 
 

@@ -1,4 +1,8 @@
-"""From a ranked list of candidates to the documents worth having in context."""
+"""From a ranked list of candidates to the documents worth having in context.
+
+In training the query is part of a document of the memory, the main document, which the model is to learn: neither it
+nor a document that repeats its text or its image may come back, or the model learns to copy.
+"""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +22,7 @@ _QUERIES_AT_ONCE = 1024  # bounds the gathered embeddings: 50 MB for 16 candidat
 class Selection:
     """Redundancy avoidance (section 3.2), in training and at inference alike."""
 
-    max_similarity: float = 0.9  # inner product, to the query or a document taken; 1 keeps near-duplicates too
+    max_similarity: float = 0.9  # inner product, to the query, the main document or one taken; 1 keeps all but copies
     depth: int = 8  # documents kept per query: the pool from which training draws K anew in each epoch
 
     def __post_init__(self) -> None:
@@ -33,9 +37,12 @@ class Selection:
 class Dropped(NamedTuple):
     """Candidates skipped on the way to `depth` documents, over all queries, each under the first rule it met."""
 
+    withdrawn: int
     main_document: int
+    duplicate: int  # of the main document: its text, or its image, under another key
+    similar_to_main: int
     similar_to_query: int
-    redundant: int
+    redundant: int  # similar to a document taken
 
 
 class Selected(NamedTuple):
@@ -55,8 +62,9 @@ def select(
 ) -> Selected:
     """Walk each ranked list from the top and take up to `selection.depth` documents (section 3.2, diversity).
 
-    A candidate is skipped if it is the main document itself, if its inner product with the query exceeds
-    `max_similarity`, or if that with a document already taken does. With a limit of 0.9:
+    A candidate is skipped if it is withdrawn, if it is the main document itself or has its text or image, or if its
+    inner product with the main document, with the query, or with a document already taken exceeds `max_similarity`.
+    With a limit of 0.9:
 
       candidates : 7 (main document)  3 (0.95 to the query)  5 (0.8)  2 (0.7, but 0.92 to 5)  9 (0.6)
       selected   : 5 9 -1 ...
@@ -94,7 +102,7 @@ def _select_some(
     """
     shape, depth = candidate_ids.shape, selection.depth
     taken, to_query = np.zeros(shape, bool), np.zeros(shape, np.float32)
-    dropped = np.zeros((shape[0], 3), np.int64)
+    dropped = np.zeros((shape[0], len(Dropped._fields)), np.int64)
     rows = np.arange(shape[0])
     for width in (min(depth + 2, shape[1]), shape[1]):
         walked = _walk(selection, query_embeddings[rows], candidate_ids[rows, :width], memory, exclude[rows])
@@ -121,7 +129,7 @@ def _walk(
     memory: Memory,
     exclude: Int[np.ndarray, "queries"],
 ) -> tuple[
-    Bool[np.ndarray, "queries candidates"], Float[np.ndarray, "queries candidates"], Int[np.ndarray, "queries 3"]
+    Bool[np.ndarray, "queries candidates"], Float[np.ndarray, "queries candidates"], Int[np.ndarray, "queries rules"]
 ]:
     """Which candidates are taken, all inner products with the query, and how many fell to each rule of `Dropped`.
 
@@ -130,15 +138,23 @@ def _walk(
     embeddings = memory.embeddings_of(candidate_ids)
     to_query = np.matmul(embeddings, np.asarray(query_embeddings, np.float32)[:, :, None])[:, :, 0]
     to_each_other = embeddings @ embeddings.swapaxes(1, 2)
+    is_withdrawn, is_duplicate = memory.are_withdrawn(candidate_ids), memory.duplicates(candidate_ids, exclude)
+    to_main = np.zeros_like(to_query)
+    main = np.flatnonzero(exclude >= 0)
+    if main.size:
+        to_main[main] = np.matmul(embeddings[main], memory.embeddings_of(exclude[main])[:, :, None])[:, :, 0]
     # Rounding puts the inner product of equal unit vectors a little above 1, which must not be skipped at a limit of 1.
     limit = selection.max_similarity if selection.max_similarity < 1 else np.inf
     taken = np.zeros(candidate_ids.shape, bool)
-    dropped = np.zeros((len(candidate_ids), 3), np.int64)
+    dropped = np.zeros((len(candidate_ids), len(Dropped._fields)), np.int64)
     for place in range(candidate_ids.shape[1]):
         ids = candidate_ids[:, place]
         considered = (ids >= 0) & (taken.sum(axis=1) < selection.depth)
         rules = (
+            is_withdrawn[:, place],
             ids == exclude,
+            is_duplicate[:, place],
+            to_main[:, place] > limit,
             to_query[:, place] > limit,
             (taken & (to_each_other[:, place] > limit)).any(axis=1),
         )

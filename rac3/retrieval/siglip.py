@@ -106,9 +106,11 @@ class SiglipTextModel(nn.Module):
         )
         positions = self.param("position_embedding", init, (seq, config.hidden_size))
         x = embed(jnp.where(mask, ids, config.pad_token_id)) + positions.astype(self.dtype)
-        for i in range(config.num_hidden_layers):
+        for i in range(config.num_hidden_layers - 1):
             x = CLIPLayer(config, self.dtype, name=f"layers_{i}")(x, None)
-        x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x[:, -1])
+        last = CLIPLayer(config, self.dtype, name=f"layers_{config.num_hidden_layers - 1}")
+        x = last(x, None, jnp.full(len(ids), seq - 1))
+        x = nn.LayerNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x[:, 0])
         return nn.Dense(self.width, dtype=self.dtype, name="head")(x)
 
 

@@ -1,8 +1,9 @@
 """Embed: each document's text and image through frozen CLIP, into the vectors that retrieval reads.
 
-memory : train, memory           <split>/document       mixed-modal, of text and image (paper, eq. 1)
+memory : train, parts of memory  <split>/document       mixed-modal, of text and image (paper, eq. 1)
 queries: validation, test        <split>/text, image    of each part alone
-         train                   train/text, image      the same with query dropout (paper, section 3.2)
+         train                   train/text, image      the same with query dropout (paper, section 3.2), and
+                                 train/text-1, ...      other views of it, if there are more
 """
 
 import math
@@ -29,7 +30,6 @@ from rac3.stages.encoders import open_clip
 DOCUMENTS_AT_ONCE = 1024  # that a thread holds in memory
 DOCUMENT = "document"
 PARTS = ("text", "image")
-MEMORY: tuple[Split, ...] = ("train", "memory")
 
 
 def embed(experiment: Experiment, workdir: Workdir) -> None:
@@ -83,6 +83,13 @@ class _Embed:
         return _Embedder(self.experiment, open_clip(self.experiment, self.workdir), documents)
 
 
+def query_arrays(experiment: Experiment, split: Split) -> list[str]:
+    """The arrays of query vectors of a split: for each view, one of each part. None of what is only retrieved."""
+    role = experiment.data.role(split)
+    views = range({"train": experiment.num_views, "memory": 0, "held out": 1}[role])
+    return [f"{part}-{view}" if view else part for view in views for part in PARTS]
+
+
 class _Embedder:
     """Embeds the documents of a shard."""
 
@@ -93,13 +100,14 @@ class _Embedder:
     def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
         store = self.documents[shard.part]
         rows = document_rows(self.experiment, shard, len(store))
-        names = [*([DOCUMENT] if shard.part in MEMORY else []), *(PARTS if shard.part != "memory" else ())]
+        role = self.experiment.data.role(shard.part)
+        names = [*([] if role == "held out" else [DOCUMENT]), *query_arrays(self.experiment, shard.part)]
         vectors = {name: np.zeros((len(rows), self.encoder.width), np.float32) for name in names}
         for start in range(0, len(rows), DOCUMENTS_AT_ONCE):
             block = rows[start : start + DOCUMENTS_AT_ONCE]
             items = store.many(block)
             for name in names:
-                vectors[name][start : start + len(block)] = self._embed(items, name, dropped=shard.part == "train")
+                vectors[name][start : start + len(block)] = self._embed(items, name, dropped=role == "train")
             tally.add(len(block))
         shape = len(store), self.encoder.width
         for name in names:
@@ -114,21 +122,23 @@ class _Embedder:
     ) -> Float[np.ndarray, "documents embed"]:
         """The vectors `name` of some documents; a part that a document lacks is zeros."""
         if name == DOCUMENT:
-            text, image = (self._embed_part(items, part, dropped=False) for part in PARTS)
+            text, image = (self._embed_part(items, part, None) for part in PARTS)
             return mix(text, image, np.asarray(text.any(1)), np.asarray(image.any(1)))
-        return self._embed_part(items, name, dropped)
+        part, _, view = name.partition("-")
+        return self._embed_part(items, part, int(view or 0) if dropped else None)
 
     def _embed_part(
-        self, items: Sequence[TokenizedDocument], part: str, dropped: bool
+        self, items: Sequence[TokenizedDocument], part: str, view: int | None
     ) -> Float[np.ndarray, "documents embed"]:
-        """Vectors of the texts, or of the first images."""
+        """Vectors of the texts, or of the first images; `view` asks for query dropout, that of one view."""
         vectors = np.zeros((len(items), self.encoder.width), np.float32)
         documents = [item.document for item in items]
         rows = np.flatnonzero([bool(document.text if part == "text" else document.images) for document in documents])
         if not len(rows):
             return vectors
         chosen = [documents[row] for row in rows]
-        keys = query_dropout_keys(self.experiment.seed, [document.key for document in chosen]) if dropped else None
+        names = [document.key for document in chosen]
+        keys = None if view is None else query_dropout_keys(self.experiment.seed, names, view)
         rate = self.experiment.query_dropout
         vectors[rows] = (
             self.encoder.embed_texts([document.text for document in chosen], drop_keys=keys, drop_rate=rate)
@@ -148,6 +158,6 @@ def document_embeddings(folder: Path) -> EmbeddingRows:
     return vectors[:] if 4 * math.prod(vectors.shape) <= machine // 16 else vectors
 
 
-def query_embeddings(folder: Path, part: str) -> Vectors:
-    """The vectors of one query part; zeros where a document lacks it. Those of `train` have query dropout."""
-    return Vectors(folder / part)
+def query_embeddings(folder: Path, name: str) -> Vectors:
+    """The vectors of one of `query_arrays`; zeros where a document lacks the part. Those of `train` have dropout."""
+    return Vectors(folder / name)

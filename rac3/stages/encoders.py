@@ -1,4 +1,4 @@
-"""The frozen models: loaded, or fitted on the training and memory documents, then only read.
+"""The frozen models: loaded, or fitted on the documents of `Data.fit_on`, then only read.
 
 Fitted models may see what the memory holds, as a public CLIP has seen the web; they never see held-out documents.
 """

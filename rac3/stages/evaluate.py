@@ -1,24 +1,22 @@
 """Evaluate: a trained model on the held-out splits, with a retriever (its own, or another one) at inference."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 
 from rac3.artifacts import Workdir, write_atomic
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT
-from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import DocumentStore, TokenizedDocument
+from rac3.documents.document import Image, Text
+from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
 from rac3.evaluation.entities import emblem_accuracy, name_accuracy
 from rac3.evaluation.perplexity import image_group, make_losses, perplexity, text_group
-from rac3.evaluation.recall import pair_recall, recall_at
 from rac3.experiment import Experiment, Split
 from rac3.generation.captions import generate_captions
 from rac3.generation.generator import Generator
@@ -30,14 +28,28 @@ from rac3.retrieval.encoder import Encoder
 from rac3.stages import recipes
 from rac3.stages.embed import PARTS, open_documents, query_embeddings
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan, vqgan_metrics
+from rac3.stages.evaluate_retrieval import clip_metrics
 from rac3.stages.ingest import vocabulary_of
-from rac3.stages.retrieve import OpenMemory, index, read_neighbors, retrieve
+from rac3.stages.memory import OpenMemory
+from rac3.stages.retrieve import index, read_neighbors, retrieve
 from rac3.stages.train import build_model, model_name, open_params
 from rac3.tokens.html import Sequenced
 from rac3.tokens.text import Tokenizer
 
 METRICS = "metrics.json"
 SPLITS: tuple[Split, ...] = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `rac3 evaluate` evaluates.
+
+    Attributes:
+      task: generation, of the trained model on the held-out documents; or retrieval, which needs no model: recall,
+        what approximate search costs, what selection drops, and a page of queries with what they retrieved.
+    """
+
+    task: Literal["generation", "retrieval"] = "generation"
 
 
 def evaluate(experiment: Experiment, trained: Experiment, workdir: Workdir) -> dict[str, Any]:
@@ -109,42 +121,6 @@ def evaluate_encoders(experiment: Experiment, workdir: Workdir) -> dict[str, Any
             "clip": clip_metrics([item.document for item in items], text, image),
         }
     return out
-
-
-def clip_metrics(
-    documents: Sequence[Document],
-    text: Float[np.ndarray, "documents embed"],
-    image: Float[np.ndarray, "documents embed"],
-) -> dict[str, int | float]:
-    """Recall at 1, 5 and 10 of the other half of each document that has both; of `pairs` alone if none has."""
-    rows = np.flatnonzero(text.any(1) & image.any(1)).tolist()
-    metrics: dict[str, int | float] = {"pairs": len(rows)}
-    if not rows:
-        return metrics
-    contents = [documents[row].text for row in rows], [documents[row].images[0].data for row in rows]
-    captions, pictures = (np.unique(np.array(each, object), return_inverse=True)[1] for each in contents)
-    for name, queries, answers in (("text_to_image", text, image), ("image_to_text", image, text)):
-        recalls = pair_recall((1, 5, 10), queries[rows], answers[rows], captions, pictures)
-        metrics |= {f"{name}_recall_at_{k}": share for k, share in recalls.items()}
-    return metrics
-
-
-def evaluate_retrieval(experiment: Experiment, workdir: Workdir, split: Split, k: int) -> dict[str, float] | None:
-    """Recall at k by query part: is a document of the query's entity among the first k neighbors?"""
-    field = experiment.data.entity_field
-    if not field or not recipes.retrieves(experiment) or split not in experiment.data.sources():
-        return None
-    memory = [
-        _entities(open_documents(experiment, workdir, part), field) for part in recipes.memory_splits(experiment, split)
-    ]
-    queries = _entities(open_documents(experiment, workdir, split), field)
-    neighbors = read_neighbors(experiment, workdir, split)[:]
-    flat = [entity for part in memory for entity in part]
-    return {part: recall_at(k, neighbors[:, number], queries, flat) for number, part in enumerate(PARTS)}
-
-
-def _entities(documents: DocumentStore, field: str) -> list[str]:
-    return [str(item.document.metadata.get(field, "")) for item in documents.many(range(len(documents)))]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from rac3.training.step import Metrics
 
 
 def fitting_documents(experiment: Experiment, limit: int) -> list[Document]:
-    """At most `limit` training and memory documents that pass the filter, evenly from all shards."""
-    splits: list[Split] = [split for split in experiment.data.sources() if split in ("train", "memory")]
-    return read_documents(experiment, splits, limit)
+    """At most `limit` documents of `Data.fit_on` that pass the filter, evenly from all shards."""
+    return read_documents(experiment, experiment.data.fit_on, limit)
 
 
 def read_documents(experiment: Experiment, splits: Sequence[Split], limit: int) -> list[Document]:
@@ -35,7 +34,7 @@ def read_documents(experiment: Experiment, splits: Sequence[Split], limit: int) 
     Raises:
       InputError: there are none.
     """
-    sources = experiment.data.sources()
+    sources = {**experiment.data.memory, **experiment.data.sources()}
     data_dir = Path(experiment.data_dir)
     shards = [(split, shard) for split in splits for shard in sources[split].shards(data_dir)]
     share = -(-limit // len(shards))

@@ -24,7 +24,7 @@ from rac3.retrieval.retriever import Queries
 from rac3.stages import recipes
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan
 from rac3.stages.ingest import vocabulary_of
-from rac3.stages.retrieve import OpenMemory
+from rac3.stages.memory import OpenMemory
 from rac3.stages.train import build_model, open_params
 from rac3.tokens.html import Sequenced
 from rac3.tokens.text import Tokenizer
@@ -88,10 +88,9 @@ class Session:
         vector: Float[np.ndarray, "1 embed"] = (
             self.encoder.embed_texts([text]) if image is None else self.encoder.embed_images([image])
         )
-        ids, scores = self.memory.retrieve(Queries([text or "image"], vector, [text]), np.array([-1]))
-        documents = (
-            (self.memory.document(int(i)), float(score)) for i, score in zip(ids[0], scores[0], strict=True) if i >= 0
-        )
+        selected = self.memory.retrieve(Queries([text or "image"], vector, [text]), np.array([-1]))
+        ranked = zip(selected.ids[0].tolist(), selected.scores[0].tolist(), strict=True)
+        documents = ((self.memory.document(number), score) for number, score in ranked if number >= 0)
         found = (Found(item.document, score, item) for item, score in documents if self.builder.shown(item) is not None)
         return list(islice(found, k))
 

@@ -19,7 +19,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Source
-from rac3.documents.store import KEY_HASHES, LENGTHS, TEXT_LENGTHS, TokenizedDocument, id_type, key_hash, write_shard
+from rac3.documents.store import COLUMNS, TokenizedDocument, columns_of, id_type, write_columns, write_shard
 from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
 from rac3.stages import recipes
@@ -111,8 +111,8 @@ class _Ingester:
                     documents.append(item)
             tally.add(len(block), sum(isinstance(item, Reject) for item in block))
             for tokenized in tokenize(documents, self.tokenizer, self.codec, limit):
-                summary.lengths.append(len(self.builder.sequence(tokenized).ids))
-                summary.key_hashes.append(key_hash(tokenized.document.key))
+                for name, value in columns_of(tokenized, len(self.builder.sequence(tokenized).ids)).items():
+                    summary.columns[name].append(value)
                 summary.texts_cut += _is_cut(tokenized, self.tokenizer, limit)
                 yield tokenized
 
@@ -122,8 +122,7 @@ class _Summary:
     """What is kept of a shard beside its records."""
 
     ids: str  # the type of the token ids on disk
-    lengths: list[int] = field(default_factory=list)
-    key_hashes: list[int] = field(default_factory=list)
+    columns: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     filtered: dict[str, int] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
     texts_cut: int = 0
@@ -146,11 +145,6 @@ def tokenize(
     return tokenized
 
 
-def _text_length(item: TokenizedDocument) -> int:
-    pairs = zip(item.document.segments, item.ids, strict=True)
-    return sum(len(ids) for segment, ids in pairs if not isinstance(segment, Image))
-
-
 def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:
     pairs = zip(item.document.segments, item.ids, strict=True)
     return any(
@@ -160,9 +154,8 @@ def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:
 
 
 def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft: Draft) -> None:
-    """The shards' summaries as one: lengths, keys, rejects, counts. Holds one shard's at a time."""
-    parts: list[np.ndarray] = []
-    hashes: list[np.ndarray] = []
+    """The shards' summaries as one: columns, rejects, counts. Holds one shard's at a time."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     filtered: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     texts_cut, ids = 0, ""
@@ -170,30 +163,29 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
     with temporary.open("w") as lines:
         for shard in shards:
             summary = shard.read_summary()
-            parts.append(np.array(summary["lengths"], np.int32))
-            hashes.append(np.array(summary["key_hashes"], np.uint64))
+            for name, values in summary["columns"].items():
+                columns[name].append(np.array(values, COLUMNS[name]))
             filtered.update(summary["filtered"])
             texts_cut, ids = texts_cut + summary["texts_cut"], summary["ids"]
             reasons.update(reject["reason"].split(":")[0] for reject in summary["rejects"])
             lines.writelines(json.dumps(reject, ensure_ascii=False) + "\n" for reject in summary["rejects"])
     temporary.replace(draft.folder / REJECTS)
-    lengths = np.concatenate(parts)
-    rejects, seen = reasons.total(), len(lengths) + reasons.total() + filtered.total()
+    documents = sum(map(len, columns["lengths"]))
+    rejects, seen = reasons.total(), documents + reasons.total() + filtered.total()
     if rejects > experiment.max_reject_fraction * seen:
         raise InputError(
             f"{rejects} of {seen} documents of {split} are damaged, more than max_reject_fraction="
             f"{experiment.max_reject_fraction}; see {draft.folder / REJECTS}, mend them or raise --max-reject-fraction"
         )
-    if len(lengths) == 0:
+    if documents == 0:
         raise InputError(
             f"the source of {split} gives no documents ({rejects} damaged, {filtered.total()} filtered); "
             "check its folder and the filter"
         )
-    np.save(draft.folder / LENGTHS, lengths)
-    np.save(draft.folder / KEY_HASHES, np.concatenate(hashes))
+    write_columns(draft.folder, columns)
     draft.counts.update(
-        documents=len(lengths),
-        tokens=int(lengths.sum()),
+        documents=documents,
+        tokens=sum(int(part.sum(dtype=np.int64)) for part in columns["lengths"]),
         filtered=dict(filtered),
         rejects=dict(reasons),
         texts_cut=texts_cut,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rac3.artifacts import Recipe
-from rac3.config import canonical
+from rac3.config import InputError, canonical
 from rac3.experiment import Experiment, ImageTextEncoder, ImageTokenizer, Split
 from rac3.retrieval.clip_checkpoints import checkpoint_identity
 from rac3.retrieval.controls import NoRetriever
@@ -14,16 +14,16 @@ from rac3.tokens.vqgan_files import checkpoint_files
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
     """What a split's documents depend on: its source, the folder it reads, its shards, and the filter."""
-    source = experiment.data.sources()[split]
+    data = experiment.data
+    source = data.memory[split] if split in data.memory else data.sources()[split]  # a withdrawn part was fitted on
     data_dir = str(Path(experiment.data_dir).resolve()) if experiment.data_dir else ""
     shards = list(source.shards(Path(experiment.data_dir)))
     return {"source": canonical(source), "data_dir": data_dir, "shards": shards, "filter": canonical(experiment.filter)}
 
 
 def fitting_data(experiment: Experiment) -> list[dict[str, Any]]:
-    """The documents that encoders are fitted on: training and memory, never held out."""
-    splits: list[Split] = [split for split in experiment.data.sources() if split in ("train", "memory")]
-    return [source_identity(experiment, split) for split in splits]
+    """The documents that encoders are fitted on."""
+    return [source_identity(experiment, split) for split in experiment.data.fit_on]
 
 
 def text(experiment: Experiment) -> Recipe:
@@ -78,14 +78,16 @@ def documents(experiment: Experiment, split: Split) -> Recipe:
 
 
 def embeddings(experiment: Experiment, split: Split) -> Recipe:
+    role = experiment.data.role(split)
     config: dict[str, Any] = {
-        "split": split,
+        "role": role,
         "dtype": experiment.clip.dtype,
         "stored": experiment.embedding_dtype,
         "documents_per_shard": experiment.documents_per_shard,
     }
-    if split == "train":
-        config |= {"query_dropout": experiment.query_dropout, "seed": experiment.seed}
+    if role == "train":
+        dropout = {"query_dropout": experiment.query_dropout, "num_views": experiment.num_views}
+        config |= {**dropout, "seed": experiment.seed}
     inputs = {"documents": documents(experiment, split).fingerprint, "clip": clip(experiment).fingerprint}
     return Recipe("embeddings", config, inputs)
 
@@ -96,15 +98,30 @@ def index(experiment: Experiment, split: Split) -> Recipe:
 
 
 def memory_splits(experiment: Experiment, split: Split) -> list[Split]:
-    """The parts of the memory that queries of `split` search: training never sees the `memory` split."""
-    wanted = ("train",) if split == "train" else ("train", "memory")
-    return [part for part in experiment.data.sources() if part in wanted]
+    """The parts of the memory that queries of `split` search: those of training, the training documents alone."""
+    data = experiment.data
+    return ["train"] if split == "train" else [part for part in data.sources() if data.role(part) != "held out"]
 
 
 def neighbors(experiment: Experiment, split: Split) -> Recipe:
     inputs = {f"index {part}": index(experiment, part).fingerprint for part in memory_splits(experiment, split)}
     inputs["queries"] = embeddings(experiment, split).fingerprint
-    return Recipe("neighbors", {"selection": experiment.selection, "training": split == "train"}, inputs)
+    config = {"selection": experiment.selection, "training": split == "train", "takedowns": takedown_keys(experiment)}
+    return Recipe("neighbors", config, inputs)
+
+
+def takedown_keys(experiment: Experiment) -> list[str]:
+    """The keys that `takedowns` names, sorted.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    if not experiment.takedowns:
+        return []
+    path = Path(experiment.takedowns)
+    if not path.is_file():
+        raise InputError(f"takedowns file {experiment.takedowns!r} does not exist; give a file of keys, one per line")
+    return sorted({line.strip() for line in path.read_text().splitlines()} - {""})
 
 
 def retrieves(experiment: Experiment) -> bool:
@@ -121,11 +138,21 @@ def train(experiment: Experiment) -> Recipe:
         "batches": batches,
         "steps": experiment.training.steps,
         "seed": experiment.seed,
+        "takedowns": takedown_keys(experiment),
     }
     inputs = {"documents": documents(experiment, "train").fingerprint}
     if retrieves(experiment):
         inputs["neighbors"] = neighbors(experiment, "train").fingerprint
     return Recipe("train", config, inputs)
+
+
+def retrieval(experiment: Experiment) -> Recipe:
+    """The evaluation of what is retrieved, without a model."""
+    config = {"documents": experiment.evaluation.documents, "entity_field": experiment.data.entity_field}
+    asking = [split for split in experiment.data.sources() if experiment.data.role(split) != "memory"]
+    return Recipe(
+        "retrieval", config, {f"neighbors {split}": neighbors(experiment, split).fingerprint for split in asking}
+    )
 
 
 def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:

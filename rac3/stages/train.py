@@ -18,6 +18,7 @@ from rac3.stages import recipes
 from rac3.stages.embed import open_documents
 from rac3.stages.encoders import open_text, open_vqgan
 from rac3.stages.ingest import vocabulary_of
+from rac3.stages.memory import withdrawn_rows
 from rac3.stages.retrieve import read_neighbors
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
@@ -59,16 +60,9 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
     if workdir.find(recipe) is not None:
         return
     mesh = experiment.mesh.build()
-    documents = open_documents(experiment, workdir, "train")
-    neighbors = read_neighbors(experiment, workdir, "train") if recipes.retrieves(experiment) else None
     codec = open_vqgan(experiment, workdir)
     vocabulary = vocabulary_of(open_text(experiment, workdir), codec)
-    builder = GroupBuilder(
-        vocabulary, experiment.batches.masking, experiment.batches.retrieved_weight, experiment.batches.retrieved
-    )
-    stream = BatchStream(
-        experiment.batches, experiment.seed, documents, neighbors, builder, jax.process_count(), jax.process_index()
-    )
+    stream = training_stream(experiment, workdir, vocabulary)
 
     def batches(position: Sequence[int]) -> Iterator[tuple[PyTree, Sequence[int]]]:
         return stream.batches(StreamState(*position))
@@ -82,6 +76,22 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
         step = make_train_step(model, optimizer, experiment.training.loss_chunk)
         label = f"train {model_name(experiment)}"
         fit(label, experiment.training, state, step, batches, StreamState(), draft.folder, experiment.mesh, mesh)
+
+
+def training_stream(experiment: Experiment, workdir: Workdir, vocabulary: Vocabulary) -> BatchStream:
+    """This process's share of the batches that the experiment trains on."""
+    config = experiment.batches
+    documents = open_documents(experiment, workdir, "train")
+    return BatchStream(
+        config,
+        experiment.seed,
+        documents,
+        read_neighbors(experiment, workdir, "train") if recipes.retrieves(experiment) else None,
+        GroupBuilder(vocabulary, config.masking, config.retrieved_weight, config.retrieved),
+        jax.process_count(),
+        jax.process_index(),
+        withdrawn_rows(experiment, documents, "train"),
+    )
 
 
 def open_params(experiment: Experiment, workdir: Workdir, model: Transformer) -> PyTree:

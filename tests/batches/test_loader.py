@@ -14,7 +14,7 @@ from rac3.batches.masking import Masking
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, RETRIEVED_IMAGE, RETRIEVED_TEXT, PackedBatch
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import LENGTHS, NARROW, TEXT_LENGTHS, DocumentStore, TokenizedDocument, write_shard
+from rac3.documents.store import NARROW, DocumentStore, TokenizedDocument, write_shard
 from rac3.tokens.vocabulary import EOD, Vocabulary
 
 DOCUMENTS = 300
@@ -35,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
         items.append(TokenizedDocument(Document(str(number), (Text("x"), Image(b"x")), {}), ids))
     write_shard(folder / "00000.array_record", items[:200], NARROW)
     write_shard(folder / "00001.array_record", items[200:], NARROW)
-    np.save(folder / LENGTHS, np.array([len(builder.sequence(item).ids) for item in items], np.int32))
+    np.save(folder / "lengths.npy", np.array([len(builder.sequence(item).ids) for item in items], np.int32))
     return DocumentStore(folder)
 
 
@@ -216,7 +216,7 @@ def test_what_cannot_be_batched_is_refused(store, neighbors, tmp_path: Path):
     BatchStream(unmasked, 0, store, neighbors, GroupBuilder(VOCABULARY, Masking("none"), 0.1))
     with pytest.raises(InputError, match="rows=8 is not a multiple of the 3 hosts"):
         BatchStream(CONFIG, 0, store, neighbors, builder, hosts=3)
-    np.save(tmp_path / LENGTHS, np.zeros(0, np.int32))
+    np.save(tmp_path / "lengths.npy", np.zeros(0, np.int32))
     with pytest.raises(InputError, match="no training documents"):
         BatchStream(CONFIG, 0, DocumentStore(tmp_path), None, builder)
 
@@ -248,18 +248,18 @@ def test_batches_with_one_modality_of_the_retrieved_documents(shown, other, neig
         parts = parts[1:] if number % 3 == 0 else parts[:1] if number % 5 == 0 else parts
         segments, ids = zip(*parts, strict=True)
         items.append(TokenizedDocument(Document(str(number), segments, {}), tuple(x.astype(np.int32) for x in ids)))
-    write_shard(tmp_path / "00000.array_record", items)
+    write_shard(tmp_path / "00000.array_record", items, NARROW)
     config = dataclasses.replace(PLAIN, retrieved=shown)
     builder = GroupBuilder(VOCABULARY, config.masking, 0.1, shown)
     texts = [
         sum(len(x) for x, s in zip(item.ids, item.document.segments, strict=True) if isinstance(s, Text))
         for item in items
     ]
-    np.save(tmp_path / LENGTHS, np.array([len(builder.sequence(item).ids) for item in items], np.int32))
+    np.save(tmp_path / "lengths.npy", np.array([len(builder.sequence(item).ids) for item in items], np.int32))
     store = DocumentStore(tmp_path)
     with pytest.raises(InputError, match="run `rac3 ingest` again"):
         BatchStream(config, 0, store, neighbors, builder)
-    np.save(tmp_path / TEXT_LENGTHS, np.array(texts, np.int32))
+    np.save(tmp_path / "text_lengths.npy", np.array(texts, np.int32))
     views = [builder.shown(item) for item in items]
     wanted = [0 if view is None else len(builder.sequence(view).ids) for view in views]
     np.testing.assert_array_equal(store.shown_lengths(shown), wanted)

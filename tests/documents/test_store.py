@@ -10,14 +10,12 @@ import pytest
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 from rac3.documents.store import (
-    KEY_HASHES,
-    LENGTHS,
     NARROW,
     WIDE,
     DocumentStore,
     TokenizedDocument,
+    hash64,
     id_type,
-    key_hash,
     pack_record,
     unpack_record,
     write_shard,
@@ -44,7 +42,7 @@ def write(folder: Path, sizes: list[int]) -> list[TokenizedDocument]:
     for shard, size in enumerate(sizes):
         write_shard(folder / f"{shard:05d}.array_record", items[start : start + size], NARROW)
         start += size
-    np.save(folder / LENGTHS, np.array([sum(map(len, each.ids)) for each in items], np.int32))
+    np.save(folder / "lengths.npy", np.array([sum(map(len, each.ids)) for each in items], np.int32))
     return items
 
 
@@ -105,9 +103,9 @@ def test_a_document_is_found_by_its_key(tmp_path: Path):
     write(tmp_path, [3, 5])
     with pytest.raises(InputError, match=r"key_hashes\.npy is missing.*run `rac3 ingest` again"):
         DocumentStore(tmp_path).row_of("shard/5")
-    hashes = [key_hash(f"shard/{number}") for number in range(8)]
+    hashes = [hash64(f"shard/{number}".encode()) for number in range(8)]
     hashes[2] = hashes[5]  # two keys with one hash
-    np.save(tmp_path / KEY_HASHES, np.array(hashes, np.uint64))
+    np.save(tmp_path / "key_hashes.npy", np.array(hashes, np.uint64))
     store = DocumentStore(tmp_path)
     assert [store.row_of(key) for key in ("shard/5", "shard/0", "shard/8", "")] == [5, 0, None, None]
-    assert key_hash("shard/5") == 0x57D7F854BC2F6C6F
+    assert hash64(b"shard/5") == 0x57D7F854BC2F6C6F

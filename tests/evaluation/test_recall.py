@@ -4,7 +4,7 @@ import pytest
 from rac3.documents.document import Document, Image, Text
 from rac3.evaluation import recall
 from rac3.evaluation.recall import pair_recall, recall_at
-from rac3.stages.evaluate import clip_metrics
+from rac3.stages.evaluate_retrieval import clip_metrics
 
 
 def test_recall_counts_queries_with_their_entity_among_the_first_k() -> None:
@@ -73,7 +73,9 @@ def test_clip_metrics_of_documents() -> None:
     text[4] = image[2] = 0
     metrics = clip_metrics(documents, text, image)
     assert metrics == {"pairs": 4} | {
-        f"{way}_recall_at_{k}": 1 for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)
+        f"{way}_recall_at_{k}": 1
+        for way in ("text_to_image", "image_to_text", "text_to_document", "image_to_document")
+        for k in (1, 5, 10)
     }
     swapped = clip_metrics(documents, text, image[[5, 1, 2, 3, 4, 0]])  # the second fox is nearest to the hen's picture
     assert swapped["text_to_image_recall_at_1"] == swapped["image_to_text_recall_at_1"] == 2 / 4

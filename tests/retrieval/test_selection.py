@@ -6,7 +6,7 @@ import pytest
 from rac3.config import InputError
 from rac3.retrieval import selection as selection_module
 from rac3.retrieval.memory import Memory, MemoryPart
-from rac3.retrieval.selection import Selection, select
+from rac3.retrieval.selection import Dropped, Selection, select
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -17,22 +17,29 @@ def memory_of(*parts: np.ndarray) -> Memory:
     return Memory(tuple(MemoryPart(str(i), rows, [""] * len(rows)) for i, rows in enumerate(parts)))
 
 
-def walk(config: Selection, query: np.ndarray, ids: np.ndarray, rows: np.ndarray, main: int):
-    """Section 3.2 as it reads."""
+def walk(config: Selection, query: np.ndarray, ids: np.ndarray, rows: np.ndarray, main: int, hashes, withdrawn):
+    """Section 3.2 as it reads, and what must not come back in training."""
     taken: list[int] = []
-    dropped = [0, 0, 0]
+    dropped = dict.fromkeys(Dropped._fields, 0)
+    limit = config.max_similarity if config.max_similarity < 1 else np.inf
     for i in ids:
         if len(taken) == config.depth or i < 0:
             break
-        if i == main:
-            dropped[0] += 1
-        elif config.max_similarity < 1 and query @ rows[i] > config.max_similarity:
-            dropped[1] += 1
-        elif config.max_similarity < 1 and any(rows[i] @ rows[j] > config.max_similarity for j in taken):
-            dropped[2] += 1
+        if i in withdrawn:
+            dropped["withdrawn"] += 1
+        elif i == main:
+            dropped["main_document"] += 1
+        elif main >= 0 and any(column[i] == column[main] != 0 for column in hashes):
+            dropped["duplicate"] += 1
+        elif main >= 0 and rows[main] @ rows[i] > limit:
+            dropped["similar_to_main"] += 1
+        elif query @ rows[i] > limit:
+            dropped["similar_to_query"] += 1
+        elif any(rows[i] @ rows[j] > limit for j in taken):
+            dropped["redundant"] += 1
         else:
             taken.append(int(i))
-    return taken, dropped
+    return taken, list(dropped.values())
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -47,12 +54,20 @@ def test_select_agrees_with_the_plain_walk(seed: int, monkeypatch):
     query = unit(rows[main] + 0.2 * rng.normal(size=(queries, 8)))
     ids = np.stack([rng.permutation(documents)[:candidates] for _ in range(queries)])
     ids[np.arange(candidates) >= rng.integers(0, candidates + 1, queries)[:, None]] = -1
+    hashes = rng.integers(0, 30, (2, documents)).astype(np.uint64)  # of texts and of images; 0 is none
+    withdrawn = np.flatnonzero(rng.random(documents) < 0.1)
     cut = int(rng.integers(0, documents))
+    pieces = np.arange(cut), np.arange(cut, documents)
+    parts = [
+        MemoryPart(str(part[:1]), rows[part], [""] * len(part), (), tuple(hashes[:, part]), np.flatnonzero(gone))
+        for part in pieces
+        for gone in [np.isin(part, withdrawn)]
+    ]
 
-    found = select(config, query, ids, memory_of(rows[:cut], rows[cut:]), main)
+    found = select(config, query, ids, Memory(tuple(parts)), main)
 
     assert found.ids.shape == found.scores.shape == (queries, config.depth)
-    expected = [walk(config, *each) for each in zip(query, ids, [rows] * queries, main, strict=True)]
+    expected = [walk(config, q, i, rows, m, hashes, withdrawn) for q, i, m in zip(query, ids, main, strict=True)]
     for q, (taken, _) in enumerate(expected):
         assert found.ids[q].tolist() == taken + [-1] * (config.depth - len(taken))
         np.testing.assert_allclose(found.scores[q, : len(taken)], rows[taken] @ query[q], atol=1e-6)  # 8 float32 terms
@@ -66,7 +81,7 @@ def test_the_main_document_is_never_selected_even_without_a_limit():
     found = select(Selection(max_similarity=1.0, depth=8), rows, ranked, memory_of(rows), np.arange(30))
     assert not (found.ids == np.arange(30)[:, None]).any()
     assert (found.ids >= 0).all()
-    assert found.dropped == (30, 0, 0)
+    assert found.dropped == Dropped(0, 30, 0, 0, 0, 0)
 
 
 def test_near_duplicates_are_taken_once_and_kept_with_a_limit_of_1():
@@ -87,7 +102,7 @@ def test_no_queries_and_no_candidates():
         Selection(depth=2), np.zeros((3, 4), np.float32), np.zeros((3, 0), np.int64), memory, np.zeros(3, np.int64)
     )
     assert nothing.ids.tolist() == [[-1, -1]] * 3
-    assert nothing.dropped == (0, 0, 0)
+    assert nothing.dropped == Dropped(0, 0, 0, 0, 0, 0)
 
 
 def test_limits_are_checked():

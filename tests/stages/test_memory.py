@@ -1,0 +1,277 @@
+"""The memory after training: parts that join and leave it, documents that are taken down, and what must not leak."""
+
+import io
+import json
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_config
+
+from rac3.arrays import read_array
+from rac3.artifacts import MANIFEST, Workdir
+from rac3.batches.loader import StreamState
+from rac3.cli import main, parse
+from rac3.config import InputError
+from rac3.documents.document import Document
+from rac3.documents.webdataset import WebDataset
+from rac3.documents.world import World
+from rac3.experiment import Data, Experiment
+from rac3.retrieval.encoder import query_dropout_keys
+from rac3.stages import recipes
+from rac3.stages.audit import audit
+from rac3.stages.embed import embed, open_documents, query_embeddings
+from rac3.stages.encoders import open_clip, open_text, open_vqgan
+from rac3.stages.evaluate_retrieval import evaluate_retrieval
+from rac3.stages.ingest import vocabulary_of
+from rac3.stages.memory import OpenMemory, withdrawn_rows
+from rac3.stages.retrieve import index, read_neighbors, retrieve
+from rac3.stages.train import training_stream
+
+TINY = tiny_config.__file__
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return shutil.copytree(finished_workdir[1], tmp_path / "tiny")
+
+
+@pytest.fixture
+def rac3(monkeypatch: pytest.MonkeyPatch) -> Run:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["rac3", *arguments])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
+
+
+def write_shard(path: Path, documents: list[Document]) -> None:
+    """A shard in img2dataset's layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, document in enumerate(documents):
+            files = {"txt": document.text.encode(), "png": document.images[0].data}
+            for suffix, data in (files | {"json": json.dumps(dict(document.metadata)).encode()}).items():
+                info = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def artifacts(workdir: Path) -> set[str]:
+    return {str(path.parent.relative_to(workdir)) for path in workdir.glob(f"*/*/{MANIFEST}")}
+
+
+def without_memory(experiment: Experiment) -> Experiment:
+    return replace(experiment, data=replace(experiment.data, memory={}, fit_on=("train",)))
+
+
+def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path, rac3: Run, tmp_path: Path, capsys):
+    """The test documents themselves, so that it shows in recall; nothing that was there is made again."""
+    experiment = tiny_config.get_config()
+    tests = [item.document for item in open_documents(experiment, Workdir(workdir, "tiny"), "test").many(range(4))]
+    write_shard(tmp_path / "shards" / "00000.tar", tests)
+    place, before = ["--workdir", str(workdir)], artifacts(workdir)
+    added = ["--add-memory", f"news={tmp_path / 'shards'}"]
+    assert rac3("prepare", TINY, *place, *added) == 0
+    new = sorted(path.split("/")[0] for path in artifacts(workdir) - before)
+    assert new == ["documents", "embeddings", "index", "neighbors", "neighbors"]  # of validation and of test
+    assert rac3("evaluate", TINY, *place, *added, "--task", "retrieval") == 0
+    more, _ = parse("evaluate", experiment, [*added, *place])
+    assert list(more.data.memory) == ["memory", "news"]
+    opened = OpenMemory(more, Workdir(workdir, "tiny"), recipes.memory_splits(more, "test"))
+    assert [part.name for part in opened.memory.parts] == ["train", "memory", "news"]
+    assert recipes.memory_splits(more, "train") == ["train"]
+    neighbors = read_neighbors(more, Workdir(workdir, "tiny"), "test")[:]
+    joined = neighbors >= opened.memory.offsets[2]
+    assert joined.any()
+    assert {opened.document(int(i)).document.text for i in neighbors[joined]} <= {each.text for each in tests}
+    before_and_after = [
+        evaluate_retrieval(each, Workdir(workdir, "tiny"))["splits"]["test"]["entities"]["both"]["1"]
+        for each in (experiment, more)
+    ]
+    assert before_and_after[0] < before_and_after[1] == 1
+    assert "recall of its entity in the memory, by both: 100.0% at 1" in capsys.readouterr().out
+
+    made = artifacts(workdir)
+    assert rac3("evaluate", TINY, *place, *added, "--no-compare-with-cm3", "--evaluation.no-control") == 0
+    assert {path.split("/")[0] for path in artifacts(workdir) - made} == {"evaluation"}  # of the model there is
+    made = artifacts(workdir)
+    assert rac3("prepare", TINY, *place, *added, "--withdraw-memory", "news") == 0  # what there was before
+    assert artifacts(workdir) == made
+    assert rac3("prepare", TINY, *place, "--withdraw-memory", "memory") == 0
+    assert sorted(path.split("/")[0] for path in artifacts(workdir) - made) == ["neighbors", "neighbors"]
+
+
+def test_a_wrong_memory_is_refused():
+    experiment, world = tiny_config.get_config(), World("memory")
+    for arguments, says in (
+        (["--add-memory", "folder"], "'folder' is not NAME=FOLDER"),
+        (["--add-memory", "=folder"], "is not NAME=FOLDER"),
+        (["--add-memory", "memory=x"], "has a part 'memory' already"),
+        (["--add-memory", "test=x"], "names a part 'test'; use another name"),
+        (["--add-memory", "a=x", "b=x"], "a and b are one source"),
+        (["--withdraw-memory", "x"], "'x', which is no part of the memory; there are: memory"),
+    ):
+        with pytest.raises(InputError, match=says):
+            parse("evaluate", experiment, arguments)
+    with pytest.raises(InputError, match=r"fit_on names 'test'; use train, or parts of the memory.*: news"):
+        Data(World("train"), {"news": world}, fit_on=("test",))
+    with pytest.raises(InputError, match="fit_on is empty"):
+        Data(World("train"), fit_on=())
+
+
+def test_encoders_depend_on_what_they_are_fitted_on_alone():
+    experiment = tiny_config.get_config()
+    more = {**experiment.data.memory, "news": WebDataset("nowhere")}
+    grown = replace(experiment, data=replace(experiment.data, memory=more))
+    assert recipes.clip(grown) == recipes.clip(experiment)
+    assert recipes.train(grown) == recipes.train(experiment)
+    left = replace(experiment, data=replace(experiment.data, withdrawn=("memory",)))
+    assert recipes.clip(left) == recipes.clip(experiment)
+    assert recipes.memory_splits(left, "test") == ["train"]
+    assert recipes.clip(without_memory(experiment)) != recipes.clip(experiment)
+
+
+def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, rac3: Run, tmp_path: Path, capsys):
+    experiment, store = tiny_config.get_config(), Workdir(workdir, "tiny")
+    documents = open_documents(experiment, store, "train")
+    gone = np.array([1, 5, 17])
+    keys = [item.document.key for item in documents.many(gone.tolist())]
+    takedowns = tmp_path / "keys.txt"
+    takedowns.write_text(f"{keys[0]}\n\ntrain:{keys[1]}\n {keys[2]}\nnowhere\nmemory:{keys[0]}\n")
+    experiment = replace(experiment, takedowns=str(takedowns))
+    np.testing.assert_array_equal(withdrawn_rows(experiment, documents, "train"), gone)
+    assert rac3("retrieve", TINY, "--workdir", str(workdir), "--takedowns", str(takedowns)) == 0
+    before = {split: read_neighbors(tiny_config.get_config(), store, split)[:] for split in ("train", "test")}
+    after = {split: read_neighbors(experiment, store, split)[:] for split in ("train", "test")}
+    for split in before:
+        assert np.isin(before[split], gone).any()
+        assert not np.isin(after[split], gone).any()
+    stream = training_stream(
+        experiment, store, vocabulary_of(open_text(experiment, store), open_vqgan(experiment, store))
+    )
+    plan = stream.plan(0)
+    assert set(plan.main[: len(documents) - 3].tolist()) == set(range(len(documents))) - set(gone.tolist())
+    next(stream.batches(StreamState()))
+    assert rac3("audit", TINY, "--workdir", str(workdir), "--takedowns", str(takedowns)) == 0
+    capsys.readouterr()
+    assert rac3("retrieve", TINY, "--workdir", str(workdir), "--takedowns", "/nowhere") == 2
+    assert "takedowns file '/nowhere' does not exist" in capsys.readouterr().err
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Changes an array of an artifact behind its back."""
+    import tensorstore
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}, "open": True}
+    array = tensorstore.open(spec).result()
+    array.write(change(read_array(path).copy())).result()
+
+
+def test_the_audit_finds_what_leaks(workdir: Path, tmp_path: Path):
+    experiment, store = tiny_config.get_config(), Workdir(workdir, "tiny")
+    assert audit(experiment, store).endswith("audit: no leak")
+    found = json.loads((workdir / "report" / "audit.json").read_text())
+    assert found["leaks"] == {}
+    assert found["counts"]["neighbors of training documents"] > 100
+    assert found["counts"]["packed groups"] > 30
+    assert found["counts"]["test: queries embedded again"] == 8
+
+    def leaks(says: str, path: Path, change: Callable[[Path], None]) -> None:
+        kept = tmp_path / "kept"
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, kept)
+        change(path)
+        with pytest.raises(InputError, match=says):
+            audit(experiment, store)
+        assert json.loads((workdir / "report" / "audit.json").read_text())["named"]
+        if path.is_dir():
+            shutil.rmtree(path)
+        kept.rename(path)
+
+    def itself(ids: np.ndarray) -> np.ndarray:
+        ids[7, 1, 2] = 7
+        return ids
+
+    neighbors = store.require(recipes.neighbors(experiment, "train"), "").folder
+    leaks("1 x training document retrieves itself", neighbors / "ids", lambda path: rewrite(path, itself))
+    documents = store.require(recipes.documents(experiment, "train"), "").folder
+    same = np.full(36, 7, np.uint64)
+    for column in ("text_hashes", "image_hashes"):
+        leaks(
+            "training document retrieves its own text or image",
+            documents / f"{column}.npy",
+            lambda path: np.save(path, same),
+        )
+    tests = store.require(recipes.documents(experiment, "test"), "").folder
+    memory = store.require(recipes.documents(experiment, "memory"), "").folder
+    for column, what in (("image_hashes", "image"), ("text_hashes", "text")):
+        copied = np.repeat(np.load(memory / f"{column}.npy")[:1], 4)
+        leaks(f"test: {what} that is retrieved", tests / f"{column}.npy", lambda path, c=copied: np.save(path, c))
+    queries = store.require(recipes.embeddings(experiment, "test"), "").folder
+    image = read_array(queries / "image")
+    leaks(
+        "test: text query that is not of the text alone", queries / "text", lambda path: rewrite(path, lambda _: image)
+    )
+    assert audit(experiment, store).endswith("audit: no leak")
+    strict = replace(experiment, selection=replace(experiment.selection, max_similarity=0.5))
+    for split in ("train", "validation", "test"):
+        folder = store.require(recipes.neighbors(experiment, split), "").folder
+        shutil.copytree(folder, folder.with_name(recipes.neighbors(strict, split).fingerprint))
+    with pytest.raises(InputError, match="more similar than max_similarity"):
+        audit(strict, store)
+
+
+def test_each_view_of_a_query_has_a_dropout_of_its_own(workdir: Path):
+    experiment, store = replace(tiny_config.get_config(), num_views=3, query_dropout=0.5), Workdir(workdir, "tiny")
+    embed(experiment, store)
+    index(experiment, store)
+    retrieve(experiment, store)
+    folder = store.require(recipes.embeddings(experiment, "train"), "").folder
+    documents = [item.document for item in open_documents(experiment, store, "train").many(range(4))]
+    encoder, vectors = open_clip(experiment, store), []
+    for view in range(3):
+        keys = query_dropout_keys(experiment.seed, [document.key for document in documents], view)
+        text = encoder.embed_texts([document.text for document in documents], drop_keys=keys, drop_rate=0.5)
+        vectors.append(query_embeddings(folder, f"text-{view}" if view else "text")[:4])
+        np.testing.assert_allclose(vectors[-1], text, atol=1e-5)
+    assert not np.allclose(vectors[0], vectors[1], atol=1e-3)
+    assert not np.allclose(vectors[1], vectors[2], atol=1e-3)
+    neighbors = read_neighbors(experiment, store, "train")[:]
+    assert neighbors.shape == (36, 6, experiment.selection.depth)
+    assert read_neighbors(experiment, store, "test").shape == (4, 2, experiment.selection.depth)
+    vocabulary = vocabulary_of(open_text(experiment, store), open_vqgan(experiment, store))
+    plan = training_stream(experiment, store, vocabulary).plan(0)
+    candidates = experiment.batches.candidates
+    used = set()
+    for document, drawn in zip(plan.main.tolist(), plan.neighbors.tolist(), strict=True):
+        pools = [set(pool.tolist()) for pool in neighbors[document, :, :candidates]]
+        kept = {each for each in drawn if each >= 0}
+        fitting = [number for number, pool in enumerate(pools) if kept <= pool]
+        assert fitting  # all of a group's neighbors are of one query
+        if len(fitting) == 1:
+            used.add(fitting[0])
+    assert used == set(range(6))
+    for wrong in ({"num_views": 0}, {"num_views": 2, "query_dropout": 0.0}):
+        with pytest.raises(InputError, match="num_views="):
+            replace(experiment, **wrong)
+
+
+def test_the_neighbors_say_what_selection_dropped(workdir: Path):
+    experiment, store = tiny_config.get_config(), Workdir(workdir, "tiny")
+    counts = store.require(recipes.neighbors(experiment, "train"), "").manifest["counts"]
+    ids = read_neighbors(experiment, store, "train")[:]
+    assert counts["queries"] == 72
+    assert counts["neighbors"] == (ids >= 0).sum()
+    assert counts["queries_without_neighbors"] == (~(ids >= 0).any(axis=2)).sum()
+    assert 0 < counts["dropped_main_document"] <= 72
