@@ -1,5 +1,6 @@
 """The `Experiment` that a config returns: everything that decides what rac3 computes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +61,8 @@ class Data:
         if not isinstance(self.memory, Mapping):
             raise InputError("data.memory is no mapping; name the parts, as in memory={'news': WebDataset('news')}")
         for name in self.memory:
-            if name in ("", "train", "validation", "test"):
-                raise InputError(f"data.memory names a part {name!r}; use another name")
+            if name in ("train", "validation", "test") or not re.fullmatch(r"[\w.-]+", name):
+                raise InputError(f"data.memory names a part {name!r}; use another name, of letters, digits, _ . and -")
         parts = ", ".join(self.memory) or "none"
         for name in self.withdrawn:
             if name not in self.memory:

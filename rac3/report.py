@@ -115,7 +115,12 @@ def _seconds(experiment: Experiment, models: Comparisons, workdir: Workdir) -> d
         "vqgan": [recipes.vqgan(experiment)],
         "clip": [recipes.clip(experiment)],
         "ingest": [recipes.documents(experiment, split) for split in splits],
-        "embed": [recipes.embeddings(experiment, split) for split in splits],
+        "embed": [
+            recipe(experiment, split)
+            for recipe, role in ((recipes.embeddings, "held out"), (recipes.queries, "memory"))
+            for split in splits
+            if experiment.data.role(split) != role
+        ],
         "index": [recipes.index(e, part) for e in retrieving for part in recipes.memory_splits(e, "test")],
         "retrieve": [
             recipes.neighbors(e, split) for e in retrieving for split in splits if e.data.role(split) != "memory"

@@ -191,7 +191,7 @@ class Small:
 Small = dataclass(frozen=True)(Small)
 def get_config(): return replace(tiny, data=replace(tiny.data, SPLIT=Small()))
 """
-    config = write_config(tmp_path / "train.py", body.replace("SPLIT", "memory=None, train"))
+    config = write_config(tmp_path / "train.py", body.replace("SPLIT", "memory={}, fit_on=('train',), train"))
     assert "no documents that pass the filter" in refused("encoders", config, workdir=tmp_path / "new")
     config = write_config(tmp_path / "validation.py", body.replace("SPLIT", "validation"))
     assert "gives no documents (0 damaged, 36 filtered)" in refused("ingest", config, workdir=workdir)
@@ -255,7 +255,7 @@ def test_the_real_command_says_one_line_too(tmp_path: Path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "rac3 ingest" in done.stderr
+    assert "rac3 encoders" in done.stderr
 
 
 def test_help_lists_what_can_be_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -289,7 +289,7 @@ def test_the_retriever_is_swapped_on_the_command_line(monkeypatch: pytest.Monkey
     ids = {}
     for manifest in (workdir / "neighbors").glob(f"*/{MANIFEST}"):
         inputs = json.loads(manifest.read_text())["inputs"]
-        if inputs["queries"] == recipes.embeddings(tiny(), "test").fingerprint:
+        if inputs["queries"] == recipes.queries(tiny(), "test").fingerprint:
             index = json.loads((workdir / "index" / inputs["index train"] / MANIFEST).read_text())
             ids[index["config"]["retriever"]["class"]] = read_array(manifest.parent / "ids")
     assert ids.keys() == {"Scann", "Exact", "Random"}
@@ -311,7 +311,7 @@ def test_documents_named_by_hand_are_all_in_context(
     experiment = replace(tiny(), retriever=Fixed(tuple(keys)), selection=Selection(max_similarity=1e-6))
     memory = OpenMemory(experiment, Workdir(workdir, "tiny"), ["train", "memory"])
     queries = Queries(["a", "b"], memory.memory.parts[0].read(slice(0, 2)), ["", ""])
-    ids, _ = memory.retrieve(queries, np.array([-1, 1]))
+    ids = memory.retrieve(queries, np.array([-1, 1])).ids
     third = int(memory.memory.offsets[1]) + 3
     np.testing.assert_array_equal(ids[:, :4], [[third, 1, 0, -1], [third, 0, -1, -1]])
 

@@ -24,7 +24,7 @@ from rac3.cli import run
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]
-STAGES = ("documents", "embeddings", "neighbors")
+STAGES = ("documents", "embeddings", "queries", "neighbors")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
 CONFIG = f"""
@@ -183,7 +183,7 @@ def test_the_shards_are_many(whole: Path):
 def test_a_command_that_is_killed_in_every_stage_goes_on(config: Path, traps: Path, whole: Path, workdir: Path):
     (traps / "slow").touch()
     rng = random.Random(0)
-    for stage, most in (("documents", 5), ("embeddings", 6), ("neighbors", 9)):
+    for stage, most in (("documents", 5), ("embeddings", 6), ("queries", 9), ("neighbors", 9)):
         kill_at(f"{stage}/*.partial/0*.json", rng.randint(1, most), config, workdir)
         assert list((workdir / stage).glob("*.partial")), "it had ended already"
     prepare(config, workdir)

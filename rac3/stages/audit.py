@@ -20,7 +20,7 @@ from rac3.config import InputError
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
 from rac3.stages import recipes
-from rac3.stages.embed import PARTS, open_documents, query_embeddings
+from rac3.stages.embed import PARTS, open_documents, open_queries
 from rac3.stages.encoders import open_clip, open_text, open_vqgan
 from rac3.stages.ingest import vocabulary_of
 from rac3.stages.memory import OpenMemory
@@ -143,7 +143,6 @@ def _audit_queries(experiment: Experiment, workdir: Workdir, split: Split, findi
     """Embeds some queries again, from the one part that a query may hold."""
     documents, encoder = open_documents(experiment, workdir, split), open_clip(experiment, workdir)
     items = [item.document for item in documents.many(range(min(QUERIES, len(documents))))]
-    folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
     for part in PARTS:
         rows = [row for row, item in enumerate(items) if (item.text if part == "text" else item.images)]
         if not rows:
@@ -153,7 +152,7 @@ def _audit_queries(experiment: Experiment, workdir: Workdir, split: Split, findi
             if part == "text"
             else encoder.embed_images([items[row].images[0] for row in rows])
         )
-        stored = query_embeddings(folder, part)[np.array(rows)]
+        stored = open_queries(experiment, workdir, split, part)[np.array(rows)]
         limit = SAME_VECTOR[experiment.embedding_dtype] + (2e-2 if experiment.clip.dtype == "bfloat16" else 0)
         for row, away in zip(rows, np.abs(stored - alone).max(axis=1), strict=True):
             findings.counts[f"{split}: queries embedded again"] += 1

@@ -1,9 +1,9 @@
 """Embed: each document's text and image through frozen CLIP, into the vectors that retrieval reads.
 
-memory : train, parts of memory  <split>/document       mixed-modal, of text and image (paper, eq. 1)
-queries: validation, test        <split>/text, image    of each part alone
-         train                   train/text, image      the same with query dropout (paper, section 3.2), and
-                                 train/text-1, ...      other views of it, if there are more
+embeddings  train, parts of the memory   document         mixed-modal, of text and image (paper, eq. 1)
+queries     validation, test             text, image      of each part alone
+            train                        text, image      the same with query dropout (paper, section 3.2), and
+                                         text-1, ...      other views of it, if there are more
 """
 
 import math
@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rac3.arrays import Vectors
-from rac3.artifacts import Workdir
+from rac3.artifacts import Recipe, Workdir
 from rac3.documents.store import DocumentStore, TokenizedDocument
 from rac3.executors import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
@@ -30,33 +31,39 @@ from rac3.stages.encoders import open_clip
 DOCUMENTS_AT_ONCE = 1024  # that a thread holds in memory
 DOCUMENT = "document"
 PARTS = ("text", "image")
+QUERIES = " queries"  # what ends the name of a part of the work that makes queries
 
 
 def embed(experiment: Experiment, workdir: Workdir) -> None:
-    """Makes the embeddings of every split that has none yet."""
-    missing = [split for split in experiment.data.sources() if not workdir.find(recipes.embeddings(experiment, split))]
+    """Makes the embeddings and the queries of every split that has none yet."""
+    made: dict[str, Recipe] = {}
+    for split in experiment.data.sources():
+        role = experiment.data.role(split)
+        made |= {split: recipes.embeddings(experiment, split)} if role != "held out" else {}
+        made |= {split + QUERIES: recipes.queries(experiment, split)} if role != "memory" else {}
+    missing = {part: recipe for part, recipe in made.items() if not workdir.find(recipe)}
     if not missing:
         return
     workdir.require(recipes.clip(experiment), "rac3 encoders")
-    documents = {split: open_documents(experiment, workdir, split) for split in missing}
+    sizes = {part: len(open_documents(experiment, workdir, part.removesuffix(QUERIES))) for part in missing}
     with ExitStack() as stack:
-        drafts = {split: stack.enter_context(workdir.write(recipes.embeddings(experiment, split))) for split in missing}
+        drafts = {part: stack.enter_context(workdir.write(recipe)) for part, recipe in missing.items()}
         shards = [
             shard
-            for split, draft in drafts.items()
-            for shard in document_shards(experiment, split, len(documents[split]), draft.folder)
+            for part, draft in drafts.items()
+            for shard in document_shards(experiment, part, sizes[part], draft.folder)
         ]
-        throughput = run(experiment.executor, _Embed(experiment, workdir, tuple(missing)), shards)
-        for split, draft in drafts.items():
-            draft.counts.update(documents=len(documents[split]), throughput=throughput)
+        throughput = run(experiment.executor, _Embed(experiment, workdir), shards)
+        for part, draft in drafts.items():
+            draft.counts.update(documents=sizes[part], throughput=throughput)
         clear(shards)
 
 
-def document_shards(experiment: Experiment, split: Split, documents: int, folder: Path) -> list[Shard]:
+def document_shards(experiment: Experiment, part: str, documents: int, folder: Path) -> list[Shard]:
     """Ranges of documents, each of which is one file of every array that is made from them."""
     starts = range(0, documents, experiment.documents_per_shard)
     names = [f"documents {start} to {min(start + starts.step, documents) - 1}" for start in starts]
-    return [Shard(split, number, name, folder) for number, name in enumerate(names)]
+    return [Shard(part, number, name, folder) for number, name in enumerate(names)]
 
 
 def document_rows(experiment: Experiment, shard: Shard, documents: int) -> range:
@@ -75,39 +82,36 @@ class _Embed:
 
     experiment: Experiment
     workdir: Workdir
-    splits: tuple[Split, ...]
     label: str = "embed"
 
     def open(self) -> "_Embedder":
-        documents = {split: open_documents(self.experiment, self.workdir, split) for split in self.splits}
-        return _Embedder(self.experiment, open_clip(self.experiment, self.workdir), documents)
+        return _Embedder(self.experiment, self.workdir, open_clip(self.experiment, self.workdir))
 
 
 def query_arrays(experiment: Experiment, split: Split) -> list[str]:
-    """The arrays of query vectors of a split: for each view, one of each part. None of what is only retrieved."""
-    role = experiment.data.role(split)
-    views = range({"train": experiment.num_views, "memory": 0, "held out": 1}[role])
+    """The arrays of query vectors of a split: for each view, one of each part."""
+    views = range(experiment.num_views if split == "train" else 1)
     return [f"{part}-{view}" if view else part for view in views for part in PARTS]
 
 
 class _Embedder:
     """Embeds the documents of a shard."""
 
-    def __init__(self, experiment: Experiment, encoder: Encoder, documents: dict[Split, DocumentStore]) -> None:
+    def __init__(self, experiment: Experiment, workdir: Workdir, encoder: Encoder) -> None:
         self.experiment, self.encoder = experiment, encoder
-        self.documents = {str(split): store for split, store in documents.items()}
+        self._documents = lru_cache(maxsize=1)(partial(open_documents, experiment, workdir))
 
     def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
-        store = self.documents[shard.part]
+        split = shard.part.removesuffix(QUERIES)
+        store = self._documents(split)
         rows = document_rows(self.experiment, shard, len(store))
-        role = self.experiment.data.role(shard.part)
-        names = [*([] if role == "held out" else [DOCUMENT]), *query_arrays(self.experiment, shard.part)]
+        names = [DOCUMENT] if split == shard.part else query_arrays(self.experiment, split)
         vectors = {name: np.zeros((len(rows), self.encoder.width), np.float32) for name in names}
         for start in range(0, len(rows), DOCUMENTS_AT_ONCE):
             block = rows[start : start + DOCUMENTS_AT_ONCE]
             items = store.many(block)
             for name in names:
-                vectors[name][start : start + len(block)] = self._embed(items, name, dropped=role == "train")
+                vectors[name][start : start + len(block)] = self._embed(items, name, dropped=split == "train")
             tally.add(len(block))
         shape = len(store), self.encoder.width
         for name in names:
@@ -158,6 +162,6 @@ def document_embeddings(folder: Path) -> EmbeddingRows:
     return vectors[:] if 4 * math.prod(vectors.shape) <= machine // 16 else vectors
 
 
-def query_embeddings(folder: Path, name: str) -> Vectors:
+def open_queries(experiment: Experiment, workdir: Workdir, split: Split, name: str) -> Vectors:
     """The vectors of one of `query_arrays`; zeros where a document lacks the part. Those of `train` have dropout."""
-    return Vectors(folder / name)
+    return Vectors(workdir.require(recipes.queries(experiment, split), "rac3 embed").folder / name)

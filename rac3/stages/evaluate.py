@@ -26,7 +26,7 @@ from rac3.progress import Progress
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.encoder import Encoder
 from rac3.stages import recipes
-from rac3.stages.embed import PARTS, open_documents, query_embeddings
+from rac3.stages.embed import PARTS, open_documents, open_queries
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan, vqgan_metrics
 from rac3.stages.evaluate_retrieval import clip_metrics
 from rac3.stages.ingest import vocabulary_of
@@ -114,8 +114,7 @@ def evaluate_encoders(experiment: Experiment, workdir: Workdir) -> dict[str, Any
         documents = open_documents(experiment, workdir, split)
         items = documents.many(range(min(len(documents), experiment.evaluation.documents)))
         images = [image for item in items for image in item.document.images]
-        folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
-        text, image = (query_embeddings(folder, part)[: len(items)] for part in PARTS)
+        text, image = (open_queries(experiment, workdir, split, part)[: len(items)] for part in PARTS)
         out[split] = {
             "vqgan": vqgan_metrics(codec, images) if images else None,
             "clip": clip_metrics([item.document for item in items], text, image),

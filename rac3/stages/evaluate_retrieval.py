@@ -20,7 +20,7 @@ from rac3.retrieval.exact import Exact
 from rac3.retrieval.retriever import Queries, Retriever, Tunable, search_memory
 from rac3.retrieval.selection import Dropped
 from rac3.stages import recipes
-from rac3.stages.embed import PARTS, open_documents, query_embeddings
+from rac3.stages.embed import PARTS, open_documents, open_queries
 from rac3.stages.memory import OpenMemory
 from rac3.stages.retrieve import read_neighbors
 
@@ -74,8 +74,7 @@ class Questions:
     def open(cls, experiment: Experiment, workdir: Workdir, split: Split) -> "Questions":
         store = open_documents(experiment, workdir, split)
         items = store.many(range(min(len(store), experiment.evaluation.documents)))
-        folder = workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
-        text, image = (query_embeddings(folder, part)[: len(items)] for part in PARTS)
+        text, image = (open_queries(experiment, workdir, split, part)[: len(items)] for part in PARTS)
         both = mix(text, image, np.asarray(text.any(1)), np.asarray(image.any(1)))
         return cls([item.document for item in items], {"text": text, "image": image, "both": both})
 

@@ -78,18 +78,29 @@ def documents(experiment: Experiment, split: Split) -> Recipe:
 
 
 def embeddings(experiment: Experiment, split: Split) -> Recipe:
-    role = experiment.data.role(split)
-    config: dict[str, Any] = {
-        "role": role,
+    """Of the vectors of documents, which are retrieved."""
+    return Recipe("embeddings", _embedding(experiment), _embedded(experiment, split))
+
+
+def queries(experiment: Experiment, split: Split) -> Recipe:
+    """Of the vectors of queries: what is asked for has no part in what is retrieved, and may change without it."""
+    config = _embedding(experiment)
+    if split == "train":
+        dropout = {"query_dropout": experiment.query_dropout, "num_views": experiment.num_views}
+        config |= {**dropout, "seed": experiment.seed}
+    return Recipe("queries", config, _embedded(experiment, split))
+
+
+def _embedding(experiment: Experiment) -> dict[str, Any]:
+    return {
         "dtype": experiment.clip.dtype,
         "stored": experiment.embedding_dtype,
         "documents_per_shard": experiment.documents_per_shard,
     }
-    if role == "train":
-        dropout = {"query_dropout": experiment.query_dropout, "num_views": experiment.num_views}
-        config |= {**dropout, "seed": experiment.seed}
-    inputs = {"documents": documents(experiment, split).fingerprint, "clip": clip(experiment).fingerprint}
-    return Recipe("embeddings", config, inputs)
+
+
+def _embedded(experiment: Experiment, split: Split) -> dict[str, str]:
+    return {"documents": documents(experiment, split).fingerprint, "clip": clip(experiment).fingerprint}
 
 
 def index(experiment: Experiment, split: Split) -> Recipe:
@@ -105,7 +116,7 @@ def memory_splits(experiment: Experiment, split: Split) -> list[Split]:
 
 def neighbors(experiment: Experiment, split: Split) -> Recipe:
     inputs = {f"index {part}": index(experiment, part).fingerprint for part in memory_splits(experiment, split)}
-    inputs["queries"] = embeddings(experiment, split).fingerprint
+    inputs["queries"] = queries(experiment, split).fingerprint
     config = {"selection": experiment.selection, "training": split == "train", "takedowns": takedown_keys(experiment)}
     return Recipe("neighbors", config, inputs)
 

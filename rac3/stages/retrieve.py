@@ -18,7 +18,7 @@ from rac3.progress import Progress
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.selection import Dropped, Selected
 from rac3.stages import recipes
-from rac3.stages.embed import document_rows, document_shards, open_documents, query_arrays, query_embeddings
+from rac3.stages.embed import document_rows, document_shards, open_documents, open_queries, query_arrays
 from rac3.stages.memory import OpenMemory, memory_part
 
 NEIGHBORS_CHUNK = 16 * 2**10  # bytes: training reads the neighbors of documents in random order
@@ -52,7 +52,7 @@ def retrieve(
     for split in missing:
         for part in recipes.memory_splits(experiment, split):
             workdir.require(recipes.index(experiment, part), "rac3 index")
-        workdir.require(recipes.embeddings(experiment, split), "rac3 embed")
+        workdir.require(recipes.queries(experiment, split), "rac3 embed")
     documents = {split: len(open_documents(experiment, workdir, split)) for split in missing}
     with ExitStack() as stack:
         drafts = {split: stack.enter_context(workdir.write(recipes.neighbors(experiment, split))) for split in missing}
@@ -95,7 +95,6 @@ class _Searcher:
     def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
         experiment, split = self.experiment, cast(Split, shard.part)
         store = open_documents(experiment, self.workdir, split)
-        folder = self.workdir.require(recipes.embeddings(experiment, split), "rac3 embed").folder
         rows = document_rows(experiment, shard, len(store))
         documents = [item.document for item in store.many(rows)]
         keys, texts = [document.key for document in documents], [document.text for document in documents]
@@ -105,7 +104,7 @@ class _Searcher:
         ids, scores = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
         queries, dropped = 0, np.zeros(len(Dropped._fields), np.int64)
         for number, name in enumerate(arrays):
-            vectors = query_embeddings(folder, name)[rows.start : rows.stop]
+            vectors = open_queries(experiment, self.workdir, split, name)[rows.start : rows.stop]
             asked = np.flatnonzero(vectors.any(1))  # the others lack the part
             # the query is that part alone: a text beside an image would lead a retriever that reads to its own words
             words = [texts[row] if name.startswith("text") else "" for row in asked]

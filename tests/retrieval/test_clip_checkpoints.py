@@ -578,13 +578,13 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     experiment = replace(experiment, clip=replace(experiment.clip, checkpoint=str(copy)))
     workdir = Workdir(folder, "tiny")
     np.testing.assert_array_equal(open_clip(experiment, workdir).embed_texts(TEXTS), expected)
-    embeddings = workdir.require(recipes.embeddings(experiment, "test"), "")
-    assert embeddings.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint
+    queries = workdir.require(recipes.queries(experiment, "test"), "")
+    assert queries.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint
 
     # bfloat16 makes other vectors from the same artifact
     faster = replace(experiment, clip=replace(experiment.clip, dtype="bfloat16"))
     assert recipes.clip(faster) == recipes.clip(experiment)
-    assert recipes.embeddings(faster, "test") != recipes.embeddings(experiment, "test")
+    assert recipes.queries(faster, "test") != recipes.queries(experiment, "test")
     rounded = open_clip(faster, workdir).embed_texts(TEXTS)
     assert 1e-4 < np.abs(rounded - expected).max() < 0.03
 

@@ -462,5 +462,5 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     experiment = replace(experiment, clip=replace(experiment.clip, checkpoint=str(copy)))
     workdir = Workdir(folder, "tiny")
     np.testing.assert_array_equal(open_clip(experiment, workdir).embed_texts(TEXTS), expected)
-    embeddings = workdir.require(recipes.embeddings(experiment, "test"), "")
-    assert embeddings.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint
+    queries = workdir.require(recipes.queries(experiment, "test"), "")
+    assert queries.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint

@@ -13,7 +13,7 @@ from rac3.experiment import Split
 from rac3.retrieval.encoder import mix, query_dropout_keys
 from rac3.retrieval.memory import MemoryPart
 from rac3.stages import recipes
-from rac3.stages.embed import document_embeddings, open_documents, query_embeddings
+from rac3.stages.embed import document_embeddings, open_documents, open_queries
 from rac3.stages.encoders import open_clip
 
 
@@ -31,8 +31,9 @@ def test_each_split_has_the_vectors_that_it_is_asked_for(
 ):
     experiment = load_config_module(str(finished_workdir[0])).get_config()
     workdir = Workdir(finished_workdir[1], "tiny")
-    folder = workdir.require(recipes.embeddings(experiment, split), "").folder
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == names
+    kinds = {"embeddings": recipes.embeddings, "queries": recipes.queries}
+    folders = {name: found.folder for name, kind in kinds.items() if (found := workdir.find(kind(experiment, split)))}
+    assert {path.name for folder in folders.values() for path in folder.iterdir() if path.is_dir()} == names
     documents = [item.document for item in open_documents(experiment, workdir, split).many(range(4))]
     encoder = open_clip(experiment, workdir)
     texts, images = [document.text for document in documents], [document.images[0] for document in documents]
@@ -40,15 +41,15 @@ def test_each_split_has_the_vectors_that_it_is_asked_for(
     if "document" in names:
         everywhere = np.ones(4, bool)
         np.testing.assert_allclose(
-            document_embeddings(folder)[:4], mix(text, image, everywhere, everywhere), atol=1e-5, rtol=0
+            document_embeddings(folders["embeddings"])[:4], mix(text, image, everywhere, everywhere), atol=1e-5, rtol=0
         )
     if "text" in names:
         if split == "train":
             keys = query_dropout_keys(experiment.seed, [document.key for document in documents])
             dropout = {"drop_keys": keys, "drop_rate": experiment.query_dropout}
             text, image = encoder.embed_texts(texts, **dropout), encoder.embed_images(images, **dropout)
-        np.testing.assert_allclose(query_embeddings(folder, "text")[:4], text, atol=1e-5, rtol=0)
-        np.testing.assert_allclose(query_embeddings(folder, "image")[:4], image, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(open_queries(experiment, workdir, split, "text")[:4], text, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(open_queries(experiment, workdir, split, "image")[:4], image, atol=1e-5, rtol=0)
 
 
 def test_a_large_memory_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

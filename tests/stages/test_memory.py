@@ -25,12 +25,12 @@ from rac3.experiment import Data, Experiment
 from rac3.retrieval.encoder import query_dropout_keys
 from rac3.stages import recipes
 from rac3.stages.audit import audit
-from rac3.stages.embed import embed, open_documents, query_embeddings
+from rac3.stages.embed import embed, open_documents, open_queries
 from rac3.stages.encoders import open_clip, open_text, open_vqgan
 from rac3.stages.evaluate_retrieval import evaluate_retrieval
 from rac3.stages.ingest import vocabulary_of
 from rac3.stages.memory import OpenMemory, withdrawn_rows
-from rac3.stages.retrieve import index, read_neighbors, retrieve
+from rac3.stages.retrieve import read_neighbors, retrieve
 from rac3.stages.train import training_stream
 
 TINY = tiny_config.__file__
@@ -218,7 +218,7 @@ def test_the_audit_finds_what_leaks(workdir: Path, tmp_path: Path):
     for column, what in (("image_hashes", "image"), ("text_hashes", "text")):
         copied = np.repeat(np.load(memory / f"{column}.npy")[:1], 4)
         leaks(f"test: {what} that is retrieved", tests / f"{column}.npy", lambda path, c=copied: np.save(path, c))
-    queries = store.require(recipes.embeddings(experiment, "test"), "").folder
+    queries = store.require(recipes.queries(experiment, "test"), "").folder
     image = read_array(queries / "image")
     leaks(
         "test: text query that is not of the text alone", queries / "text", lambda path: rewrite(path, lambda _: image)
@@ -234,16 +234,16 @@ def test_the_audit_finds_what_leaks(workdir: Path, tmp_path: Path):
 
 def test_each_view_of_a_query_has_a_dropout_of_its_own(workdir: Path):
     experiment, store = replace(tiny_config.get_config(), num_views=3, query_dropout=0.5), Workdir(workdir, "tiny")
+    before = artifacts(workdir)
     embed(experiment, store)
-    index(experiment, store)
     retrieve(experiment, store)
-    folder = store.require(recipes.embeddings(experiment, "train"), "").folder
+    assert sorted(path.split("/")[0] for path in artifacts(workdir) - before) == ["neighbors", "queries"]
     documents = [item.document for item in open_documents(experiment, store, "train").many(range(4))]
     encoder, vectors = open_clip(experiment, store), []
     for view in range(3):
         keys = query_dropout_keys(experiment.seed, [document.key for document in documents], view)
         text = encoder.embed_texts([document.text for document in documents], drop_keys=keys, drop_rate=0.5)
-        vectors.append(query_embeddings(folder, f"text-{view}" if view else "text")[:4])
+        vectors.append(open_queries(experiment, store, "train", f"text-{view}" if view else "text")[:4])
         np.testing.assert_allclose(vectors[-1], text, atol=1e-5)
     assert not np.allclose(vectors[0], vectors[1], atol=1e-3)
     assert not np.allclose(vectors[1], vectors[2], atol=1e-3)
