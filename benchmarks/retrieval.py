@@ -112,7 +112,8 @@ def clip_like(rng: np.random.Generator, documents: int, queries: int, width: int
     deviations = np.arange(1, width + 1, dtype=np.float32) ** -0.5
     deviations /= np.linalg.norm(deviations)
     rotation = np.linalg.qr(rng.standard_normal((width, width)))[0].astype(np.float32)
-    document_mean, query_mean = rotation[0], 0.35 * rotation[0] + 0.94 * rotation[1]
+    document_mean = rotation[-1]  # hardly any content lies along the means, or a few documents were near all queries
+    query_mean = 0.35 * document_mean + 0.94 * rotation[-2]
     centers = rng.standard_normal((1000, width), np.float32) * (deviations * np.float32(0.8**0.5))
 
     def draw(size: int) -> np.ndarray:

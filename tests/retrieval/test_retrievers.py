@@ -222,13 +222,14 @@ def test_scann_checks_its_leaves(tmp_path: Path):
         Scann(soar_lambda=-1.0)
 
 
-def test_scann_with_soar_has_two_leaves_for_a_document(tmp_path: Path):
+@pytest.mark.parametrize("reorder_dtype", ["float32", "none"])
+def test_scann_with_soar_has_two_leaves_for_a_document(reorder_dtype, tmp_path: Path):
     memory, queries = part_of(embeddings(2000)), queries_of(embeddings(300, seed=1))
     _, exact = Exact().open(memory, tmp_path).search(queries, 10)
     recalls = []
     for number, soar in enumerate((None, 1.5)):
         (tmp_path / str(number)).mkdir()
-        retriever = Scann(num_leaves=40, num_leaves_to_search=3, soar_lambda=soar)
+        retriever = Scann(num_leaves=40, num_leaves_to_search=3, soar_lambda=soar, reorder_dtype=reorder_dtype)
         scores, found = index_of(retriever, memory, tmp_path / str(number)).search(queries, 10)
         assert all(len(set(row)) == len(row) for row in found[(found >= 0).all(1)])
         np.testing.assert_allclose(scores, memory.inner_products(queries.embeddings, found), atol=ATOL)
