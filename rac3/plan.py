@@ -164,7 +164,7 @@ def _problem(experiment: Experiment, line: Line) -> str:
         return (
             f"{line.stage}: {name} takes {_bytes(line.host_bytes)} of host memory, a host has "
             f"{_bytes(scale.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
-            "(--retriever.reorder-dtype int8 of scann), or a host with more"
+            "(--retriever.reorder-dtype int8 or none of scann), or a host with more"
         )
     if scale.gpus and line.gpu_bytes > 1e9 * scale.gpu_memory_gb:
         return (

@@ -1,6 +1,6 @@
 """Maximum inner product search with FAISS, on CPU: any index that its factory can name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,15 @@ class Faiss:
         index = faiss.read_index(str(folder / _FILE), faiss.IO_FLAG_MMAP_IFC)
         self._set_search(index)
         return FaissIndex(self, part, index, type(faiss.downcast_index(index)).__name__ in _KEEP_VECTORS)
+
+    def efforts(self, documents: int) -> dict[str, "Faiss"]:
+        """By the cells (IVF), or the candidates of the graph (HNSW), that are looked at; other indexes have none."""
+        knob = "nprobe" if "IVF" in self.factory else "efSearch" if "HNSW" in self.factory else None
+        if knob is None:
+            return {}
+        others = [each for each in self.search.split(",") if each and not each.startswith(f"{knob}=")]
+        settings = [",".join([f"{knob}={2**step}", *others]) for step in range(0, 9)]
+        return {setting: replace(self, search=setting) for setting in settings}
 
     def _set_search(self, index: Any) -> None:
         if not self.search:

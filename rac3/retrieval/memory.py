@@ -1,6 +1,8 @@
 """The memory: the documents that a retriever searches, in parts that are appended and never rebuilt."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from rac3.config import InputError
 
-_GATHERED_BYTES = 2**26  # of embeddings that `inner_products` holds at once
+_GATHERED_BYTES = 2**24  # of embeddings that a thread of `inner_products` holds at once
 
 
 @runtime_checkable
@@ -90,13 +92,21 @@ class MemoryPart:
         Raises:
           InputError: an embedding holds NaN or infinity.
         """
-        products = np.full(rows.shape, -np.inf, np.float32)
+        products = np.empty(rows.shape, np.float32)
         at_once = max(1, _GATHERED_BYTES // max(4 * rows.shape[1] * self.embed_dim, 1))
-        for some in (slice(start, start + at_once) for start in range(0, len(rows), at_once)):
-            embeddings = self.read(np.maximum(rows[some], 0).ravel()).reshape(*rows[some].shape, -1)
-            found = (embeddings @ queries[some, :, None])[..., 0]
-            products[some] = np.where(rows[some] < 0, np.float32(-np.inf), found)
-        return products
+
+        def fill(start: int) -> None:
+            some = slice(start, start + at_once)
+            # Queries share candidates: a document is read once for all of them.
+            distinct, places = np.unique(np.maximum(rows[some], 0), return_inverse=True)
+            embeddings = self.read(distinct)
+            each = zip(products[some], places.reshape(rows[some].shape), queries[some], strict=True)
+            for found, own, query in each:
+                np.vecdot(embeddings[own], query, out=found)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy gathers and multiplies outside of Python's lock
+            list(threads.map(fill, range(0, len(rows), at_once)))
+        return np.where(rows < 0, np.float32(-np.inf), products)
 
 
 @dataclass(frozen=True, eq=False)

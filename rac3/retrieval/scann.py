@@ -1,7 +1,7 @@
 """Approximate maximum inner product search with ScaNN, on CPU: the default for a memory of any size."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol, runtime_checkable
@@ -25,9 +25,14 @@ class Scann:
     finds the leaves with the longest centers rather than its own.
 
     Building holds the float32 embeddings of a part in host memory: add a large memory in parts. An open index holds the
-    codes, a sixteenth of float32 at two dimensions per block, and the embeddings as `reorder_dtype`. The scores are
-    inner products in float32 for any `reorder_dtype`; the smaller ones only blur which documents come last among the
-    neighbors. Two builds of the same tree are not quite equal; what reproduces is the index once written.
+    codes, a sixteenth of float32 at two dimensions per block, and the embeddings as `reorder_dtype`; with "none" only
+    the codes, and each search reads the embeddings of its candidates from the memory, where they are float32 or may be
+    on disk. The scores are inner products in float32 for any `reorder_dtype`; bfloat16 and int8 only blur which
+    documents come last among the neighbors. Brute force keeps float32. Two builds of the same tree are not quite equal;
+    what reproduces is the index once written.
+
+    `num_leaves_to_search` and `reorder_num_neighbors` take no part in building: an index may be opened with others, for
+    more recall or more speed.
 
     Reference: Guo et al., Accelerating Large-Scale Inference with Anisotropic Vector Quantization (arXiv 1908.10396);
     Sun et al., SOAR: Improved Indexing for Approximate Nearest Neighbor Search (arXiv 2404.00774).
@@ -41,7 +46,7 @@ class Scann:
     dimensions_per_block: int = 2  # embedding dimensions that share one 4-bit code
     anisotropic_quantization_threshold: float = 0.2
     reorder_num_neighbors: int = 128  # candidates by code whose exact scores decide
-    reorder_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # how the index holds the embeddings for that
+    reorder_dtype: Literal["float32", "bfloat16", "int8", "none"] = "float32"  # how the index holds embeddings for that
 
     def __post_init__(self) -> None:
         check_num_neighbors(self.num_neighbors)
@@ -65,8 +70,8 @@ class Scann:
                 f"retriever.reorder_num_neighbors={self.reorder_num_neighbors} is below "
                 f"retriever.num_neighbors={self.num_neighbors}; use at least that, about 8 times as many"
             )
-        if self.reorder_dtype not in ("float32", "bfloat16", "int8"):
-            raise InputError(f"retriever.reorder_dtype={self.reorder_dtype!r} is not float32, bfloat16 or int8")
+        if self.reorder_dtype not in ("float32", "bfloat16", "int8", "none"):
+            raise InputError(f"retriever.reorder_dtype={self.reorder_dtype!r} is not float32, bfloat16, int8 or none")
 
     def build(self, part: MemoryPart, folder: Path) -> None:
         """Writes what ScaNN needs to search, with paths relative to `folder`; nothing for a part without documents.
@@ -81,25 +86,23 @@ class Scann:
         scann = _import_scann()
         builder = scann.scann_ops_pybind.builder(part.read(slice(0, size)), self.num_neighbors, "dot_product")
         if leaves is None or size < _QUANTIZED_FROM:
-            searcher = builder.score_brute_force().build()
+            builder = builder.score_brute_force()
         else:
-            searcher = (
-                builder.tree(
-                    num_leaves=leaves,
-                    num_leaves_to_search=min(self.num_leaves_to_search or math.ceil(leaves / 20), leaves),
-                    # k-means wants tens of points per center: ScaNN's own 100,000 starve a tree of 12,000 leaves.
-                    training_sample_size=max(100_000, 40 * leaves),
-                    spherical=self.spherical,
-                    soar_lambda=self.soar_lambda,
-                )
-                .score_ah(
-                    self.dimensions_per_block,
-                    anisotropic_quantization_threshold=self.anisotropic_quantization_threshold,
-                )
-                .reorder(self.reorder_num_neighbors, quantize=scann.ReorderType[self.reorder_dtype.upper()])
-                .build()
+            builder = builder.tree(
+                num_leaves=leaves,
+                num_leaves_to_search=self._searched(leaves),
+                # k-means wants tens of points per center: ScaNN's own 100,000 starve a tree of 12,000 leaves.
+                training_sample_size=max(100_000, 40 * leaves),
+                spherical=self.spherical,
+                soar_lambda=self.soar_lambda,
+            ).score_ah(
+                self.dimensions_per_block,
+                anisotropic_quantization_threshold=self.anisotropic_quantization_threshold,
             )
-        searcher.serialize(str(folder), relative_path=True)
+            if self.reorder_dtype != "none":
+                kept_as = scann.ReorderType[self.reorder_dtype.upper()]
+                builder = builder.reorder(self.reorder_num_neighbors, quantize=kept_as)
+        builder.build().serialize(str(folder), relative_path=True)
 
     def open(self, part: MemoryPart, folder: Path) -> "ScannIndex":
         if len(part) == 0:
@@ -113,22 +116,29 @@ class Scann:
         """k-means on a sample (ten rounds), every vector to its nearest leaf, and its 4-bit codes; then, for a query,
         all centers, the codes of the leaves searched (a table look-up for each counts as one), and the reordering."""
         vectors = 4.0 * documents * width
-        kept = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.25}[self.reorder_dtype] * vectors
+        kept = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.25, "none": 0.0}[self.reorder_dtype] * vectors
         leaves = self.leaves_for(documents)
         if leaves is None:
             return Needs(2 * vectors, vectors, disk_bytes=vectors, query_flops=2.0 * documents * width)
-        codes = documents * width / self.dimensions_per_block / 2
+        codes = documents * width / self.dimensions_per_block / 2 * (1 if self.soar_lambda is None else 2)
         sample = min(documents, max(100_000, 40 * leaves))
-        searched = self.num_leaves_to_search or math.ceil(leaves / 20)
         return Needs(
             build_bytes=vectors + kept + codes,
             search_bytes=kept + codes,
-            disk_bytes=kept + codes,
+            disk_bytes=kept + 2 * codes,  # a byte each in the file
             build_flops=2.0 * leaves * width * (10 * sample + documents),
             query_flops=2.0 * leaves * width
-            + documents * searched / leaves * width / self.dimensions_per_block
+            + documents * self._searched(leaves) / leaves * width / self.dimensions_per_block
             + 2.0 * self.reorder_num_neighbors * width,
         )
+
+    def efforts(self, documents: int) -> dict[str, "Scann"]:
+        """By the leaves that are searched: from one in a hundred or so, twice as many each time."""
+        leaves = self.leaves_for(documents)
+        if leaves is None:
+            return {}
+        searched = sorted({min(leaves, max(1, leaves // 128) * 2**step) for step in range(9)})
+        return {f"{each} of {leaves} leaves": replace(self, num_leaves_to_search=each) for each in searched}
 
     def leaves_for(self, size: int) -> int | None:
         """Leaves of the tree over `size` documents; None for brute force.
@@ -145,11 +155,19 @@ class Scann:
             )
         return self.num_leaves
 
+    def _searched(self, leaves: int) -> int:
+        """Leaves that a query goes into."""
+        return min(self.num_leaves_to_search or math.ceil(leaves / 20), leaves)
+
 
 @runtime_checkable
 class _Searcher(Protocol):
     def search_batched_parallel(
-        self, queries: np.ndarray, final_num_neighbors: int, pre_reorder_num_neighbors: int
+        self,
+        queries: np.ndarray,
+        final_num_neighbors: int,
+        pre_reorder_num_neighbors: int,
+        leaves_to_search: int | None,
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
@@ -169,14 +187,18 @@ class ScannIndex:
         if self.searcher is None or len(queries) == 0 or wanted == 0:
             return scores, rows
         embeddings = np.ascontiguousarray(queries.embeddings, np.float32)
+        size, config = len(self.part), self.config
+        leaves = config.leaves_for(size)
+        candidates = min(max(wanted, config.reorder_num_neighbors), size)
         found, products = self.searcher.search_batched_parallel(
             embeddings,
-            final_num_neighbors=wanted,
-            pre_reorder_num_neighbors=max(wanted, self.config.reorder_num_neighbors),
+            final_num_neighbors=candidates if config.reorder_dtype == "none" else wanted,
+            pre_reorder_num_neighbors=candidates,
+            leaves_to_search=None if leaves is None else config._searched(leaves),
         )
         missing = np.isnan(products)  # the leaves that were searched hold fewer documents; the row is 0 there
         found = np.where(missing, -1, found.astype(np.int64))
-        if self.config.reorder_dtype != "float32":
+        if config.reorder_dtype != "float32":
             products = self.part.inner_products(embeddings, found)
         products = np.where(missing, np.float32(-np.inf), products)
         scores[:, :wanted], rows[:, :wanted] = ranked(products, found, wanted)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
-from rac3.retrieval.retriever import Index, Queries, Retriever, no_candidates, ranked, search_memory
+from rac3.retrieval.retriever import Index, Queries, Retriever, Tunable, no_candidates, ranked, search_memory
 from rac3.retrieval.scann import Scann
 
 EMBED = 15  # odd: ScaNN codes pairs of dimensions
@@ -58,6 +58,7 @@ SEARCHERS = [
     Scann(num_leaves=1, num_leaves_to_search=1),
     Scann(num_leaves=1, reorder_dtype="bfloat16"),
     Scann(num_leaves=1, reorder_dtype="int8"),
+    Scann(num_leaves=1, reorder_dtype="none"),
 ]
 if importlib.util.find_spec("faiss"):
     SEARCHERS += [
@@ -123,7 +124,7 @@ def test_inner_products_agree_with_sorting_all_of_them(retriever: Retriever, tmp
     scores, rows = index_of(retriever, part_of(memory), tmp_path).search(queries, 12)
     np.testing.assert_allclose(scores, np.take_along_axis(products, rows, axis=1), atol=ATOL)
     best = -np.sort(-products, axis=1)[:, :12]
-    rounded = isinstance(retriever, Scann) and retriever.reorder_dtype != "float32"
+    rounded = isinstance(retriever, Scann) and retriever.reorder_dtype in ("bfloat16", "int8")
     rounded = rounded or (isinstance(retriever, Faiss) and "SQ8" in retriever.factory)
     # int8 moves a product by at most half a step (0.6 / 127) times the query's L1 norm (3.9), so it may swap two
     # neighbors that lie within twice that; bfloat16 moves it less.
@@ -221,18 +222,76 @@ def test_scann_checks_its_leaves(tmp_path: Path):
         Scann(soar_lambda=-1.0)
 
 
-def test_scann_with_soar_has_two_leaves_for_a_document(tmp_path: Path):
+@pytest.mark.parametrize("reorder_dtype", ["float32", "none"])
+def test_scann_with_soar_has_two_leaves_for_a_document(reorder_dtype, tmp_path: Path):
     memory, queries = part_of(embeddings(2000)), queries_of(embeddings(300, seed=1))
     _, exact = Exact().open(memory, tmp_path).search(queries, 10)
     recalls = []
     for number, soar in enumerate((None, 1.5)):
         (tmp_path / str(number)).mkdir()
-        retriever = Scann(num_leaves=40, num_leaves_to_search=3, soar_lambda=soar)
+        retriever = Scann(num_leaves=40, num_leaves_to_search=3, soar_lambda=soar, reorder_dtype=reorder_dtype)
         scores, found = index_of(retriever, memory, tmp_path / str(number)).search(queries, 10)
         assert all(len(set(row)) == len(row) for row in found[(found >= 0).all(1)])
         np.testing.assert_allclose(scores, memory.inner_products(queries.embeddings, found), atol=ATOL)
         recalls.append(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]))
     assert recalls[1] > recalls[0]
+
+
+@pytest.mark.parametrize("reorder_dtype", ["float32", "none"])
+def test_scann_searches_one_index_with_as_much_effort_as_it_is_opened_for(reorder_dtype, tmp_path: Path):
+    memory, queries = part_of(embeddings(2000)), queries_of(embeddings(300, seed=1))
+    _, exact = Exact().open(memory, tmp_path).search(queries, 10)
+
+    def recall(index: Index) -> float:
+        scores, found = index.search(queries, 10)
+        np.testing.assert_allclose(scores, memory.inner_products(queries.embeddings, found), atol=ATOL)
+        return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]))
+
+    for name, built in (("little", Scann(10, 40, 1, reorder_num_neighbors=10)), ("much", Scann(10, 40, 40))):
+        retriever = replace(built, reorder_dtype=reorder_dtype)
+        (tmp_path / name).mkdir()
+        retriever.build(memory, tmp_path / name)
+        efforts = [
+            replace(retriever, num_leaves_to_search=leaves, reorder_num_neighbors=candidates)
+            for leaves, candidates in ((1, 10), (1, 100), (5, 100), (40, 2000))
+        ]
+        recalls = [recall(effort.open(memory, tmp_path / name)) for effort in efforts]
+        assert (np.diff(recalls) > 0).all(), recalls
+        assert recalls[-1] == 1.0  # every document is in a leaf that is searched, and its exact score is computed
+
+
+@pytest.mark.parametrize(
+    ("retriever", "least", "most"),
+    [
+        (Scann(num_leaves=40), "1 of 40 leaves", "40 of 40 leaves"),
+        (Faiss(factory="IVF40,Flat", search="nprobe=5"), "nprobe=1", "nprobe=256"),
+        (Faiss(factory="HNSW8"), "efSearch=1", "efSearch=256"),
+    ],
+)
+def test_efforts_search_one_index_better_and_better(retriever, least: str, most: str, tmp_path: Path):
+    memory, queries = part_of(embeddings(2000)), queries_of(embeddings(300, seed=1))
+    _, exact = Exact().open(memory, tmp_path).search(queries, 10)
+    assert isinstance(retriever, Tunable)
+    retriever.build(memory, tmp_path)
+    recalls = {}
+    for name, setting in retriever.efforts(2000).items():
+        _, found = setting.open(memory, tmp_path).search(queries, 10)
+        recalls[name] = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)])
+    assert next(iter(recalls)) == least
+    assert list(recalls)[-1] == most
+    assert recalls[least] < 0.9 < 0.95 < recalls[most]
+    assert not Scann().efforts(2000)
+    assert not Faiss(factory="Flat").efforts(2000)
+
+
+def test_scann_without_vectors_of_its_own_holds_the_codes_alone(tmp_path: Path):
+    memory = part_of(unit(np.random.default_rng(0).normal(size=(4000, 64))))
+    retriever = Scann(num_leaves=20, reorder_dtype="none")
+    retriever.build(memory, tmp_path)
+    written = sum(file.stat().st_size for file in tmp_path.iterdir())
+    codes, leaf_of_each, vectors = 4000 * 64 / 2, 4000 * 4, 4000 * 64 * 4
+    assert retriever.needs(4000, 64).disk_bytes == codes
+    assert codes + leaf_of_each <= written < codes + leaf_of_each + vectors / 40  # and 20 centers, and a codebook
 
 
 def test_the_parts_are_searched_at_once():
