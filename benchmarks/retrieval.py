@@ -379,9 +379,9 @@ def selection(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> 
             "on disk": select_of(data.queries, ids, Memory((part_of(stored),))),
         }
         times = interleaved(calls, rounds)
-        kept = [int((call().ids >= 0).sum()) / len(ids) for call in calls.values()]
-        for case, documents_each in zip(times, kept, strict=True):
-            yield rate_row("selection", data, times, case, selected_per_query=documents_each)
+        kept = int((calls["in memory"]().ids >= 0).sum()) / len(ids)
+        for case in times:
+            yield rate_row("selection", data, times, case, selected_per_query=kept)
 
 
 def select_of(queries: np.ndarray, ids: np.ndarray, memory: Memory) -> Callable[[], Selected]:
