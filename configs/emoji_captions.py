@@ -16,6 +16,7 @@ from rac3.generation.sampling import Sampling
 from rac3.model.transformer import TransformerConfig
 from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.scann import Scann
+from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
 from rac3.tokens.vqgan import VQGANConfig
 from rac3.training.loop import TrainingConfig
@@ -62,6 +63,9 @@ def get_config() -> Experiment:
             fit=FitConfig(steps=800, batch=128, peak_lr=1e-3),
         ),
         retriever=Scann(num_neighbors=32),
+        selection=Selection(
+            max_similarity=0.98
+        ),  # 0.9 would drop most pictures of the same subject, as this CLIP sees them
         batches=BatchConfig(context_length=448, row_length=512, rows=8, candidates=4, read_threads=1),
         model=TransformerConfig(
             num_layers=4, embed=192, num_heads=6, mlp=768, dtype="float32", remat="none", init_std=0.02

@@ -21,7 +21,7 @@ from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates
 
 _GROUP = 32  # documents whose best score decides whether the others are looked at
-_TILE_ON_CPU = 256, 8192  # queries x documents that are scored at once: 8 MiB of scores, which stay in its cache
+_TILE_ON_CPU = 512, 16_384  # queries x documents that are scored at once: 32 MiB of scores
 _TILE = 1024, 65_536
 _HOST_BYTES = 2**30  # of a part's embeddings that stay in memory between searches, where the device is the host
 _SEARCHING = threading.Lock()  # programs of all devices must reach each of them in one order
@@ -35,7 +35,7 @@ class Exact:
     The memory streams through the devices in blocks, a share of the documents to each, so it may be larger than all of
     them together, and is read once per call of `search`: ask many queries at a time. Blocks stay on the devices as
     long as half of their memory is free (1 GiB in all on CPU), so that the next call reads only the rest. Beside them
-    a device holds two blocks, `query_rows` queries, and the scores of a tile (0.3 GB; 8 MB on CPU).
+    a device holds two blocks, `query_rows` queries, and the scores of a tile (0.3 GB; 34 MB on CPU).
 
     In a run of several processes (`jax.distributed`) each reads and searches its share of the documents only: all
     processes must call `search`, with the same queries and in the same order, and all get the same result.
@@ -90,8 +90,11 @@ class ExactIndex:
         devices = jax.devices()
         self.mesh = Mesh(np.array(devices), ("device",), axis_types=(AxisType.Auto,))
         self.tile_queries, tile_rows = _TILE_ON_CPU if devices[0].platform == "cpu" else _TILE
-        # A small part has a power of two of rows, so that parts of many sizes share what is compiled.
-        rows = min(config.block_rows, 1 << (-(-len(part) // len(devices)) - 1).bit_length())
+        # Blocks of equal size, in steps of a 32nd or less: little padding, and parts of many sizes share what is
+        # compiled.
+        each = max(1, -(-len(part) // len(devices)))
+        rows = -(-each // -(-each // config.block_rows))
+        rows = min(_round_up(rows, 1 << max(0, rows.bit_length() - 6)), config.block_rows)
         self.tiles = -(-rows // tile_rows)
         self.block_rows = _round_up(rows, self.tiles * _GROUP)
         self._kept: dict[int, Array] = {}  # blocks that stay on the devices, by number
@@ -171,14 +174,15 @@ class ExactIndex:
         return -(-len(self.part) // (self.mesh.size * self.block_rows))
 
     def _load(self, number: int) -> Float[Array, "documents embed"]:
-        """A block, each process its own devices' documents; zeros behind the last. Within a tile the first documents
-        of all groups come first, then the second ones, ...: the best of a group is then a maximum of whole vectors."""
+        """A block, each process its own devices' documents; behind the last, copies of it. Within a tile the first
+        documents of all groups come first, then the second ones, ...: the best of a group is then a maximum of whole
+        vectors."""
         start = number * self.mesh.size * self.block_rows
 
         def read(index: Any) -> np.ndarray:
             first = start + (index[0].start or 0)
             rows = self.part.read(slice(first, min(first + self.block_rows, len(self.part))))
-            rows = np.pad(rows, ((0, self.block_rows - len(rows)), (0, 0)))
+            rows = np.pad(rows, ((0, self.block_rows - len(rows)), (0, 0)), "edge" if len(rows) else "constant")
             groups = rows.reshape(self.tiles, -1, _GROUP, rows.shape[1])
             return np.ascontiguousarray(groups.swapaxes(1, 2)).reshape(rows.shape)
 
@@ -247,7 +251,8 @@ def _search_tile(
 
     A sort of every row of scores would cost more than the scores. The best c documents of a tile are in the c groups
     whose maxima are highest: c others would be above any that is not. So two short sorts do: of the groups' maxima,
-    and of the documents of c groups. Groups are runs of the memory, hence this holds for ties as well.
+    and of the documents of c groups. Groups are runs of the memory, hence this holds for ties as well. Padding copies
+    the last document, so that it raises no maximum of a group that has documents.
 
     Args:
       first: place of the tile in its block.
@@ -257,14 +262,13 @@ def _search_tile(
         queries, tile, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
     )
     products = products.reshape(len(queries), _GROUP, -1)
-    groups = products.shape[-1]
-    place = first + jnp.arange(groups) * _GROUP + jnp.arange(_GROUP)[:, None]
-    products = jnp.where(place < size, products, -jnp.inf)
-    wanted = scores.shape[1]
-    _, chosen = jax.lax.top_k(products.max(1), min(wanted, groups))
+    groups, wanted = products.shape[-1], scores.shape[1]
+    best_of_each = jnp.where(first + jnp.arange(groups) * _GROUP < size, products.max(1), -jnp.inf)
+    _, chosen = jax.lax.top_k(best_of_each, min(wanted, groups))
     chosen = jnp.sort(chosen, axis=1)
     near = jnp.take_along_axis(products, chosen[:, None], axis=2).swapaxes(1, 2).reshape(len(queries), -1)
     near_places = (first + chosen[..., None] * _GROUP + jnp.arange(_GROUP)).reshape(near.shape)
+    near = jnp.where(near_places < size, near, -jnp.inf)
     return _top(jnp.concatenate([scores, near], 1), jnp.concatenate([places, near_places], 1), wanted)
 
 
