@@ -2,20 +2,20 @@
 
 neighbors   of training documents: none is the document itself, repeats its text or its image, is more similar to it
             than selection allows, or is withdrawn
-groups      as training packs them: the ids of a document's image stand in none of the documents retrieved for it
+groups      as training packs them: no document beside the main one has its ids of the image, or of the text
 held out    queries: the vector of a text is that of the text alone, and of an image that of the image alone, so that
             the target had no part in what was retrieved; and nothing retrieved is a copy of the target
 """
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from rac3.artifacts import Workdir, write_atomic
-from rac3.batches.packing import MAIN_IMAGE, RETRIEVED_IMAGE
 from rac3.config import InputError
 from rac3.experiment import Experiment, Split
 from rac3.progress import Progress
@@ -28,7 +28,7 @@ from rac3.stages.retrieve import read_neighbors
 from rac3.stages.train import training_stream
 
 DOCUMENTS_AT_ONCE = 8192
-ROWS = 64  # packed rows that are read
+GROUPS = 1024  # of training, whose documents are read
 QUERIES = 256  # held-out documents that are embedded again
 NAMED = 20  # leaks that are named
 ROUNDING = 1e-5  # of inner products of float32 vectors
@@ -43,10 +43,11 @@ class Findings:
     leaks: Counter[str] = field(default_factory=Counter)
     named: list[str] = field(default_factory=list)
 
-    def leak(self, what: str, where: str) -> None:
-        self.leaks[what] += 1
-        if len(self.named) < NAMED:
-            self.named.append(f"{what}: {where}")
+    def add(self, what: str, count: int, names: Sequence[str]) -> None:
+        """Leaks of one kind, the first of them by name."""
+        if count:
+            self.leaks[what] += count
+            self.named += [f"{what}: {name}" for name in names[: NAMED - len(self.named)]]
 
 
 def audit(experiment: Experiment, workdir: Workdir) -> str:
@@ -108,35 +109,24 @@ def _name_leaks(
     ids: Int[np.ndarray, "documents neighbors"],
     where: Bool[np.ndarray, "documents neighbors"],
 ) -> None:
-    for row, column in np.argwhere(where):
-        keys = "(many)"
-        if len(findings.named) < NAMED:
-            keys = " -> ".join(opened.document(int(i)).document.key for i in (main[row], ids[row, column]))
-        findings.leak(what, keys)
+    places = np.argwhere(where)
+    pairs = [(int(main[row]), int(ids[row, column])) for row, column in places[:NAMED]]
+    keys = [" -> ".join(opened.document(number).document.key for number in pair) for pair in pairs]
+    findings.add(what, len(places), keys)
 
 
 def _audit_groups(experiment: Experiment, workdir: Workdir, findings: Findings) -> None:
-    """The tokens of the first rows that training packs."""
+    """The documents that stand together in the first groups that training packs, by their ids."""
     vocabulary = vocabulary_of(open_text(experiment, workdir), open_vqgan(experiment, workdir))
     stream = training_stream(experiment, workdir, vocabulary)
-    plan = stream.plan(0)
-    for number in range(min(ROWS, len(plan.rows))):
-        row = stream.row(plan, number)
-        for segment in range(1, int(row.segments.max()) + 1):
-            here = row.segments == segment
-            main, retrieved = (
-                np.asarray(row.targets[here & (row.kind == kind)]) for kind in (MAIN_IMAGE, RETRIEVED_IMAGE)
-            )
-            findings.counts["packed groups"] += 1
-            if len(main) and _contains(retrieved, main):
-                findings.leak("packed group with its main image among the retrieved", f"row {number}, group {segment}")
-
-
-def _contains(ids: Int[np.ndarray, " n"], wanted: Int[np.ndarray, " m"]) -> bool:
-    """Whether `wanted` stands in `ids`, in one piece."""
-    if len(ids) < len(wanted):
-        return False
-    return bool((np.lib.stride_tricks.sliding_window_view(ids, len(wanted)) == wanted).all(axis=1).any())
+    plan, leaks = stream.plan(0), []
+    for group in range(min(GROUPS, len(plan.main))):
+        retrieved = plan.neighbors[group][plan.neighbors[group] >= 0].tolist()
+        *others, main = stream.documents.many([*retrieved, int(plan.main[group])])
+        ids = {part.tobytes() for part in main.ids}
+        leaks += [f"{main.document.key} -> {other.document.key}" for other in others if ids & {x.tobytes() for x in other.ids}]
+        findings.counts["groups of training"] += 1
+    findings.add("group of training whose main image or text is among the retrieved", len(leaks), leaks)
 
 
 def _audit_queries(experiment: Experiment, workdir: Workdir, split: Split, findings: Findings) -> None:
@@ -154,10 +144,10 @@ def _audit_queries(experiment: Experiment, workdir: Workdir, split: Split, findi
         )
         stored = open_queries(experiment, workdir, split, part)[np.array(rows)]
         limit = SAME_VECTOR[experiment.embedding_dtype] + (2e-2 if experiment.clip.dtype == "bfloat16" else 0)
-        for row, away in zip(rows, np.abs(stored - alone).max(axis=1), strict=True):
-            findings.counts[f"{split}: queries embedded again"] += 1
-            if away > limit:
-                findings.leak(f"{split}: {part} query that is not of the {part} alone", items[row].key)
+        away = np.abs(stored - alone).max(axis=1) > limit
+        findings.counts[f"{split}: queries embedded again"] += len(rows)
+        wrong = [items[rows[number]].key for number in np.flatnonzero(away)]
+        findings.add(f"{split}: {part} query that is not of the {part} alone", len(wrong), wrong)
 
 
 def _audit_targets(experiment: Experiment, workdir: Workdir, split: Split, findings: Findings) -> None:
@@ -175,7 +165,7 @@ def _audit_targets(experiment: Experiment, workdir: Workdir, split: Split, findi
             copies = (found >= 0) & (theirs[name][np.maximum(found, 0)] == own) & (own != 0)
             findings.counts[f"{split}: documents retrieved"] += int((found >= 0).sum())
             target = "image" if part == "text" else "text"
-            for row, column in np.argwhere(copies):
-                key = documents[start + int(row)].document.key
-                copy = opened.document(int(found[row, column])).document.key
-                findings.leak(f"{split}: {target} that is retrieved", f"{key} -> {copy}")
+            places = np.argwhere(copies)
+            pairs = [(start + int(row), int(found[row, column])) for row, column in places[:NAMED]]
+            keys = [f"{documents[asked].document.key} -> {opened.document(copy).document.key}" for asked, copy in pairs]
+            findings.add(f"{split}: {target} that is retrieved", len(places), keys)

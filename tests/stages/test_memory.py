@@ -185,7 +185,7 @@ def test_the_audit_finds_what_leaks(workdir: Path, tmp_path: Path):
     found = json.loads((workdir / "report" / "audit.json").read_text())
     assert found["leaks"] == {}
     assert found["counts"]["neighbors of training documents"] > 100
-    assert found["counts"]["packed groups"] > 30
+    assert found["counts"]["groups of training"] > 30
     assert found["counts"]["test: queries embedded again"] == 8
 
     def leaks(says: str, path: Path, change: Callable[[Path], None]) -> None:
@@ -205,6 +205,8 @@ def test_the_audit_finds_what_leaks(workdir: Path, tmp_path: Path):
 
     neighbors = store.require(recipes.neighbors(experiment, "train"), "").folder
     leaks("1 x training document retrieves itself", neighbors / "ids", lambda path: rewrite(path, itself))
+    own = np.arange(36)[:, None, None]
+    leaks("x group of training whose main image", neighbors / "ids", lambda path: rewrite(path, lambda ids: ids * 0 + own))
     documents = store.require(recipes.documents(experiment, "train"), "").folder
     same = np.full(36, 7, np.uint64)
     for column in ("text_hashes", "image_hashes"):
