@@ -239,7 +239,7 @@ LEAVES_SEARCHED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def grids(sizes: Sizes) -> dict[str, Grid]:
-    leaves, width = round(sizes.documents**0.5), sizes.width
+    width = sizes.width
 
     def scann(searched: int, reordered: int) -> dict[str, Any]:
         return {"num_leaves_to_search": searched, "reorder_num_neighbors": reordered}
@@ -249,13 +249,14 @@ def grids(sizes: Sizes) -> dict[str, Grid]:
 
     candidates = (20, 30, 40, 60, 80, 120, 160, 240, 320)
     found = {}
-    for block, soar in ((2, None), (2, 1.5), (4, None), (4, 1.5)):
-        retriever = Scann(num_neighbors=K, num_leaves=leaves, dimensions_per_block=block, soar_lambda=soar)
-        found[f"scann {block} per block, soar {soar}"] = Grid(retriever, scann, candidates)
-    for codes in (f"PQ{width // 2}x4fs", f"PQ{width // 2}x4fsr", f"PQ{width // 4}x4fsr"):
-        factory = f"IVF{leaves},{codes},RFlat"
-        factors = tuple(number // K for number in candidates)
-        found[f"faiss {factory}"] = Grid(Faiss(num_neighbors=K, factory=factory), faiss, factors)
+    for leaves in (round(sizes.documents**0.5), round(3 * sizes.documents**0.5)):
+        for block in (2, 4):
+            retriever = Scann(num_neighbors=K, num_leaves=leaves, dimensions_per_block=block)
+            found[f"scann {leaves} leaves, {block} per code"] = Grid(retriever, scann, candidates)
+        for codes in (f"PQ{width // 2}x4fs", f"PQ{width // 4}x4fsr"):
+            factory = f"IVF{leaves},{codes},RFlat"
+            factors = tuple(number // K for number in candidates)
+            found[f"faiss {factory}"] = Grid(Faiss(num_neighbors=K, factory=factory), faiss, factors)
     return found
 
 

@@ -124,7 +124,9 @@ def _audit_groups(experiment: Experiment, workdir: Workdir, findings: Findings) 
         retrieved = plan.neighbors[group][plan.neighbors[group] >= 0].tolist()
         *others, main = stream.documents.many([*retrieved, int(plan.main[group])])
         ids = {part.tobytes() for part in main.ids}
-        leaks += [f"{main.document.key} -> {other.document.key}" for other in others if ids & {x.tobytes() for x in other.ids}]
+        leaks += [
+            f"{main.document.key} -> {other.document.key}" for other in others if ids & {x.tobytes() for x in other.ids}
+        ]
         findings.counts["groups of training"] += 1
     findings.add("group of training whose main image or text is among the retrieved", len(leaks), leaks)
 

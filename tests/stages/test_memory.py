@@ -206,7 +206,8 @@ def test_the_audit_finds_what_leaks(workdir: Path, tmp_path: Path):
     neighbors = store.require(recipes.neighbors(experiment, "train"), "").folder
     leaks("1 x training document retrieves itself", neighbors / "ids", lambda path: rewrite(path, itself))
     own = np.arange(36)[:, None, None]
-    leaks("x group of training whose main image", neighbors / "ids", lambda path: rewrite(path, lambda ids: ids * 0 + own))
+    whole = lambda path: rewrite(path, lambda ids: ids * 0 + own)  # noqa: E731
+    leaks("x group of training whose main image", neighbors / "ids", whole)
     documents = store.require(recipes.documents(experiment, "train"), "").folder
     same = np.full(36, 7, np.uint64)
     for column in ("text_hashes", "image_hashes"):
