@@ -191,7 +191,7 @@ def test_scann_tree_recalls_what_exact_finds(tmp_path: Path):
     centers = 1.5 * rng.normal(size=(100, 32)) + 0.7
     memory = part_of(unit(centers[rng.integers(0, 100, 20_000)] + rng.normal(size=(20_000, 32))))
     queries = queries_of(memory.read(slice(0, 200)))
-    assert Scann().leaves_for(len(memory)) == 141
+    assert Scann().leaves_for(len(memory)) == 424
     _, exact = Exact().open(memory, tmp_path).search(queries, 16)
     scores, found = index_of(Scann(), memory, tmp_path).search(queries, 16)
     recall = np.mean([len(set(a) & set(b)) / 16 for a, b in zip(exact, found, strict=True)])
@@ -210,7 +210,7 @@ def test_scann_pads_where_the_leaves_it_searches_run_out(tmp_path: Path):
 
 
 def test_scann_checks_its_leaves(tmp_path: Path):
-    with pytest.raises(InputError, match=r"retriever\.num_leaves=4000 .* 1000 documents .* at most 1000, about 32"):
+    with pytest.raises(InputError, match=r"retriever\.num_leaves=4000 .* 1000 documents .* at most 1000, about 95"):
         Scann(num_leaves=4000).build(part_of(embeddings(1000)), tmp_path)
     with pytest.raises(InputError, match="num_leaves_to_search=9 exceeds"):
         Scann(num_leaves=8, num_leaves_to_search=9)
