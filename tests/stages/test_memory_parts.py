@@ -36,6 +36,8 @@ from rac3.stages.train import training_stream
 TINY = tiny_config.__file__
 Run = Callable[..., int]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
