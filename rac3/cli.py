@@ -309,6 +309,8 @@ def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workd
     if stage != "run":
         trained = dataclasses.replace(experiment, retriever=configured.retriever, takedowns=configured.takedowns)
     if without_model:
+        retrieve.index(experiment, workdir)
+        retrieve.retrieve(experiment, workdir)
         print(retrieval_summary(evaluate_retrieval(experiment, workdir)))
         print(f"report: {retrieval_report(experiment, workdir)}")
     elif stage in ("run", "evaluate"):

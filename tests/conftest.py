@@ -1,6 +1,9 @@
-"""Eight fake CPU devices for every test, jaxtyping shapes checked at run time, and the marker for the shared data."""
+"""Eight fake CPU devices for every test, jaxtyping shapes checked at run time, and what many tests start from."""
 
 import os
+import shutil
+import sys
+from collections.abc import Callable
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 # Programs of a few steps: most of the time would go into compiling them well.
@@ -34,3 +37,25 @@ def finished_workdir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     run(["run", str(config), "--workdir", str(workdir)])
     return config, workdir
+
+
+@pytest.fixture
+def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return shutil.copytree(finished_workdir[1], tmp_path / "tiny")
+
+
+@pytest.fixture
+def rac3(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command in this process; gives its exit code."""
+    from rac3.cli import main
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["rac3", *arguments])
+        try:
+            main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run

@@ -18,7 +18,7 @@ import pytest
 
 from rac3.arrays import read_array
 from rac3.artifacts import MANIFEST, Workdir
-from rac3.cli import main, parse
+from rac3.cli import parse
 from rac3.config import load_config_module
 from rac3.experiment import Experiment
 from rac3.retrieval.faiss import Faiss
@@ -34,6 +34,7 @@ TINY = str(ROOT / "tests" / "tiny_config.py")
 COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]
 
 Refused = Callable[..., str]
+Run = Callable[..., int]
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -46,23 +47,14 @@ def tiny() -> Experiment:
     return load_config_module(TINY).get_config()
 
 
-def rac3(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["rac3", *arguments])
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(rac3: Run, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Runs a command that must fail with one line and exit code 2, and leave `workdir` as it was; gives the line."""
 
     def run(*arguments: str, workdir: Path | None = None) -> str:
         before = tree(workdir) if workdir else {}
         capsys.readouterr()
-        code = rac3(monkeypatch, *arguments, *(["--workdir", str(workdir)] if workdir else []))
+        code = rac3(*arguments, *(["--workdir", str(workdir)] if workdir else []))
         progress = re.compile(r"(read|fit|index|ingest|embed|retrieve)\b")
         lines = [line for line in capsys.readouterr().err.splitlines() if not progress.match(line)]
         assert code == 2
@@ -75,12 +67,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return lines[0]
 
     return run
-
-
-@pytest.fixture
-def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of a finished run."""
-    return shutil.copytree(finished_workdir[1], tmp_path / "tiny")
 
 
 def write_config(path: Path, body: str) -> str:
@@ -258,10 +244,10 @@ def test_the_real_command_says_one_line_too(tmp_path: Path):
     assert "rac3 encoders" in done.stderr
 
 
-def test_help_lists_what_can_be_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    assert rac3(monkeypatch, "--help") == 0
+def test_help_lists_what_can_be_set(rac3: Run, capsys: pytest.CaptureFixture[str]):
+    assert rac3("--help") == 0
     assert "quickstart" in capsys.readouterr().out
-    assert rac3(monkeypatch, "train", TINY, "--help") == 0
+    assert rac3("train", TINY, "--help") == 0
     out = capsys.readouterr().out
     assert "--optimizer.peak-lr" in out
     assert "retriever:exact" in out
@@ -274,17 +260,17 @@ def test_a_retriever_of_the_command_line_takes_its_options():
     assert experiment.retriever == Faiss(factory="IVF16,PQ8", search="nprobe=4")
 
 
-def test_a_second_run_makes_nothing(monkeypatch: pytest.MonkeyPatch, workdir: Path):
+def test_a_second_run_makes_nothing(rac3: Run, workdir: Path):
     before = {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")}
-    assert rac3(monkeypatch, "run", TINY, "--workdir", str(workdir)) == 0
+    assert rac3("run", TINY, "--workdir", str(workdir)) == 0
     assert {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")} == before
 
 
-def test_the_retriever_is_swapped_on_the_command_line(monkeypatch: pytest.MonkeyPatch, workdir: Path):
+def test_the_retriever_is_swapped_on_the_command_line(rac3: Run, workdir: Path):
     trained = tree(workdir / "train")
     for choice in ("exact", "random"):
         swap = ["--workdir", str(workdir), f"retriever:{choice}", "--retriever.num-neighbors", "16"]
-        assert rac3(monkeypatch, "evaluate", TINY, "--no-compare-with-cm3", *swap) == 0
+        assert rac3("evaluate", TINY, "--no-compare-with-cm3", *swap) == 0
     assert tree(workdir / "train") == trained
     ids = {}
     for manifest in (workdir / "neighbors").glob(f"*/{MANIFEST}"):
@@ -298,11 +284,11 @@ def test_the_retriever_is_swapped_on_the_command_line(monkeypatch: pytest.Monkey
 
 
 def test_documents_named_by_hand_are_all_in_context(
-    monkeypatch: pytest.MonkeyPatch, refused: Refused, workdir: Path, capsys: pytest.CaptureFixture[str]
+    rac3: Run, refused: Refused, workdir: Path, capsys: pytest.CaptureFixture[str]
 ):
     keys = ["memory/000003", "train/000001", "train/000000"]
     prompt = ["--prompt", "a fox", "--samples", "1", "--workdir", str(workdir), "retriever:fixed", "--retriever.keys"]
-    assert rac3(monkeypatch, "generate", TINY, *prompt, *keys) == 0
+    assert rac3("generate", TINY, *prompt, *keys) == 0
     assert re.findall(r"^retrieved (\S+) ", capsys.readouterr().out, re.M) == keys
     assert "no document of train and memory has the key 'nowhere'" in refused("generate", TINY, *prompt, "nowhere")
     assert "retriever.keys names no document" in refused("generate", TINY, *prompt)
@@ -330,14 +316,14 @@ def test_a_prompt_has_one_modality_of_what_is_retrieved(shown: str, hidden: str,
         assert (vocabulary.is_text(sequence.ids) | vocabulary.is_image(sequence.ids)).any()
 
 
-def test_a_retriever_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workdir: Path):
+def test_a_retriever_of_ones_own(rac3: Run, tmp_path: Path, workdir: Path):
     """The example of the README, over the tiny config rather than the quickstart."""
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)]
     example = example.replace("from rac3.configs.quickstart import get_config as base", "base = lambda: tiny")
     config = write_config(tmp_path / "mine.py", example.replace('name="word_overlap"', 'name="tiny"'))
     quick = ["--workdir", str(workdir), "--no-compare-with-cm3", "--evaluation.no-control"]
     for stage in ("index", "retrieve", "train", "evaluate"):
-        assert rac3(monkeypatch, stage, config, *quick, "--training.steps", "2") == 0
+        assert rac3(stage, config, *quick, "--training.steps", "2") == 0
     experiment = load_config_module(config).get_config()
     store = Workdir(workdir, "tiny")
     ids = read_array(store.require(recipes.neighbors(experiment, "train"), "").folder / "ids")
@@ -346,9 +332,7 @@ def test_a_retriever_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.shared_data
-def test_damaged_documents_are_counted(
-    monkeypatch: pytest.MonkeyPatch, refused: Refused, tmp_path: Path, workdir: Path, shared_data: Path
-):
+def test_damaged_documents_are_counted(rac3: Run, refused: Refused, tmp_path: Path, workdir: Path, shared_data: Path):
     body = (
         "from rac3.documents.webdataset import WebDataset\n"
         "data = replace(tiny.data, validation=WebDataset('emoji-captions-corrupt'))\n"
@@ -358,9 +342,9 @@ def test_damaged_documents_are_counted(
     places = ["--data-dir", str(shared_data), "--workdir", str(workdir)]
     # Encoders belong to a data folder; those of one step read documents as well as any.
     quick = [*places, "--vqgan.fit.steps", "1", "--clip.fit.steps", "1"]
-    assert rac3(monkeypatch, "encoders", config, *quick) == 0
+    assert rac3("encoders", config, *quick) == 0
     assert "are damaged, more than max_reject_fraction=0.05" in refused("ingest", config, *quick)
-    assert rac3(monkeypatch, "ingest", config, *quick, "--max-reject-fraction", "0.5") == 0
+    assert rac3("ingest", config, *quick, "--max-reject-fraction", "0.5") == 0
     manifest = next(
         path for path in (workdir / "documents").glob(f"*/{MANIFEST}") if "emoji-captions-corrupt" in path.read_text()
     )

@@ -75,6 +75,7 @@ ORDER = {
     ),
     "retrieval": (
         "clip",
+        "contrastive",
         "siglip",
         "clip_images",
         "clip_weights",

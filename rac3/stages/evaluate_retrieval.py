@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rac3.artifacts import Workdir, write_atomic
+from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.documents.store import DocumentStore
 from rac3.evaluation.recall import pair_recall, recall_at
@@ -37,8 +38,10 @@ def evaluate_retrieval(experiment: Experiment, workdir: Workdir) -> dict[str, An
     """The metrics of retrieval, made or read: by held-out split, of the training neighbors, and of the search.
 
     Raises:
-      InputError: the neighbors are not made yet.
+      InputError: the neighbors are not made yet, or the retriever is `none`.
     """
+    if not recipes.retrieves(experiment):
+        raise InputError("retriever:none retrieves nothing that could be evaluated; name another retriever")
     recipe = recipes.retrieval(experiment)
     artifact = workdir.find(recipe)
     if artifact is None:

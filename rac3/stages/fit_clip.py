@@ -13,9 +13,10 @@ from jaxtyping import Array, PyTree
 from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.experiment import Experiment
-from rac3.retrieval.clip import CLIP, CLIPConfig, contrastive_loss, crop_images, crop_texts
+from rac3.retrieval.clip import CLIP, CLIPConfig
 from rac3.retrieval.clip_checkpoints import TOKENIZER, ClipCheckpoint
 from rac3.retrieval.clip_images import ClipImages
+from rac3.retrieval.contrastive import contrastive_loss, crop_images, crop_texts
 from rac3.retrieval.encoder import ClipText
 from rac3.stages.fitting import Fitting, adam, fit_encoder, one_each
 from rac3.tokens.text import Tokenizer

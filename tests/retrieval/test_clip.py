@@ -15,13 +15,11 @@ from rac3.retrieval.clip import (
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
-    contrastive_loss,
-    crop_images,
-    crop_texts,
     drop_patches,
     drop_text_tokens,
     unit_norm,
 )
+from rac3.retrieval.contrastive import contrastive_loss, crop_images, crop_texts
 
 EOS = 49
 TINY = CLIPConfig(

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ import tiny_config
 from rac3.arrays import read_array
 from rac3.artifacts import MANIFEST, Workdir
 from rac3.batches.loader import StreamState
-from rac3.cli import main, parse
+from rac3.cli import parse
 from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.documents.webdataset import WebDataset
@@ -37,25 +36,6 @@ TINY = tiny_config.__file__
 Run = Callable[..., int]
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of a finished run."""
-    return shutil.copytree(finished_workdir[1], tmp_path / "tiny")
-
-
-@pytest.fixture
-def rac3(monkeypatch: pytest.MonkeyPatch) -> Run:
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["rac3", *arguments])
-        try:
-            main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
 
 
 def write_shard(path: Path, documents: list[Document]) -> None:
@@ -113,6 +93,15 @@ def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path,
     assert artifacts(workdir) == made
     assert rac3("prepare", TINY, *place, "--withdraw-memory", "memory") == 0
     assert sorted(path.split("/")[0] for path in artifacts(workdir) - made) == ["neighbors", "neighbors"]
+
+
+def test_retrieval_is_evaluated_with_any_retriever(workdir: Path, rac3: Run, capsys):
+    command = ["evaluate", TINY, "--workdir", str(workdir), "--task", "retrieval"]
+    assert rac3(*command, "retriever:random", "--retriever.num-neighbors", "16") == 0
+    assert "Random, as configured: " in capsys.readouterr().out
+    assert (workdir / "report" / "retrieval.html").is_file()
+    assert rac3(*command, "retriever:none") == 2
+    assert "retriever:none retrieves nothing that could be evaluated" in capsys.readouterr().err
 
 
 def test_a_wrong_memory_is_refused():

@@ -1,0 +1,74 @@
+"""What fits CLIP: its loss over a batch of pairs, and the augmentations of texts and images."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def crop_texts(
+    key: PRNGKeyArray, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"], share: float
+) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """Augmentation for fitting: `share` of the rows keep only a random number of their first tokens, and `<eos>`.
+
+        <bos> a photo of a cat <eos>  ->  <bos> a photo <eos>
+
+    A caption tells its subject first and its surroundings later, or not at all; cut captions keep the model from
+    relying on the surroundings alone.
+    """
+    which, how_many = jax.random.split(key)
+    last = mask.sum(axis=1) - 1  # the place of <eos>
+    cut = 2 + jnp.floor(jax.random.uniform(how_many, last.shape) * (last - 1)).astype(last.dtype)
+    end = jnp.where(jax.random.uniform(which, last.shape) < share, jnp.minimum(cut, last), last)
+    eos = jnp.take_along_axis(ids, last[:, None], axis=1)
+    places = jnp.arange(ids.shape[1])
+    return jnp.where(places == end[:, None], eos, jnp.where(places < end[:, None], ids, 0)), places <= end[:, None]
+
+
+def crop_images(
+    key: PRNGKeyArray, pixels: Float[Array, "batch size size channel"], smallest: float
+) -> Float[Array, "batch size size channel"]:
+    """Augmentation for fitting: a random square of `smallest` to all of the side, scaled back to the full size."""
+    if smallest >= 1:
+        return pixels
+    size = pixels.shape[1]
+    scale_key, place_key = jax.random.split(key)
+    share = jax.random.uniform(scale_key, (len(pixels),), minval=smallest, maxval=1.0)
+    corner = jax.random.uniform(place_key, (len(pixels), 2)) * (1 - share)[:, None] * size
+
+    def one(image: Array, share: Array, corner: Array) -> Array:
+        scale = jnp.full(2, 1 / share)
+        return jax.image.scale_and_translate(image, image.shape, (0, 1), scale, -corner * scale, "linear")
+
+    return jax.vmap(one)(pixels, share, corner)
+
+
+def contrastive_loss(
+    text: Float[Array, "batch projection"],
+    image: Float[Array, "batch projection"],
+    logit_scale: Float[Array, ""],
+    duplicates: Bool[Array, "batch batch"] | None = None,
+    max_scale: float = 100.0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """CLIP's symmetric InfoNCE over the batch, in nats.
+
+    loss = (CE(s t v^T, diagonal) + CE(s v t^T, diagonal)) / 2, with s = min(exp(logit_scale), max_scale).
+
+    Args:
+      text: vectors of L2 norm 1, row i the caption of image i; under `jit` over a mesh, the global batch.
+      max_scale: 100 in CLIP (section 2.5). A low one leaves room only for what tells most documents apart.
+      duplicates: True where text i also describes image j != i (the same caption): no negative there.
+
+    Returns:
+      the loss, and metrics: `loss`, `accuracy` (share of texts that score their own image highest, duplicates aside).
+    """
+    logits = jnp.exp(jnp.minimum(logit_scale, math.log(max_scale))) * text @ image.T
+    own = jnp.eye(logits.shape[0], dtype=bool)
+    if duplicates is not None:
+        logits = jnp.where(duplicates & ~own, -jnp.inf, logits)
+    matched = jnp.diagonal(logits)
+    to_image = jax.nn.logsumexp(logits, axis=1) - matched
+    to_text = jax.nn.logsumexp(logits, axis=0) - matched
+    loss = (to_image.mean() + to_text.mean()) / 2
+    return loss, {"loss": loss, "accuracy": jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(matched)))}
