@@ -269,6 +269,8 @@ def test_scann_searches_one_index_with_as_much_effort_as_it_is_opened_for(reorde
     ],
 )
 def test_efforts_search_one_index_better_and_better(retriever, least: str, most: str, tmp_path: Path):
+    if isinstance(retriever, Faiss):
+        pytest.importorskip("faiss")
     memory, queries = part_of(embeddings(2000)), queries_of(embeddings(300, seed=1))
     _, exact = Exact().open(memory, tmp_path).search(queries, 10)
     assert isinstance(retriever, Tunable)
