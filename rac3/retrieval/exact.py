@@ -47,7 +47,7 @@ class Exact:
 
     num_neighbors: int = 16
     dtype: Literal["float32", "bfloat16"] = "float32"
-    overscan: int = 16
+    overscan: int = 8
     block_rows: int = 65_536  # documents that a device reads, and searches, at once
     query_rows: int = 1024  # queries that meet a block at once
 
@@ -56,7 +56,7 @@ class Exact:
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"retriever.dtype={self.dtype!r} is not float32 or bfloat16")
         if self.overscan < 0:
-            raise InputError(f"retriever.overscan={self.overscan} is negative; use 0 or more, such as 16")
+            raise InputError(f"retriever.overscan={self.overscan} is negative; use 0 or more, such as 8")
         for field, value in (("block_rows", self.block_rows), ("query_rows", self.query_rows)):
             if value < 1:
                 raise InputError(f"retriever.{field}={value} is below 1; use at least 1, or thousands to be fast")
@@ -174,17 +174,14 @@ class ExactIndex:
         return -(-len(self.part) // (self.mesh.size * self.block_rows))
 
     def _load(self, number: int) -> Float[Array, "documents embed"]:
-        """A block, each process its own devices' documents; behind the last, copies of it. Within a tile the first
-        documents of all groups come first, then the second ones, ...: the best of a group is then a maximum of whole
-        vectors."""
+        """A block, each process its own devices' documents; behind the last, copies of it."""
         start = number * self.mesh.size * self.block_rows
 
         def read(index: Any) -> np.ndarray:
             first = start + (index[0].start or 0)
             rows = self.part.read(slice(first, min(first + self.block_rows, len(self.part))))
-            rows = np.pad(rows, ((0, self.block_rows - len(rows)), (0, 0)), "edge" if len(rows) else "constant")
-            groups = rows.reshape(self.tiles, -1, _GROUP, rows.shape[1])
-            return np.ascontiguousarray(groups.swapaxes(1, 2)).reshape(rows.shape)
+            missing = self.block_rows - len(rows)
+            return np.pad(rows, ((0, missing), (0, 0)), "edge" if len(rows) else "constant") if missing else rows
 
         shape = self.mesh.size * self.block_rows, self.part.embed_dim
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, _BY_DEVICE), read)
@@ -227,7 +224,7 @@ def _search_block(
         empty = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
         found, _ = jax.lax.scan(scan_tile, empty, (jnp.arange(tiles), block.reshape(tiles, -1, embed)))
         if dtype != "float32":
-            found = jax.lax.map(lambda x: _rescore(x[0], x[1], x[2], block, tiles), (*found, by_tile))
+            found = jax.lax.map(lambda x: _rescore(x[0], x[1], x[2], block), (*found, by_tile))
         scores, places = (x.reshape(-1, k + overscan) for x in found)
         rows = jnp.where(scores > -jnp.inf, start + places, -1)
         # top_k keeps the first of equal scores, and what was found in earlier blocks has the lower rows.
@@ -261,12 +258,12 @@ def _search_tile(
     products = jax.lax.dot_general(
         queries, tile, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
     )
-    products = products.reshape(len(queries), _GROUP, -1)
-    groups, wanted = products.shape[-1], scores.shape[1]
-    best_of_each = jnp.where(first + jnp.arange(groups) * _GROUP < size, products.max(1), -jnp.inf)
+    products = products.reshape(len(queries), -1, _GROUP)
+    groups, wanted = products.shape[1], scores.shape[1]
+    best_of_each = jnp.where(first + jnp.arange(groups) * _GROUP < size, products.max(2), -jnp.inf)
     _, chosen = jax.lax.top_k(best_of_each, min(wanted, groups))
     chosen = jnp.sort(chosen, axis=1)
-    near = jnp.take_along_axis(products, chosen[:, None], axis=2).swapaxes(1, 2).reshape(len(queries), -1)
+    near = jnp.take_along_axis(products, chosen[..., None], axis=1).reshape(len(queries), -1)
     near_places = (first + chosen[..., None] * _GROUP + jnp.arange(_GROUP)).reshape(near.shape)
     near = jnp.where(near_places < size, near, -jnp.inf)
     return _top(jnp.concatenate([scores, near], 1), jnp.concatenate([places, near_places], 1), wanted)
@@ -277,15 +274,11 @@ def _rescore(
     places: Int[Array, "queries candidates"],
     queries: Float[Array, "queries embed"],
     block: Float[Array, "documents embed"],
-    tiles: int,
 ) -> tuple[Float[Array, "queries candidates"], Int[Array, "queries candidates"]]:
     """Float32 scores of candidates, in the order of their places."""
     order = jnp.argsort(places, axis=1)
     scores, places = (jnp.take_along_axis(x, order, axis=1) for x in (scores, places))
-    tile_rows = len(block) // tiles
-    tile, inside = places // tile_rows, places % tile_rows
-    stored = tile * tile_rows + inside % _GROUP * (tile_rows // _GROUP) + inside // _GROUP
-    exact = jnp.einsum("qe,qce->qc", queries, block[stored], precision="highest")
+    exact = jnp.einsum("qe,qce->qc", queries, block[places], precision="highest")
     return jnp.where(scores > -jnp.inf, exact, -jnp.inf), places
 
 
