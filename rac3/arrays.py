@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 CHUNK_BYTES = 128 * 2**10  # sequential reads want it larger, random rows smaller
+_ROWS_AT_ONCE = 256  # of those asked for one by one, each of which may lie in a chunk of its own: 32 MB
 SCALES = ".scales"  # of int8 vectors, beside them
 
 VectorDtype = Literal["float32", "bfloat16", "int8"]
@@ -145,8 +146,13 @@ def _read(array: Any, rows: slice | np.ndarray) -> np.ndarray:
         start, stop, step = rows.indices(array.shape[0])
         if step != 1:
             raise ValueError(f"rows are read in steps of 1, not {step}")
-        rows = slice(start, max(start, stop))
-    return np.asarray(array[rows].read().result())
+        return np.asarray(array[start : max(start, stop)].read().result())
+    distinct, places = np.unique(rows, return_inverse=True)
+    found = np.empty((len(distinct), *array.shape[1:]), array.dtype.numpy_dtype)
+    for first in range(0, len(distinct), _ROWS_AT_ONCE):
+        some = slice(first, first + _ROWS_AT_ONCE)
+        found[some] = array[distinct[some]].read().result()
+    return found if np.array_equal(distinct, rows) else found[places]
 
 
 def _spec(path: Path) -> dict[str, Any]:

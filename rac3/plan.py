@@ -18,6 +18,7 @@ from rac3.documents.world import World
 from rac3.experiment import Experiment, Split
 from rac3.retrieval.clip import CLIP
 from rac3.retrieval.retriever import Planned
+from rac3.retrieval.selection import HELD_BYTES
 from rac3.stages import recipes
 from rac3.stages.embed import PARTS
 from rac3.tokens.vqgan import VQGAN
@@ -136,6 +137,7 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
     build_flops = sum(needs.build_flops for needs in parts)
     searching = queries * train.query_flops
     neighbors = 12.0 * queries * experiment.selection.depth  # an id of 8 bytes and a score of 4
+    held = min(HELD_BYTES, 4.0 * width * sum(sizes.values()))  # by the selection
     return [
         Line(
             "index",
@@ -149,7 +151,7 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
             "retrieve",
             searching,
             searching / rate,
-            host_bytes=sum(needs.search_bytes for needs in parts),
+            host_bytes=sum(needs.search_bytes for needs in parts) + held,
             gpu_bytes=max(needs.device_bytes for needs in parts) if scale.gpus else 0.0,
             disk_bytes=neighbors,
             limit="GPUs" if train.on_devices and scale.gpus else "cores",

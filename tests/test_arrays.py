@@ -24,7 +24,7 @@ def test_arrays_come_back_by_rows_and_whole(tmp_path: Path, shape: tuple[int, ..
     half = shape[0] // 2
     for index in (slice(0, half), slice(half, None), slice(-2, 10_000), slice(half, 0)):
         np.testing.assert_array_equal(rows[index], data[index])
-    picked = np.random.default_rng(1).integers(0, max(shape[0], 1), 7 if shape[0] else 0)
+    picked = np.random.default_rng(1).integers(0, max(shape[0], 1), 700 if shape[0] == 1000 else min(shape[0], 7))
     np.testing.assert_array_equal(rows[picked], data[picked])
 
 

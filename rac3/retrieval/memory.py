@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -97,16 +98,31 @@ class MemoryPart:
 
         def fill(start: int) -> None:
             some = slice(start, start + at_once)
-            # Queries share candidates: a document is read once for all of them.
-            distinct, places = np.unique(np.maximum(rows[some], 0), return_inverse=True)
-            embeddings = self.read(distinct)
-            each = zip(products[some], places.reshape(rows[some].shape), queries[some], strict=True)
-            for found, own, query in each:
-                np.vecdot(embeddings[own], query, out=found)
+            held, places = self.held(np.maximum(rows[some], 0))
+            for found, own, query in zip(products[some], places, queries[some], strict=True):
+                np.vecdot(held[own], query, out=found)
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy gathers and multiplies outside of Python's lock
             list(threads.map(fill, range(0, len(rows), at_once)))
         return np.where(rows < 0, np.float32(-np.inf), products)
+
+    def held(
+        self, rows: Int[np.ndarray, "*rows"]
+    ) -> tuple[Float[np.ndarray, "documents embed"], Int[np.ndarray, "*rows"]]:
+        """Embeddings in host memory, those of `rows` among them, and the place of each: of the whole part if it lies
+        there as float32, else read, each document once.
+
+        Raises:
+          InputError: one of the embeddings in the result holds NaN or infinity.
+        """
+        if isinstance(self.embeddings, np.ndarray) and self.embeddings.dtype == np.float32:
+            return self._all, rows
+        distinct, places = np.unique(rows, return_inverse=True)
+        return self.read(distinct), places.reshape(rows.shape)
+
+    @cached_property
+    def _all(self) -> Float[np.ndarray, "documents embed"]:
+        return self.read(slice(0, len(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +188,20 @@ class Memory:
                 hashes[here] = part.hashes[kind][ids[here] - offset]
         return hashes
 
+    def held(
+        self, ids: Int[np.ndarray, "*ids"]
+    ) -> tuple[Float[np.ndarray, "documents embed"], Int[np.ndarray, "*ids"]]:
+        """Embeddings in host memory, those of `ids` among them, and the place of each; of the id -1 it is any.
+
+        Raises:
+          IndexError, InputError: as `embeddings_of`.
+        """
+        self._check(ids)
+        if len(self.parts) == 1 and len(self):
+            return self.parts[0].held(np.maximum(ids, 0))
+        distinct, places = np.unique(ids, return_inverse=True)
+        return self.embeddings_of(distinct), places.reshape(ids.shape)
+
     def embeddings_of(self, ids: Int[np.ndarray, "*ids"]) -> Float[np.ndarray, "*ids embed"]:
         """Embeddings of the documents with these global ids, float32; zeros for the id -1 (no document).
 
@@ -179,9 +209,8 @@ class Memory:
           IndexError: an id below -1 or not below the size of the memory.
           InputError: one of the embeddings holds NaN or infinity.
         """
+        self._check(ids)
         flat = ids.ravel()
-        if flat.size and (flat.min() < -1 or flat.max() >= len(self)):
-            raise IndexError(f"document ids {flat.min()} to {flat.max()} are not all in [-1, {len(self)})")
         if flat.size and flat.min() >= 0 and len(self.parts) == 1:
             return self.parts[0].read(flat).reshape(*ids.shape, self.embed_dim)
         embeddings = np.zeros((flat.size, self.embed_dim), np.float32)
@@ -191,3 +220,7 @@ class Memory:
             if here.size:
                 embeddings[here] = part.read(flat[here] - offset)
         return embeddings.reshape(*ids.shape, self.embed_dim)
+
+    def _check(self, ids: Int[np.ndarray, "*ids"]) -> None:
+        if ids.size and (ids.min() < -1 or ids.max() >= len(self)):
+            raise IndexError(f"document ids {ids.min()} to {ids.max()} are not all in [-1, {len(self)})")

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from rac3.config import InputError
 from rac3.retrieval.memory import Memory
 
-_QUERIES_AT_ONCE = 1024  # bounds the gathered embeddings: 50 MB for 16 candidates of 768 dimensions
+HELD_BYTES = 2**30  # of embeddings that are read from disk at once, each for all queries it is a candidate of
+_QUERIES_AT_ONCE = 256  # by a thread: 13 MB of embeddings for 16 candidates of 768 dimensions
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,9 @@ def select(
       candidate_ids: global ids, best first, distinct per query; -1 for none.
       exclude: global id of the document that each query was made from; -1 if it is not in the memory.
     """
-    starts = range(0, max(len(candidate_ids), 1), _QUERIES_AT_ONCE)
-
-    def some(start: int) -> Selected:
-        rows = slice(start, start + _QUERIES_AT_ONCE)
-        return _select_some(selection, query_embeddings[rows], candidate_ids[rows], memory, exclude[rows])
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy gathers and multiplies outside of Python's lock
-        chunks = list(threads.map(some, starts))
+    at_once = max(1, HELD_BYTES // (4 * (candidate_ids.shape[1] + 1) * memory.embed_dim))
+    pieces = [slice(start, start + at_once) for start in range(0, max(len(candidate_ids), 1), at_once)]
+    chunks = [_select_some(selection, query_embeddings[p], candidate_ids[p], memory, exclude[p]) for p in pieces]
     return Selected(
         ids=np.concatenate([chunk.ids for chunk in chunks]),
         scores=np.concatenate([chunk.scores for chunk in chunks]),
@@ -96,27 +92,34 @@ def _select_some(
     memory: Memory,
     exclude: Int[np.ndarray, "queries"],
 ) -> Selected:
-    """`select` of few queries: a walk over the first candidates, then over all of them where those did not suffice.
+    """`select` of queries whose candidates' embeddings are held at once."""
+    ids = np.column_stack([candidate_ids, exclude]).astype(np.int64)
+    held, places = memory.held(ids)
+    taken, to_query = np.zeros(candidate_ids.shape, bool), np.zeros(candidate_ids.shape, np.float32)
+    dropped = np.zeros((len(ids), len(Dropped._fields)), np.int64)
+    workers = os.cpu_count() or 1
 
-    What selection costs is to read embeddings, and most lists are full at `depth` or soon after.
-    """
-    shape, depth = candidate_ids.shape, selection.depth
-    taken, to_query = np.zeros(shape, bool), np.zeros(shape, np.float32)
-    dropped = np.zeros((shape[0], len(Dropped._fields)), np.int64)
-    rows = np.arange(shape[0])
-    for width in (min(depth + 2, shape[1]), shape[1]):
-        walked = _walk(selection, query_embeddings[rows], candidate_ids[rows, :width], memory, exclude[rows])
-        taken[rows, :width], to_query[rows, :width], dropped[rows] = walked
-        if width == shape[1]:
-            break
-        rows = rows[(taken[rows].sum(axis=1) < depth) & (candidate_ids[rows, width] >= 0)]
-    order = np.argsort(~taken, axis=1, kind="stable")[:, :depth]  # the taken ones first, in their order
+    def work(worker: int) -> None:
+        # One buffer for all steps: new memory takes the kernel longer to hand out than this takes to fill.
+        buffer = np.empty((min(_QUERIES_AT_ONCE, len(ids)), ids.shape[1], memory.embed_dim), np.float32)
+        for start in range(worker * _QUERIES_AT_ONCE, len(ids), workers * _QUERIES_AT_ONCE):
+            some = slice(start, start + _QUERIES_AT_ONCE)
+            embeddings = buffer[: len(ids[some])]
+            np.take(held, places[some], axis=0, out=embeddings, mode="clip")  # the mode that copies into `out` at once
+            embeddings[ids[some] < 0] = 0
+            queries = np.asarray(query_embeddings[some], np.float32)
+            walked = _walk(selection, queries, embeddings, candidate_ids[some], memory, exclude[some])
+            taken[some], to_query[some], dropped[some] = walked
+
+    with ThreadPoolExecutor(workers) as threads:  # NumPy gathers and multiplies outside of Python's lock
+        list(threads.map(work, range(workers)))
+    order = np.argsort(~taken, axis=1, kind="stable")[:, : selection.depth]  # the taken ones first, in their order
     is_document = np.take_along_axis(taken, order, axis=1)
-    padding = ((0, 0), (0, depth - order.shape[1]))
-    ids = np.where(is_document, np.take_along_axis(candidate_ids, order, axis=1), -1).astype(np.int64)
+    padding = ((0, 0), (0, selection.depth - order.shape[1]))
+    chosen = np.where(is_document, np.take_along_axis(ids, order, axis=1), -1)
     scores = np.where(is_document, np.take_along_axis(to_query, order, axis=1), np.float32(-np.inf))
     return Selected(
-        np.pad(ids, padding, constant_values=-1),
+        np.pad(chosen, padding, constant_values=-1),
         np.pad(scores, padding, constant_values=-np.inf),
         Dropped(*dropped.sum(axis=0).tolist()),
     )
@@ -125,6 +128,7 @@ def _select_some(
 def _walk(
     selection: Selection,
     query_embeddings: Float[np.ndarray, "queries embed"],
+    embeddings: Float[np.ndarray, "queries candidates_and_main embed"],
     candidate_ids: Int[np.ndarray, "queries candidates"],
     memory: Memory,
     exclude: Int[np.ndarray, "queries"],
@@ -135,14 +139,10 @@ def _walk(
 
     Vectorized over the queries: one step per place in the ranked list.
     """
-    embeddings = memory.embeddings_of(candidate_ids)
-    to_query = np.matmul(embeddings, np.asarray(query_embeddings, np.float32)[:, :, None])[:, :, 0]
-    to_each_other = embeddings @ embeddings.swapaxes(1, 2)
+    to_each_other = embeddings[:, :-1] @ embeddings.swapaxes(1, 2)
+    to_main = to_each_other[:, :, -1]
+    to_query = np.vecdot(embeddings[:, :-1], query_embeddings[:, None])
     is_withdrawn, is_duplicate = memory.are_withdrawn(candidate_ids), memory.duplicates(candidate_ids, exclude)
-    to_main = np.zeros_like(to_query)
-    main = np.flatnonzero(exclude >= 0)
-    if main.size:
-        to_main[main] = np.matmul(embeddings[main], memory.embeddings_of(exclude[main])[:, :, None])[:, :, 0]
     # Rounding puts the inner product of equal unit vectors a little above 1, which must not be skipped at a limit of 1.
     limit = selection.max_similarity if selection.max_similarity < 1 else np.inf
     taken = np.zeros(candidate_ids.shape, bool)
@@ -156,7 +156,7 @@ def _walk(
             is_duplicate[:, place],
             to_main[:, place] > limit,
             to_query[:, place] > limit,
-            (taken & (to_each_other[:, place] > limit)).any(axis=1),
+            (taken & (to_each_other[:, place, :-1] > limit)).any(axis=1),
         )
         for number, broken in enumerate(rules):
             dropped[:, number] += considered & broken

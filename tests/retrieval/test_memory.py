@@ -35,6 +35,8 @@ def test_appending_a_part_leaves_earlier_ids_as_they_were():
 def test_an_id_outside_the_memory_raises(outside: int):
     with pytest.raises(IndexError, match=str(outside)):
         Memory((part("a", 3),)).embeddings_of(np.array([outside]))
+    with pytest.raises(IndexError, match=str(outside)):
+        Memory((part("a", 3),)).held(np.array([outside]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -49,6 +51,8 @@ def test_an_embedding_that_is_not_finite_is_refused_by_its_row(value: float):
     with pytest.raises(InputError, match="document 8 "):
         Memory((part("a", 2), broken)).embeddings_of(np.array([10]))
     assert broken.read(slice(0, 6)).shape == (6, 4)
+    with pytest.raises(InputError, match="document 6 "):  # all of a part in host memory may be gathered from
+        Memory((broken,)).held(np.array([0]))
 
 
 def test_inner_products_of_each_query_with_documents_of_its_own(monkeypatch: pytest.MonkeyPatch):
@@ -73,6 +77,9 @@ def test_embeddings_may_stay_on_disk(tmp_path):
     lazy = MemoryPart("a", store, [""] * 7)
     np.testing.assert_array_equal(lazy.read(slice(2, 5)), embeddings[2:5])
     np.testing.assert_array_equal(lazy.read(np.array([6, 0, 6])), embeddings[[6, 0, 6]])
+    held, places = Memory((lazy,)).held(np.array([[6, 0], [6, -1]]))
+    assert len(held) == 2  # each once
+    np.testing.assert_array_equal(held[places[:, 0]], embeddings[[6, 6]])
 
 
 def test_parts_that_do_not_fit_are_refused():
