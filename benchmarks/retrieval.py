@@ -7,7 +7,7 @@ Needs the extra `faiss`. The parts, each of which can run alone:
     exact        `exact` in float32 and bfloat16 against FAISS Flat; beside them NumPy's product of the same matrices
     approximate  `scann`, and FAISS's IVF of 4-bit codes with refining, each at the cheapest setting of a grid that
                  finds 99% of the true ten nearest, against one another and FAISS Flat
-    memory       what an open `scann` index takes beside the float32 vectors, by `reorder_dtype`, and how fast it is
+    memory       what a `scann` index takes beside the float32 vectors, by `reorder_dtype`, and how fast it is
     selection    `select`: 16 candidates of each document, depth 8, with the vectors in memory and on disk
     growth       `exact`, `scann` and FAISS Flat over 10,000, 100,000 and 1,000,000 documents (`--growth-sizes`)
 
@@ -305,29 +305,46 @@ def approximate(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -
 
 
 def memory(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> Iterator[Row]:
-    """One index for each `reorder_dtype`; resident memory is of a process that opens it over vectors on disk."""
+    """One index for each `reorder_dtype`, and one over four times the documents: what is as much there does not grow.
+
+    Resident memory is of a process that opens the index over vectors on disk.
+    """
     data = data_of(kinds[0], sizes.documents, sizes.queries, sizes.width)
     flat = flat_search_of(flat_of(data.documents), data.queries)
-    leaves = round(sizes.documents**0.5)
-    vectors = on_disk(data.documents, folder / "vectors", sizes.shard_rows)
-    np.save(folder / "queries.npy", data.queries)
     calls, taken = {}, {}
     for dtype in REORDER_DTYPES:
-        retriever = Scann(num_neighbors=K, num_leaves=leaves, reorder_dtype=dtype)
-        where, _ = built(retriever, data.part, folder)
+        where, share, retriever = stored(data, dtype, sizes, folder)
         case = f"scann {dtype}"
-        disk = sum(file.stat().st_size for file in where.iterdir())
-        opened, searched = resident(dtype, leaves, where, folder)
-        taken[case] = {"disk": disk, "opened": opened, "searched": searched}
+        taken[case] = share
         calls[case] = search_of(retriever.open(data.part, where), data.asked)
         if dtype == "none":
+            vectors = Vectors(where.parent / "vectors")
             calls[f"{case}, on disk"] = search_of(retriever.open(part_of(vectors), where), data.asked)
     times, true = interleaved({**calls, "flat": flat}, rounds), flat()
     for case, call in calls.items():
         more: Row = {"recall": round(recall(call(), true), 4)}
         if case in taken:
-            more["share_of_float32"] = {name: round(n / data.documents.nbytes, 3) for name, n in taken[case].items()}
+            more["share_of_float32"] = taken[case]
         yield rate_row("memory", data, times, case, **more)
+    del flat, calls
+    larger = data_of(kinds[0], 4 * sizes.documents, sizes.queries, sizes.width)
+    _, share, _ = stored(larger, "none", sizes, folder)
+    row: Row = {"row": "memory", "kind": larger.kind, "case": "scann none", "documents": len(larger.documents)}
+    yield show({**row, "share_of_float32": share})
+
+
+def stored(data: Data, dtype: Any, sizes: Sizes, folder: Path) -> tuple[Path, dict[str, float], Scann]:
+    """A `scann` index beside its vectors on disk, and what it takes as shares of these."""
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    on_disk(data.documents, folder / "vectors", sizes.shard_rows)
+    np.save(folder / "queries.npy", data.queries)
+    leaves = round(len(data.documents) ** 0.5)
+    retriever = Scann(num_neighbors=K, num_leaves=leaves, reorder_dtype=dtype)
+    where, _ = built(retriever, data.part, folder)
+    disk = sum(file.stat().st_size for file in where.iterdir())
+    opened, searched = resident(dtype, leaves, where, folder)
+    taken = {"disk": disk, "opened": opened, "searched": searched}
+    return where, {name: round(size / data.documents.nbytes, 3) for name, size in taken.items()}, retriever
 
 
 def on_disk(vectors: np.ndarray, path: Path, shard_rows: int) -> Vectors:
@@ -338,10 +355,7 @@ def on_disk(vectors: np.ndarray, path: Path, shard_rows: int) -> Vectors:
 
 
 def resident(dtype: str, leaves: int, index: Path, folder: Path) -> tuple[int, int]:
-    """Bytes by which the resident memory of a fresh process grows when it opens an index, and when it then searches.
-
-    The second holds what a search works with as well, which is as much for a memory of any size.
-    """
+    """Bytes by which the resident memory of a fresh process grows when it opens an index, and when it then searches."""
     arguments = ["--opened", str(folder), str(index), dtype, str(leaves)]
     output = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     opened, searched = output.stdout.split()
@@ -401,13 +415,14 @@ def growth(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> Ite
         flat = flat_search_of(flat_of(data.documents), data.queries)
         calls = {
             "exact": search_of(Exact().open(data.part, folder), data.asked),
+            "exact bfloat16": search_of(Exact(dtype="bfloat16").open(data.part, folder), data.asked),
             "scann": search_of(scann.open(data.part, where), data.asked),
         }
         times = interleaved({**calls, "flat": flat}, rounds)
-        build = {"exact": 0.0, "scann": scann_seconds, "flat": flat_seconds}
+        build = {"scann": scann_seconds, "flat": flat_seconds}
         for case in times:
             more: Row = {"recall": round(recall(calls[case](), flat()), 4)} if case in calls else {}
-            yield rate_row("growth", data, times, case, **more, build_seconds=round(build[case], 2))
+            yield rate_row("growth", data, times, case, **more, build_seconds=round(build.get(case, 0.0), 2))
         del data, flat, calls  # before the next size is drawn
         gc.collect()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
