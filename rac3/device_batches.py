@@ -50,8 +50,8 @@ class DeviceBatches:
 
     def run(
         self,
-        rows: Int[np.ndarray, "total"],
-        prepare: Callable[[Int[np.ndarray, "batch"]], PyTree],
+        rows: Int[np.ndarray, " total"],
+        prepare: Callable[[Int[np.ndarray, " batch"]], PyTree],
         apply: Callable[[PyTree], Array],
     ) -> Iterator[np.ndarray]:
         """The results of `apply`, batch by batch in the order of `rows`, without what padding added.

@@ -48,8 +48,8 @@ class Reconstructed:
     truth: UInt8[np.ndarray, "images height width 3"]
     codes: Int[np.ndarray, "images tokens"]
     drawn: UInt8[np.ndarray, "images height width 3"]
-    psnr: Float[np.ndarray, "images"]  # dB
-    ssim: Float[np.ndarray, "images"]
+    psnr: Float[np.ndarray, " images"]  # dB
+    ssim: Float[np.ndarray, " images"]
 
 
 def encoders_report(experiment: Experiment, workdir: Workdir, images: int) -> Path:
@@ -121,12 +121,12 @@ def _numbers(
     return f'<p class="note">{escape(what)}</p>{table(["", *splits], cells)}<div class="plots">{plots}</div>'
 
 
-def _shares(codes: Int[np.ndarray, "images tokens"], size: int) -> Float[np.ndarray, "codes"]:
+def _shares(codes: Int[np.ndarray, "images tokens"], size: int) -> Float[np.ndarray, " codes"]:
     """How often each code occurs, 1 being its part of an even use."""
     return np.bincount(codes.ravel(), minlength=size) * (size / codes.size)
 
 
-def _curve(values: Float[np.ndarray, "values"]) -> list[tuple[float, float]]:
+def _curve(values: Float[np.ndarray, " values"]) -> list[tuple[float, float]]:
     """Percentiles."""
     at = np.linspace(0, 100, 101)
     return list(zip(at.tolist(), np.percentile(values, at).tolist(), strict=True))

@@ -32,7 +32,7 @@ class CodebookUse(NamedTuple):
     perplexity: float
 
 
-def psnr(truth: Pictures, pictures: Pictures) -> Float[np.ndarray, "batch"]:
+def psnr(truth: Pictures, pictures: Pictures) -> Float[np.ndarray, " batch"]:
     """Peak signal-to-noise ratio of each picture in dB; infinite where the two are equal."""
     parts = [
         np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, axis=(1, 2, 3), dtype=np.float64)
@@ -42,7 +42,7 @@ def psnr(truth: Pictures, pictures: Pictures) -> Float[np.ndarray, "batch"]:
         return 10 * np.log10(255**2 / np.concatenate(parts))
 
 
-def ssim(truth: Pictures, pictures: Pictures) -> Float[np.ndarray, "batch"]:
+def ssim(truth: Pictures, pictures: Pictures) -> Float[np.ndarray, " batch"]:
     """Structural similarity of each picture: over all places of a Gaussian window, on each channel, averaged.
 
     The window is 11 x 11 pixels with a deviation of 1.5; on pictures with a shorter side, it is cut to that.
@@ -64,7 +64,7 @@ def _in_parts(a: Pictures, b: Pictures) -> Sequence[tuple[np.ndarray, np.ndarray
 
 
 @jax.jit
-def _ssim(a: Array, b: Array) -> Float[Array, "batch"]:
+def _ssim(a: Array, b: Array) -> Float[Array, " batch"]:
     window = min(WINDOW, *a.shape[1:3])
     rows, columns = (_blur(size, window) for size in a.shape[1:3])
 

@@ -316,7 +316,7 @@ def unit_norm(x: Float[Array, "*batch channel"]) -> Float[Array, "*batch channel
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def _keep(keys: Key[Array, "batch"], droppable: Bool[Array, "batch seq"], rate: float) -> Bool[Array, "batch seq"]:
+def _keep(keys: Key[Array, " batch"], droppable: Bool[Array, "batch seq"], rate: float) -> Bool[Array, "batch seq"]:
     """True with probability 1 - rate where droppable, and at one droppable place at least; True everywhere else.
 
     One draw per place, so that the outcome does not depend on how far a row is padded.
@@ -330,7 +330,7 @@ def _keep(keys: Key[Array, "batch"], droppable: Bool[Array, "batch seq"], rate: 
 
 
 def drop_text_tokens(
-    keys: Key[Array, "batch"],
+    keys: Key[Array, " batch"],
     ids: Int[Array, "batch seq"],
     mask: Bool[Array, "batch seq"],
     rate: float,
@@ -351,6 +351,6 @@ def drop_text_tokens(
     return jnp.where(mask, jnp.take_along_axis(ids, order, axis=1), 0), mask
 
 
-def drop_patches(keys: Key[Array, "batch"], patches: int, rate: float) -> Bool[Array, "batch patches"]:
+def drop_patches(keys: Key[Array, " batch"], patches: int, rate: float) -> Bool[Array, "batch patches"]:
     """Query dropout (paper 3.2) on images: which patches stay, each with probability 1 - rate, at least one per row."""
     return _keep(keys, jnp.ones((keys.shape[0], patches), bool), rate)

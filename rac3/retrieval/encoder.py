@@ -30,14 +30,14 @@ class Encoder(Protocol):
     def width(self) -> int: ...
 
     def embed_texts(
-        self, texts: Sequence[str], *, drop_keys: Key[Array, "batch"] | None = None, drop_rate: float = 0.2
+        self, texts: Sequence[str], *, drop_keys: Key[Array, " batch"] | None = None, drop_rate: float = 0.2
     ) -> Float[np.ndarray, "batch embed"]: ...
 
     def embed_images(
         self,
         images: Sequence[Picture],
         *,
-        drop_keys: Key[Array, "batch"] | None = None,
+        drop_keys: Key[Array, " batch"] | None = None,
         drop_rate: float = 0.2,
     ) -> Float[np.ndarray, "batch embed"]: ...
 
@@ -180,7 +180,7 @@ class SiglipText:
         return ids, mask
 
 
-def query_dropout_keys(seed: int, documents: Sequence[str], view: int = 0) -> Key[Array, "batch"]:
+def query_dropout_keys(seed: int, documents: Sequence[str], view: int = 0) -> Key[Array, " batch"]:
     """One key per document, a function of (seed, document key, view) alone: batching changes nothing."""
     digests = [hashlib.blake2b(key.encode(), digest_size=4).digest() for key in documents]
     hashes = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint32)
@@ -233,7 +233,7 @@ class MixedEncoder:
         return self.towers.width
 
     def embed_texts(
-        self, texts: Sequence[str], *, drop_keys: Key[Array, "batch"] | None = None, drop_rate: float = 0.2
+        self, texts: Sequence[str], *, drop_keys: Key[Array, " batch"] | None = None, drop_rate: float = 0.2
     ) -> Float[np.ndarray, "batch embed"]:
         """Vectors of L2 norm 1.
 
@@ -255,7 +255,7 @@ class MixedEncoder:
         self,
         images: Sequence[Picture],
         *,
-        drop_keys: Key[Array, "batch"] | None = None,
+        drop_keys: Key[Array, " batch"] | None = None,
         drop_rate: float = 0.2,
     ) -> Float[np.ndarray, "batch embed"]:
         """Vectors of L2 norm 1 for images of any size, brought to the towers' by `square`; threads decode encoded ones.
@@ -274,7 +274,7 @@ class MixedEncoder:
 
     def _embed(
         self,
-        order: Int[np.ndarray, "batch"],
+        order: Int[np.ndarray, " batch"],
         keys: Array | None,
         rate: float,
         prepare: Callable[[np.ndarray], PyTree],
@@ -295,8 +295,8 @@ class MixedEncoder:
 def mix(
     text: Float[np.ndarray, "batch embed"],
     image: Float[np.ndarray, "batch embed"],
-    has_text: Bool[np.ndarray, "batch"],
-    has_image: Bool[np.ndarray, "batch"],
+    has_text: Bool[np.ndarray, " batch"],
+    has_image: Bool[np.ndarray, " batch"],
 ) -> Float[np.ndarray, "batch embed"]:
     """Document vectors (paper 3.1, eq. 1): the mean of the parts that are there, scaled to L2 norm 1.
 

@@ -65,7 +65,7 @@ class MemoryPart:
     def embed_dim(self) -> int:
         return self.embeddings.shape[1]
 
-    def read(self, rows: slice | Int[np.ndarray, "rows"]) -> Float[np.ndarray, "rows embed"]:
+    def read(self, rows: slice | Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows embed"]:
         """Rows of the embeddings as float32, in host memory. Every retriever reads them here, so that none can
         search a NaN: it would outrank every score, or silently lose the document, depending on the index.
 
@@ -157,7 +157,7 @@ class Memory:
         return self.parts[0].embed_dim
 
     @property
-    def offsets(self) -> Int[np.ndarray, "parts_plus_1"]:
+    def offsets(self) -> Int[np.ndarray, " parts_plus_1"]:
         """Global id of each part's first document, then the size of the whole memory."""
         return np.cumsum([0, *(len(part) for part in self.parts)], dtype=np.int64)
 

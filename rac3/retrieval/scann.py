@@ -161,7 +161,7 @@ class Scann:
 
 
 def _leaves_of(size: int) -> int:
-    """Three times ScaNN's own advice: two to three times as fast at equal recall on vectors like CLIP's, a quarter
+    """Three times ScaNN's own advice: two to three times as fast at equal recall on vectors like CLIP's, a third
     slower on plain clusters (`benchmarks/retrieval.py`)."""
     return min(size, round(3 * math.sqrt(size)))
 

@@ -59,7 +59,7 @@ def select(
     query_embeddings: Float[np.ndarray, "queries embed"],
     candidate_ids: Int[np.ndarray, "queries candidates"],
     memory: Memory,
-    exclude: Int[np.ndarray, "queries"],
+    exclude: Int[np.ndarray, " queries"],
 ) -> Selected:
     """Walk each ranked list from the top and take up to `selection.depth` documents (section 3.2, diversity).
 
@@ -90,7 +90,7 @@ def _select_some(
     query_embeddings: Float[np.ndarray, "queries embed"],
     candidate_ids: Int[np.ndarray, "queries candidates"],
     memory: Memory,
-    exclude: Int[np.ndarray, "queries"],
+    exclude: Int[np.ndarray, " queries"],
 ) -> Selected:
     """`select` of queries whose candidates' embeddings are held at once."""
     ids = np.column_stack([candidate_ids, exclude]).astype(np.int64)
@@ -131,7 +131,7 @@ def _walk(
     embeddings: Float[np.ndarray, "queries candidates_and_main embed"],
     candidate_ids: Int[np.ndarray, "queries candidates"],
     memory: Memory,
-    exclude: Int[np.ndarray, "queries"],
+    exclude: Int[np.ndarray, " queries"],
 ) -> tuple[
     Bool[np.ndarray, "queries candidates"], Float[np.ndarray, "queries candidates"], Int[np.ndarray, "queries rules"]
 ]:

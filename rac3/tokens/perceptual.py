@@ -63,8 +63,8 @@ class PerceptualConfig:
 class LPIPS(NamedTuple):
     """The weights: of each of the five layers, its convolutions and its linear layer."""
 
-    convolutions: tuple[tuple[tuple[Float[Array, "3 3 _ _"], Float[Array, "_"]], ...], ...]
-    linear: tuple[Float[Array, "_"], ...]
+    convolutions: tuple[tuple[tuple[Float[Array, "3 3 _ _"], Float[Array, " _"]], ...], ...]
+    linear: tuple[Float[Array, " _"], ...]
 
 
 def load_lpips(files: Sequence[Path | str]) -> LPIPS:
@@ -107,7 +107,7 @@ def _place(name: str) -> str:
     return name
 
 
-def lpips(weights: LPIPS, x: Images, y: Images) -> Float[Array, "batch"]:
+def lpips(weights: LPIPS, x: Images, y: Images) -> Float[Array, " batch"]:
     """The distance of each pair of pictures in [-1, 1], of at least 16 x 16 pixels."""
     distance = jnp.zeros(len(x))
     x, y = (x - SHIFT) / SCALE, (y - SHIFT) / SCALE

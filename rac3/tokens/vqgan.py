@@ -250,7 +250,7 @@ class Decoder(nn.Module):
 
 def nearest_codes(
     vectors: Float[Array, "rows channel"], embedding: Float[Array, "codes channel"], max_distances: int = 2**24
-) -> Int[Array, "rows"]:
+) -> Int[Array, " rows"]:
     """The index of the code nearest to each vector in squared distance, ties to the lowest; computed in float32.
 
     At most `max_distances` distances (64 MiB) exist at once: 16,384 codes against the 262,144 vectors of 256 pictures
@@ -263,14 +263,14 @@ def nearest_codes(
 def largest_logit(
     vectors: Float[Array, "rows channel"],
     kernel: Float[Array, "codes channel"],
-    bias: Float[Array, "codes"],
+    bias: Float[Array, " codes"],
     max_logits: int = 2**24,
-) -> Int[Array, "rows"]:
+) -> Int[Array, " rows"]:
     """The index of the largest of `kernel @ vector + bias` for each vector, ties to the lowest; computed in float32, at
     most `max_logits` at once."""
     vectors, kernel, bias = (x.astype(jnp.float32) for x in (vectors, kernel, bias))
 
-    def largest(vector: Float[Array, "channel"]) -> Int[Array, ""]:
+    def largest(vector: Float[Array, " channel"]) -> Int[Array, ""]:
         # highest precision: an accelerator's default would round the products to 10 bits and pick other codes
         return jnp.argmax(bias + jnp.matmul(kernel, vector, precision=jax.lax.Precision.HIGHEST))
 

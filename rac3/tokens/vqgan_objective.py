@@ -56,7 +56,7 @@ class CodebookState(flax.struct.PyTreeNode):
     """The codebook while it is fitted: moving averages per code of the vectors that it is nearest to."""
 
     embedding: Float[Array, "codes channel"]
-    cluster_size: Float[Array, "codes"]  # vectors per batch
+    cluster_size: Float[Array, " codes"]  # vectors per batch
     vector_sum: Float[Array, "codes channel"]
 
 
@@ -79,7 +79,7 @@ def update_codebook(
     objective: VQGANObjective,
     codebook: CodebookState,
     vectors: Float[Array, "rows channel"],
-    codes: Int[Array, "rows"],
+    codes: Int[Array, " rows"],
     key: PRNGKeyArray,
 ) -> CodebookState:
     """One step of the moving averages, then dead codes move to vectors of the batch that have no good code yet.
