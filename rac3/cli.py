@@ -144,7 +144,7 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
     for field in dataclasses.fields(Experiment):
         value = getattr(configured, field.name)
         if field.name in ("name", "data"):
-            fixed = Annotated[field.type, tyro.conf.Fixed, tyro.conf.Suppress]
+            fixed: Any = Annotated[field.type, tyro.conf.Fixed, tyro.conf.Suppress]
             fields.append((field.name, fixed, dataclasses.field(default=value)))
         elif field.name == "retriever":
             fields.append((field.name, _retriever_type(value), dataclasses.field(default=value)))
