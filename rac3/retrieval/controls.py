@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
-from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates
+from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates, search_only
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Random:
     the whole memory: a uniform draw from the union, however unequal the parts.
     """
 
-    num_neighbors: int = 16
-    seed: int = 0
+    num_neighbors: int = search_only(16)
+    seed: int = search_only(0)
 
     def __post_init__(self) -> None:
         check_num_neighbors(self.num_neighbors)
@@ -81,7 +81,7 @@ class RandomIndex:
 class NoRetriever:
     """Retrieves nothing: the vanilla CM3 baseline (section 4.1)."""
 
-    num_neighbors: int = 0
+    num_neighbors: int = search_only(0)
 
     def __post_init__(self) -> None:
         if self.num_neighbors != 0:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
-from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates
+from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates, search_only
 
 _GROUP = 32  # documents whose best score decides whether the others are looked at
 _TILE_ON_CPU = 512, 16_384  # queries x documents that are scored at once: 32 MiB of scores
@@ -45,11 +45,11 @@ class Exact:
     and equal to float32 unless rounding puts a neighbor behind `overscan` documents that are none.
     """
 
-    num_neighbors: int = 16
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    overscan: int = 8
-    block_rows: int = 65_536  # documents that a device reads, and searches, at once
-    query_rows: int = 1024  # queries that meet a block at once
+    num_neighbors: int = search_only(16)
+    dtype: Literal["float32", "bfloat16"] = search_only("float32")
+    overscan: int = search_only(8)
+    block_rows: int = search_only(65_536)  # documents that a device reads, and searches, at once
+    query_rows: int = search_only(1024)  # queries that meet a block at once
 
     def __post_init__(self) -> None:
         check_num_neighbors(self.num_neighbors)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
-from rac3.retrieval.retriever import Queries, check_num_neighbors, no_candidates, ranked
+from rac3.retrieval.retriever import Queries, check_num_neighbors, no_candidates, ranked, search_only
 
 _FILE = "index.faiss"
 _BLOCK = 65_536  # documents that are added at once
@@ -31,10 +31,10 @@ class Faiss:
     Reference: Douze et al., The Faiss library (arXiv 2401.08281).
     """
 
-    num_neighbors: int = 16
+    num_neighbors: int = search_only(16)
     factory: str = "Flat"
-    search: str = ""
-    reorder_num_neighbors: int = 128  # candidates by code whose exact scores decide
+    search: str = search_only("")
+    reorder_num_neighbors: int = search_only(128)  # candidates by code whose exact scores decide
     seed: int = 0  # draws the documents that the index is trained on
 
     def __post_init__(self) -> None:

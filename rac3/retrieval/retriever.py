@@ -3,9 +3,9 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -73,6 +73,16 @@ class Retriever(Protocol):
     def open(self, part: MemoryPart, folder: Path) -> Index:
         """The index that `build` wrote for this part."""
         ...
+
+
+def search_only(default: Any) -> Any:
+    """A field of a retriever that takes no part in `build`: when it changes, its indexes stay as they are."""
+    return field(default=default, metadata={"search_only": True})
+
+
+def search_only_fields(retriever: Any) -> set[str]:
+    """The names of those fields."""
+    return {each.name for each in fields(retriever) if each.metadata.get("search_only")}
 
 
 @dataclass(frozen=True)

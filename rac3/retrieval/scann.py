@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
-from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates, ranked
+from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates, ranked, search_only
 
 _BRUTE_FORCE_BELOW = 20_000  # documents; ScaNN's own advice
 _QUANTIZED_FROM = 16  # documents; the codebook of each block has 16 centers, each of which needs one to train on
@@ -38,14 +38,14 @@ class Scann:
     Sun et al., SOAR: Improved Indexing for Approximate Nearest Neighbor Search (arXiv 2404.00774).
     """
 
-    num_neighbors: int = 16
+    num_neighbors: int = search_only(16)
     num_leaves: int | None = None  # None: brute force below 20,000 documents, else 3 times their square root
-    num_leaves_to_search: int | None = None  # None: 1 in 20
+    num_leaves_to_search: int | None = search_only(None)  # None: 1 in 20
     spherical: bool = True
     soar_lambda: float | None = None  # if set, documents also go to a second leaf, chosen by SOAR; 1 to 1.5 is usual
     dimensions_per_block: int = 2  # embedding dimensions that share one 4-bit code
     anisotropic_quantization_threshold: float = 0.2
-    reorder_num_neighbors: int = 128  # candidates by code whose exact scores decide
+    reorder_num_neighbors: int = search_only(128)  # candidates by code whose exact scores decide
     reorder_dtype: Literal["float32", "bfloat16", "int8", "none"] = "float32"  # how the index holds embeddings for that
 
     def __post_init__(self) -> None:

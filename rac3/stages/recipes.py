@@ -8,6 +8,7 @@ from rac3.config import InputError, canonical
 from rac3.experiment import Experiment, ImageTextEncoder, ImageTokenizer, Split
 from rac3.retrieval.clip_checkpoints import checkpoint_identity
 from rac3.retrieval.controls import NoRetriever
+from rac3.retrieval.retriever import search_only_fields
 from rac3.tokens.text import tokenizer_identity
 from rac3.tokens.vqgan_files import checkpoint_files
 
@@ -105,7 +106,9 @@ def _embedded(experiment: Experiment, split: Split) -> dict[str, str]:
 
 def index(experiment: Experiment, split: Split) -> Recipe:
     inputs = {"embeddings": embeddings(experiment, split).fingerprint}
-    return Recipe("index", {"retriever": experiment.retriever}, inputs)
+    only_searched = search_only_fields(experiment.retriever)
+    built = {name: value for name, value in canonical(experiment.retriever).items() if name not in only_searched}
+    return Recipe("index", {"retriever": built}, inputs)
 
 
 def memory_splits(experiment: Experiment, split: Split) -> list[Split]:
@@ -117,7 +120,12 @@ def memory_splits(experiment: Experiment, split: Split) -> list[Split]:
 def neighbors(experiment: Experiment, split: Split) -> Recipe:
     inputs = {f"index {part}": index(experiment, part).fingerprint for part in memory_splits(experiment, split)}
     inputs["queries"] = queries(experiment, split).fingerprint
-    config = {"selection": experiment.selection, "training": split == "train", "takedowns": takedown_keys(experiment)}
+    config = {
+        "retriever": experiment.retriever,
+        "selection": experiment.selection,
+        "training": split == "train",
+        "takedowns": takedown_keys(experiment),
+    }
     return Recipe("neighbors", config, inputs)
 
 
