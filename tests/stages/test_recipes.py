@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-
 from rac3.configs.quickstart import get_config
+
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.retriever import Retriever
