@@ -115,7 +115,7 @@ class MemoryPart:
         Raises:
           InputError: one of the embeddings in the result holds NaN or infinity.
         """
-        if isinstance(self.embeddings, np.ndarray) and self.embeddings.dtype == np.float32:
+        if type(self.embeddings) is np.ndarray and self.embeddings.dtype == np.float32:  # a memory map is on disk
             return self._all, rows
         distinct, places = np.unique(rows, return_inverse=True)
         return self.read(distinct), places.reshape(rows.shape)

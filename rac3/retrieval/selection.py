@@ -97,7 +97,7 @@ def _select_some(
     held, places = memory.held(ids)
     taken, to_query = np.zeros(candidate_ids.shape, bool), np.zeros(candidate_ids.shape, np.float32)
     dropped = np.zeros((len(ids), len(Dropped._fields)), np.int64)
-    workers = os.cpu_count() or 1
+    workers = max(1, min(os.cpu_count() or 1, -(-len(ids) // _QUERIES_AT_ONCE)))
 
     def work(worker: int) -> None:
         # One buffer for all steps: new memory takes the kernel longer to hand out than this takes to fill.
