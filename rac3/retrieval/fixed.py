@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from rac3.config import InputError
 from rac3.retrieval.memory import Memory, MemoryPart
-from rac3.retrieval.retriever import Queries, no_candidates, search_only
+from rac3.retrieval.retriever import Queries, no_candidates
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Fixed:
     A key is looked for in every part of the memory; "PART:KEY" looks in one, such as memory:00000/000000017.
     """
 
-    keys: tuple[str, ...] = search_only(())
+    keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.keys)) < len(self.keys):
