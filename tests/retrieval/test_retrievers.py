@@ -247,7 +247,7 @@ def test_scann_searches_one_index_with_as_much_effort_as_it_is_opened_for(reorde
         np.testing.assert_allclose(scores, memory.inner_products(queries.embeddings, found), atol=ATOL)
         return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]))
 
-    for name, built in (("little", Scann(10, 40, 1, reorder_num_neighbors=10)), ("much", Scann(10, 40, 40))):
+    for name, built in (("little", Scann(2, 40, 1, reorder_num_neighbors=2)), ("much", Scann(10, 40, 40))):
         retriever = replace(built, reorder_dtype=reorder_dtype)
         (tmp_path / name).mkdir()
         retriever.build(memory, tmp_path / name)
