@@ -1,17 +1,21 @@
 """Eight fake CPU devices for every test, jaxtyping shapes checked at run time, and what many tests start from."""
 
+import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+# Compiled programs are kept from run to run, and shared by the processes of one.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Programs of a few steps: most of the time would go into compiling them well.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-
-from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -30,12 +34,25 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def finished_workdir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(config, workdir) of a whole run of the shrunken quickstart."""
+    """(config, workdir) of a whole run of the shrunken quickstart, made once for all processes of the session.
+
+    `RAC3_TEST_WORKDIR` names one that was made before, for tests of code that only reads it.
+    """
     from rac3.cli import run
 
     config = Path(__file__).parent / "tiny_config.py"
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    run(["run", str(config), "--workdir", str(workdir)])
+    if given := os.environ.get("RAC3_TEST_WORKDIR"):
+        return config, Path(given)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of the folders of each process
+    workdir, done = shared / "finished" / "tiny", shared / "finished" / "done"
+    done.parent.mkdir(exist_ok=True)
+    with done.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            run(["run", str(config), "--workdir", str(workdir)])
+            done.touch()
     return config, workdir
 
 
