@@ -36,19 +36,17 @@ def shared_data() -> Path:
 def finished_workdir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(config, workdir) of a whole run of the shrunken quickstart, made once for all processes of the session.
 
-    `RAC3_TEST_WORKDIR` names one that was made before, for tests of code that only reads it.
+    `RAC3_TEST_WORKDIR` names a folder where it is kept, so that several sessions find it.
     """
     from rac3.cli import run
 
     config = Path(__file__).parent / "tiny_config.py"
-    if given := os.environ.get("RAC3_TEST_WORKDIR"):
-        return config, Path(given)
-    shared = tmp_path_factory.getbasetemp()
+    session = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of the folders of each process
-    workdir, done = shared / "finished" / "tiny", shared / "finished" / "done"
-    done.parent.mkdir(exist_ok=True)
-    with done.with_suffix(".lock").open("w") as lock:
+        session = session.parent  # that of all processes
+    workdir = Path(os.environ.get("RAC3_TEST_WORKDIR") or session / "finished")
+    done = workdir.with_suffix(".done")
+    with workdir.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             run(["run", str(config), "--workdir", str(workdir)])

@@ -1,0 +1,308 @@
+"""Plants mistakes in a copy of rac3, one at a time, and runs the tests that mirror them. None may survive.
+
+    python benchmarks/mutants.py                    # all
+    python benchmarks/mutants.py --quick            # those marked `quick`, as in CI
+    python benchmarks/mutants.py --only evaluation  # one file of benchmarks/mistakes/, or names that hold the word
+    python benchmarks/mutants.py --check            # only see that each can still be planted; runs no test
+
+`benchmarks/mistakes/AREA.toml` lists the mistakes. Each is a small edit of one file, found by its text, which must
+occur exactly once: a line that was moved or changed makes the mistake fail here instead of vanishing.
+
+    [[mistake]]
+    name = "alpha is applied to the main document"
+    file = "rac3/batches/groups.py"
+    find = "np.where(main, 1.0, self.retrieved_weight)"
+    replace = "np.where(main, self.retrieved_weight, 1.0)"
+    tests = ["tests/batches/test_groups.py::test_weights"]
+    quick = true
+
+The tests run first without any mistake and must pass. A mistake is killed when its tests then fail, or run ten times as
+long as all of them did. Exit code 0: all killed; 1: some survived; 2: a mistake or its tests can't be run.
+"""
+
+import argparse
+import ast
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from measure import record
+
+ROOT = Path(__file__).parents[1]
+LIST = "benchmarks/mistakes"  # below the root of the project
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
+PASSED, FAILED = 0, 1  # exit codes of pytest
+LEAST_PATIENCE = 60.0  # seconds
+
+
+class MistakeError(Exception):
+    """A mistake that can't be planted, or tests that can't tell anything. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One entry of `benchmarks/mistakes/AREA.toml`."""
+
+    area: str
+    name: str
+    file: str
+    find: str
+    replace: str
+    tests: tuple[str, ...]
+    quick: bool = False
+
+    def planted(self, text: str) -> str:
+        """The text of `file` with the mistake in it.
+
+        Raises:
+          MistakeError: `find` does not occur exactly once, or the result is no other Python.
+        """
+        count = text.count(self.find)
+        if count != 1:
+            raise MistakeError(f"{self.area}: {self.name!r}: its text occurs {count} times in {self.file}, not once")
+        changed = text.replace(self.find, self.replace)
+        try:
+            same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(text))
+        except SyntaxError as error:
+            raise MistakeError(f"{self.area}: {self.name!r} is no Python: {error}") from error
+        if same:
+            raise MistakeError(f"{self.area}: {self.name!r} changes nothing")
+        return changed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mistake: `killed`, or `survived`; `detail` is the first test that failed."""
+
+    mistake: Mistake
+    killed: bool
+    detail: str
+    seconds: float
+
+
+def read_mistakes(root: Path) -> list[Mistake]:
+    """All mistakes, by area.
+
+    Raises:
+      MistakeError: an entry lacks a field or has an unknown one, or a name stands twice.
+    """
+    mistakes = []
+    for path in sorted((root / LIST).glob("*.toml")):
+        for entry in tomllib.loads(path.read_text())["mistake"]:
+            try:
+                mistakes.append(Mistake(**{**entry, "area": path.stem, "tests": tuple(entry["tests"])}))
+            except (TypeError, KeyError) as error:
+                raise MistakeError(f"{path.name}: {entry.get('name', 'an entry')!r}: {error}") from error
+    for name, count in Counter(mistake.name for mistake in mistakes).items():
+        if count > 1:
+            raise MistakeError(f"{name!r} names {count} mistakes; give each its own name")
+    return mistakes
+
+
+def check(mistakes: Sequence[Mistake], root: Path) -> None:
+    """Sees that each mistake can be planted and that the functions of its tests exist; takes no second.
+
+    Raises:
+      MistakeError: with all that is wrong, a line each.
+    """
+    wrong = []
+    for mistake in mistakes:
+        try:
+            if not (root / mistake.file).is_file():
+                raise MistakeError(f"{mistake.area}: {mistake.name!r}: {mistake.file} does not exist")
+            mistake.planted((root / mistake.file).read_text())
+            if not mistake.tests:
+                raise MistakeError(f"{mistake.area}: {mistake.name!r} names no test")
+            for test in mistake.tests:
+                path, _, function = test.partition("::")
+                text = (root / path).read_text() if (root / path).is_file() else ""
+                if not text or (function and not re.search(rf"def {re.escape(function.partition('[')[0])}\(", text)):
+                    raise MistakeError(f"{mistake.area}: {mistake.name!r}: there is no test {test}")
+        except MistakeError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise MistakeError("\n".join(wrong))
+
+
+@contextmanager
+def scratch(root: Path) -> Iterator[Path]:
+    """A copy of the project to plant mistakes in, importable by PYTHONPATH."""
+    with tempfile.TemporaryDirectory(prefix="mistakes-") as folder:
+        copy = Path(shutil.copytree(root, Path(folder) / "copy", ignore=LEFT_OUT))
+        if (copy / "configs").is_dir():
+            (copy / "rac3" / "configs").symlink_to("../configs")  # as setup.cfg maps it
+        yield copy
+
+
+def run_tests(
+    copy: Path, tests: Sequence[str], patience: float | None = None, workers: int = 1
+) -> tuple[int | None, str]:
+    """Exit code (None: it ran out of patience) and output of pytest in a copy, up to the first failure."""
+    environment = os.environ | {"PYTHONPATH": str(copy), "PY_COLORS": "0"}
+    environment.pop("PYTEST_ADDOPTS", None)
+    options = ["-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
+    options += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=copy,
+            env=environment,
+            timeout=patience,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout
+
+
+def check_tests(copy: Path, mistakes: Sequence[Mistake], workers: int) -> float:
+    """Runs the tests of all mistakes without any mistake; the seconds that it took.
+
+    Raises:
+      MistakeError: a test fails or is skipped, so that it can't tell anything.
+    """
+    started = time.monotonic()
+    tests = sorted({test for mistake in mistakes for test in mistake.tests})
+    code, output = run_tests(copy, tests, workers=workers)
+    last = (output.splitlines() or ["no output"])[-1]
+    if code != PASSED:
+        raise MistakeError(f"the tests fail without any mistake:\n{output}")
+    if "skipped" in last:
+        raise MistakeError(f"tests are skipped ({last}); install what they need: pip install -e '.[dev,parity]'")
+    return time.monotonic() - started
+
+
+def plant(mistake: Mistake, copy: Path, patience: float) -> Outcome:
+    """Plants a mistake in a copy, runs its tests, and takes the mistake out again.
+
+    Raises:
+      MistakeError: the tests could not be collected or run.
+    """
+    path = copy / mistake.file
+    text, started = path.read_text(), time.monotonic()
+    write_newer(path, mistake.planted(text))
+    try:
+        code, output = run_tests(copy, mistake.tests, patience)
+    finally:
+        write_newer(path, text)
+    if code not in (PASSED, FAILED, None):
+        raise MistakeError(f"{mistake.area}: {mistake.name!r}: pytest ended with code {code}:\n{output}")
+    failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", output, re.M)
+    detail = "takes too long" if code is None else failed[1] if failed else ""
+    return Outcome(mistake, code != PASSED, detail, time.monotonic() - started)
+
+
+def write_newer(path: Path, text: str) -> None:
+    """Writes a file a second newer than it was: Python takes compiled code of equal time and size for current."""
+    after = int(path.stat().st_mtime) + 1
+    path.write_text(text)
+    os.utime(path, (after, after))
+
+
+def plant_all(mistakes: Sequence[Mistake], root: Path, workers: int) -> list[Outcome]:
+    """The outcomes, in the order in which they come; a line each as they do.
+
+    Raises:
+      MistakeError: a mistake or its tests can't be run.
+    """
+    outcomes: list[Outcome] = []
+    with ExitStack() as stack:
+        shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mistakes-shared-")))
+        # The copies share compiled programs, and one finished run that tests read.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / ".jax_cache"))
+        os.environ.setdefault("RAC3_TEST_WORKDIR", str(shared / "tiny"))
+        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        made = [stack.enter_context(scratch(root)) for _ in range(workers)]
+        for copy in made:
+            copies.put(copy)
+
+        def one(mistake: Mistake) -> Outcome:
+            copy = copies.get()
+            try:
+                return plant(mistake, copy, patience)
+            finally:
+                copies.put(copy)
+
+        print(f"{len(mistakes)} mistakes; first their tests without any", flush=True)
+        spent = check_tests(made[0], mistakes, workers)
+        patience = max(LEAST_PATIENCE, 10 * spent)
+        print(f"they pass ({spent:.0f} s)", flush=True)
+        started = time.monotonic()
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        stack.callback(pool.shutdown, cancel_futures=True)  # after an error; before the copies go
+        for number, future in enumerate(as_completed([pool.submit(one, each) for each in mistakes]), 1):
+            outcome = future.result()
+            outcomes.append(outcome)
+            left = (time.monotonic() - started) / number * (len(mistakes) - number)
+            word = "killed  " if outcome.killed else "SURVIVED"
+            name = f"{outcome.mistake.area}: {outcome.mistake.name}"
+            print(f"{number:4d}/{len(mistakes)} {word} {name} [{outcome.detail}] {left:.0f} s left", flush=True)
+    return outcomes
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Planted, killed and survived by area, and in all."""
+    areas = sorted({outcome.mistake.area for outcome in outcomes})
+    lines = [f"{'area':<12} {'planted':>8} {'killed':>8} {'survived':>8}"]
+    for area in [*areas, "all"]:
+        killed = [outcome.killed for outcome in outcomes if area in (outcome.mistake.area, "all")]
+        lines.append(f"{area:<12} {len(killed):>8} {sum(killed):>8} {len(killed) - sum(killed):>8}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only those marked `quick`")
+    parser.add_argument("--only", default="", help="an area, or a word of the names")
+    parser.add_argument("--check", action="store_true", help="only see that each can be planted")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
+    parser.add_argument("--out", type=Path, help="a JSON file for the outcomes")
+    options = parser.parse_args(arguments)
+    try:
+        mistakes = read_mistakes(root)
+        chosen = [
+            mistake
+            for mistake in mistakes
+            if (mistake.quick or not options.quick)
+            and (mistake.area == options.only or options.only.lower() in mistake.name.lower())
+        ]
+        if not chosen:
+            raise MistakeError(f"no mistake of {len(mistakes)} is chosen; --only takes an area or a word of a name")
+        check(chosen, root)
+        if options.check:
+            print(f"{len(chosen)} mistakes can be planted")
+            return 0
+        outcomes = plant_all(chosen, root, max(1, options.workers))
+    except MistakeError as error:
+        print(f"mutants: {error}", file=sys.stderr)
+        return 2
+    survivors = [f"{each.mistake.area}: {each.mistake.name}" for each in outcomes if not each.killed]
+    print(table(outcomes))
+    print("\n".join(f"SURVIVED {name}" for name in survivors) or "none survived")
+    if options.out:
+        results = [
+            {"area": each.mistake.area, "name": each.mistake.name, "killed": each.killed, "by": each.detail}
+            for each in sorted(outcomes, key=lambda each: (each.mistake.area, each.mistake.name))
+        ]
+        options.out.write_text(record("python benchmarks/mutants.py", ("jax", "flax", "pytest"), results))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
