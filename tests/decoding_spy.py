@@ -32,16 +32,32 @@ class Call(NamedTuple):
         return found
 
 
-def watch_decoding(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """The calls of the decoder from now on, as they come."""
+def watch_decoding(monkeypatch: pytest.MonkeyPatch, real: bool = True) -> list[Call]:
+    """The calls of the decoder from now on, as they come; without `real`, its answers are made up (see `made_up`)."""
     calls: list[Call] = []
-    real = generator.generate
+    decode = generator.generate
 
     def generate(model, params, vocabulary, prompts, grammar, sampling, keys):
-        out = real(model, params, vocabulary, prompts, grammar, sampling, keys)
         bits = [tuple(row) for row in np.asarray(jax.random.key_data(keys)).tolist()]
+        if real:
+            out = decode(model, params, vocabulary, prompts, grammar, sampling, keys)
+        else:
+            assert max(map(len, prompts)) + grammar.count <= model.max_positions
+            out = made_up(grammar, bits)
         calls.append(Call([prompt.tolist() for prompt in prompts], grammar, sampling, bits, out))
         return out
 
     monkeypatch.setattr(generator, "generate", generate)
     return calls
+
+
+def made_up(grammar: Grammar, keys: list[tuple[int, ...]]) -> Generated:
+    """What the grammar allows, drawn evenly by each row's key: without a model, hence at once."""
+    allowed = np.setdiff1d(np.flatnonzero(grammar.allowed), [grammar.stop])
+    ids, scores = [], []
+    for key in keys:
+        rng = np.random.default_rng(key)
+        count = grammar.count if grammar.stop < 0 else int(rng.integers(1, grammar.count + 1))
+        ids.append(rng.choice(allowed, count).astype(np.int32))
+        scores.append(-rng.random())
+    return Generated(ids, np.array(scores, np.float32))
