@@ -2,7 +2,7 @@
 
 import base64
 import re
-import xml.etree.ElementTree as xml
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -10,10 +10,13 @@ from rac3.report_plots import Line, plot
 
 
 def test_a_plot_draws_each_line_through_its_points():
-    lines = [Line("one", [(0, 1), (5, 3), (10, 2)], "#ff0000"), Line("two", [(0, 2), (10, 2)], "#00ff00", dashed=True)]
+    lines = [
+        Line("one", [(0.0, 1.0), (5.0, 3.0), (10.0, 2.0)], "#ff0000"),
+        Line("two", [(0.0, 2.0), (10.0, 2.0)], "#00ff00", dashed=True),
+    ]
     image = plot("Title", "steps", "nats", lines, markers=True)
     assert 'alt="Title, nats: one 1 to 2; two 2 to 2"' in image
-    root = xml.fromstring(base64.b64decode(image.split("base64,")[1].split('"')[0]))
+    root = ElementTree.fromstring(base64.b64decode(image.split("base64,")[1].split('"')[0]))
     found = {}
     for path in root.iter("{http://www.w3.org/2000/svg}path"):
         style = path.get("style", "")
