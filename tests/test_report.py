@@ -28,11 +28,12 @@ from rac3.report_page import Captioned, Content, Mark, Picture, Strip, page
 from rac3.report_plots import Line
 from rac3.report_samples import Samples
 from rac3.report_table import margin, verdict
-from rac3.retrieval.controls import NoRetriever
+from rac3.retrieval.controls import NoRetriever, Random
 from rac3.stages import recipes
 from rac3.stages.embed import open_documents
 from rac3.stages.encoders import open_clip, open_vqgan
-from rac3.stages.evaluate import comparisons
+from rac3.stages.evaluate import comparisons, vanilla
+from rac3.stages.evaluate_retrieval import entity_recall
 from rac3.stages.train import build_model, initializer
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.metrics import read_metrics
@@ -150,6 +151,37 @@ def test_metrics_stand_under_their_model_and_split(
     model = build_model(experiment, Vocabulary(300, 16), 25)
     params = jax.eval_shape(initializer(model), jax.random.key(0))
     assert found["ra_cm3"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_another_retriever_is_reported_with_the_model_that_was_trained(
+    experiment: Experiment, workdir: Workdir, monkeypatch: pytest.MonkeyPatch
+):
+    random = replace(experiment, retriever=Random(num_neighbors=16))
+    seen = []
+
+    def evaluated(inference: Experiment, model: Experiment, _: Workdir) -> dict[str, Any]:
+        seen.append((inference, model))
+        return {"test": {"documents": 4, "perplexity_by_k": {}}}
+
+    monkeypatch.setattr(rac3.report, "evaluate", evaluated)
+    monkeypatch.setattr(rac3.report, "evaluate_encoders", lambda *_: {})
+    found = collect(random, workdir, experiment)
+    assert list(found)[:2] == ["ra_cm3_random", "cm3"]
+    assert seen == [(random, experiment), (vanilla(experiment), vanilla(experiment))]
+    assert found["retrieval"]["recall_at_2"] == entity_recall(random, workdir, "test", 2)
+
+
+def test_facts_are_of_each_model(experiment: Experiment, workdir: Workdir, made_up: dict[str, Any]):
+    made_up["cm3"] |= {"parameters": 12_345, "steps": 7}
+    made_up["ra_cm3_random"] |= {"parameters": 3}
+    facts = rac3.report._facts(experiment, workdir, made_up | {"versions": {"jax": "9"}})
+    named = dict(facts)
+    assert len(named) == len(facts)
+    assert named["RA-CM3"] == "10 parameters, 5 steps"
+    assert named["CM3"] == "12,345 parameters, 7 steps"
+    assert "RA-CM3, random documents" not in named  # the same model again
+    assert (named["seed"], named["retriever"], named["versions"]) == ("0", "Scann, 2 documents in context", "jax 9")
+    assert named["samples"] == "2 per picture drawn, 2 per caption written"
 
 
 def test_metrics_are_those_of_the_pictures_and_captions(

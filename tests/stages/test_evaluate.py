@@ -36,6 +36,7 @@ from rac3.stages.evaluate import (
     _HeldOut,
     _images,
     _perplexities,
+    _segment_ids,
     _write_samples,
     comparisons,
     evaluate,
@@ -383,6 +384,16 @@ def test_nothing_to_ask_for_draws_nothing(held_out: _HeldOut, items, neighbors: 
     assert not calls
 
 
+def test_a_document_asks_with_its_first_text_and_its_first_image(items):
+    first, second = items[:2]
+    document = replace(first.document, segments=(*first.document.segments, *second.document.segments))
+    both = TokenizedDocument(document, (*first.ids, *second.ids))
+    for item in (first, both):
+        assert _segment_ids(item, Text) is item.ids[0]
+        assert _segment_ids(item, Image) is item.ids[1]
+    assert _segment_ids(without(first, Text), Text) is None
+
+
 class Remembered(OpenMemory):
     """A memory of documents that are given, by number."""
 
@@ -481,7 +492,9 @@ def test_each_comparison_is_of_the_right_model_and_retriever(experiment: Experim
     assert list(comparisons(random, experiment)) == ["ra_cm3_random", "cm3"]
     assert comparisons(random, experiment)["ra_cm3_random"] == (random, experiment)
     assert comparisons(cm3, cm3) == {"cm3": (cm3, cm3)}
-    assert list(comparisons(cm3, experiment)) == ["ra_cm3_noretriever", "cm3", "ra_cm3_random"]
+    unretrieved = comparisons(cm3, experiment)
+    assert list(unretrieved) == ["ra_cm3_noretriever", "cm3", "ra_cm3_random"]
+    assert unretrieved["ra_cm3_random"] == (replace(experiment, retriever=Random(num_neighbors=1)), experiment)
     alone = replace(experiment, compare_with_cm3=False, evaluation=replace(SETTINGS, control=False))
     assert comparisons(alone, alone) == {"ra_cm3": (alone, alone)}
 
@@ -518,6 +531,9 @@ def test_the_control_has_the_trained_model_and_its_own_retriever(experiment: Exp
     assert control.memory is not None
     assert isinstance(control.memory.experiment.retriever, Random)
     assert len(control.memory.memory) == 48  # unseen entities too, which training never retrieves
+    assert control.builder.retrieved == "document"
+    texts = replace(random, batches=replace(experiment.batches, retrieved="text"))
+    assert _HeldOut.open(texts, experiment, store).builder.retrieved == "text"
     model = build_model(experiment, control.generator.vocabulary, 25)
     ours, theirs = (
         jax.tree.leaves(open_params(each, store, model))
