@@ -233,8 +233,8 @@ def _segment_ids(item: TokenizedDocument, kind: type[Text] | type[Image]) -> np.
 
 def _images(
     held_out: _HeldOut, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
-) -> tuple[UInt8[np.ndarray, "n height width 3"], np.ndarray]:
-    """The best image of each document's text by CLIP, and its score."""
+) -> tuple[UInt8[np.ndarray, "images height width 3"], np.ndarray]:
+    """The best image of each document's text by CLIP, and its score; none of a document without a text."""
     settings = held_out.experiment.evaluation
     codec = held_out.codec
     captions = {row: ids for row, item in enumerate(items) if (ids := _segment_ids(item, Text)) is not None}

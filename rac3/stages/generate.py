@@ -81,7 +81,8 @@ class Session:
         Raises:
           InputError: neither a text nor an image, or both: a query is one part of a document (paper, section 3.4).
         """
-        if (text.strip() == "") == (image is None):
+        text = text.strip()  # as the texts of documents are
+        if (text == "") == (image is None):
             raise InputError("the prompt has no text and no image, or both; give --prompt TEXT or --image FILE")
         if self.memory is None or k == 0:
             return []
@@ -96,7 +97,8 @@ class Session:
 
     def image(self, text: str, k: int = 2, samples: int = 4, seed: int = 0) -> list[UInt8[np.ndarray, "_ _ 3"]]:
         """Images of a caption, the one that CLIP likes best first."""
-        ids = self.tokenizer.encode(text.strip())
+        text = text.strip()
+        ids = self.tokenizer.encode(text)
         context = self._sequences(self.retrieve(text, k=k) if ids else [])
         sampling = self.experiment.evaluation.image_sampling
         codes = generate_images(self.generator, [ids], [context], sampling, samples, seed)[0]

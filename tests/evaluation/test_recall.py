@@ -10,7 +10,7 @@ from rac3.stages.evaluate_retrieval import clip_metrics
 def test_recall_counts_queries_with_their_entity_among_the_first_k() -> None:
     neighbors = np.array([[0, 1, 2], [2, 0, -1], [-1, -1, -1], [1, 2, 0]])
     memory = ["fox", "owl", "elk"]
-    queries = ["fox", "fox", "fox", "fox"]
+    queries = ["fox", "fox", "elk", "fox"]
     assert recall_at(1, neighbors, queries, memory) == 1 / 4
     assert recall_at(2, neighbors, queries, memory) == 2 / 4
     assert recall_at(3, neighbors, queries, memory) == 3 / 4  # -1 is no document, not the last one

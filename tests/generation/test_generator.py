@@ -1,0 +1,49 @@
+"""Samples of several prompts: whose each is, and that all are drawn apart."""
+
+import jax
+import numpy as np
+import pytest
+from decoding_spy import Call
+
+from rac3.generation.decode import caption_grammar, generate, image_grammar
+from rac3.generation.generator import Generator
+from rac3.generation.sampling import Sampling
+
+PROMPTS = [np.array([1, 2, *text, 3], np.int32) for text in ([8, 9, 10], [20, 21, 22, 23, 24], [40])]
+
+
+def test_samples_stand_with_their_prompt(generator: Generator):
+    """At temperature 0 they are the best ids, which the prompt alone gives too."""
+    grammar = caption_grammar(generator.vocabulary, 6)
+    nested, means = generator.samples(PROMPTS, grammar, Sampling(temperature=0.0), 2, seed=0)
+    assert means.shape == (3, 2)
+    assert len({tuple(samples[0].tolist()) for samples in nested}) == 3
+    for prompt, samples, row in zip(PROMPTS, nested, means, strict=True):
+        alone = generate(
+            generator.model,
+            generator.params,
+            generator.vocabulary,
+            [prompt],
+            grammar,
+            Sampling(temperature=0.0),
+            jax.random.split(jax.random.key(1), 1),
+        )
+        assert [ids.tolist() for ids in samples] == [alone.ids[0].tolist()] * 2
+        np.testing.assert_allclose(row, alone.mean_log_prob[0], atol=1e-4)
+
+
+def test_all_samples_of_all_prompts_are_drawn_apart(generator: Generator, calls: list[Call]):
+    nested, _ = generator.samples(PROMPTS, image_grammar(generator.vocabulary, 9), Sampling(), 4, seed=0)
+    assert len(set(calls[0].keys)) == 12
+    assert len({tuple(ids.tolist()) for samples in nested for ids in samples}) == 12
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_samples_are_a_function_of_the_seed(generator: Generator, seed: int):
+    def drawn(seed: int) -> list[list[int]]:
+        nested, _ = generator.samples(PROMPTS, image_grammar(generator.vocabulary, 9), Sampling(), 2, seed)
+        return [ids.tolist() for samples in nested for ids in samples]
+
+    first = drawn(seed)
+    assert drawn(seed) == first
+    assert not [ids for ids in drawn(seed + 1) if ids in first]
