@@ -357,8 +357,9 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def test_bfloat16_multiplies_matrices_in_bfloat16_and_takes_softmaxes_in_float32(batch):
-    """Read off the program: seven products (qkv, scores, values, out, two of the MLP, logits) of bfloat16; the
-    exponentials and the logarithm of attention and of the loss, and the norms, in float32."""
+    """Read off the program: seven products (qkv, scores, values, out, two of the MLP, logits) of bfloat16, of which
+    scores and logits come out as float32; the exponentials and the logarithm of attention and of the loss, and the
+    norms, in float32."""
     model = dataclasses.replace(CONFIG, dtype="bfloat16").build(VOCAB, POSITIONS, IMAGE)
 
     def loss(params):
@@ -367,9 +368,12 @@ def test_bfloat16_multiplies_matrices_in_bfloat16_and_takes_softmaxes_in_float32
 
     batch = [jnp.asarray(field) for field in batch]
     found: dict[str, list[Any]] = {}
+    results = []
     for equation in equations(jax.make_jaxpr(loss)(random_params(model)).jaxpr):
         found.setdefault(equation.primitive.name, []).append([var.aval.dtype for var in equation.invars])
+        results += [var.aval.dtype for var in equation.outvars if equation.primitive.name == "dot_general"]
     assert found["dot_general"] == [[jnp.bfloat16] * 2] * 7
+    assert results == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 4, jnp.float32]
     assert found["exp"] == [[jnp.float32]] * 2
     assert found["log"] == [[jnp.float32]]
     assert found["rsqrt"] == [[jnp.float32]] * 3
