@@ -116,8 +116,9 @@ def test_the_number_of_spans_is_poisson():
     number = masking.num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
     for k in range(5):
         assert (number == k).mean() == pytest.approx(math.exp(-1) / math.factorial(k), abs=0.01)
-    clamped = Masking("cm3").num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
-    np.testing.assert_array_equal(clamped, np.maximum(number, 1))
+    for preset in ("cm3", "cm3leon"):
+        clamped = Masking(preset).num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
+        np.testing.assert_array_equal(clamped, np.maximum(number, 1))
     assert not Masking("none").num_spans(draws.uniform(0, 0, np.arange(100), draws.MASK)).any()
     assert Masking(mean_spans=50.0, max_spans=5).num_spans(draws.uniform(0, 0, np.arange(100), 0)).max() == 5
     assert Masking(max_spans=2).num_spans(np.array([[0.0], [np.nextafter(1.0, 0.0)]])).tolist() == [0, 2]

@@ -390,7 +390,9 @@ def test_the_defaults_are_the_paper_model():
 def test_residual_writers_start_smaller(model):
     """By 1/sqrt(2 layers) = 1/2 here; the sample deviation of 2,048 draws is within 8% at 5 sigma."""
     ids = jnp.zeros((1, 2), jnp.int32)
-    blocks = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids, ids, ids))["params"]["blocks"]
+    new = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids, ids, ids))["params"]
+    assert np.std(new["token_embedding"]) == pytest.approx(0.2, rel=0.08)
+    blocks = new["blocks"]
     for kernel, std in [
         (blocks["attention"]["qkv_kernel"], 0.2),
         (blocks["attention"]["out_kernel"], 0.1),

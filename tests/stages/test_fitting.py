@@ -16,7 +16,9 @@ from rac3.documents.document import Document, Reject, Text
 from rac3.documents.world import World
 from rac3.experiment import Data, Experiment, FitConfig
 from rac3.sharding import MeshConfig
+from rac3.stages import fitting
 from rac3.stages.fitting import Fitting, adam, fit_encoder, fitting_documents, one_each, read_documents
+from rac3.training.loop import TrainingConfig
 from rac3.training.state import TrainState, apply_gradients
 
 
@@ -102,12 +104,12 @@ def fit(folder: Path, steps: int, seed: int = 0, mesh: MeshConfig = EIGHT) -> tu
         gradient = {"number": frozen * jnp.mean(batch)}
         return apply_gradients(state, gradient, optimizer, state.extra + 1), one_each({"loss": gradient["number"]})
 
-    fitting = Fitting(
+    made = Fitting(
         "fit", lambda key: {"number": jax.random.normal(key, ())}, optimizer, step, ITEMS, batch, start,
         jnp.float32(FROZEN),
     )  # fmt: skip
     experiment = Experiment(name="fit", data=Data(World("train")), seed=seed, mesh=mesh)
-    state = fit_encoder(experiment, FitConfig(steps=steps, batch=12), fitting, folder)
+    state = fit_encoder(experiment, FitConfig(steps=steps, batch=12), made, folder)
     assert int(state.step) == float(state.extra) - 100 == steps
     return rows_of_steps, float(state.params["number"])
 
@@ -133,3 +135,16 @@ def test_fitting_goes_on_where_it_stopped(tmp_path: Path):
     rest, resumed_end = fit(tmp_path / "parts", 4)
     assert first + rest == whole
     assert resumed_end == end
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1000, 200), (100, 50)])
+def test_a_long_fit_is_saved_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, every: int):
+    seen = []
+
+    def watched(label: str, config: TrainingConfig, state: TrainState, *rest) -> TrainState:
+        seen.append((config.steps, config.checkpoint_every, config.keep, rest[2], rest[3]))
+        return state.replace(step=jnp.int32(steps), extra=jnp.int32(100 + steps))
+
+    monkeypatch.setattr(fitting, "fit", watched)
+    fit(tmp_path, steps)
+    assert seen == [(steps, every, 1, [0], tmp_path)]

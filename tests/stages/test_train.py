@@ -33,7 +33,9 @@ def test_the_model_has_room_for_the_longest_text_and_image():
         assert model.config == experiment.model
 
 
-def test_the_stream_is_that_of_the_experiment(finished_workdir: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+def test_the_stream_is_that_of_the_experiment(
+    finished_workdir: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     workdir = Workdir(finished_workdir[1], "tiny")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -46,7 +48,13 @@ def test_the_stream_is_that_of_the_experiment(finished_workdir: tuple[Path, Path
     assert stream.neighbors.path == workdir.require(recipes.neighbors(TINY, "train"), "").folder / "ids"
     assert (stream.builder.vocabulary, stream.builder.masking) == (vocabulary, masking)
     assert (stream.builder.retrieved_weight, stream.builder.retrieved) == (0.3, "image")
-    assert training_stream(replace(TINY, retriever=NoRetriever()), workdir, vocabulary).neighbors is None
+    takedowns = tmp_path / "keys.txt"
+    takedowns.write_text(stream.documents[3].document.key)
+    vanilla = replace(TINY, retriever=NoRetriever(), takedowns=str(takedowns))
+    stream = training_stream(vanilla, workdir, vocabulary)
+    assert stream.neighbors is None
+    plan = stream.plan(0)
+    assert set(plan.main[plan.epoch == 0].tolist()) == set(range(len(stream.documents))) - {3}
 
 
 def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.MonkeyPatch):

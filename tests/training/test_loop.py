@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from rac3.batches.packing import PackedBatch
 from rac3.config import InputError
 from rac3.model.transformer import TransformerConfig
 from rac3.sharding import MeshConfig, use_mesh
+from rac3.training import loop
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.loop import TrainingConfig, fit, put
 from rac3.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
@@ -76,7 +78,7 @@ def initial() -> tuple[TrainState, TrainState]:
     return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def run(folder: Path, step, stream: Stream, config: TrainingConfig = CONFIG) -> TrainState:
+def run(folder: Path, step, stream: loop.Stream, config: TrainingConfig = CONFIG) -> TrainState:
     state = jax.device_put(*initial())
     return fit("train", config, state, step, stream, [0, 0], folder, MESH, MESH.build())
 
@@ -161,6 +163,25 @@ def test_metrics_are_means_over_their_window(tmp_path: Path, step, uninterrupted
         assert 0 <= line["input_wait_seconds"] <= line["step_seconds"]
         assert "loss/retrieved/image" not in line  # there are none: no loss of 0
         start = line["step"]
+
+
+def test_rates_are_those_of_the_window(tmp_path: Path, step, monkeypatch: pytest.MonkeyPatch):
+    """By a clock that only the stream (2 s a batch) and the step (3 s) move: 5 s for 8 x 16 tokens."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+
+    def stream(position: Sequence[int]) -> Iterator[tuple[PackedBatch, Sequence[int]]]:
+        for pair in Stream()(position):
+            clock.now += 2
+            yield pair
+
+    def timed(state: TrainState, batch: PackedBatch):
+        clock.now += 3
+        return step(state, batch)
+
+    run(tmp_path, timed, stream)
+    for line in read_metrics(tmp_path):
+        assert (line["step_seconds"], line["input_wait_seconds"], line["tokens_per_second"]) == (5, 2, 8 * 16 / 5)
 
 
 def test_a_resumed_run_writes_over_the_lines_it_repeats(tmp_path: Path):
