@@ -77,9 +77,9 @@ def test_encoders_are_fitted_by_adam_with_a_short_warm_up_and_decay():
         params, gradients, decays="kernel", steps=20, warmup=2, eps=1e-8, weight_decay=0.01, clip_norm=1.0, **settings
     )
     got = jax.tree.map(jnp.float32, params)
-    state = optimizer.init(got)
+    state, update = optimizer.init(got), jax.jit(optimizer.update)
     for gradient in gradients:
-        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, got)
+        updates, state = update(jax.tree.map(jnp.float32, gradient), state, got)
         got = optax.apply_updates(got, updates)
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5)

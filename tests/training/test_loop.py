@@ -143,6 +143,17 @@ def test_all_lines_up_to_a_checkpoint_are_on_disk_before_it(tmp_path: Path, step
     assert seen == [(number, [line for line in LOGGED if line <= number]) for number in (4, 8, 12, 13)]
 
 
+def test_steps_run_on_the_mesh(tmp_path: Path, step):
+    seen = []
+
+    def watched(state: TrainState, batch: PackedBatch):
+        seen.append((jax.sharding.get_abstract_mesh().shape, batch.tokens.sharding.shard_shape(batch.tokens.shape)))
+        return step(state, batch)
+
+    run(tmp_path, watched, Stream(), dataclasses.replace(CONFIG, steps=1))
+    assert seen == [({"data": 2, "fsdp": 2, "tensor": 2}, (2, 16))]
+
+
 def test_a_step_takes_over_the_memory_of_its_state(step):
     state, mesh = jax.device_put(*initial()), MESH.build()
     with use_mesh(MESH, mesh):
@@ -163,6 +174,8 @@ def test_metrics_are_means_over_their_window(tmp_path: Path, step, uninterrupted
         assert 0 <= line["input_wait_seconds"] <= line["step_seconds"]
         assert "loss/retrieved/image" not in line  # there are none: no loss of 0
         start = line["step"]
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert events.count(b"loss/main/text") == CONFIG.steps
 
 
 def test_rates_are_those_of_the_window(tmp_path: Path, step, monkeypatch: pytest.MonkeyPatch):
