@@ -140,6 +140,7 @@ def test_batches_hold_the_groups_of_the_plan(store, neighbors):
         rows = plan.rows[number * 8 : number * 8 + 8]
         members = [[*plan.neighbors[group], plan.main[group]] for row in rows for group in row]
         assert groups_of(batch) == [[int(each) for each in group if each >= 0] for group in members]
+        assert (batch.segments > 0).sum(1).max() > PLAIN.context_length  # rows are longer than groups, and used
 
 
 def test_k_is_uniform_and_neighbors_come_from_the_candidates(store, neighbors):
@@ -156,6 +157,7 @@ def test_k_is_uniform_and_neighbors_come_from_the_candidates(store, neighbors):
         away = [int(each - main) % DOCUMENTS for each in row if each >= 0]
         assert away == sorted(set(away))  # most relevant first, none twice
         assert len({each > 10 for each in away}) <= 1  # by text or by image, not both
+        assert uses.keys() >= set(away)  # the first four of six
         for each in away:
             uses[each] += 1
     total = sum(uses.values())

@@ -14,6 +14,7 @@ from rac3.artifacts import Workdir
 from rac3.batches.loader import StreamState
 from rac3.batches.masking import Masking
 from rac3.retrieval.controls import NoRetriever
+from rac3.sharding import MeshConfig
 from rac3.stages import recipes
 from rac3.stages import train as stage
 from rac3.stages.embed import open_documents
@@ -99,6 +100,10 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
     assert jax.tree.structure(params) == jax.tree.structure(state.params)
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(one, other)
+
+    sharded = open_params(replace(experiment, mesh=MeshConfig(fsdp=2, tensor=2)), store, model)
+    kernel = sharded["params"]["blocks"]["mlp_in"]["kernel"]
+    assert (kernel.shape, kernel.sharding.shard_shape(kernel.shape)) == ((2, 32, 64), (2, 16, 32))
 
     del calls["fit"]
     train(experiment, store)

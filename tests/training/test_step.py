@@ -129,6 +129,16 @@ def test_a_step_of_descent_is_along_the_gradient_of_the_objective():
     assert float(metrics["gradient_norm"][0]) == pytest.approx(length, rel=1e-4)
 
 
+def test_a_step_never_holds_the_logits_of_a_whole_row():
+    """Rows are 24 long, chunks 7: what the vocabulary of 128 is an axis of, is 7 positions at most."""
+    params = jax.tree.map(jnp.asarray, random_params(MODEL))
+    state = TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
+    batch = jax.tree.map(jnp.asarray, packed(0.1))
+    program = str(jax.make_jaxpr(make_train_step(MODEL, optax.sgd(1.0), chunk=7))(state, batch))
+    assert "f32[2,7,128]" in program
+    assert "f32[2,24,128]" not in program
+
+
 def test_a_batch_without_weight_is_no_division_by_zero():
     params = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
