@@ -187,6 +187,19 @@ def test_a_prompt_that_leaves_no_room_is_refused(params):
     assert len(out.ids[0]) == IMAGE
 
 
+def test_prompts_are_padded_within_the_positions_of_the_model(params, log_probs_of):
+    """A prompt of 40 ids would be padded to 64; there are 60 positions, of which 9 are for the image."""
+    table = params["params"]["position_embedding"][:60]
+    cropped = {"params": {**params["params"], "position_embedding": table}}
+    ids = np.random.default_rng(0).integers(0, 40, 37)
+    prompt = np.array([EOD, IMAGE_ALT, *VOCABULARY.from_text(ids), IMAGE_SOURCE], np.int32)
+    grammar = image_grammar(VOCABULARY, IMAGE)
+    out = generate(MODEL.clone(max_positions=60), cropped, VOCABULARY, [prompt], grammar, GREEDY, keys(1))
+    expected, mean = greedy(log_probs_of, prompt, grammar)
+    assert out.ids[0].tolist() == expected
+    assert out.mean_log_prob[0] == pytest.approx(mean, abs=1e-4)
+
+
 def test_a_longer_text_than_the_model_knows_is_refused(params, prompts):
     """Positions inside a text have rows in a table, which a longer text would leave."""
     short = MODEL.clone(max_segment_tokens=9)

@@ -148,3 +148,21 @@ def test_a_long_fit_is_saved_a_few_times(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(fitting, "fit", watched)
     fit(tmp_path, steps)
     assert seen == [(steps, every, 1, [0], tmp_path)]
+
+
+def test_two_processes_share_the_rows_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def watched(label: str, config: TrainingConfig, state: TrainState, step, stream, *rest) -> TrainState:
+        whole, place = next(stream([2]))
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        halves = []
+        for process in (0, 1):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            half, its_place = next(stream([2]))
+            assert (len(half), its_place) == (8, place)
+            halves.append(half)
+        monkeypatch.undo()
+        assert np.concatenate(halves).tolist() == whole.tolist()
+        return state.replace(step=jnp.int32(4), extra=jnp.int32(104))
+
+    monkeypatch.setattr(fitting, "fit", watched)
+    fit(tmp_path, 4)
