@@ -26,7 +26,7 @@ TINY = tiny_config.get_config()
 
 
 def test_the_model_has_room_for_the_longest_text_and_image():
-    experiment = replace(TINY, max_text_tokens=20, batches=replace(TINY.batches, context_length=300))
+    experiment = replace(TINY, max_text_tokens=20, batches=replace(TINY.batches, context_length=300, row_length=600))
     vocabulary = Vocabulary(text_size=100, image_size=50)
     for tokens_per_image, longest in ((9, 20), (64, 64)):
         model = build_model(experiment, vocabulary, tokens_per_image)
