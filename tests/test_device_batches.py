@@ -26,6 +26,7 @@ def test_few_shapes_over_all_devices():
     def apply(arrays):
         numbers, column = arrays
         assert len(numbers.sharding.device_set) == jax.local_device_count() == 8
+        assert numbers.sharding.shard_shape(numbers.shape) == (len(numbers) // 8,)
         shapes.add((numbers.shape, column.shape))
         return numbers
 

@@ -15,7 +15,7 @@ from rac3.batches.packing import (
 )
 from rac3.documents.document import Document, Image, Text
 from rac3.documents.store import TokenizedDocument
-from rac3.tokens.vocabulary import EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, Vocabulary
+from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=30)
 
@@ -70,6 +70,22 @@ def test_weights_and_kinds_of_masked_groups():
             document += target == EOD
         assert document == 3
     assert len(seen) == 7
+
+
+def test_each_document_is_masked_by_its_own_row_of_draws():
+    """One span in the first document: "2" of "1 2"; two in the last: "7", and "9 10"."""
+    builder = GroupBuilder(VOCABULARY, Masking(), 0.1)
+    rows = np.zeros((3, builder.masking.draws_per_document))
+    rows[0, :3] = 0.5, 1.5 / 5, 2.5 / 8  # the 2nd of 5 text and image ids, to place 2 of 8
+    rows[2, :7] = 0.8, 0.5 / 4, 1.5 / 7, 0, 2.5 / 4, 5.5 / 7, 0
+    t, i, mask = 8, 48, VOCABULARY.mask(0)
+    retrieved = [IMAGE_ALT, t + 1, mask, IMAGE_SOURCE, i + 3, i + 4, i + 5, IMAGE_END, mask, t + 2, END_OF_INFILL, EOD]
+    main = [IMAGE_ALT, mask, t + 8, IMAGE_SOURCE, mask + 1, IMAGE_END]
+    main += [mask, t + 7, END_OF_INFILL, mask + 1, i + 9, i + 10, END_OF_INFILL, EOD]
+    group = builder.build(ITEMS, rows)
+    np.testing.assert_array_equal(group.targets, [*retrieved, t + 6, EOD, *main])
+    weight = np.float32([0.1] * (len(retrieved) + 2) + [1.0] * len(main))
+    np.testing.assert_array_equal(group.loss_weight, weight * ~VOCABULARY.is_mask(group.targets))
 
 
 def test_a_document_may_be_its_own_neighbor_by_content():

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from rac3.batches import loader
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.loader import BatchConfig, BatchStream, StreamState
 from rac3.batches.masking import Masking
@@ -109,6 +110,21 @@ def test_every_epoch_visits_every_document_once(store, neighbors):
     assert not any(np.array_equal(one, other) for one, other in pairwise(orders))
 
 
+def test_each_seed_has_its_order(store):
+    orders = [stream(store, None, seed=seed).plan(0).main for seed in (0, 1, 0)]
+    assert not np.array_equal(orders[0], orders[1])
+    np.testing.assert_array_equal(orders[0], orders[2])
+
+
+def test_withdrawn_documents_are_not_trained_on(store):
+    gone = np.array([0, 17, 299])
+    made = BatchStream(PLAIN, 0, store, None, GroupBuilder(VOCABULARY, PLAIN.masking, 0.1), withdrawn=gone)
+    made.block_groups = 2 * 297
+    plan = made.plan(0)
+    for epoch in (0, 1):
+        assert set(plan.main[plan.epoch == epoch].tolist()) == set(range(DOCUMENTS)) - {0, 17, 299}
+
+
 def test_little_is_dropped_at_the_end_of_a_block(store, neighbors):
     """At the real block size: fewer rows than a batch, of at least 64 batches."""
     builder = GroupBuilder(VOCABULARY, Masking(), 0.1)
@@ -124,6 +140,7 @@ def test_batches_hold_the_groups_of_the_plan(store, neighbors):
         rows = plan.rows[number * 8 : number * 8 + 8]
         members = [[*plan.neighbors[group], plan.main[group]] for row in rows for group in row]
         assert groups_of(batch) == [[int(each) for each in group if each >= 0] for group in members]
+        assert (batch.segments > 0).sum(1).max() > PLAIN.context_length  # rows are longer than groups, and used
 
 
 def test_k_is_uniform_and_neighbors_come_from_the_candidates(store, neighbors):
@@ -140,6 +157,7 @@ def test_k_is_uniform_and_neighbors_come_from_the_candidates(store, neighbors):
         away = [int(each - main) % DOCUMENTS for each in row if each >= 0]
         assert away == sorted(set(away))  # most relevant first, none twice
         assert len({each > 10 for each in away}) <= 1  # by text or by image, not both
+        assert uses.keys() >= set(away)  # the first four of six
         for each in away:
             uses[each] += 1
     total = sum(uses.values())
@@ -155,6 +173,89 @@ def test_a_document_with_few_neighbors_gets_those(store, neighbors):
     assert all(set(row) <= {17, 18, 19, 20} and len(set(row)) == 2 for row in found[6])  # it has only its image
     assert (found[7] == -1).all()
     assert (found[8] >= 0).all()
+
+
+def drawn(made: BatchStream, epochs: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """K, whether the query is the image, and the first neighbor's place in the ranking, by epoch and document."""
+    made.block_groups = DOCUMENTS  # a block is an epoch
+    plans = [made.plan(epoch) for epoch in epochs]
+    tables = [plan.neighbors[np.argsort(plan.main)] for plan in plans]
+    neighbors = np.delete(np.stack(tables), [5, 6, 7], axis=1)
+    away = (neighbors[..., 0] - np.delete(np.arange(DOCUMENTS), [5, 6, 7])) % DOCUMENTS
+    return (neighbors >= 0).sum(-1), away > 10, away % 10
+
+
+@pytest.mark.parametrize("other", ["the next epoch", "another seed"])
+def test_a_document_has_other_neighbors_in_each_epoch_and_for_each_seed(store, neighbors, other):
+    """1,485 pairs of draws of one document are equal as often as independent ones are, within 5 deviations."""
+    config = dataclasses.replace(PLAIN, context_length=160)
+    k, image, place = drawn(stream(store, neighbors, config), range(5))
+    if other == "the next epoch":
+        k_2, image_2, place_2 = drawn(stream(store, neighbors, config), range(1, 6))
+    else:
+        k_2, image_2, place_2 = drawn(stream(store, neighbors, config, seed=1), range(5))
+    assert (k == k_2).mean() == pytest.approx(1 / 3, abs=0.065)
+    both = (k > 0) & (k_2 > 0)
+    assert (image == image_2)[both].mean() == pytest.approx(1 / 2, abs=0.1)
+    ones = (k == 1) & (k_2 == 1) & (image == image_2)
+    assert (place == place_2)[ones].mean() == pytest.approx(1 / 4, abs=0.25)
+
+
+def test_k_the_query_and_the_neighbors_are_independent(store, neighbors):
+    """Some 990 groups of each K, with 120 for each query and candidate where K is 1: shares within 5 deviations."""
+    k, image, place = drawn(stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160)), range(10))
+    for number in (1, 2):
+        assert image[k == number].mean() == pytest.approx(1 / 2, abs=0.08)
+    for query in (False, True):
+        chosen = place[(k == 1) & (image == query)]
+        assert all((chosen == each).mean() == pytest.approx(1 / 4, abs=0.1) for each in (1, 2, 3, 4))
+
+
+def test_queries_of_all_views_are_used(store):
+    """A text and an image query in each of two views. A document without a text has its image's of the same view."""
+    first = np.array([1, 11, 21, 31])
+    table = (np.arange(DOCUMENTS)[:, None, None] + first[:, None] + np.arange(4)) % DOCUMENTS
+    table[:100, ::2] = -1
+    made = stream(store, table, dataclasses.replace(PLAIN, context_length=160, num_retrieved=(1,)))
+    made.block_groups = 10 * DOCUMENTS
+    plan = made.plan(0)
+    query = (plan.neighbors[:, 0] - plan.main) % DOCUMENTS // 10
+    for documents, share in ((plan.main < 100, [0, 1 / 2, 0, 1 / 2]), (plan.main >= 100, [1 / 4] * 4)):
+        assert np.bincount(query[documents], minlength=4) / documents.sum() == pytest.approx(share, abs=0.08)
+
+
+def test_each_document_of_each_group_is_masked_by_its_own_draws(store, neighbors, monkeypatch: pytest.MonkeyPatch):
+    """Whichever slot it is in, in each epoch and for each seed; and the plan has room for just these masks."""
+    config = dataclasses.replace(CONFIG, masking=Masking(mean_spans=2.0), context_length=200, row_length=200)
+    masks, planned = [], []
+    build, pack = GroupBuilder.build, loader.pack
+
+    def watched_build(self, documents, draws):
+        assert len(documents) == len(draws)
+        masks.append(draws)
+        return build(self, documents, draws)
+
+    def watched_pack(lengths, row_length):
+        planned.append(lengths)
+        return pack(lengths, row_length)
+
+    monkeypatch.setattr(GroupBuilder, "build", watched_build)
+    monkeypatch.setattr(loader, "pack", watched_pack)
+    for seed in (0, 1):
+        made = stream(store, neighbors, config, seed)
+        made.block_groups = DOCUMENTS
+        for epoch in (0, 1):
+            plan = made.plan(epoch)
+            for number in range(12):
+                before = len(masks)
+                made.row(plan, number)
+                for group, draws in zip(plan.rows[number], masks[before:], strict=True):
+                    members = [each for each in (*plan.neighbors[group], plan.main[group]) if each >= 0]
+                    spans = config.masking.num_spans(draws).sum()
+                    assert planned[-1][group] == store.lengths[members].sum() + 3 * spans
+    rows = np.concatenate(masks)
+    assert len(rows) > 200
+    assert len(np.unique(rows[:, 0])) == len(np.unique(rows[:, 1])) == len(rows)
 
 
 def test_the_main_document_is_never_among_the_retrieved(store, neighbors):

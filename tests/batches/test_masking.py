@@ -26,13 +26,17 @@ def document(*sizes: int, rng: np.random.Generator) -> Sequenced:
 SHAPES = [(6, 16), (5, 0), (0, 9), (3, 9, 4, 12, 2), (1, 1), (0, 4, 0, 4)]
 
 
-def many(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Sequenced, np.ndarray, Masked]]:
+def drawn(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Sequenced, np.ndarray]]:
+    """Documents of a shape, each with its draws."""
     rng = np.random.default_rng(0)
     rows = draws.uniform(3, 0, np.arange(count), draws.MASK, masking.draws_per_document)
-    sequences = [document(*shape, rng=rng) for _ in range(count)]
+    return [(document(*shape, rng=rng), row) for row in rows]
+
+
+def many(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Sequenced, np.ndarray, Masked]]:
     return [
         (sequence, row, mask_document(masking, VOCABULARY, sequence, row))
-        for sequence, row in zip(sequences, rows, strict=True)
+        for sequence, row in drawn(masking, shape, count)
     ]
 
 
@@ -86,7 +90,7 @@ def test_unmasking_gives_the_document_back(preset, shape):
 def test_spans_are_sorted_apart_and_inside_one_segment(preset):
     masking = Masking(preset, mean_spans=4.0)
     crossing = 0
-    for sequence, row, _ in many(masking, (6, 16, 5, 9), 150):
+    for sequence, row in drawn(masking, (6, 16, 5, 9), 150):
         spans = choose_spans(masking, VOCABULARY, sequence.ids, row)
         flat = [edge for span in spans for edge in span]
         assert flat == sorted(flat)
@@ -112,8 +116,9 @@ def test_the_number_of_spans_is_poisson():
     number = masking.num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
     for k in range(5):
         assert (number == k).mean() == pytest.approx(math.exp(-1) / math.factorial(k), abs=0.01)
-    clamped = Masking("cm3").num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
-    np.testing.assert_array_equal(clamped, np.maximum(number, 1))
+    for preset in ("cm3", "cm3leon"):
+        clamped = Masking(preset).num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
+        np.testing.assert_array_equal(clamped, np.maximum(number, 1))
     assert not Masking("none").num_spans(draws.uniform(0, 0, np.arange(100), draws.MASK)).any()
     assert Masking(mean_spans=50.0, max_spans=5).num_spans(draws.uniform(0, 0, np.arange(100), 0)).max() == 5
     assert Masking(max_spans=2).num_spans(np.array([[0.0], [np.nextafter(1.0, 0.0)]])).tolist() == [0, 2]
@@ -123,7 +128,7 @@ def test_whole_captions_and_images_are_masked_now_and_then():
     """As prompts of captioning and image generation are: `<img alt=" <mask:0> " src=" ...`."""
     wholes = {"text": 0, "image": 0}
     masking = Masking("cm3leon")
-    for sequence, row, _ in many(masking, (4, 9), 800):
+    for sequence, row in drawn(masking, (4, 9), 800):
         for start, end in choose_spans(masking, VOCABULARY, sequence.ids, row):
             wholes["text"] += (start, end) == (1, 5)
             wholes["image"] += (start, end) == (6, 15)
@@ -137,7 +142,7 @@ def test_a_share_of_the_spans_grows_to_the_whole_segment():
         masking = Masking(whole_segments=whole_segments)
         spans = [
             span
-            for sequence, row, _ in many(masking, (12, 16), 400)
+            for sequence, row in drawn(masking, (12, 16), 400)
             for span in choose_spans(masking, VOCABULARY, sequence.ids, row)
         ]
         return sum(span in ((1, 13), (14, 30)) for span in spans) / len(spans)
@@ -148,10 +153,33 @@ def test_a_share_of_the_spans_grows_to_the_whole_segment():
     assert share_of_wholes(1.0) == 1
 
 
-def test_masking_is_a_function_of_its_draws():
-    masking = Masking()
-    for (_, _, one), (_, _, other) in zip(many(masking, (6, 16), 20), many(masking, (6, 16), 20), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+#  <img alt=" t t t t " src=" i i i i i i "> <eod>     13 ids and <eod>; 10 of them are text or image
+#  0          1 2 3 4 5       6 ...     11 12 13
+FIRST, PLACE = 1 / 10, 1 / 13  # a draw names one of the 10, then one of the 13
+
+
+@pytest.mark.parametrize(
+    ("masking", "spans", "expected"),
+    [
+        (Masking(), [], []),
+        (Masking(), [(2.5 * FIRST, 2.5 * PLACE, 0)], [(2, 4)]),
+        (Masking(), [(0, 0, 0)], [(1, 2)]),  # of one id: <img is none
+        (Masking(), [(7.5 * FIRST, 11.5 * PLACE, 0), (2.5 * FIRST, 2.5 * PLACE, 0)], [(2, 4), (9, 12)]),  # sorted
+        (Masking(), [(0.5 * FIRST, 12.5 * PLACE, 0), (9.5 * FIRST, 0, 0)], [(1, 5), (6, 12)]),  # clipped to segments
+        (Masking(), [(0.5 * FIRST, 3.5 * PLACE, 0), (3.5 * FIRST, 4.5 * PLACE, 0)], [(1, 4), (4, 5)]),  # side by side
+        (Masking(), [(0.5 * FIRST, 3.5 * PLACE, 0), (3.5 * FIRST, 2.5 * PLACE, 0)], [(1, 4)]),  # an overlap: left out
+        (Masking("cm3leon"), [(3.5 * FIRST, 12.5 * PLACE, 0)], [(4, 5)]),
+        (Masking("cm3"), [(11.5 * PLACE, 2.5 * PLACE, 0)], [(2, 12)]),  # of all 13, and over the markup
+        (Masking("cm3"), [(12.5 * PLACE, 0, 0)], [(0, 13)]),  # all but <eod>
+        (Masking(whole_segments=0.5), [(1.5 * FIRST, 0, 0.4), (5.5 * FIRST, 0, 0.6)], [(1, 5), (6, 8)]),
+    ],
+)
+def test_spans_of_given_draws_by_hand(masking, spans, expected):
+    sequence = document(4, 6, rng=np.random.default_rng(0))
+    row = np.full(masking.draws_per_document, 0.99)
+    row[0] = (0.3, 0.5, 0.8)[len(spans)]  # below 36.8% none, below 73.6% one, below 92.0% two
+    row[1 : 1 + 3 * len(spans)] = np.ravel(spans)
+    assert choose_spans(masking, VOCABULARY, sequence.ids, row) == expected
 
 
 def test_as_many_spans_as_there_are_sentinels():

@@ -1,13 +1,16 @@
-"""Attention, the Transformer and its loss: who sees whom, and every fast path against a plain one."""
+"""Attention, the Transformer and its loss: who sees whom, and every fast path against a plain one or a peer's."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_transformer import plain_logits, plain_nats, random_params
 
 from rac3.config import InputError
 from rac3.model.attention import attend, packed_mask
@@ -21,6 +24,7 @@ VOCAB, POSITIONS, IMAGE = 128, 40, 9
 SEGMENTS = np.array([[1] * 7 + [2] * 5 + [3] * 4 + [0] * 4, [1] * 12 + [2] * 8], np.int32)
 # float32 sums of up to 128 terms in another order differ by 128 * 6e-8 of their scale at worst; ten follow each other
 RTOL = 1e-4
+EPS = 1e-5  # against float64, of the largest logit
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +34,7 @@ def model() -> Transformer:
 
 @pytest.fixture(scope="module")
 def params(model):
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return nn.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids, ids, ids))
+    return random_params(model)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,96 @@ def test_the_packed_mask_is_the_one_that_is_drawn():
     expected = np.array([[mark == "x" for mark in line.split()] for line in drawing.strip().splitlines()])
     np.testing.assert_array_equal(packed_mask(jnp.array([[1, 1, 1, 2, 2, 0]]))[0, 0], expected)
     np.testing.assert_array_equal(packed_mask(jnp.asarray(SEGMENTS))[:, 0], visible(SEGMENTS))
+
+
+@pytest.mark.parametrize("offset_embedding", [True, False])
+def test_the_forward_pass_is_that_of_plain_numpy(offset_embedding):
+    """Each group of the packed rows alone, in float64. Embeddings are small, so that the norms' epsilon counts."""
+    model = dataclasses.replace(CONFIG, offset_embedding=offset_embedding).build(VOCAB, 12, IMAGE)
+    params = random_params(model)
+    for name in ("token_embedding", "position_embedding", "offset_embedding")[: 3 if offset_embedding else 2]:
+        params["params"][name] /= 50
+    rng = np.random.default_rng(0)
+    tokens, offsets = rng.integers(0, VOCAB, (2, 20)), rng.integers(0, IMAGE + 1, (2, 20))
+    offsets[1, 11] = IMAGE  # the last place of a text or image, at the last of the 12 positions
+    positions = np.array([[*range(7), *range(5), *range(4), *range(4)], [*range(12), *range(8)]])
+    inputs = [jnp.asarray(field, jnp.int32) for field in (tokens, positions, offsets, SEGMENTS)]
+    hidden, _ = jax.jit(model.apply)(params, *inputs)
+    got = np.asarray(model.apply(params, hidden, method="logits"))
+    for row, segment in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]:
+        place = SEGMENTS[row] == segment
+        expected = plain_logits(params, 4, tokens[row, place], offsets[row, place] if offset_embedding else None)
+        np.testing.assert_allclose(got[row, place], expected, rtol=0, atol=EPS * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def opt():
+    """Our model of the OPT shape, and transformers' OPT in float64 with the same random weights."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = dataclasses.replace(CONFIG, offset_embedding=False).build(VOCAB, POSITIONS, IMAGE)
+    params = random_params(model)
+    peer = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4,
+            ffn_dim=48, max_position_embeddings=POSITIONS, dropout=0.0, attn_implementation="eager",
+        )
+    ).double().eval()  # fmt: skip
+    ours = params["params"]
+    state = {
+        "embed_tokens.weight": ours["token_embedding"],
+        "embed_positions.weight": np.pad(ours["position_embedding"], ((2, 0), (0, 0))),  # OPT's begin at row 2
+        "final_layer_norm.weight": ours["final_norm"]["scale"],
+        "final_layer_norm.bias": ours["final_norm"]["bias"],
+    }
+    for layer in range(2):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], ours["blocks"])
+        attention, prefix = block["attention"], f"layers.{layer}."
+        for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            state[f"{prefix}self_attn.{name}.weight"] = attention["qkv_kernel"][:, part].reshape(32, 32).T
+            state[f"{prefix}self_attn.{name}.bias"] = attention["qkv_bias"][part].reshape(32)
+        state[f"{prefix}self_attn.out_proj.weight"] = attention["out_kernel"].reshape(32, 32).T
+        state[f"{prefix}self_attn.out_proj.bias"] = attention["out_bias"]
+        for theirs, name in (("self_attn_layer_norm", "attention_norm"), ("final_layer_norm", "mlp_norm")):
+            state[f"{prefix}{theirs}.weight"] = block[name]["scale"]
+            state[f"{prefix}{theirs}.bias"] = block[name]["bias"]
+        for theirs, name in (("fc1", "mlp_in"), ("fc2", "mlp_out")):
+            state[f"{prefix}{theirs}.weight"] = block[name]["kernel"].T
+            state[f"{prefix}{theirs}.bias"] = block[name]["bias"]
+    peer.model.decoder.load_state_dict({name: torch.tensor(np.float64(value)) for name, value in state.items()})
+
+    def logits(tokens: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return peer(torch.tensor(tokens[None].astype(np.int64))).logits[0].numpy()
+
+    return model, params, logits
+
+
+def test_packed_groups_have_the_logits_of_transformers_opt(opt, batch):
+    model, params, logits = opt
+    hidden, _ = jax.jit(model.apply)(params, *batch)
+    got = np.asarray(model.apply(params, hidden, method="logits"))
+    for row, segment in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]:
+        place = SEGMENTS[row] == segment
+        expected = logits(batch[0][row, place])
+        np.testing.assert_allclose(got[row, place], expected, rtol=0, atol=EPS * np.abs(expected).max())
+
+
+def test_cached_decoding_has_the_logits_of_transformers_opt(opt):
+    model, params, logits = opt
+    tokens = np.random.default_rng(0).integers(1, VOCAB, 12).astype(np.int32)
+    expected = logits(tokens)
+
+    @jax.jit
+    def step(params, tokens, positions, cache):
+        hidden, cache = model.apply(params, tokens, positions, 0 * positions, None, cache)
+        return model.apply(params, hidden, method="logits"), cache
+
+    cache, got = model.empty_cache(1, 14), []
+    for part in np.split(np.arange(12), range(5, 12)):  # a prompt of 5, then one by one
+        logits_of_part, cache = step(params, tokens[None, part], part[None], cache)
+        got.append(logits_of_part[0])
+    np.testing.assert_allclose(np.concatenate(got), expected, rtol=0, atol=EPS * np.abs(expected).max())
 
 
 def test_attend_is_a_softmax_over_what_is_visible():
@@ -177,6 +270,39 @@ def test_what_the_backward_pass_keeps_does_not_change_the_gradients(params, batc
             np.testing.assert_allclose(other, none, rtol=0, atol=RTOL * np.abs(none).max())
 
 
+def kept_of_layers(remat: str) -> list[tuple[int, ...]]:
+    """The shapes of the activations that the backward pass keeps of each of 3 layers; sizes tell the axes apart."""
+    layers, rows, seq = 3, 5, 7
+    model = dataclasses.replace(CONFIG, num_layers=layers, remat=remat).build(VOCAB, POSITIONS, IMAGE)
+    ids = jnp.zeros((rows, seq), jnp.int32)
+
+    def backward(params):
+        return jax.vjp(lambda params: model.apply(params, ids, ids, ids, ids)[0], params)[1]
+
+    params = random_params(model)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, params))]
+    return sorted(shape for shape in shapes if shape[0] == layers and {rows, seq} <= set(shape[1:]))
+
+
+def test_the_backward_pass_keeps_what_it_says():
+    """Of a layer: its input; or also the products qkv, out and mlp_in; or all, the attention weights with it."""
+    of_input, of_qkv, of_mlp = (3, 5, 7, 32), (3, 3, 4, 8, 5, 7), (3, 5, 7, 48)
+    assert kept_of_layers("full") == [of_input]
+    assert kept_of_layers("dots") == sorted([of_input, of_qkv, of_input, of_mlp])
+    assert (3, 5, 4, 7, 7) in kept_of_layers("none")
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    hidden, targets, table = jnp.zeros((2, 21, 16)), jnp.zeros((2, 21), jnp.int32), jnp.zeros((50, 16))
+
+    def backward(hidden, table):
+        return jax.vjp(lambda *x: token_losses(lambda part: part @ x[1].T, x[0], targets, 7), hidden, table)[1]
+
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, hidden, table))]
+    assert (3, 2, 7, 16) in shapes
+    assert all(shape == table.shape for shape in shapes if 50 in shape)
+
+
 @pytest.mark.parametrize("chunk", [1, 8, 21, 64])
 def test_the_chunked_loss_is_the_plain_loss(chunk):
     """21 positions: chunks that divide them, that do not, and one that is larger."""
@@ -185,6 +311,12 @@ def test_the_chunked_loss_is_the_plain_loss(chunk):
     table = jnp.asarray(rng.normal(size=(50, 16)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, 50, (2, 21)), jnp.int32)
     weight = jnp.asarray(rng.random((2, 21)), jnp.float32)
+
+    np.testing.assert_allclose(
+        token_losses(lambda part: part @ table.T, hidden, targets, chunk)[0],
+        plain_nats(np.float64(hidden[0]) @ np.float64(table).T, np.asarray(targets[0])),
+        rtol=RTOL,
+    )
 
     def plain(hidden, table):
         log_probs = jax.nn.log_softmax(hidden @ table.T)
@@ -214,6 +346,39 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_counts(batch):
     assert model.empty_cache(3, 10).keys.dtype == jnp.bfloat16
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All primitives of a program, also those of the functions that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_bfloat16_multiplies_matrices_in_bfloat16_and_takes_softmaxes_in_float32(batch):
+    """Read off the program: seven products (qkv, scores, values, out, two of the MLP, logits) of bfloat16, of which
+    scores and logits come out as float32; the exponentials and the logarithm of attention and of the loss, and the
+    norms, in float32."""
+    model = dataclasses.replace(CONFIG, dtype="bfloat16").build(VOCAB, POSITIONS, IMAGE)
+
+    def loss(params):
+        hidden, _ = model.apply(params, *batch)
+        return token_losses(lambda part: model.apply(params, part, method="logits"), hidden, batch[0])
+
+    batch = [jnp.asarray(field) for field in batch]
+    found: dict[str, list[Any]] = {}
+    results = []
+    for equation in equations(jax.make_jaxpr(loss)(random_params(model)).jaxpr):
+        found.setdefault(equation.primitive.name, []).append([var.aval.dtype for var in equation.invars])
+        results += [var.aval.dtype for var in equation.outvars if equation.primitive.name == "dot_general"]
+    assert found["dot_general"] == [[jnp.bfloat16] * 2] * 7
+    assert results == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 4, jnp.float32]
+    assert found["exp"] == [[jnp.float32]] * 2
+    assert found["log"] == [[jnp.float32]]
+    assert found["rsqrt"] == [[jnp.float32]] * 3
+
+
 def test_the_defaults_are_the_paper_model():
     model = TransformerConfig().build(60_032, 4096, 1024)
     ids = jnp.zeros((1, 2), jnp.int32)
@@ -222,9 +387,12 @@ def test_the_defaults_are_the_paper_model():
     assert blocks == 32 * (4 * 2560**2 + 2 * 2560 * 10240 + 4 * 2560 + 10240 + 2560 + 4 * 2560)
 
 
-def test_residual_writers_start_smaller(params):
+def test_residual_writers_start_smaller(model):
     """By 1/sqrt(2 layers) = 1/2 here; the sample deviation of 2,048 draws is within 8% at 5 sigma."""
-    blocks = params["params"]["blocks"]
+    ids = jnp.zeros((1, 2), jnp.int32)
+    new = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids, ids, ids))["params"]
+    assert np.std(new["token_embedding"]) == pytest.approx(0.2, rel=0.08)
+    blocks = new["blocks"]
     for kernel, std in [
         (blocks["attention"]["qkv_kernel"], 0.2),
         (blocks["attention"]["out_kernel"], 0.1),

@@ -56,12 +56,11 @@ def new_state(mesh: str = "one", seed: int = 0) -> TrainState:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
-    """Steps 3, 5 and 7 of a state on eight devices, whose optimizer state is not zero."""
+    """Steps 3, 5 and 7 of a state on eight devices, each another in all its leaves, and the last of them."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), new_state("many"))
     checkpoints = Checkpoints(folder, keep=2)
     for step in (3, 5, 7):
-        state = state.replace(step=jnp.int32(step))
+        state = jax.tree.map(lambda x, step=step: x + jnp.asarray(step, x.dtype), new_state("many"))
         checkpoints.save(step, state, [step, 1])
     checkpoints.close()
     return folder, state
@@ -88,7 +87,7 @@ def test_the_newest_state_comes_back_on_any_mesh(saved, mesh):
         assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
-def test_parameters_alone(saved):
+def test_the_newest_parameters_alone(saved):
     folder, state = saved
     checkpoints = Checkpoints(folder)
     params = checkpoints.restore_params(new_state("other", seed=1).params)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from rac3.batches.packing import PackedBatch
 from rac3.config import InputError
 from rac3.model.transformer import TransformerConfig
 from rac3.sharding import MeshConfig, use_mesh
+from rac3.training import loop
+from rac3.training.checkpoint import Checkpoints
 from rac3.training.loop import TrainingConfig, fit, put
 from rac3.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from rac3.training.optimizer import OptimizerConfig
@@ -24,7 +27,8 @@ from rac3.training.step import make_train_step
 
 MODEL = TransformerConfig(num_layers=1, embed=16, num_heads=2, mlp=16, dtype="float32").build(128, 16, 4)
 MESH = MeshConfig(fsdp=2, tensor=2)
-CONFIG = TrainingConfig(steps=12, checkpoint_every=4, log_every=3)
+CONFIG = TrainingConfig(steps=13, checkpoint_every=4, log_every=3)
+LOGGED = [3, 4, 6, 8, 9, 12, 13]
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2).build(CONFIG.steps)
 
 
@@ -74,7 +78,7 @@ def initial() -> tuple[TrainState, TrainState]:
     return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def run(folder: Path, step, stream: Stream, config: TrainingConfig = CONFIG) -> TrainState:
+def run(folder: Path, step, stream: loop.Stream, config: TrainingConfig = CONFIG) -> TrainState:
     state = jax.device_put(*initial())
     return fit("train", config, state, step, stream, [0, 0], folder, MESH, MESH.build())
 
@@ -98,7 +102,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, step, uninterrupted, 
         np.testing.assert_array_equal(one, other)
     timings = {"step_seconds", "input_wait_seconds", "tokens_per_second"}
     resumed = read_metrics(tmp_path)
-    assert [line["step"] for line in resumed] == [3, 4, 6, 8, 9, 12]
+    assert [line["step"] for line in resumed] == LOGGED
     for one, other in zip(resumed, lines, strict=True):
         assert one.keys() == other.keys()
         assert all(one[name] == other[name] for name in one.keys() - timings)
@@ -111,7 +115,50 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, step, uninterrupted):
     assert again.starts == []
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(uninterrupted[0]), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 6, 8, 9, 12]
+    assert [line["step"] for line in read_metrics(tmp_path)] == LOGGED
+
+
+def test_checkpoints_are_every_so_many_steps_and_at_the_end(tmp_path: Path, step, uninterrupted):
+    """Of 4, 8, 12 and 13, the last three; the newest holds the final state and its stream's place, 13 = 2 * 5 + 3."""
+    run(tmp_path, step, Stream(), dataclasses.replace(CONFIG, keep=3))
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [8, 12, 13]
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state, position = checkpoints.restore(uninterrupted[0])
+    checkpoints.close()
+    assert position == [2, 3]
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(uninterrupted[0]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_all_lines_up_to_a_checkpoint_are_on_disk_before_it(tmp_path: Path, step, monkeypatch: pytest.MonkeyPatch):
+    """A run that is killed right after it goes on from there and writes none of them again."""
+    save, seen = Checkpoints.save, []
+
+    def watched(self: Checkpoints, number: int, *rest) -> None:
+        seen.append((number, [line["step"] for line in read_metrics(tmp_path)]))
+        save(self, number, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", watched)
+    run(tmp_path, step, Stream())
+    assert seen == [(number, [line for line in LOGGED if line <= number]) for number in (4, 8, 12, 13)]
+
+
+def test_steps_run_on_the_mesh(tmp_path: Path, step):
+    seen = []
+
+    def watched(state: TrainState, batch: PackedBatch):
+        seen.append((jax.sharding.get_abstract_mesh().shape, batch.tokens.sharding.shard_shape(batch.tokens.shape)))
+        return step(state, batch)
+
+    run(tmp_path, watched, Stream(), dataclasses.replace(CONFIG, steps=1))
+    assert seen == [({"data": 2, "fsdp": 2, "tensor": 2}, (2, 16))]
+
+
+def test_a_step_takes_over_the_memory_of_its_state(step):
+    state, mesh = jax.device_put(*initial()), MESH.build()
+    with use_mesh(MESH, mesh):
+        step(state, put(batch_at(0), MESH, mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def test_metrics_are_means_over_their_window(tmp_path: Path, step, uninterrupted):
@@ -127,6 +174,27 @@ def test_metrics_are_means_over_their_window(tmp_path: Path, step, uninterrupted
         assert 0 <= line["input_wait_seconds"] <= line["step_seconds"]
         assert "loss/retrieved/image" not in line  # there are none: no loss of 0
         start = line["step"]
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert events.count(b"loss/main/text") == CONFIG.steps
+
+
+def test_rates_are_those_of_the_window(tmp_path: Path, step, monkeypatch: pytest.MonkeyPatch):
+    """By a clock that only the stream (2 s a batch) and the step (3 s) move: 5 s for 8 x 16 tokens."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+
+    def stream(position: Sequence[int]) -> Iterator[tuple[PackedBatch, Sequence[int]]]:
+        for pair in Stream()(position):
+            clock.now += 2
+            yield pair
+
+    def timed(state: TrainState, batch: PackedBatch):
+        clock.now += 3
+        return step(state, batch)
+
+    run(tmp_path, timed, stream)
+    for line in read_metrics(tmp_path):
+        assert (line["step_seconds"], line["input_wait_seconds"], line["tokens_per_second"]) == (5, 2, 8 * 16 / 5)
 
 
 def test_a_resumed_run_writes_over_the_lines_it_repeats(tmp_path: Path):
@@ -143,6 +211,14 @@ def test_a_resumed_run_writes_over_the_lines_it_repeats(tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert lines == [{"step": 10, "loss": 10.0}, {"step": 20, "loss": 20.0}, {"step": 30, "loss": 0.5}]
     assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_put_cuts_the_rows_over_data_and_fsdp():
