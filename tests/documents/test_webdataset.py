@@ -180,6 +180,16 @@ def test_odd_names(tmp_path):
     " ".join([*documents, *rejects]).encode()  # every key can be written
 
 
+def test_the_key_ends_at_the_first_dot_and_other_kinds_belong_to_nothing(tmp_path):
+    image, text, json_file = sample("a.b/000", 1)
+    extra = [("a.b/000.mask.png", b"no picture of the sample"), ("a.b/000.seg.txt", b"nor its caption")]
+    write_tar(tmp_path / "00000.tar", [extra[0], image, extra[1], text, json_file])
+    documents, rejects = read(tmp_path)
+    assert rejects == {}
+    assert documents["00000/a.b/000"].text == "caption a.b/000"
+    assert documents["00000/a.b/000"].images[0].data == image_bytes(1)
+
+
 @pytest.mark.parametrize("between", [[], sample("b", 1)])
 def test_a_key_is_used_once(tmp_path, between):
     write_tar(tmp_path / "00000.tar", sample("a", 5) + between + sample("a", 6) + sample("c", 7))

@@ -1,6 +1,7 @@
 """The drawn world: what is held out stays held out, and the emblem can be read off the pixels."""
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,14 @@ def test_the_world_is_a_function_of_its_fields():
     assert documents(world("test")) != documents(world("test", seed=1))
     whole = [document.segments for document in documents(world("train", documents_per_shard=1000))]
     assert whole == [document.segments for document in documents(world("train"))]  # however it is cut into shards
+
+
+def test_settings_are_drawn_by_the_seed_and_shuffled():
+    """No two worlds ask for the same settings in the same order, and no entity's documents stand together."""
+    zero, one = ([each.text.split(" ", 1)[1] for each in documents(world("train", seed=seed))] for seed in (0, 1))
+    assert np.mean([a == b for a, b in zip(zero, one, strict=True)]) < 0.3
+    names = [document.metadata["entity"] for document in documents(world("train"))]
+    assert np.mean([a == b for a, b in pairwise(names)]) < 0.3  # of 4 documents each
 
 
 def test_emblems_are_apart_in_pixels():

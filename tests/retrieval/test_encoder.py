@@ -119,6 +119,26 @@ def test_query_dropout_is_a_function_of_seed_and_document(encoder):
         encoder.embed_texts(texts[:2], drop_keys=keys)
 
 
+def test_the_dropout_of_each_document_and_view_is_its_own():
+    """A document's key does not depend on the batch that it came in."""
+    names = [f"shard/{number}" for number in range(50)]
+    keys = {
+        (seed, view): np.asarray(jax.random.key_data(query_dropout_keys(seed, names, view)))
+        for seed in (0, 1)
+        for view in (0, 1, 2)
+    }
+    everything = np.concatenate(list(keys.values()))
+    assert len(np.unique(everything, axis=0)) == 6 * 50
+    some = jax.random.key_data(query_dropout_keys(1, names[7:9], 2))
+    np.testing.assert_array_equal(some, keys[1, 2][7:9])
+
+
+def test_equal_items_of_two_documents_are_dropped_apart(encoder):
+    for embed, item in ((encoder.embed_texts, TEXTS[4]), (encoder.embed_images, pictures(1)[0])):
+        vectors = embed([item] * 8, drop_keys=query_dropout_keys(0, list("abcdefgh")), drop_rate=0.5)
+        assert len(np.unique(np.round(vectors, 4), axis=0)) >= 7
+
+
 def test_shapes_compile_once(tokenizer, params):
     encoder = MixedEncoder(CLIP(CONFIG), params, ClipText.fitted(tokenizer, CONFIG.text_config), batch_size=16)
     for number in range(1, 9):  # on 8 devices all of them pad to 8 rows

@@ -18,7 +18,7 @@ from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, Retriever, Tunable, no_candidates, ranked, search_memory
-from rac3.retrieval.scann import Scann
+from rac3.retrieval.scann import Scann, ScannIndex
 
 EMBED = 15  # odd: ScaNN codes pairs of dimensions
 ATOL = 4e-7  # two sums of 15 float32 products of unit vectors: 15 roundings of at most 2**-24 each way, and 4 x less
@@ -209,6 +209,57 @@ def test_scann_pads_where_the_leaves_it_searches_run_out(tmp_path: Path):
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in rows)
 
 
+def test_scann_searches_a_twentieth_of_the_leaves_and_reorders_128_unless_told():
+    class Searcher:
+        def search_batched_parallel(self, queries, final_num_neighbors, pre_reorder_num_neighbors, leaves_to_search):
+            asked.append((final_num_neighbors, pre_reorder_num_neighbors, leaves_to_search))
+            rows = np.tile(np.arange(final_num_neighbors, dtype=np.uint32), (len(queries), 1))
+            return rows, np.ones(rows.shape, np.float32)
+
+    part, asked = part_of(embeddings(500)), []
+    for retriever, k, expected in (
+        (Scann(), 16, (16, 128, None)),  # brute force: no leaves
+        (Scann(num_leaves=81), 16, (16, 128, 5)),  # rounded up
+        (Scann(num_leaves=7), 16, (16, 128, 1)),
+        (Scann(num_leaves=81, num_leaves_to_search=9, reorder_num_neighbors=40), 16, (16, 40, 9)),
+        (Scann(num_leaves=81), 300, (300, 300, 5)),
+        (Scann(num_leaves=81, reorder_num_neighbors=900), 9, (9, 500, 5)),  # of 500 documents
+        (Scann(num_leaves=81, reorder_dtype="none"), 16, (128, 128, 5)),  # scored here
+    ):
+        scores, rows = ScannIndex(retriever, part, Searcher()).search(queries_of(embeddings(2)), k)
+        assert rows.shape == scores.shape == (2, k)
+        assert asked.pop() == expected
+    assert Scann().leaves_for(19_999) is None
+    assert Scann().leaves_for(20_000) == 424  # 3 times the square root
+    assert Scann(num_leaves=50).leaves_for(100) == 50
+
+
+def test_scann_builds_its_tree_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What ScaNN's own builder was given."""
+    pybind = pytest.importorskip("scann").scann_ops_pybind
+    builder, made = pybind.builder, []
+    monkeypatch.setattr(pybind, "builder", lambda *arguments: made.append(builder(*arguments)) or made[-1])
+    tree = {"num_leaves": 30, "num_leaves_to_search": 4, "spherical": False, "soar_lambda": 1.25}
+    codes = {"dimensions_per_block": 3, "anisotropic_quantization_threshold": 0.35}
+    memory = part_of(embeddings(300))
+    Scann(**tree, **codes, reorder_num_neighbors=77, reorder_dtype="bfloat16").build(memory, tmp_path)
+    Scann(num_leaves=30).build(memory, tmp_path)
+    Scann().build(memory, tmp_path)
+    told, plain, brute_force = (each.params for each in made)
+    for each in (told, plain):
+        del each["tree"]["distance_measure"]  # ScaNN's own
+    assert told["tree"] == tree | {"training_sample_size": 100_000}
+    assert told["score_ah"] == codes
+    assert {str(value) for value in told["reorder"].values()} == {"77", "ReorderType.BFLOAT16"}
+    assert plain["tree"] == tree | {
+        "num_leaves_to_search": 2, "spherical": True, "soar_lambda": None, "training_sample_size": 100_000
+    }  # fmt: skip
+    assert plain["score_ah"] == {"dimensions_per_block": 2, "anisotropic_quantization_threshold": 0.2}
+    assert {str(value) for value in plain["reorder"].values()} == {"128", "ReorderType.FLOAT32"}
+    assert brute_force.keys() == {"score_bf"}
+    assert {each.distance_measure for each in made} == {"dot_product"}
+
+
 def test_scann_checks_its_leaves(tmp_path: Path):
     with pytest.raises(InputError, match=r"retriever\.num_leaves=4000 .* 1000 documents .* at most 1000, about 95"):
         Scann(num_leaves=4000).build(part_of(embeddings(1000)), tmp_path)
@@ -347,6 +398,13 @@ def test_fixed_gives_the_named_documents_in_their_order(tmp_path: Path):
         Fixed(("a", "a"))
 
 
+def test_queries_have_one_key_vector_and_text_each():
+    for keys, texts in (("ab", "abc"), ("abc", "ab")):
+        with pytest.raises(InputError, match=rf"{len(keys)} keys, 3 embeddings and {len(texts)} texts"):
+            Queries(list(keys), embeddings(3), list(texts))
+    assert len(Queries(["a"], embeddings(1), [""])) == 1
+
+
 def test_random_is_uniform_over_the_union_of_unequal_parts(tmp_path: Path):
     sizes, k, draws = (2, 3, 15), 4, 20_000
     memory = Memory(tuple(part_of(embeddings(n), name) for n, name in zip(sizes, "abc", strict=True)))
@@ -451,6 +509,14 @@ def test_faiss_trees_over_codes_recall_what_exact_finds(tmp_path: Path):
     scores, rows = index_of(few, memory, tmp_path / "few").search(queries, 1000)
     assert (rows[:, -1] == -1).all()
     assert ((rows == -1) == (scores == -np.inf)).all()
+
+
+def test_faiss_adds_a_large_part_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("rac3.retrieval.faiss._BLOCK", 7)
+    memory = embeddings(30)
+    _, rows = index_of(Faiss(), part_of(memory), tmp_path).search(queries_of(memory), 3)
+    np.testing.assert_array_equal(rows, np.argsort(-(memory @ memory.T), axis=1)[:, :3])
 
 
 def test_faiss_is_trained_on_a_sample_in_the_order_of_the_memory():

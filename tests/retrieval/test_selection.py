@@ -95,6 +95,25 @@ def test_near_duplicates_are_taken_once_and_kept_with_a_limit_of_1():
     assert kept.ids.tolist() == [[0, 1, 2]]
 
 
+def test_a_similarity_of_just_the_limit_is_allowed():
+    """Inner products of 0.5 and 0 are exact in binary. Each rule stands alone on the limit, and over it."""
+    half, rest = 0.5, float(np.sqrt(0.75))
+    query, near_query = [1.0, 0, 0, 0], [half, rest, 0, 0]
+    main, near_main = [0, 0, 1.0, 0], [0, 0, half, rest]
+    first, near_first = [0, 1.0, 0, 0], [0, half, 0, -rest]
+    rows = np.array([near_query, main, near_main, first, near_first], np.float32)
+    asked = np.array([query], np.float32)
+    for candidates in ([0], [2], [3, 4]):  # near the query, the main document, one that is taken
+        ids = np.array([candidates])
+        for limit, kept in (
+            (half, len(candidates)),
+            (np.nextafter(np.float32(half), np.float32(0)), len(candidates) - 1),
+        ):
+            config = Selection(max_similarity=float(limit), depth=2)
+            found = select(config, asked, ids, memory_of(rows), np.array([1]))
+            assert found.ids[0].tolist() == candidates[:kept] + [-1] * (2 - kept), (candidates, limit)
+
+
 def test_no_queries_and_no_candidates():
     memory = memory_of(np.zeros((3, 4), np.float32))
     empty = select(Selection(), np.zeros((0, 4), np.float32), np.zeros((0, 5), np.int64), memory, np.zeros(0, np.int64))
