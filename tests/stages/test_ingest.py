@@ -16,6 +16,7 @@ from rac3.experiment import Experiment
 from rac3.stages import recipes
 from rac3.stages.embed import open_documents
 from rac3.stages.ingest import counts_line, ingest
+from rac3.tokens.text import Tokenizer
 
 LIMIT = 24  # text tokens, of a byte each
 SHARDS = [
@@ -124,6 +125,17 @@ def test_ids_are_as_wide_as_the_larger_vocabulary_asks_for(
     _, artifact, (item,) = ingested([[document("a", b"fox")]])
     assert artifact.manifest["counts"]["ids"] == kind
     np.testing.assert_array_equal(item.ids[0], largest)
+
+
+def test_a_text_that_the_tokenizer_has_no_ids_for_is_a_reject(ingested: Ingested, monkeypatch: pytest.MonkeyPatch):
+    """Tokenizers of the T5 and BERT families drop control characters, of which a caption may consist."""
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encode(self, text.replace("\x07", "")))
+    documents = [document("a", "\x07", b"bell"), document("b", "a bell", b"bell"), document("c", "\x07\x07")]
+    _, artifact, items = ingested([documents], max_reject_fraction=0.9)
+    assert [item.document.key for item in items] == ["b"]
+    assert artifact.manifest["counts"]["rejects"] == {"text without ids": 2}
+    assert np.load(artifact.folder / "lengths.npy").shape == (1,)
 
 
 def test_long_shards_are_read_in_blocks(ingested: Ingested, monkeypatch: pytest.MonkeyPatch):
