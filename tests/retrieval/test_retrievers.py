@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,16 @@ from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
-from rac3.retrieval.retriever import Index, Queries, Retriever, Tunable, no_candidates, ranked, search_memory
+from rac3.retrieval.retriever import (
+    Index,
+    Queries,
+    Retriever,
+    Tunable,
+    no_candidates,
+    ranked,
+    search_memory,
+    search_only_fields,
+)
 from rac3.retrieval.scann import Scann, ScannIndex
 
 EMBED = 15  # odd: ScaNN codes pairs of dimensions
@@ -245,17 +254,14 @@ def test_scann_builds_its_tree_as_it_is_told(tmp_path: Path, monkeypatch: pytest
     Scann(**tree, **codes, reorder_num_neighbors=77, reorder_dtype="bfloat16").build(memory, tmp_path)
     Scann(num_leaves=30).build(memory, tmp_path)
     Scann().build(memory, tmp_path)
-    told, plain, brute_force = (each.params for each in made)
-    for each in (told, plain):
-        del each["tree"]["distance_measure"]  # ScaNN's own
-    assert told["tree"] == tree | {"training_sample_size": 100_000}
-    assert told["score_ah"] == codes
-    assert {str(value) for value in told["reorder"].values()} == {"77", "ReorderType.BFLOAT16"}
-    assert plain["tree"] == tree | {
-        "num_leaves_to_search": 2, "spherical": True, "soar_lambda": None, "training_sample_size": 100_000
-    }  # fmt: skip
-    assert plain["score_ah"] == {"dimensions_per_block": 2, "anisotropic_quantization_threshold": 0.2}
-    assert {str(value) for value in plain["reorder"].values()} == {"128", "ReorderType.FLOAT32"}
+    told, plain, brute_force = (each.params for each in made)  # to which ScaNN adds its own
+    assert (tree | {"training_sample_size": 100_000}).items() <= told["tree"].items()
+    assert codes.items() <= told["score_ah"].items()
+    assert {"77", "ReorderType.BFLOAT16"} <= {str(value) for value in told["reorder"].values()}
+    tree |= {"num_leaves_to_search": 2, "spherical": True, "soar_lambda": None}
+    assert tree.items() <= plain["tree"].items()
+    assert {"dimensions_per_block": 2, "anisotropic_quantization_threshold": 0.2}.items() <= plain["score_ah"].items()
+    assert {"128", "ReorderType.FLOAT32"} <= {str(value) for value in plain["reorder"].values()}
     assert brute_force.keys() == {"score_bf"}
     assert {each.distance_measure for each in made} == {"dot_product"}
 
@@ -479,6 +485,27 @@ def test_an_index_that_breaks_the_contract_is_named(scores: np.ndarray, rows: np
     memory = Memory((part_of(embeddings(5)),))
     with pytest.raises(InputError, match=f"Broken.search .*{message}"):
         search_memory([Broken()], memory, queries_of(embeddings(2)), 2)
+
+
+@pytest.mark.parametrize(
+    ("retriever", "built"),
+    [
+        (Exact(), set()),
+        (Random(), set()),
+        (NoRetriever(), set()),
+        (Fixed(), {"keys"}),
+        (Faiss(), {"factory", "seed"}),
+        (
+            Scann(),
+            {"num_leaves", "spherical", "soar_lambda", "dimensions_per_block", "anisotropic_quantization_threshold"}
+            | {"reorder_dtype"},
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_an_index_is_built_from(retriever: Retriever, built: set[str]):
+    """All else may change without a new index; none of these may."""
+    assert {each.name for each in fields(retriever)} - search_only_fields(retriever) == built
 
 
 @pytest.mark.parametrize("retriever", [Exact, Scann, Faiss, Random])

@@ -125,6 +125,14 @@ def test_no_queries_and_no_candidates():
     assert nothing.dropped == Dropped(0, 0, 0, 0, 0, 0)
 
 
+def test_the_limit_of_the_paper():
+    """Section 3.2: a candidate above 0.9 is skipped."""
+    rows = np.array([[cosine, np.sqrt(1 - cosine**2), 0] for cosine in (0.89, 0.91)], np.float32)
+    rows[1, 1:] = rows[1, :0:-1]  # away from the other
+    found = select(Selection(), np.array([[1, 0, 0]], np.float32), np.array([[1, 0]]), memory_of(rows), np.array([-1]))
+    assert found.ids.tolist() == [[0] + [-1] * 7]
+
+
 def test_limits_are_checked():
     for limit in (0.0, 1.1, float("nan")):
         with pytest.raises(InputError, match="max_similarity"):

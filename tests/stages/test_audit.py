@@ -207,6 +207,18 @@ def test_a_target_that_is_retrieved(target: str, query: int, split: str, copied:
     assert made.leaks() == ({what: 1}, [f"{what}: {names}"])
 
 
+def test_vectors_of_a_byte_per_number_are_no_leak(made: Made):
+    """A hundredth of each vector is lost in rounding; what is not of the part alone is still found."""
+    small = Made(replace(made.experiment, embedding_dtype="int8"), made.workdir)
+    for stage in (embed, index, retrieve):
+        stage(small.experiment, small.workdir)
+    for kind, array in (("embeddings", "document"), ("queries", "text"), ("queries", "image")):
+        assert read_array(small.folder(kind, "train") / array).dtype == np.int8
+    assert audit(small.experiment, small.workdir).endswith("audit: no leak")
+    small.rewrite("queries", "test", "image", lambda codes: codes[5].fill(100))
+    assert small.leaks()[0] == {"test: image query that is not of the image alone": 1}
+
+
 def test_of_many_leaks_the_first_are_named(made: Made):
     made.rewrite("queries", "test", "text", lambda vectors: vectors.fill(WIDTH**-0.5))
     made.rewrite("neighbors", "train", "ids", lambda ids: ids[:, :, LAST].fill(-1))

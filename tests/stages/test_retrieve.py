@@ -224,6 +224,7 @@ def test_a_training_document_never_retrieves_itself_or_its_copies_in_any_shard(m
     """Whatever the similarity allows: the walk above drops it by that too."""
     loose = replace(made.experiment, selection=Selection(max_similarity=1.0, depth=4))
     retrieve(loose, made.workdir, ["train"])
+    assert made.workdir.find(recipes.neighbors(loose, "test")) is None  # which was not asked for
     ids = read_neighbors(loose, made.workdir, "train")[:]
     assert not (ids == np.arange(len(ids))[:, None, None]).any()
     assert not set(ids[0].ravel().tolist() + ids[4].ravel().tolist()) & {0, 4}
