@@ -58,7 +58,8 @@ def test_an_embedding_that_is_not_finite_is_refused_by_its_row(value: float):
 def test_inner_products_of_each_query_with_documents_of_its_own(monkeypatch: pytest.MonkeyPatch):
     memory = part("a", 30)
     queries = np.random.default_rng(1).normal(size=(7, 4)).astype(np.float32)
-    rows = np.random.default_rng(2).integers(-1, 30, (7, 5))
+    rows = np.random.default_rng(2).integers(0, 30, (7, 5))
+    rows[0, 4] = rows[5, 0] = rows[5, 1] = -1
     every = queries @ memory.read(slice(0, 30)).T
     wanted = np.where(rows < 0, -np.inf, np.take_along_axis(every, np.maximum(rows, 0), axis=1))
     for at_once in (2**26, 3 * 5 * 4 * 4, 1):  # bytes: all, three queries, one query

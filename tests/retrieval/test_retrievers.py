@@ -542,8 +542,10 @@ def test_faiss_adds_a_large_part_in_blocks(tmp_path: Path, monkeypatch: pytest.M
     pytest.importorskip("faiss")
     monkeypatch.setattr("rac3.retrieval.faiss._BLOCK", 7)
     memory = embeddings(30)
-    _, rows = index_of(Faiss(), part_of(memory), tmp_path).search(queries_of(memory), 3)
-    np.testing.assert_array_equal(rows, np.argsort(-(memory @ memory.T), axis=1)[:, :3])
+    scores, rows = index_of(Faiss(), part_of(memory), tmp_path).search(queries_of(memory), 3)
+    products = memory @ memory.T
+    np.testing.assert_array_equal(rows, np.argsort(-products, axis=1)[:, :3])
+    np.testing.assert_allclose(scores, np.take_along_axis(products, rows, axis=1), atol=ATOL)
 
 
 def test_faiss_is_trained_on_a_sample_in_the_order_of_the_memory():

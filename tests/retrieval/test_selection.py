@@ -93,6 +93,13 @@ def test_near_duplicates_are_taken_once_and_kept_with_a_limit_of_1():
     assert select(Selection(depth=3), query, ids, memory_of(rows), exclude).ids.tolist() == [[0, -1, -1]]
     kept = select(Selection(max_similarity=1.0, depth=3), row, ids, memory_of(rows), exclude)
     assert kept.ids.tolist() == [[0, 1, 2]]
+    many = unit(np.random.default_rng(0).normal(size=(50, 8)))
+    assert (np.vecdot(many, many) > 1).any()  # by rounding
+    pairs = np.arange(100).reshape(2, 50).T  # each with a copy of it
+    kept = select(
+        Selection(max_similarity=1.0, depth=2), many, pairs, memory_of(np.tile(many, (2, 1))), np.full(50, -1)
+    )
+    np.testing.assert_array_equal(kept.ids, pairs)
 
 
 def test_a_similarity_of_just_the_limit_is_allowed():
