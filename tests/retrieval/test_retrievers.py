@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import (
     Index,
+    Planned,
     Queries,
     Retriever,
     Tunable,
@@ -506,6 +507,38 @@ def test_an_index_that_breaks_the_contract_is_named(scores: np.ndarray, rows: np
 def test_what_an_index_is_built_from(retriever: Retriever, built: set[str]):
     """All else may change without a new index; none of these may."""
     assert {each.name for each in fields(retriever)} - search_only_fields(retriever) == built
+
+
+TREE = 14_080_000  # FLOPs: ten rounds of k-means over 500 documents, then each to its leaf; 20 products of 64 numbers
+
+
+@pytest.mark.parametrize(
+    ("retriever", "needs"),
+    [
+        # Two blocks of 500 vectors of 64 numbers, of 4 bytes; a product and a sum for each number.
+        (Exact(), (0, 256_000, 256_000, 0, 0, 64_000)),
+        (Exact(block_rows=100, dtype="bfloat16"), (0, 51_200, 25_600, 0, 0, 64_000)),
+        (Scann(), (256_000, 128_000, 0, 128_000, 0, 64_000)),
+        # 8 kB of codes, of half a byte for two numbers; twice that in the file. A query: 20 centers, the codes of 100
+        # documents, and 128 vectors.
+        (
+            Scann(num_leaves=20, num_leaves_to_search=4),
+            (264_000, 136_000, 0, 144_000, TREE, 2 * 20 * 64 + 100 * 32 + 2 * 128 * 64),
+        ),
+        # Codes in two leaves each, and vectors of a byte per number.
+        (
+            Scann(num_leaves=20, soar_lambda=1.5, reorder_dtype="int8", reorder_num_neighbors=16),
+            (176_000, 48_000, 0, 64_000, TREE, 2 * 20 * 64 + 25 * 32 + 2 * 16 * 64),
+        ),
+        (Random(), (0, 0, 0, 0, 0, 0)),
+    ],
+    ids=str,
+)
+def test_what_an_index_of_500_documents_needs(retriever: Planned, needs: tuple[int, ...]):
+    """Bytes to build, to search, on each device and on disk; FLOPs to build and of a query."""
+    assert isinstance(retriever, Planned)
+    found = retriever.needs(500, 64)
+    assert astuple(found) == (*needs, isinstance(retriever, Exact))
 
 
 @pytest.mark.parametrize("retriever", [Exact, Scann, Faiss, Random])
