@@ -150,6 +150,9 @@ def test_the_caption_can_be_a_field(tmp_path):
     assert read(tmp_path, caption_field="caption")[0]["00000/a"].text == "json caption a"
     assert read(tmp_path, caption_field="captions")[0]["00000/a"].text == "first"
     assert read(tmp_path, caption_field="similarity")[1] == {"00000/a": "missing text"}
+    write_tar(tmp_path / "00000.tar", sample("a"))  # with a .txt too
+    assert read(tmp_path, caption_field="caption")[0]["00000/a"].text == "json caption a"
+    assert read(tmp_path, caption_field="similarity")[1] == {"00000/a": "missing text"}
 
 
 def test_odd_names(tmp_path):

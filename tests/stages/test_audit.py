@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tensorstore
-from handmade import WIDTH, document, experiment_of, plain_encoders
+from handmade import CODES, WIDTH, document, experiment_of, plain_encoders
 
 from rac3.arrays import read_array
 from rac3.artifacts import Workdir
@@ -25,6 +25,8 @@ from rac3.stages.audit import audit
 from rac3.stages.embed import embed, open_documents
 from rac3.stages.ingest import ingest
 from rac3.stages.retrieve import index, retrieve
+from rac3.stages.train import training_stream
+from rac3.tokens.vocabulary import Vocabulary
 
 TRAIN, MEMORY, HELD_OUT = 12, 4, 7
 SPLITS = {
@@ -169,11 +171,16 @@ def test_a_group_of_training_that_has_a_copy_of_the_main_text_or_image(segment: 
     items[4] = TokenizedDocument(items[4].document, tuple(ids))
     (path,) = made.folder("documents", "train").glob("*.array_record")
     write_shard(path, items, NARROW)
-    made.rewrite("neighbors", "train", "ids", lambda neighbors: neighbors[9].fill(4))
+    made.rewrite("neighbors", "train", "ids", lambda neighbors: np.copyto(neighbors[9], [3, 4, *[-1] * (LAST - 1)]))
     what = "group of training whose main image or text is among the retrieved"
     leaks, named = made.leaks()
     assert set(leaks) == {what}
-    assert leaks[what] >= 3  # of ten groups of t9, a third of which retrieve nothing
+    stream = training_stream(made.experiment, made.workdir, Vocabulary(256, CODES))
+    plan = stream.plan(0)
+    groups = list(zip(plan.main.tolist(), plan.neighbors.tolist(), strict=True))[: 10 * TRAIN]
+    together = sum((main == 9 and 4 in others) or (main == 4 and 9 in others) for main, others in groups)
+    assert leaks[what] == together >= 3
+    assert any(main == 9 and others[1] == 4 for main, others in groups)  # in the second place as well
     assert f"{what}: t9 -> t4" in named
 
 
@@ -217,6 +224,32 @@ def test_vectors_of_a_byte_per_number_are_no_leak(made: Made):
     assert audit(small.experiment, small.workdir).endswith("audit: no leak")
     small.rewrite("queries", "test", "image", lambda codes: codes[5].fill(100))
     assert small.leaks()[0] == {"test: image query that is not of the image alone": 1}
+
+
+def test_a_similarity_is_a_leak_only_beyond_rounding(made: Made):
+    vectors = read_array(made.folder("embeddings", "train") / "document")
+    ids = read_array(made.folder("neighbors", "train") / "ids").reshape(TRAIN, -1)
+    highest = float(np.einsum("de,dne->dn", vectors, vectors[ids]).max())
+    for below, leaks in ((5e-6, False), (1e-4, True)):
+        near = replace(made.experiment, selection=replace(made.experiment.selection, max_similarity=highest - below))
+        for split in ("train", "validation", "test"):
+            folder = made.folder("neighbors", split)
+            shutil.copytree(folder, folder.with_name(recipes.neighbors(near, split).fingerprint))
+        if leaks:
+            assert "more similar than max_similarity" in next(iter(made.leaks(near)[0]))
+        else:
+            assert audit(near, made.workdir).endswith("audit: no leak")
+
+
+def test_a_query_may_differ_by_the_rounding_of_its_encoder(made: Made):
+    """By a hundredth where CLIP computes in bfloat16, and not where it does in float32."""
+    coarse = Made(replace(made.experiment, clip=replace(made.experiment.clip, dtype="bfloat16")), made.workdir)
+    for stage in (embed, index, retrieve):
+        stage(coarse.experiment, coarse.workdir)
+    for each in (made, coarse):
+        each.rewrite("queries", "test", "text", lambda vectors: np.add(vectors, [0.01] + [0] * 7, out=vectors))
+    assert made.leaks()[0] == {"test: text query that is not of the text alone": HELD_OUT}
+    assert audit(coarse.experiment, coarse.workdir).endswith("audit: no leak")
 
 
 def test_of_many_leaks_the_first_are_named(made: Made):
