@@ -111,6 +111,9 @@ class _Ingester:
                     documents.append(item)
             tally.add(len(block), sum(isinstance(item, Reject) for item in block))
             for tokenized in tokenize(documents, self.tokenizer, self.codec, limit):
+                if not all(len(ids) for ids in tokenized.ids):  # a control character alone, for some tokenizers
+                    summary.rejects.append(asdict(Reject(tokenized.document.key, "text without ids")))
+                    continue
                 for name, value in columns_of(tokenized, len(self.builder.sequence(tokenized).ids)).items():
                     summary.columns[name].append(value)
                 summary.texts_cut += _is_cut(tokenized, self.tokenizer, limit)

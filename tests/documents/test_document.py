@@ -122,6 +122,14 @@ def test_orientation_agrees_with_pillow(kind, orientation):
     np.testing.assert_array_equal(decode_image(data), expected)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_is_its_first_frame(kind):
+    first, second = PIL.Image.fromarray(noise(4, 6)), PIL.Image.new("RGB", (6, 4), "red")
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(first, kind, save_all=True, append_images=[second], **options)
+    np.testing.assert_array_equal(decode_image(data), noise(4, 6))
+
+
 def test_damaged_exif_costs_nothing_and_warns_of_nothing():
     clean, damaged = (
         encode(noise(8, 8), "JPEG"),

@@ -16,7 +16,9 @@ GOOD = {"pwatermark": 0.1, "punsafe": 0.1, "original_width": 640, "original_heig
         ({}, None),
         ({"pwatermark": 0.5}, None),  # only above the limit
         ({"pwatermark": 0.5001}, "watermark"),
-        ({"punsafe": 0.9}, "unsafe"),
+        ({"punsafe": 0.5}, None),
+        ({"punsafe": 0.5001}, "unsafe"),
+        ({"pwatermark": 0.9, "punsafe": 0.9}, "watermark"),  # the first of the reasons
         ({"original_width": 256, "original_height": 256}, None),
         ({"original_width": 255}, "small"),
         ({"original_height": 255}, "small"),
@@ -24,7 +26,8 @@ GOOD = {"pwatermark": 0.1, "punsafe": 0.1, "original_width": 640, "original_heig
         ({"pwatermark": "0.9"}, None),  # not a number: no score
         ({"width": 64, "height": 64}, None),  # the stored size counts only where the original's is not known
         ({"original_width": None, "original_height": None, "width": 64, "height": 300}, "small"),
-        ({"original_width": None, "width": 300}, None),
+        ({"original_width": None, "width": 300, "height": 64}, None),  # each side by itself
+        ({"original_height": None, "width": 64, "height": 300}, None),
     ],
 )
 def test_reason(change, reason):
@@ -38,6 +41,8 @@ def test_nothing_known_is_kept():
 def test_limits_are_settings():
     off = LaionFilter(max_watermark=1.0, max_unsafe=1.0, min_side=0)
     assert off.reason({"pwatermark": 1.0, "punsafe": 1.0, "original_width": 1, "original_height": 1}) is None
+    assert dataclasses.replace(off, max_watermark=0.2).reason({"pwatermark": 0.3, "punsafe": 0.3}) == "watermark"
+    assert dataclasses.replace(off, max_unsafe=0.2).reason({"pwatermark": 0.3, "punsafe": 0.3}) == "unsafe"
     assert dataclasses.replace(off, min_side=2).reason({"original_width": 1, "original_height": 9}) == "small"
 
 

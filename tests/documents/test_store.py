@@ -10,14 +10,17 @@ import pytest
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 from rac3.documents.store import (
+    COLUMNS,
     NARROW,
     WIDE,
     DocumentStore,
     TokenizedDocument,
+    columns_of,
     hash64,
     id_type,
     pack_record,
     unpack_record,
+    write_columns,
     write_shard,
 )
 
@@ -109,3 +112,85 @@ def test_a_document_is_found_by_its_key(tmp_path: Path):
     store = DocumentStore(tmp_path)
     assert [store.row_of(key) for key in ("shard/5", "shard/0", "shard/8", "")] == [5, 0, None, None]
     assert hash64(b"shard/5") == 0x57D7F854BC2F6C6F
+
+
+def columns(*parts: str | list[int], key: str = "0", length: int = 99) -> dict[str, int]:
+    """Of texts, whose ids are their characters, and of images, given by their codes."""
+    segments = tuple(Text(part) if isinstance(part, str) else Image(bytes(part)) for part in parts)
+    ids = tuple(np.array([*map(ord, part)] if isinstance(part, str) else part, np.int32) for part in parts)
+    return columns_of(TokenizedDocument(Document(key, segments, {}), ids), length)
+
+
+def test_the_length_of_a_text_is_that_of_its_texts_alone():
+    lengths = [
+        columns(*parts)["text_lengths"] for parts in (["four", [1, 2]], ["ab", [3], "c"], ["five5"], [[1, 2, 3]])
+    ]
+    assert lengths == [4, 3, 5, 0]
+    assert columns("x", length=12)["lengths"] == 12
+
+
+def test_texts_are_copies_but_for_case_and_spacing():
+    hashes = [
+        columns(*parts)["text_hashes"]
+        for parts in (
+            ["A red fox"],
+            ["a  RED\tfox\n"],
+            [[1], "a red", [2], "fox"],  # all texts of a document are one
+            ["a redfox"],
+            ["a red foxes"],
+            ["STRASSE"],
+            ["stra\u00dfe"],  # as `casefold` has it; `lower` would leave them apart
+        )
+    ]
+    assert hashes[0] == hashes[1] == hashes[2]
+    assert hashes[5] == hashes[6]
+    assert len(set(hashes)) == 4
+    assert hashes[0] == hash64(b"a red fox")
+
+
+def test_images_are_copies_by_the_codes_of_the_first():
+    hashes = [
+        columns(*parts)["image_hashes"]
+        for parts in ([[1, 2, 3]], ["a caption", [1, 2, 3], [7, 8]], [[7, 8], [1, 2, 3]], [[1, 2]], [[2, 1, 3]])
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+    assert hashes[0] == hash64(b"\x01\0\0\0\x02\0\0\0\x03\0\0\0")  # as on another machine, and in any store
+
+
+def test_what_a_document_lacks_has_the_hash_0_that_is_no_copy_of_another():
+    alone, picture = columns("words"), columns([1, 2])
+    assert (alone["image_hashes"], picture["text_hashes"]) == (0, 0)
+    assert alone["text_hashes"] > 0 < picture["image_hashes"]
+
+
+def test_keys_are_hashed_as_they_are():
+    assert columns("x", key="A b")["key_hashes"] == hash64(b"A b") != columns("x", key="a b")["key_hashes"]
+
+
+def test_columns_are_written_in_pieces_in_their_order(tmp_path: Path):
+    """Of three shards, the second of which kept no document."""
+    pieces = {
+        name: [np.array(values, dtype) for values in ([3, 1], [], [2, np.iinfo(dtype).max])]
+        for name, dtype in COLUMNS.items()
+    }
+    write_columns(tmp_path, pieces)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.npy" for name in COLUMNS}
+    widths = {"lengths": "int32", "text_lengths": "int32"}
+    for name in COLUMNS:
+        column = DocumentStore(tmp_path).column(name)
+        assert column.dtype == widths.get(name, "uint64")
+        assert column.tolist() == [3, 1, 2, np.iinfo(column.dtype).max]
+    write_columns(tmp_path, {name: [] for name in COLUMNS})
+    empty = np.load(tmp_path / "text_hashes.npy")
+    assert (len(empty), empty.dtype) == (0, np.uint64)
+
+
+def test_the_length_of_what_is_shown_of_a_document(tmp_path: Path):
+    """Each with its own <eod>; nothing where there is no text, or no image."""
+    np.save(tmp_path / "lengths.npy", np.array([20, 6, 11], np.int32))  # both, a text alone, an image alone
+    np.save(tmp_path / "text_lengths.npy", np.array([9, 5, 0], np.int32))
+    store = DocumentStore(tmp_path)
+    assert store.shown_lengths("document").tolist() == [20, 6, 11]
+    assert store.shown_lengths("text").tolist() == [10, 6, 0]
+    assert store.shown_lengths("image").tolist() == [11, 0, 11]

@@ -175,6 +175,13 @@ def test_a_slice_of_a_split(folder):
     }
 
 
+def test_a_large_image_is_a_bomb_only_over_the_limit(folder):
+    assert len(read(Tfds("tiny", max_pixels=6 * 8), folder)[0]) == COUNT
+    documents, rejects = read(Tfds("tiny", max_pixels=6 * 8 - 1), folder)
+    assert documents == {}
+    assert set(rejects.values()) == {"decompression bomb: 8x6 exceeds 47 pixels"}
+
+
 @pytest.mark.parametrize("text", ["title", "captions/text"])
 def test_damage_is_a_reject_and_the_others_live(folder, text):
     documents, rejects = read(Tfds("tiny", split="damaged", text=text), folder)

@@ -150,6 +150,9 @@ def test_the_caption_can_be_a_field(tmp_path):
     assert read(tmp_path, caption_field="caption")[0]["00000/a"].text == "json caption a"
     assert read(tmp_path, caption_field="captions")[0]["00000/a"].text == "first"
     assert read(tmp_path, caption_field="similarity")[1] == {"00000/a": "missing text"}
+    write_tar(tmp_path / "00000.tar", sample("a"))  # with a .txt too
+    assert read(tmp_path, caption_field="caption")[0]["00000/a"].text == "json caption a"
+    assert read(tmp_path, caption_field="similarity")[1] == {"00000/a": "missing text"}
 
 
 def test_odd_names(tmp_path):
@@ -178,6 +181,16 @@ def test_odd_names(tmp_path):
     assert list(documents) == ["00000/dot", "00000/deep/er/slash", "00000/UPPER"]
     assert rejects == {"00000/b?": "missing text"}
     " ".join([*documents, *rejects]).encode()  # every key can be written
+
+
+def test_the_key_ends_at_the_first_dot_and_other_kinds_belong_to_nothing(tmp_path):
+    image, text, json_file = sample("a.b/000", 1)
+    extra = [("a.b/000.mask.png", b"no picture of the sample"), ("a.b/000.seg.txt", b"nor its caption")]
+    write_tar(tmp_path / "00000.tar", [extra[0], image, extra[1], text, json_file])
+    documents, rejects = read(tmp_path)
+    assert rejects == {}
+    assert documents["00000/a.b/000"].text == "caption a.b/000"
+    assert documents["00000/a.b/000"].images[0].data == image_bytes(1)
 
 
 @pytest.mark.parametrize("between", [[], sample("b", 1)])

@@ -119,6 +119,44 @@ def test_query_dropout_is_a_function_of_seed_and_document(encoder):
         encoder.embed_texts(texts[:2], drop_keys=keys)
 
 
+def test_the_dropout_of_each_document_and_view_is_its_own():
+    """A document's key does not depend on the batch that it came in."""
+    names = [f"shard/{number}" for number in range(50)]
+    keys = {
+        (seed, view): np.asarray(jax.random.key_data(query_dropout_keys(seed, names, view)))
+        for seed in (0, 1)
+        for view in (0, 1, 2)
+    }
+    everything = np.concatenate(list(keys.values()))
+    assert len(np.unique(everything, axis=0)) == 6 * 50
+    some = jax.random.key_data(query_dropout_keys(1, names[7:9], 2))
+    np.testing.assert_array_equal(some, keys[1, 2][7:9])
+
+
+def test_dropout_never_takes_the_begin_of_a_text(tokenizer):
+    """A tower that gives back the first id and the last of each text, as they come out of dropout."""
+
+    class Ends:
+        width, image_size, num_patches = 2, 16, 16
+
+        def apply(self, params, ids, mask, method):
+            last = jnp.take_along_axis(ids, mask.sum(1, keepdims=True) - 1, axis=1)
+            return jnp.concatenate([ids[:, :1], last], axis=1).astype(jnp.float32)
+
+        encode_text = encode_image = apply
+
+    encoder = MixedEncoder(Ends(), {}, ClipText.fitted(tokenizer, CONFIG.text_config), batch_size=64)
+    texts = ["a photo of a red circle"] * 64
+    ends = encoder.embed_texts(texts, drop_keys=query_dropout_keys(0, [str(i) for i in range(64)]), drop_rate=0.9)
+    assert (ends == [260, 261]).all()
+
+
+def test_equal_items_of_two_documents_are_dropped_apart(encoder):
+    for embed, item in ((encoder.embed_texts, TEXTS[4]), (encoder.embed_images, pictures(1)[0])):
+        vectors = embed([item] * 8, drop_keys=query_dropout_keys(0, list("abcdefgh")), drop_rate=0.5)
+        assert len(np.unique(np.round(vectors, 4), axis=0)) >= 7
+
+
 def test_shapes_compile_once(tokenizer, params):
     encoder = MixedEncoder(CLIP(CONFIG), params, ClipText.fitted(tokenizer, CONFIG.text_config), batch_size=16)
     for number in range(1, 9):  # on 8 devices all of them pad to 8 rows

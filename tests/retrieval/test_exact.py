@@ -125,6 +125,21 @@ def test_compiles_once_for_a_part_whatever_the_number_of_queries_and_blocks():
     assert exact._search_block._cache_size() == compiled
 
 
+def test_few_queries_are_padded_to_a_power_of_two_and_many_come_in_batches(monkeypatch: pytest.MonkeyPatch):
+    search, asked = exact._search_block, []
+
+    def noted(scores, rows, queries, *rest, **fields):
+        asked.append(len(queries))
+        return search(scores, rows, queries, *rest, **fields)
+
+    monkeypatch.setattr(exact, "_search_block", noted)
+    index = index_of(Exact(query_rows=8), grid(100))
+    for number, batches in ((1, [1]), (3, [4]), (8, [8]), (20, [8, 8, 8])):
+        asked.clear()
+        assert index.search(queries_of(grid(number)), 3)[1].shape == (number, 3)
+        assert asked == batches
+
+
 WORKER = """
 import sys
 import jax

@@ -58,7 +58,8 @@ def test_an_embedding_that_is_not_finite_is_refused_by_its_row(value: float):
 def test_inner_products_of_each_query_with_documents_of_its_own(monkeypatch: pytest.MonkeyPatch):
     memory = part("a", 30)
     queries = np.random.default_rng(1).normal(size=(7, 4)).astype(np.float32)
-    rows = np.random.default_rng(2).integers(-1, 30, (7, 5))
+    rows = np.random.default_rng(2).integers(0, 30, (7, 5))
+    rows[0, 4] = rows[5, 0] = rows[5, 1] = -1
     every = queries @ memory.read(slice(0, 30)).T
     wanted = np.where(rows < 0, -np.inf, np.take_along_axis(every, np.maximum(rows, 0), axis=1))
     for at_once in (2**26, 3 * 5 * 4 * 4, 1):  # bytes: all, three queries, one query
@@ -93,5 +94,23 @@ def test_parts_that_do_not_fit_are_refused():
         MemoryPart("a", np.zeros((3, 4), np.float32), ["", ""])
     with pytest.raises(InputError, match="3 embeddings but 2 keys"):
         MemoryPart("a", np.zeros((3, 4), np.float32), [""] * 3, ["x", "y"])
+    hashes = np.zeros(3, np.uint64), np.zeros(2, np.uint64)
+    with pytest.raises(InputError, match="3 embeddings, and hashes of more or fewer"):
+        MemoryPart("a", np.zeros((3, 4), np.float32), [""] * 3, (), hashes)
     with pytest.raises(InputError, match="matrix"):
         MemoryPart("a", np.zeros(3, np.float32), [""] * 3)
+
+
+def test_withdrawn_documents_and_copies_are_found_by_their_global_ids():
+    """A part without hashes has no copies, and 0 is no hash."""
+    embeddings = np.zeros((3, 4), np.float32)
+    one = MemoryPart("one", embeddings, [""] * 3, (), (np.array([5, 0, 7], np.uint64), np.array([0, 9, 8], np.uint64)))
+    bare = MemoryPart("bare", embeddings[:2], [""] * 2, withdrawn=np.array([1]))
+    other_hashes = np.array([7, 0, 5], np.uint64), np.array([9, 0, 0], np.uint64)
+    other = MemoryPart("other", embeddings, [""] * 3, (), other_hashes, np.array([0, 2]))
+    memory = Memory((one, bare, other))
+    np.testing.assert_array_equal(np.flatnonzero(memory.are_withdrawn(np.arange(-1, 8))) - 1, [4, 5, 7])
+    every = np.tile(np.arange(-1, 8), (8, 1))
+    copies = [set((np.flatnonzero(row) - 1).tolist()) for row in memory.duplicates(every, np.arange(8))]
+    assert copies == [{0, 7}, {1, 5}, {2, 5}, set(), set(), {1, 2, 5}, set(), {0, 7}]
+    assert not memory.duplicates(every[:1], np.array([-1])).any()

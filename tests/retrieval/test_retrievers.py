@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,18 @@ from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
-from rac3.retrieval.retriever import Index, Queries, Retriever, Tunable, no_candidates, ranked, search_memory
-from rac3.retrieval.scann import Scann
+from rac3.retrieval.retriever import (
+    Index,
+    Planned,
+    Queries,
+    Retriever,
+    Tunable,
+    no_candidates,
+    ranked,
+    search_memory,
+    search_only_fields,
+)
+from rac3.retrieval.scann import Scann, ScannIndex
 
 EMBED = 15  # odd: ScaNN codes pairs of dimensions
 ATOL = 4e-7  # two sums of 15 float32 products of unit vectors: 15 roundings of at most 2**-24 each way, and 4 x less
@@ -209,6 +219,54 @@ def test_scann_pads_where_the_leaves_it_searches_run_out(tmp_path: Path):
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in rows)
 
 
+def test_scann_searches_a_twentieth_of_the_leaves_and_reorders_128_unless_told():
+    class Searcher:
+        def search_batched_parallel(self, queries, final_num_neighbors, pre_reorder_num_neighbors, leaves_to_search):
+            asked.append((final_num_neighbors, pre_reorder_num_neighbors, leaves_to_search))
+            rows = np.tile(np.arange(final_num_neighbors, dtype=np.uint32), (len(queries), 1))
+            return rows, np.ones(rows.shape, np.float32)
+
+    part, asked = part_of(embeddings(500)), []
+    for retriever, k, expected in (
+        (Scann(), 16, (16, 128, None)),  # brute force: no leaves
+        (Scann(num_leaves=81), 16, (16, 128, 5)),  # rounded up
+        (Scann(num_leaves=7), 16, (16, 128, 1)),
+        (Scann(num_leaves=81, num_leaves_to_search=9, reorder_num_neighbors=40), 16, (16, 40, 9)),
+        (Scann(num_leaves=81), 300, (300, 300, 5)),
+        (Scann(num_leaves=81, reorder_num_neighbors=900), 9, (9, 500, 5)),  # of 500 documents
+        (Scann(num_leaves=81, reorder_dtype="none"), 16, (128, 128, 5)),  # scored here
+    ):
+        scores, rows = ScannIndex(retriever, part, Searcher()).search(queries_of(embeddings(2)), k)
+        assert rows.shape == scores.shape == (2, k)
+        assert asked.pop() == expected
+    assert Scann().leaves_for(19_999) is None
+    assert Scann().leaves_for(20_000) == 424  # 3 times the square root
+    assert Scann(num_leaves=50).leaves_for(100) == 50
+
+
+def test_scann_builds_its_tree_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What ScaNN's own builder was given."""
+    pybind = pytest.importorskip("scann").scann_ops_pybind
+    builder, made = pybind.builder, []
+    monkeypatch.setattr(pybind, "builder", lambda *arguments: made.append(builder(*arguments)) or made[-1])
+    tree = {"num_leaves": 30, "num_leaves_to_search": 4, "spherical": False, "soar_lambda": 1.25}
+    codes = {"dimensions_per_block": 3, "anisotropic_quantization_threshold": 0.35}
+    memory = part_of(embeddings(300))
+    Scann(**tree, **codes, reorder_num_neighbors=77, reorder_dtype="bfloat16").build(memory, tmp_path)
+    Scann(num_leaves=30).build(memory, tmp_path)
+    Scann().build(memory, tmp_path)
+    told, plain, brute_force = (each.params for each in made)  # to which ScaNN adds its own
+    assert (tree | {"training_sample_size": 100_000}).items() <= told["tree"].items()
+    assert codes.items() <= told["score_ah"].items()
+    assert {"77", "ReorderType.BFLOAT16"} <= {str(value) for value in told["reorder"].values()}
+    tree |= {"num_leaves_to_search": 2, "spherical": True, "soar_lambda": None}
+    assert tree.items() <= plain["tree"].items()
+    assert {"dimensions_per_block": 2, "anisotropic_quantization_threshold": 0.2}.items() <= plain["score_ah"].items()
+    assert {"128", "ReorderType.FLOAT32"} <= {str(value) for value in plain["reorder"].values()}
+    assert brute_force.keys() == {"score_bf"}
+    assert {each.distance_measure for each in made} == {"dot_product"}
+
+
 def test_scann_checks_its_leaves(tmp_path: Path):
     with pytest.raises(InputError, match=r"retriever\.num_leaves=4000 .* 1000 documents .* at most 1000, about 95"):
         Scann(num_leaves=4000).build(part_of(embeddings(1000)), tmp_path)
@@ -347,6 +405,13 @@ def test_fixed_gives_the_named_documents_in_their_order(tmp_path: Path):
         Fixed(("a", "a"))
 
 
+def test_queries_have_one_key_vector_and_text_each():
+    for keys, texts in (("ab", "abc"), ("abc", "ab")):
+        with pytest.raises(InputError, match=rf"{len(keys)} keys, 3 embeddings and {len(texts)} texts"):
+            Queries(list(keys), embeddings(3), list(texts))
+    assert len(Queries(["a"], embeddings(1), [""])) == 1
+
+
 def test_random_is_uniform_over_the_union_of_unequal_parts(tmp_path: Path):
     sizes, k, draws = (2, 3, 15), 4, 20_000
     memory = Memory(tuple(part_of(embeddings(n), name) for n, name in zip(sizes, "abc", strict=True)))
@@ -423,6 +488,59 @@ def test_an_index_that_breaks_the_contract_is_named(scores: np.ndarray, rows: np
         search_memory([Broken()], memory, queries_of(embeddings(2)), 2)
 
 
+@pytest.mark.parametrize(
+    ("retriever", "built"),
+    [
+        (Exact(), set()),
+        (Random(), set()),
+        (NoRetriever(), set()),
+        (Fixed(), {"keys"}),
+        (Faiss(), {"factory", "seed"}),
+        (
+            Scann(),
+            {"num_leaves", "spherical", "soar_lambda", "dimensions_per_block", "anisotropic_quantization_threshold"}
+            | {"reorder_dtype"},
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_an_index_is_built_from(retriever: Retriever, built: set[str]):
+    """All else may change without a new index; none of these may."""
+    assert {each.name for each in fields(retriever)} - search_only_fields(retriever) == built
+
+
+TREE = 14_080_000  # FLOPs: ten rounds of k-means over 500 documents, then each to its leaf; 20 products of 64 numbers
+
+
+@pytest.mark.parametrize(
+    ("retriever", "needs"),
+    [
+        # Two blocks of 500 vectors of 64 numbers, of 4 bytes; a product and a sum for each number.
+        (Exact(), (0, 256_000, 256_000, 0, 0, 64_000)),
+        (Exact(block_rows=100, dtype="bfloat16"), (0, 51_200, 25_600, 0, 0, 64_000)),
+        (Scann(), (256_000, 128_000, 0, 128_000, 0, 64_000)),
+        # 8 kB of codes, of half a byte for two numbers; twice that in the file. A query: 20 centers, the codes of 100
+        # documents, and 128 vectors.
+        (
+            Scann(num_leaves=20, num_leaves_to_search=4),
+            (264_000, 136_000, 0, 144_000, TREE, 2 * 20 * 64 + 100 * 32 + 2 * 128 * 64),
+        ),
+        # Codes in two leaves each, and vectors of a byte per number.
+        (
+            Scann(num_leaves=20, soar_lambda=1.5, reorder_dtype="int8", reorder_num_neighbors=16),
+            (176_000, 48_000, 0, 64_000, TREE, 2 * 20 * 64 + 25 * 32 + 2 * 16 * 64),
+        ),
+        (Random(), (0, 0, 0, 0, 0, 0)),
+    ],
+    ids=str,
+)
+def test_what_an_index_of_500_documents_needs(retriever: Planned, needs: tuple[int, ...]):
+    """Bytes to build, to search, on each device and on disk; FLOPs to build and of a query."""
+    assert isinstance(retriever, Planned)
+    found = retriever.needs(500, 64)
+    assert astuple(found) == (*needs, isinstance(retriever, Exact))
+
+
 @pytest.mark.parametrize("retriever", [Exact, Scann, Faiss, Random])
 def test_num_neighbors_is_checked(retriever: type):
     with pytest.raises(InputError, match=r"retriever\.num_neighbors=0"):
@@ -451,6 +569,16 @@ def test_faiss_trees_over_codes_recall_what_exact_finds(tmp_path: Path):
     scores, rows = index_of(few, memory, tmp_path / "few").search(queries, 1000)
     assert (rows[:, -1] == -1).all()
     assert ((rows == -1) == (scores == -np.inf)).all()
+
+
+def test_faiss_adds_a_large_part_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("rac3.retrieval.faiss._BLOCK", 7)
+    memory = embeddings(30)
+    scores, rows = index_of(Faiss(), part_of(memory), tmp_path).search(queries_of(memory), 3)
+    products = memory @ memory.T
+    np.testing.assert_array_equal(rows, np.argsort(-products, axis=1)[:, :3])
+    np.testing.assert_allclose(scores, np.take_along_axis(products, rows, axis=1), atol=ATOL)
 
 
 def test_faiss_is_trained_on_a_sample_in_the_order_of_the_memory():

@@ -93,6 +93,32 @@ def test_near_duplicates_are_taken_once_and_kept_with_a_limit_of_1():
     assert select(Selection(depth=3), query, ids, memory_of(rows), exclude).ids.tolist() == [[0, -1, -1]]
     kept = select(Selection(max_similarity=1.0, depth=3), row, ids, memory_of(rows), exclude)
     assert kept.ids.tolist() == [[0, 1, 2]]
+    many = unit(np.random.default_rng(0).normal(size=(50, 8)))
+    assert (np.vecdot(many, many) > 1).any()  # by rounding
+    pairs = np.arange(100).reshape(2, 50).T  # each with a copy of it
+    kept = select(
+        Selection(max_similarity=1.0, depth=2), many, pairs, memory_of(np.tile(many, (2, 1))), np.full(50, -1)
+    )
+    np.testing.assert_array_equal(kept.ids, pairs)
+
+
+def test_a_similarity_of_just_the_limit_is_allowed():
+    """Inner products of 0.5 and 0 are exact in binary. Each rule stands alone on the limit, and over it."""
+    half, rest = 0.5, float(np.sqrt(0.75))
+    query, near_query = [1.0, 0, 0, 0], [half, rest, 0, 0]
+    main, near_main = [0, 0, 1.0, 0], [0, 0, half, rest]
+    first, near_first = [0, 1.0, 0, 0], [0, half, 0, -rest]
+    rows = np.array([near_query, main, near_main, first, near_first], np.float32)
+    asked = np.array([query], np.float32)
+    for candidates in ([0], [2], [3, 4]):  # near the query, the main document, one that is taken
+        ids = np.array([candidates])
+        for limit, kept in (
+            (half, len(candidates)),
+            (np.nextafter(np.float32(half), np.float32(0)), len(candidates) - 1),
+        ):
+            config = Selection(max_similarity=float(limit), depth=2)
+            found = select(config, asked, ids, memory_of(rows), np.array([1]))
+            assert found.ids[0].tolist() == candidates[:kept] + [-1] * (2 - kept), (candidates, limit)
 
 
 def test_no_queries_and_no_candidates():
@@ -104,6 +130,14 @@ def test_no_queries_and_no_candidates():
     )
     assert nothing.ids.tolist() == [[-1, -1]] * 3
     assert nothing.dropped == Dropped(0, 0, 0, 0, 0, 0)
+
+
+def test_the_limit_of_the_paper():
+    """Section 3.2: a candidate above 0.9 is skipped."""
+    rows = np.array([[cosine, np.sqrt(1 - cosine**2), 0] for cosine in (0.89, 0.91)], np.float32)
+    rows[1, 1:] = rows[1, :0:-1]  # away from the other
+    found = select(Selection(), np.array([[1, 0, 0]], np.float32), np.array([[1, 0]]), memory_of(rows), np.array([-1]))
+    assert found.ids.tolist() == [[0] + [-1] * 7]
 
 
 def test_limits_are_checked():

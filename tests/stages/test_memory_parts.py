@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rac3.arrays import read_array
 from rac3.artifacts import MANIFEST, Workdir
 from rac3.batches.loader import StreamState
 from rac3.cli import parse
@@ -23,7 +21,6 @@ from rac3.documents.world import World
 from rac3.experiment import Data, Experiment
 from rac3.retrieval.encoder import query_dropout_keys
 from rac3.stages import recipes
-from rac3.stages.audit import audit
 from rac3.stages.embed import embed, open_documents, open_queries
 from rac3.stages.encoders import open_clip, open_text, open_vqgan
 from rac3.stages.evaluate_retrieval import evaluate_retrieval
@@ -161,71 +158,6 @@ def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, r
     assert "takedowns file '/nowhere' does not exist" in capsys.readouterr().err
 
 
-def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Changes an array of an artifact behind its back."""
-    import tensorstore
-
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}, "open": True}
-    array = tensorstore.open(spec).result()
-    array.write(change(read_array(path).copy())).result()
-
-
-def test_the_audit_finds_what_leaks(workdir: Path, tmp_path: Path):
-    experiment, store = tiny_config.get_config(), Workdir(workdir, "tiny")
-    assert audit(experiment, store).endswith("audit: no leak")
-    found = json.loads((workdir / "report" / "audit.json").read_text())
-    assert found["leaks"] == {}
-    assert found["counts"]["neighbors of training documents"] > 100
-    assert found["counts"]["groups of training"] > 30
-    assert found["counts"]["test: queries embedded again"] == 8
-
-    def leaks(says: str, path: Path, change: Callable[[Path], None]) -> None:
-        kept = tmp_path / "kept"
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, kept)
-        change(path)
-        with pytest.raises(InputError, match=says):
-            audit(experiment, store)
-        assert json.loads((workdir / "report" / "audit.json").read_text())["named"]
-        if path.is_dir():
-            shutil.rmtree(path)
-        kept.rename(path)
-
-    def itself(ids: np.ndarray) -> np.ndarray:
-        ids[7, 1, 2] = 7
-        return ids
-
-    neighbors = store.require(recipes.neighbors(experiment, "train"), "").folder
-    leaks("1 x training document retrieves itself", neighbors / "ids", lambda path: rewrite(path, itself))
-    own = np.arange(36)[:, None, None]
-    whole = lambda path: rewrite(path, lambda ids: ids * 0 + own)  # noqa: E731
-    leaks("x group of training whose main image", neighbors / "ids", whole)
-    documents = store.require(recipes.documents(experiment, "train"), "").folder
-    same = np.full(36, 7, np.uint64)
-    for column in ("text_hashes", "image_hashes"):
-        leaks(
-            "training document retrieves its own text or image",
-            documents / f"{column}.npy",
-            lambda path: np.save(path, same),
-        )
-    tests = store.require(recipes.documents(experiment, "test"), "").folder
-    memory = store.require(recipes.documents(experiment, "memory"), "").folder
-    for column, what in (("image_hashes", "image"), ("text_hashes", "text")):
-        copied = np.repeat(np.load(memory / f"{column}.npy")[:1], 4)
-        leaks(f"test: {what} that is retrieved", tests / f"{column}.npy", lambda path, c=copied: np.save(path, c))
-    queries = store.require(recipes.queries(experiment, "test"), "").folder
-    image = read_array(queries / "image")
-    leaks(
-        "test: text query that is not of the text alone", queries / "text", lambda path: rewrite(path, lambda _: image)
-    )
-    assert audit(experiment, store).endswith("audit: no leak")
-    strict = replace(experiment, selection=replace(experiment.selection, max_similarity=0.5))
-    for split in ("train", "validation", "test"):
-        folder = store.require(recipes.neighbors(experiment, split), "").folder
-        shutil.copytree(folder, folder.with_name(recipes.neighbors(strict, split).fingerprint))
-    with pytest.raises(InputError, match="more similar than max_similarity"):
-        audit(strict, store)
-
-
 def test_each_view_of_a_query_has_a_dropout_of_its_own(workdir: Path):
     experiment, store = replace(tiny_config.get_config(), num_views=3, query_dropout=0.5), Workdir(workdir, "tiny")
     before = artifacts(workdir)
@@ -259,13 +191,3 @@ def test_each_view_of_a_query_has_a_dropout_of_its_own(workdir: Path):
     for wrong in ({"num_views": 0}, {"num_views": 2, "query_dropout": 0.0}):
         with pytest.raises(InputError, match="num_views="):
             replace(experiment, **wrong)
-
-
-def test_the_neighbors_say_what_selection_dropped(workdir: Path):
-    experiment, store = tiny_config.get_config(), Workdir(workdir, "tiny")
-    counts = store.require(recipes.neighbors(experiment, "train"), "").manifest["counts"]
-    ids = read_neighbors(experiment, store, "train")[:]
-    assert counts["queries"] == 72
-    assert counts["neighbors"] == (ids >= 0).sum()
-    assert counts["queries_without_neighbors"] == (~(ids >= 0).any(axis=2)).sum()
-    assert 0 < counts["dropped_main_document"] <= 72

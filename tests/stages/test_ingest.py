@@ -1,0 +1,157 @@
+"""What ingest keeps of a source: which documents, in which order, what it truncates, and what it counts."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from handmade import PER_IMAGE, PlainCodec, codes_of, document, experiment_of, plain_encoders
+
+from rac3.artifacts import Artifact
+from rac3.config import InputError
+from rac3.documents.document import Document, Reject
+from rac3.experiment import Experiment
+from rac3.stages import recipes
+from rac3.stages.embed import open_documents
+from rac3.stages.ingest import counts_line, ingest
+from rac3.tokens.text import Tokenizer
+
+LIMIT = 24  # text tokens, of a byte each
+SHARDS = [
+    [
+        document("a", "a red fox", b"fox"),
+        Reject("broken", "truncated image: at byte 7"),
+        document("marked", "words", b"marked", pwatermark=0.51),
+        document("b", b"one", "x" * LIMIT, b"two"),
+    ],
+    [document("unsafe", "words", b"unsafe", punsafe=0.9)],  # nothing stays of this shard
+    [
+        document("c", "y" * (LIMIT + 1), b"fox"),
+        document("d", b"alone"),
+        Reject("lost", "truncated image: at byte 9"),
+        Reject("mute", "missing text"),
+        document("small", "words", b"small", original_width=100),
+        document("tiny", "words", b"tiny", original_width=100),
+        document("e", "z" * 2 * LIMIT),
+    ],
+]
+KEPT = ["a", "b", "c", "d", "e"]
+Ingested = Callable[..., tuple[Experiment, Artifact, list[Document]]]
+
+
+@pytest.fixture
+def ingested(tmp_path: Path) -> Iterator[Ingested]:
+    """Ingests shards as the training documents."""
+    with ExitStack() as stack:
+
+        def run(shards: Sequence[Sequence[Document | Reject]] = SHARDS, **fields: object):
+            experiment = experiment_of({"train": shards}, max_text_tokens=LIMIT, **fields)
+            workdir, _ = stack.enter_context(plain_encoders(experiment, tmp_path / "workdir"))
+            ingest(experiment, workdir)
+            artifact = workdir.require(recipes.documents(experiment, "train"), "")
+            store = open_documents(experiment, workdir, "train")
+            return experiment, artifact, store.many(range(len(store)))
+
+        yield run
+
+
+def test_documents_are_filtered_tokenized_and_kept_in_the_order_of_the_shards(ingested: Ingested):
+    _, _, items = ingested(max_reject_fraction=0.5)
+    assert [item.document.key for item in items] == KEPT
+    wanted = {each.key: each for shard in SHARDS for each in shard if isinstance(each, Document)}
+    for item in items:
+        assert item.document == wanted[item.document.key]  # the whole text too: it is only the ids that are truncated
+        for segment, ids in zip(item.document.segments, item.ids, strict=True):
+            if hasattr(segment, "data"):
+                np.testing.assert_array_equal(ids, codes_of(segment.data))
+            else:
+                assert len(ids) == min(len(segment.text), LIMIT)
+                assert len(set(ids.tolist())) == len(set(segment.text[:LIMIT]))
+
+
+def test_what_is_not_kept_is_counted_by_its_reason(ingested: Ingested):
+    _, artifact, _ = ingested(max_reject_fraction=0.5)
+    counts = artifact.manifest["counts"]
+    assert counts["documents"] == 5
+    assert counts["filtered"] == {"watermark": 1, "unsafe": 1, "small": 2}
+    assert counts["rejects"] == {"truncated image": 2, "missing text": 1}
+    assert counts["texts_cut"] == 2  # of 25 and 48 bytes, not the one of 24
+    assert counts["throughput"]["documents"] == 12
+    lines = [json.loads(line) for line in (artifact.folder / "rejects.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["reason"]) for line in lines] == [
+        ("broken", "truncated image: at byte 7"),
+        ("lost", "truncated image: at byte 9"),
+        ("mute", "missing text"),
+    ]
+
+
+def test_the_columns_are_those_of_the_documents(ingested: Ingested):
+    """Three ids of markup come with each image, and one at the end."""
+    _, artifact, _ = ingested(max_reject_fraction=0.5)
+    columns = {name: np.load(artifact.folder / f"{name}.npy") for name in ("lengths", "text_lengths", "image_hashes")}
+    texts, images = np.array([9, LIMIT, LIMIT, 0, LIMIT]), np.array([1, 2, 1, 1, 0])
+    np.testing.assert_array_equal(columns["text_lengths"], texts)
+    np.testing.assert_array_equal(columns["lengths"], texts + (PER_IMAGE + 3) * images + 1)
+    assert artifact.manifest["counts"]["tokens"] == columns["lengths"].sum()
+    same = columns["image_hashes"][:, None] == columns["image_hashes"]
+    assert same[0, 2]  # a and c show one fox
+    assert same.sum() == 5 + 2
+
+
+@pytest.mark.parametrize(("limit", "passes"), [(0.25, True), (0.24, False)])
+def test_the_share_of_rejects_is_of_all_that_the_source_has(limit: float, passes: bool, ingested: Ingested):
+    """3 of 12: 5 documents, 4 filtered, 3 rejects."""
+    if passes:
+        ingested(max_reject_fraction=limit)
+    else:
+        with pytest.raises(InputError, match=r"3 of 12 documents of train are damaged, .*max_reject_fraction=0\.24"):
+            ingested(max_reject_fraction=limit)
+
+
+def test_a_source_of_which_nothing_stays_is_refused(ingested: Ingested):
+    with pytest.raises(InputError, match=r"the source of train gives no documents \(0 damaged, 1 filtered\)"):
+        ingested([SHARDS[1], []])
+
+
+@pytest.mark.parametrize(("codes", "kind"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_ids_are_as_wide_as_the_larger_vocabulary_asks_for(
+    codes: int, kind: str, ingested: Ingested, monkeypatch: pytest.MonkeyPatch
+):
+    largest = np.array([codes - 1, 0, 1, 2], np.int32)
+    monkeypatch.setattr(PlainCodec, "codes", codes)
+    monkeypatch.setattr(PlainCodec, "encode", lambda self, images: np.tile(largest, (len(images), 1)))
+    _, artifact, (item,) = ingested([[document("a", b"fox")]])
+    assert artifact.manifest["counts"]["ids"] == kind
+    np.testing.assert_array_equal(item.ids[0], largest)
+
+
+def test_a_text_that_the_tokenizer_has_no_ids_for_is_a_reject(ingested: Ingested, monkeypatch: pytest.MonkeyPatch):
+    """Tokenizers of the T5 and BERT families drop control characters, of which a caption may consist."""
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encode(self, text.replace("\x07", "")))
+    documents = [document("a", "\x07", b"bell"), document("b", "a bell", b"bell"), document("c", "\x07\x07")]
+    _, artifact, items = ingested([documents], max_reject_fraction=0.9)
+    assert [item.document.key for item in items] == ["b"]
+    assert artifact.manifest["counts"]["rejects"] == {"text without ids": 2}
+    assert np.load(artifact.folder / "lengths.npy").shape == (1,)
+
+
+def test_long_shards_are_read_in_blocks(ingested: Ingested, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rac3.stages.ingest.DOCUMENTS_AT_ONCE", 2)
+    _, artifact, items = ingested(max_reject_fraction=0.5)
+    assert [item.document.key for item in items] == KEPT
+    assert artifact.manifest["counts"]["texts_cut"] == 2
+
+
+def test_counts_line(ingested: Ingested, tmp_path: Path):
+    from rac3.artifacts import Workdir
+
+    experiment, artifact, _ = ingested(max_reject_fraction=0.5)
+    tokens = artifact.manifest["counts"]["tokens"]
+    line = counts_line(experiment, Workdir(tmp_path / "workdir", experiment.name), "train")
+    assert line == (
+        f"5 documents, {tokens} tokens; filtered: 1 watermark, 1 unsafe, 2 small; "
+        "rejects: 2 truncated image, 1 missing text"
+    )

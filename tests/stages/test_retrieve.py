@@ -1,0 +1,311 @@
+"""The vectors that are embedded, and the neighbors that are found with them, against plain NumPy over the documents."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from handmade import PlainEncoder, document, experiment_of, plain_encoders, unit, vector
+
+from rac3.artifacts import Workdir
+from rac3.config import InputError
+from rac3.documents.document import Document
+from rac3.experiment import Experiment, Split
+from rac3.retrieval.encoder import query_dropout_keys
+from rac3.retrieval.fixed import Fixed
+from rac3.retrieval.memory import MemoryPart
+from rac3.retrieval.retriever import Queries, ranked
+from rac3.retrieval.selection import Selection
+from rac3.stages import recipes
+from rac3.stages.embed import document_embeddings, embed, open_documents, open_queries
+from rac3.stages.ingest import ingest
+from rac3.stages.memory import Keys, OpenMemory, Texts, withdrawn_rows
+from rac3.stages.retrieve import index, read_neighbors, retrieve
+
+PARTS = ("text", "image")
+RATE = 0.3
+SHARD = 5  # documents: the train split has three shards of vectors and neighbors
+LIMIT = 0.5
+
+TRAIN = [
+    [
+        document("t0", "a red fox", b"fox"),
+        document("t1", "a blue bird", b"bird"),
+        document("t2", "words alone"),
+        document("t3", b"alone"),
+        document("t4", "A  RED fox ", b"other fox"),  # the words of t0
+        document("t5", "the bird again", b"bird"),  # the image of t1
+        document("t6", b"first", "two pictures", b"second", "and an end"),
+    ],
+    [document(f"t{number}", f"number {number}", b"%d" % number) for number in range(7, 13)],
+]
+SPLITS = {
+    "train": TRAIN,
+    "memory": [[document(f"m{number}", f"of memory {number}", b"m%d" % number) for number in range(6)]],
+    "news": [[document("n0", "news", b"n0"), document("t1", "t1 of the news", b"n1"), document("n2", "more", b"n2")]],
+    "validation": [[document("v0", "a red fox", b"v0"), document("v1", b"v1")]],
+    "test": [[document(f"q{number}", f"question {number}", b"q%d" % number) for number in range(6)]],
+}
+DOCUMENTS = {name: [each for shard in shards for each in shard] for name, shards in SPLITS.items()}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A retriever of a user's own: all inner products, sorted. It notes what it was asked."""
+
+    num_neighbors: int = 9
+
+    def build(self, part: MemoryPart, folder: Path) -> None:
+        (folder / "built").write_text(part.name)
+
+    def open(self, part: MemoryPart, folder: Path) -> "RankedIndex":
+        assert (folder / "built").read_text() == part.name
+        return RankedIndex(part)
+
+
+@dataclass(frozen=True)
+class RankedIndex:
+    part: MemoryPart
+
+    def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        ASKED.append((self.part.name, k, queries))
+        products = queries.embeddings @ self.part.read(slice(0, len(self.part))).T
+        rows = np.tile(np.arange(len(self.part)), (len(queries), 1))
+        missing = ((0, 0), (0, max(0, k - len(self.part))))
+        return ranked(np.pad(products, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1), k)
+
+
+ASKED: list[tuple[str, int, Queries]] = []
+
+
+class Made(NamedTuple):
+    experiment: Experiment
+    workdir: Workdir
+    encoder: PlainEncoder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """All of the offline stages, with shards of five documents and two views of each training query."""
+    folder = tmp_path_factory.mktemp("retrieve")
+    takedowns = folder / "takedowns"
+    takedowns.write_text("t8\n news:t1 \n\nmemory:m3\ntrain:m4\n")
+    experiment = experiment_of(
+        SPLITS,
+        retriever=Ranked(),
+        selection=Selection(max_similarity=LIMIT, depth=4),
+        documents_per_shard=SHARD,
+        query_dropout=RATE,
+        num_views=2,
+        takedowns=str(takedowns),
+        max_reject_fraction=0.0,
+    )
+    with plain_encoders(experiment, folder / "workdir") as (workdir, encoder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rac3.stages.embed.DOCUMENTS_AT_ONCE", 2)
+        for stage in (ingest, embed, index, retrieve):
+            stage(experiment, workdir)
+        yield Made(experiment, workdir, encoder)
+
+
+def key_of(experiment: Experiment, document: Document, view: int) -> list[int]:
+    return jax.random.key_data(query_dropout_keys(experiment.seed, [document.key], view))[0].tolist()
+
+
+def part_of(document: Document, part: str) -> str | bytes | None:
+    if part == "text":
+        return document.text or None
+    return document.images[0].data if document.images else None
+
+
+def document_vectors(documents: Sequence[Document]) -> np.ndarray:
+    """Equation 1: the mean of the parts, each of norm 1, scaled to norm 1."""
+    parts = [[vector(content) for part in PARTS if (content := part_of(each, part))] for each in documents]
+    return unit(np.stack([np.mean(each, axis=0) for each in parts]))
+
+
+def query_vectors(made: Made, split: Split, name: str) -> np.ndarray:
+    """Of one part alone; in training with the dropout of the view."""
+    part, _, view = name.partition("-")
+    rows = []
+    for each in DOCUMENTS[split]:
+        content = part_of(each, part)
+        dropout = (key_of(made.experiment, each, int(view or 0)), RATE) if split == "train" else ()
+        rows.append(np.zeros(8, np.float32) if content is None else vector(content, *dropout))
+    return np.stack(rows)
+
+
+NAMES = {"train": ["text", "image", "text-1", "image-1"], "validation": ["text", "image"], "test": ["text", "image"]}
+
+
+@pytest.mark.parametrize("split", ["train", "memory", "news"])
+def test_a_document_has_the_vector_of_all_its_parts(split: Split, made: Made):
+    folder = made.workdir.require(recipes.embeddings(made.experiment, split), "").folder
+    np.testing.assert_allclose(document_embeddings(folder)[:], document_vectors(DOCUMENTS[split]), atol=1e-6)
+
+
+@pytest.mark.parametrize("split", NAMES)
+def test_a_query_has_the_vector_of_one_part_alone(split: Split, made: Made):
+    """Zeros where a document lacks it. Of two images the first asks, and all of the texts; in training with dropout."""
+    for name in NAMES[split]:
+        stored = open_queries(made.experiment, made.workdir, split, name)[:]
+        np.testing.assert_allclose(stored, query_vectors(made, split, name), atol=1e-6, err_msg=name)
+
+
+def test_each_document_and_view_has_its_own_dropout(made: Made):
+    dropped = {(content, key) for content, key, _ in made.encoder.asked if key}
+    assert len({key for _, key in dropped}) == 2 * len(DOCUMENTS["train"])  # views; both parts of a document share it
+    assert {rate for _, key, rate in made.encoder.asked if key} == {RATE}
+    other = query_dropout_keys(made.experiment.seed + 1, [each.key for each in DOCUMENTS["train"]])
+    assert not {tuple(key) for key in np.asarray(jax.random.key_data(other)).tolist()} & {key for _, key in dropped}
+
+
+def test_held_out_documents_and_parts_of_the_memory_are_embedded_without_dropout(made: Made):
+    plain = {content for content, key, _ in made.encoder.asked if not key}
+    everything = {
+        content
+        for split in DOCUMENTS
+        for each in DOCUMENTS[split]
+        for part in PARTS
+        if (content := part_of(each, part))
+    }
+    assert plain == everything  # those of train too, as documents
+
+
+def neighbors_by_hand(made: Made, split: Split, row: int, query: np.ndarray) -> tuple[list[int], list[float]]:
+    """Section 3.2 for one query, over lists."""
+    parts = ["train"] if split == "train" else ["train", "memory", "news"]
+    memory = [each for part in parts for each in DOCUMENTS[part]]
+    gone = {"t8"} | ({"m3"} if split != "train" else set())
+    vectors = document_vectors(memory)
+    main = DOCUMENTS["train"][row] if split == "train" else None
+    taken: list[int] = []
+    for i in np.argsort(-(vectors @ query), kind="stable")[: made.experiment.retriever.num_neighbors].tolist():
+        each = memory[i]
+        if each.key in gone or (split != "train" and i == len(DOCUMENTS["train"]) + 6 + 1):  # t1 of the news
+            continue
+        if main is not None:
+            words = [" ".join(text.split()).lower() for text in (main.text, each.text)]
+            pictures = [document.images[:1] for document in (main, each)]
+            if each is main or (words[0] and words[0] == words[1]) or (pictures[0] and pictures[0] == pictures[1]):
+                continue
+            if vectors[i] @ vectors[row] > LIMIT:
+                continue
+        if vectors[i] @ query > LIMIT or any(vectors[i] @ vectors[j] > LIMIT for j in taken):
+            continue
+        taken.append(i)
+    taken = taken[:4]
+    return taken, [float(vectors[i] @ query) for i in taken]
+
+
+@pytest.mark.parametrize("split", NAMES)
+def test_each_query_has_the_neighbors_of_a_walk_by_hand(split: Split, made: Made):
+    """Over three shards of training documents, each of which knows the global ids of its own."""
+    ids = read_neighbors(made.experiment, made.workdir, split)[:]
+    scores = read_neighbors(made.experiment, made.workdir, split, "scores")[:]
+    assert ids.shape == scores.shape == (len(DOCUMENTS[split]), len(NAMES[split]), 4)
+    kept = nothing = 0
+    for number, name in enumerate(NAMES[split]):
+        queries = query_vectors(made, split, name)
+        for row, query in enumerate(queries):
+            wanted, products = neighbors_by_hand(made, split, row, query) if query.any() else ([], [])
+            assert ids[row, number].tolist() == wanted + [-1] * (4 - len(wanted)), (split, name, row)
+            np.testing.assert_allclose(scores[row, number, : len(wanted)], products, atol=1e-6)
+            kept, nothing = kept + len(wanted), nothing + (query.any() and not wanted)
+    counts = made.workdir.require(recipes.neighbors(made.experiment, split), "").manifest["counts"]
+    asked = sum(query_vectors(made, split, name).any(1).sum() for name in NAMES[split])
+    assert (counts["documents"], counts["queries"], counts["neighbors"]) == (len(ids), asked, kept)
+    assert counts["queries_without_neighbors"] == nothing
+
+
+def test_a_training_document_never_retrieves_itself_or_its_copies_in_any_shard(made: Made):
+    """Whatever the similarity allows: the walk above drops it by that too."""
+    loose = replace(made.experiment, selection=Selection(max_similarity=1.0, depth=4))
+    retrieve(loose, made.workdir, ["train"])
+    assert made.workdir.find(recipes.neighbors(loose, "test")) is None  # which was not asked for
+    ids = read_neighbors(loose, made.workdir, "train")[:]
+    assert not (ids == np.arange(len(ids))[:, None, None]).any()
+    assert not set(ids[0].ravel().tolist() + ids[4].ravel().tolist()) & {0, 4}
+    assert not set(ids[1].ravel().tolist() + ids[5].ravel().tolist()) & {1, 5}
+    counts = made.workdir.require(recipes.neighbors(loose, "train"), "").manifest["counts"]
+    assert counts["dropped_main_document"] > 20  # of 48 queries, one in most
+    assert counts["dropped_duplicate"] > 0
+    assert counts["dropped_similar_to_main"] == counts["dropped_similar_to_query"] == counts["dropped_redundant"] == 0
+
+
+def test_a_retriever_sees_of_a_query_what_asks_and_nothing_else(made: Made):
+    """Its key, its vector, and the words of a text; never the words that stand beside an image."""
+    ASKED.clear()
+    again = replace(made.experiment, retriever=Ranked(num_neighbors=7))
+    index(again, made.workdir)
+    retrieve(again, made.workdir)
+    texts = {split: {each.key: each.text for each in DOCUMENTS[split]} for split in NAMES}
+    parts = {"train": {"train"}, "validation": {"train", "memory", "news"}, "test": {"train", "memory", "news"}}
+    searched: dict[str, set[str]] = {split: set() for split in NAMES}
+    for part, k, queries in ASKED:
+        assert k == 7
+        (split,) = [split for split in NAMES if set(queries.keys) <= set(texts[split])]
+        searched[split].add(part)
+        for key, words, asks in zip(queries.keys, queries.texts, queries.embeddings, strict=True):
+            each = next(document for document in DOCUMENTS[split] if document.key == key)
+            content = part_of(each, "text" if words else "image")
+            assert words in ("", texts[split][key])
+            dropped = [(key_of(again, each, view), RATE) for view in range(2)] if split == "train" else [()]
+            assert min(np.abs(asks - vector(content, *dropout)).max() for dropout in dropped) < 1e-6
+    assert searched == parts
+
+
+def test_a_view_is_another_query_with_neighbors_of_its_own(made: Made):
+    ids = read_neighbors(made.experiment, made.workdir, "train")[:]
+    assert (ids[:, 0] != ids[:, 2]).any()
+    assert (ids[:, 1] != ids[:, 3]).any()
+
+
+@pytest.mark.parametrize(("split", "gone"), [("train", [8]), ("memory", [3]), ("news", [1])])
+def test_a_takedown_of_one_split_leaves_the_others(split: Split, gone: list[int], made: Made):
+    """`t8` is of any split, `news:t1` leaves t1 of train, and `train:m4` names nothing."""
+    store = open_documents(made.experiment, made.workdir, split)
+    assert withdrawn_rows(made.experiment, store, split).tolist() == gone
+
+
+def test_two_keys_of_one_hash_are_told_apart(made: Made, monkeypatch: pytest.MonkeyPatch):
+    store = open_documents(made.experiment, made.workdir, "train")
+    column = type(store).column
+    monkeypatch.setattr(
+        type(store), "column", lambda self, name: np.repeat(column(self, name)[8:9], 13) if "key" in name else ...
+    )
+    assert withdrawn_rows(made.experiment, store, "train").tolist() == [8]
+
+
+def test_texts_and_keys_are_those_of_the_documents(made: Made):
+    store = open_documents(made.experiment, made.workdir, "train")
+    texts, keys = Texts(store), Keys(store)
+    assert list(texts) == [each.text for each in DOCUMENTS["train"]]
+    assert keys[2:9:3] == ["t2", "t5", "t8"]
+    assert keys[-1] == "t12"
+    assert [keys.index(key) for key in ("t0", "t9")] == [0, 9]
+    with pytest.raises(ValueError, match="'m0' is not a key"):
+        keys.index("m0")
+    with pytest.raises(IndexError):
+        texts[13]
+
+
+def test_a_document_is_found_by_its_global_id(made: Made):
+    opened = OpenMemory(made.experiment, made.workdir, recipes.memory_splits(made.experiment, "test"))
+    everything = [*DOCUMENTS["train"], *DOCUMENTS["memory"], *DOCUMENTS["news"]]
+    assert [opened.document(number).document for number in range(len(opened.memory))] == everything
+
+
+def test_documents_that_a_person_names_are_never_redundant(made: Made):
+    """But a document of training is not its own neighbor, nor is one that is withdrawn."""
+    fixed = replace(made.experiment, retriever=Fixed(("t4", "train:t1", "m3", "n2")), selection=Selection(0.01, 4))
+    index(fixed, made.workdir)
+    retrieve(fixed, made.workdir, ["test"])
+    ids = read_neighbors(fixed, made.workdir, "test")[:]
+    assert (ids == [4, 1, 13 + 6 + 2, -1]).all()
+    unknown = replace(fixed, retriever=Fixed(("nobody",)))
+    index(unknown, made.workdir)
+    with pytest.raises(InputError, match="has the key 'nobody'"):
+        retrieve(unknown, made.workdir, ["test"])
