@@ -141,7 +141,7 @@ def scratch(root: Path) -> Iterator[Path]:
     """A copy of the project to plant mistakes in, importable by PYTHONPATH."""
     with tempfile.TemporaryDirectory(prefix="mistakes-") as folder:
         copy = Path(shutil.copytree(root, Path(folder) / "copy", ignore=LEFT_OUT))
-        if (copy / "configs").is_dir():
+        if (copy / "configs").is_dir() and not (copy / "rac3" / "configs").exists():
             (copy / "rac3" / "configs").symlink_to("../configs")  # as setup.cfg maps it
         yield copy
 
@@ -297,7 +297,13 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     print("\n".join(f"SURVIVED {name}" for name in survivors) or "none survived")
     if options.out:
         results = [
-            {"area": each.mistake.area, "name": each.mistake.name, "killed": each.killed, "by": each.detail}
+            {
+                "area": each.mistake.area,
+                "name": each.mistake.name,
+                "killed": each.killed,
+                "by": each.detail,
+                "seconds": round(each.seconds, 1),
+            }
             for each in sorted(outcomes, key=lambda each: (each.mistake.area, each.mistake.name))
         ]
         options.out.write_text(record("python benchmarks/mutants.py", ("jax", "flax", "pytest"), results))
