@@ -22,11 +22,12 @@ long as all of them did. Exit code 0: all killed; 1: some survived; 2: a mistake
 
 import argparse
 import ast
+import multiprocessing
 import os
 import queue
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ LIST = "benchmarks/mistakes"  # below the root of the project
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 PASSED, FAILED = 0, 1  # exit codes of pytest
 LEAST_PATIENCE = 60.0  # seconds
+LIBRARIES = ("jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "tensorstore", "transformers", "tyro")
 
 
 class MistakeError(Exception):
@@ -149,26 +151,38 @@ def scratch(root: Path) -> Iterator[Path]:
 def run_tests(
     copy: Path, tests: Sequence[str], patience: float | None = None, workers: int = 1
 ) -> tuple[int | None, str]:
-    """Exit code (None: it ran out of patience) and output of pytest in a copy, up to the first failure."""
-    environment = os.environ | {"PYTHONPATH": str(copy), "PY_COLORS": "0"}
-    environment.pop("PYTEST_ADDOPTS", None)
+    """Exit code (None: it ran out of patience) and output of pytest in a copy, up to the first failure.
+
+    The process is forked from one that has imported the libraries, which takes as long as many of the tests.
+    """
     options = ["-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
     options += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *tests],
-            cwd=copy,
-            env=environment,
-            timeout=patience,
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-    except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, done.stdout
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", *LIBRARIES])
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        process = context.Process(target=_pytest_in, args=(copy, output.name, [*options, *tests]))
+        process.start()
+        process.join(patience)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            return None, ""
+        return process.exitcode, output.read()
+
+
+def _pytest_in(copy: Path, output: str, arguments: list[str]) -> None:
+    """What a forked process does: pytest in a copy, its output into a file."""
+    os.setsid()  # so that it can be killed with the processes that tests start
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    os.environ |= {"PYTHONPATH": str(copy), "PY_COLORS": "0"}
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    import pytest
+
+    sys.exit(int(pytest.main(arguments)))
 
 
 def check_tests(copy: Path, mistakes: Sequence[Mistake], workers: int) -> float:
@@ -225,8 +239,12 @@ def plant_all(mistakes: Sequence[Mistake], root: Path, workers: int) -> list[Out
     with ExitStack() as stack:
         shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mistakes-shared-")))
         # The copies share compiled programs, and one finished run that tests read.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / ".jax_cache"))
         os.environ.setdefault("RAC3_TEST_WORKDIR", str(shared / "tiny"))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / ".jax_cache"))
+        # JAX reads these when it is imported, which is before tests/conftest.py sets them
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
         made = [stack.enter_context(scratch(root)) for _ in range(workers)]
         for copy in made:

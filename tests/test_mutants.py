@@ -1,8 +1,7 @@
 """The list of planted mistakes fits the code, and what plants them can tell killed from survived."""
 
-import importlib.util
-import sys
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -32,16 +31,10 @@ Plant = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def mutants() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location("mutants", ROOT / "benchmarks" / "mutants.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["mutants"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    return module
+def mutants() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("mutants")
 
 
 @pytest.fixture
