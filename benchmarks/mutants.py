@@ -156,6 +156,7 @@ def run_tests(
     The process is forked from one that has imported the libraries, which takes as long as many of the tests.
     """
     options = ["-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are imported already
     options += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", *LIBRARIES])
@@ -215,9 +216,9 @@ def plant(mistake: Mistake, copy: Path, patience: float) -> Outcome:
         code, output = run_tests(copy, mistake.tests, patience)
     finally:
         write_newer(path, text)
-    if code not in (PASSED, FAILED, None):
-        raise MistakeError(f"{mistake.area}: {mistake.name!r}: pytest ended with code {code}:\n{output}")
     failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", output, re.M)
+    if code not in (PASSED, FAILED, None) or (code == FAILED and not failed):
+        raise MistakeError(f"{mistake.area}: {mistake.name!r}: pytest ended with code {code}:\n{output}")
     detail = "takes too long" if code is None else failed[1] if failed else ""
     return Outcome(mistake, code != PASSED, detail, time.monotonic() - started)
 
