@@ -30,7 +30,17 @@ def fitting_data(experiment: Experiment) -> list[dict[str, Any]]:
 def text(experiment: Experiment) -> Recipe:
     if experiment.text.checkpoint is not None:
         return Recipe("text", {"checkpoint": tokenizer_identity(experiment.text.checkpoint)}, {})
-    return Recipe("text", {"text": experiment.text, "data": fitting_data(experiment)}, {})
+    config = {
+        "text": experiment.text,
+        "data": fitting_data(experiment),
+        "max_documents": text_documents(experiment),
+    }
+    return Recipe("text", config, {})
+
+
+def text_documents(experiment: Experiment) -> int:
+    """The text tokenizer is fitted on at most this many documents: as many as the encoder that reads more of them."""
+    return max(experiment.vqgan.fit.max_documents, experiment.clip.fit.max_documents)
 
 
 def vqgan(experiment: Experiment) -> Recipe:
