@@ -185,15 +185,18 @@ def retrieval(experiment: Experiment) -> Recipe:
 
 
 def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
-    """The evaluation of the model of `trained` with the retriever of `experiment`."""
-    inputs = {"train": train(trained).fingerprint}
+    """The evaluation of the model of `trained` with the retriever of `experiment`. CLIP picks and scores the images."""
+    inputs = {"train": train(trained).fingerprint, "clip": clip(experiment).fingerprint}
     for split in experiment.data.sources():
         if split in ("validation", "test"):
             inputs[f"documents {split}"] = documents(experiment, split).fingerprint
             if retrieves(experiment):
                 inputs[f"neighbors {split}"] = neighbors(experiment, split).fingerprint
+    settings = canonical(experiment.evaluation)
+    del settings["control"]  # what else is evaluated
     config = {
-        "evaluation": experiment.evaluation,
+        "evaluation": settings,
+        "clip_dtype": experiment.clip.dtype,
         "entity_field": experiment.data.entity_field,
         "seed": experiment.seed,
     }
