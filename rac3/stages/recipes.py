@@ -161,8 +161,10 @@ def retrieves(experiment: Experiment) -> bool:
 def train(experiment: Experiment) -> Recipe:
     batches = canonical(experiment.batches)
     del batches["read_threads"]  # how fast, not what
+    model = canonical(experiment.model)
+    del model["remat"]  # time for memory
     config = {
-        "model": experiment.model,
+        "model": model,
         "optimizer": experiment.optimizer,
         "batches": batches,
         "steps": experiment.training.steps,
