@@ -10,6 +10,7 @@ import pytest
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 from rac3.documents.store import (
+    COLUMNS,
     NARROW,
     WIDE,
     DocumentStore,
@@ -18,6 +19,7 @@ from rac3.documents.store import (
     id_type,
     pack_record,
     unpack_record,
+    write_columns,
     write_shard,
 )
 
@@ -109,3 +111,40 @@ def test_a_document_is_found_by_its_key(tmp_path: Path):
     store = DocumentStore(tmp_path)
     assert [store.row_of(key) for key in ("shard/5", "shard/0", "shard/8", "")] == [5, 0, None, None]
     assert hash64(b"shard/5") == 0x57D7F854BC2F6C6F
+
+
+def test_columns_are_the_shards_pieces_in_order(tmp_path: Path):
+    """Hashes use all 64 bits, which a detour over floats would lose; a shard without documents has an empty piece."""
+    large = 2**64 - 1
+    pieces = {
+        "lengths": ([3, 5], [], [4]),
+        "text_lengths": ([1, 0], [], [2]),
+        "key_hashes": ([large, 1], [], [large - 1]),
+        "text_hashes": ([large - 2, 0], [], [7]),
+        "image_hashes": ([0, large - 4], [], [8]),
+    }
+    assert pieces.keys() == COLUMNS.keys()
+    columns = {name: [np.array(piece, COLUMNS[name]) for piece in each] for name, each in pieces.items()}
+    write_columns(tmp_path, columns)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.npy" for name in pieces}
+    for name, (first, _, last) in pieces.items():
+        found = np.load(tmp_path / f"{name}.npy")
+        assert found.dtype == ("int32" if name.endswith("lengths") else "uint64")
+        assert found.tolist() == first + last
+    store = DocumentStore(tmp_path)
+    assert len(store) == 3
+    assert store.lengths.tolist() == [3, 5, 4]
+    assert store.column("image_hashes").tolist() == [0, large - 4, 8]
+    # the text has its <eod>, the image has it too; the second document has no text
+    assert store.shown_lengths("text").tolist() == [2, 0, 3]
+    assert store.shown_lengths("image").tolist() == [2, 5, 2]
+    assert store.shown_lengths("document").tolist() == [3, 5, 4]
+    (tmp_path / "key_hashes.npy").unlink()
+    with pytest.raises(InputError, match=r"key_hashes.npy is missing; delete .* and run `rac3 ingest` again"):
+        DocumentStore(tmp_path).column("key_hashes")
+
+
+def test_columns_of_no_documents_are_empty(tmp_path: Path):
+    write_columns(tmp_path, {name: [] for name in COLUMNS})
+    assert [np.load(tmp_path / f"{name}.npy").dtype for name in COLUMNS] == list(COLUMNS.values())
+    assert len(DocumentStore(tmp_path)) == 0
