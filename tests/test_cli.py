@@ -3,14 +3,11 @@
 import hashlib
 import importlib
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import ROOT, started, wait_until
 
 from rac3.arrays import read_array
 from rac3.artifacts import MANIFEST, Workdir
@@ -38,7 +36,6 @@ from rac3.stages import recipes
 from rac3.stages.generate import Session
 from rac3.stages.memory import OpenMemory
 
-ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "tiny_config.py")
 COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]
 
@@ -643,44 +640,45 @@ def test_damaged_documents_are_counted(rac3: Run, refused: Refused, tmp_path: Pa
     assert counts["documents"] + sum(counts["filtered"].values()) == 6 * 4 + 3 + 4
 
 
-def kill_when(path_pattern: str, workdir: Path, arguments: list[str]) -> None:
-    """Starts the command and kills it, as a machine that fails does, once a file of the pattern is there."""
-    silent = subprocess.DEVNULL
-    with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stdout=silent, stderr=silent) as run:
-        while not list(workdir.glob(path_pattern)):
-            assert run.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-        os.kill(run.pid, signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")  # it restores onto the mesh that it was saved from
-def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path):
-    steps = {"--vqgan.fit.steps": "70", "--training.steps": "40", "--training.checkpoint-every": "5"}
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, rac3: Run, finished_workdir: tuple[Path, Path]):
+    """Bit for bit: the VQGAN, with all that its fitting carries along, and the model."""
+    steps = {"--vqgan.fit.steps": "70", "--training.steps": "20", "--training.checkpoint-every": "5"}
     settings = [word for pair in steps.items() for word in pair] + ["--no-compare-with-cm3"]
     players = {"ema-decay": "0.99", "adversarial.weight": "0.5", "adversarial.start": "40", "adversarial.ndf": "4"}
     settings += [word for name, value in players.items() for word in (f"--vqgan.objective.{name}", value)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for workdir in (whole, killed):
+        workdir.mkdir()
+        shutil.copy(finished_workdir[1] / "workdir.json", workdir)
+        for stage in ("text", "clip"):  # as they are
+            shutil.copytree(finished_workdir[1] / stage, workdir / stage)
 
     def arguments(stage: str, workdir: Path) -> list[str]:
-        return [stage, TINY, *settings, "--workdir", str(workdir)]
+        return [stage, TINY, *settings, "--workdir", str(workdir), *(["retriever:none"] if stage == "train" else [])]
 
-    def run(stage: str, workdir: Path) -> None:
-        subprocess.run([*COMMAND, *arguments(stage, workdir)], cwd=ROOT, check=True, capture_output=True)
+    def kill_when(pattern: str, stage: str) -> None:
+        with started(tmp_path, *arguments(stage, killed)) as command:
+            wait_until(lambda: bool(list(killed.glob(pattern))), command)
+            command.kill()
 
-    run("prepare", whole)
-    run("train", whole)
-    kill_when("vqgan/*.partial/checkpoints/50", killed, arguments("prepare", killed))
-    run("prepare", killed)
-    kill_when("train/*.partial/checkpoints/5", killed, arguments("train", killed))
-    run("train", killed)
+    for stage in ("encoders", "ingest", "train"):
+        assert rac3(*arguments(stage, whole)) == 0
+    kill_when("vqgan/*.partial/checkpoints/50", "encoders")
+    assert rac3(*arguments("encoders", killed)) == 0
+    fitted = [path.read_bytes() for folder in (whole, killed) for path in folder.glob("vqgan/*/params.safetensors")]
+    assert len(fitted) == 2
+    assert fitted[0] == fitted[1]
+    shutil.copytree(whole / "documents", killed / "documents")
+    kill_when("train/*.partial/checkpoints/5", "train")
+    assert rac3(*arguments("train", killed)) == 0
 
     def parameters(workdir: Path) -> dict[str, np.ndarray]:
         import jax
         import orbax.checkpoint as ocp
 
-        (folder,) = workdir.glob("train/*/checkpoints/40/state")
+        (folder,) = workdir.glob("train/*/checkpoints/20/state")
         with ocp.PyTreeCheckpointer() as checkpointer:
             params = checkpointer.restore(folder.absolute())["params"]
         return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -689,6 +687,3 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path):
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    fitted = [path.read_bytes() for folder in (whole, killed) for path in folder.glob("vqgan/*/params.safetensors")]
-    assert len(fitted) == 2
-    assert fitted[0] == fitted[1]
