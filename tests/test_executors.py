@@ -185,7 +185,7 @@ class Crowd:
         with self.lock:
             self.here += 1
             self.most = max(self.most, self.here)
-        self.all.wait(timeout=60)
+        self.all.wait(timeout=20)
         with self.lock:
             self.here -= 1
         return {}
@@ -196,6 +196,18 @@ def test_as_many_shards_are_under_way_as_there_are_threads(threads: int, shards:
     job = Crowd(threads)
     run(Local(threads), job, shards)
     assert job.most == threads
+
+
+def test_the_tally_ends_a_run_that_is_given_up():
+    """Past any `except Exception` of a source."""
+    stopped = threading.Event()
+    tally = Tally(stopped)
+    tally.add(3, 1)
+    stopped.set()
+    with pytest.raises(BaseException) as raised:  # noqa: PT011
+        tally.add(1)
+    assert not isinstance(raised.value, Exception)
+    assert (tally.documents, tally.rejects) == (3, 1)
 
 
 def test_threads_end_with_the_run_that_is_given_up(shards: list[Shard], monkeypatch: pytest.MonkeyPatch):
