@@ -456,8 +456,22 @@ PREPARE = ["fit_encoders", "ingest", *["counts_line"] * 4, "embed", "index", "re
 def test_a_stage_does_its_own_work_and_no_other(
     stage: str, arguments: list[str], expected: list[str], called: Called, rac3: Run, tmp_path: Path
 ):
-    assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), *arguments) == 0
+    assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), "--seed", "3", *arguments) == 0
     assert [name for name, _ in called] == expected
+    for name, given in called:
+        experiments = [each for each in given if isinstance(each, Experiment)]
+        assert all(experiment.seed == 3 for experiment in experiments), name
+        assert all(each.path == tmp_path / "new" for each in given if isinstance(each, Workdir)), name
+        assert experiments or name in ("summary", "retrieval_summary")
+
+
+def test_the_options_of_a_stage_reach_it(called: Called, rac3: Run, tmp_path: Path):
+    place = ["--workdir", str(tmp_path / "new")]
+    assert rac3("generate", TINY, *place, "--prompt", "a fox", "--samples", "3") == 0
+    assert rac3("encoders", TINY, *place, "--report", "--report-images", "7") == 0
+    (options,) = [given[3] for name, given in called if name == "generate"]
+    assert (options.prompt, options.samples) == ("a fox", 3)
+    assert [given[2] for name, given in called if name == "encoders_report"] == [7]
 
 
 def test_the_quickstart_is_a_run_of_its_config(called: Called, rac3: Run, tmp_path: Path):

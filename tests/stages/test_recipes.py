@@ -469,8 +469,12 @@ def test_another_retriever_makes_indexes_again_but_no_vectors(fitted: Experiment
 
 
 def test_a_retriever_at_inference_does_not_train_again(fitted: Experiment):
-    swapped = made(replace(fitted, retriever=Exact()), trained=fitted)
-    assert changes(made(fitted), swapped) == INDEX - {"train"}
+    exact = replace(fitted, retriever=Exact())
+    assert changes(made(fitted), made(exact, trained=fitted)) == INDEX - {"train"}
+    inputs = recipes.evaluation(exact, fitted).inputs
+    assert inputs["train"] == recipes.train(fitted).fingerprint
+    for split in ("validation", "test"):
+        assert inputs[f"neighbors {split}"] == recipes.neighbors(exact, split).fingerprint
 
 
 def test_withdrawn_documents_at_inference_do_not_train_again(fitted: Experiment):
