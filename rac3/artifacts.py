@@ -59,7 +59,7 @@ class Recipe:
     config: Any
     inputs: Mapping[str, str]  # name -> fingerprint
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return fingerprint({"stage": self.stage, "config": self.config, "inputs": self.inputs})
 

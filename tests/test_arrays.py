@@ -87,3 +87,60 @@ def test_a_vector_that_is_no_number_stays_none(tmp_path: Path):
     vectors = Vectors.create(tmp_path / "v", (4, 3), "int8", 4)
     vectors.write_shard(0, data)
     assert np.isfinite(vectors[:]).all(1).tolist() == [True, False, True, True]
+
+
+def test_rows_are_those_asked_for_in_their_order(tmp_path: Path):
+    """Across shards of 4 and chunks of 2, some twice; the other two axes come whole."""
+    data = np.arange(10 * 2 * 3).reshape(10, 2, 3)
+    array = create_array(tmp_path / "a", data.shape, "int64", 4, chunk_bytes=2 * 2 * 3 * 8)
+    assert array.chunk_layout.write_chunk.shape == (4, 2, 3)
+    assert array.chunk_layout.read_chunk.shape == (2, 2, 3)
+    for number, rows in enumerate((data[:4], data[4:8], data[8:])):
+        write_shard(array, number, rows)
+    rows = Rows(tmp_path / "a")
+    np.testing.assert_array_equal(rows[np.array([9, 0, 4, 4, 3, 9])], data[[9, 0, 4, 4, 3, 9]])
+    np.testing.assert_array_equal(rows[np.array([1, 2, 7])], data[[1, 2, 7]])
+    np.testing.assert_array_equal(rows[3:9], data[3:9])
+    np.testing.assert_array_equal(rows[-3:], data[-3:])
+    assert rows[np.array([], int)].shape == (0, 2, 3)
+    with pytest.raises(ValueError, match="steps of 1, not 2"):
+        rows[0:4:2]
+
+
+@pytest.mark.parametrize("row", [-1, 10])
+def test_a_row_that_is_none_is_no_other_row(row: int, tmp_path: Path):
+    """-1 stands for no neighbor; it must not read the last document."""
+    array = create_array(tmp_path / "a", (10, 2), "int64", 4)
+    for number, size in enumerate((4, 4, 2)):
+        write_shard(array, number, np.ones((size, 2), np.int64))
+    with pytest.raises(ValueError, match=f"Index {row} is outside valid range"):
+        Rows(tmp_path / "a")[np.array([0, row])]
+
+
+def test_rows_that_no_one_has_written_are_the_fill_value(tmp_path: Path):
+    ids = create_array(tmp_path / "ids", (5, 2), "int64", 2, fill=-1)
+    write_shard(ids, 1, np.array([[7, 8], [9, 10]]))
+    assert read_array(tmp_path / "ids").tolist() == [[-1, -1], [-1, -1], [7, 8], [9, 10], [-1, -1]]
+    create_array(tmp_path / "scores", (2, 1), "float32", 2)
+    assert read_array(tmp_path / "scores").tolist() == [[0.0], [0.0]]
+
+
+def test_int8_codes_are_127ths_of_the_largest_number_of_their_row(tmp_path: Path):
+    """0.6 is 76.2 of them, 0.25 is 31.75; each row has its own scale."""
+    rows = np.array([[1.0, -0.6, 0.25], [0.0, 0.0, 0.0], [-0.02, 0.005, 0.0]], np.float32)
+    vectors = Vectors.create(tmp_path / "v", (3, 3), "int8", 2)
+    vectors.write_shard(0, rows[:2])
+    vectors.write_shard(1, rows[2:])
+    codes = np.array([[127, -76, 32], [0, 0, 0], [-127, 32, 0]])
+    np.testing.assert_array_equal(read_array(tmp_path / "v"), codes)
+    scales = np.array([1, 0, 0.02]) / 127
+    np.testing.assert_allclose(read_array(tmp_path / "v.scales"), scales, rtol=1e-6)
+    np.testing.assert_allclose(Vectors(tmp_path / "v")[:], codes * scales[:, None], rtol=1e-6)
+    np.testing.assert_allclose(vectors[np.array([2, 0])], (codes * scales[:, None])[[2, 0]], rtol=1e-6)
+
+
+def test_bfloat16_rounds_to_the_nearest(tmp_path: Path):
+    """8 bits of 1 + 3/512 lie between 1 and 1 + 1/128, nearer to the latter; halfway goes to the even one."""
+    vectors = Vectors.create(tmp_path / "v", (1, 4), "bfloat16", 1)
+    vectors.write_shard(0, np.array([[1 + 3 / 512, 1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 512]], np.float32))
+    np.testing.assert_array_equal(vectors[:], [[1 + 1 / 128, 1.0, 1 + 1 / 64, -1.0]])

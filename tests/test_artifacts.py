@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rac3.artifacts import MANIFEST, Recipe, Workdir, write_atomic
+from rac3.artifacts import MANIFEST, TEMPORARY, Recipe, Workdir, temporary_path, write_atomic
 from rac3.config import InputError
 from rac3.tokens.vocabulary import Vocabulary
 
@@ -142,3 +142,62 @@ def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path: Path):
     write_atomic(tmp_path / "a.json", b"\x00\x01")
     assert (tmp_path / "a.json").read_bytes() == b"\x00\x01"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_without_a_manifest_is_no_artifact(workdir: Workdir):
+    """As an interrupted copy leaves it. Nor is a draft with a manifest: it was killed before it got its name."""
+    folder = workdir.path / "documents" / RECIPE.fingerprint
+    folder.mkdir(parents=True)
+    (folder / "data").write_text("x")
+    assert workdir.find(RECIPE) is None
+    folder.rename(folder.with_name(folder.name + ".partial"))
+    (folder.with_name(folder.name + ".partial") / MANIFEST).write_text("{}")
+    assert workdir.find(RECIPE) is None
+
+
+def test_a_draft_has_no_manifest_before_its_block_ends(workdir: Workdir):
+    with workdir.write(RECIPE) as draft:
+        assert draft.folder == workdir.path / "documents" / f"{RECIPE.fingerprint}.partial"
+        assert list(draft.folder.iterdir()) == []
+        assert json.loads((workdir.path / "workdir.json").read_text()) == {"config": "quickstart"}
+
+
+def test_one_process_does_not_write_an_artifact_twice_at_once(workdir: Workdir):
+    with workdir.write(RECIPE) as draft:
+        with pytest.raises(InputError, match="is being written by another process"), workdir.write(RECIPE):
+            pytest.fail("two writers at once")
+        with workdir.write(Recipe("documents", {"size": 4}, {})):
+            pass  # another artifact of the stage
+        (draft.folder / "data").write_text("x")
+    assert (workdir.require(RECIPE, "").folder / "data").read_text() == "x"
+
+
+def test_the_command_in_a_message_is_that_of_the_same_config(tmp_path: Path):
+    workdir = Workdir(tmp_path / "run", "quickstart", "my.py --seed 1")
+    with pytest.raises(InputError, match=r"^documents is missing in \S+/run; run `rac3 ingest my.py --seed 1`$"):
+        workdir.require(RECIPE, "rac3 ingest")
+
+
+def test_a_file_is_whole_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a reader, or a machine that fails, finds while a file is written over: the old one."""
+    path, seen = tmp_path / "a.json", []
+    path.write_text("old")
+
+    def fsync(descriptor: int) -> None:
+        (other,) = set(tmp_path.iterdir()) - {path}
+        assert os.path.samestat(os.fstat(descriptor), other.stat())
+        seen.append((path.read_text(), other.read_text(), other.suffix))
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomic(path, "new")
+    assert seen == [("old", "new", TEMPORARY)]
+    assert path.read_text() == "old"
+
+
+def test_two_writers_have_two_temporary_names(tmp_path: Path):
+    names = {temporary_path(tmp_path / "a.json") for _ in range(10)}
+    assert len(names) == 10
+    assert {path.parent for path in names} == {tmp_path}
+    assert all(path.name.startswith("a.json.") and path.suffix == TEMPORARY for path in names)

@@ -1,35 +1,41 @@
 """The command: bad input costs one line and nothing else; retrievers are swapped; a killed run goes on."""
 
 import hashlib
+import importlib
 import json
-import os
 import re
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from commands import ROOT, started, wait_until
 
 from rac3.arrays import read_array
 from rac3.artifacts import MANIFEST, Workdir
-from rac3.cli import parse
-from rac3.config import load_config_module
+from rac3.cli import _preparing, parse
+from rac3.config import InputError, load_config_module
+from rac3.documents.webdataset import WebDataset
+from rac3.executors import Local
 from rac3.experiment import Experiment
+from rac3.ray_executor import Ray
+from rac3.retrieval.controls import NoRetriever, Random
+from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
+from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.stages import recipes
 from rac3.stages.generate import Session
 from rac3.stages.memory import OpenMemory
 
-ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "tiny_config.py")
 COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]
 
@@ -260,6 +266,299 @@ def test_a_retriever_of_the_command_line_takes_its_options():
     assert experiment.retriever == Faiss(factory="IVF16,PQ8", search="nprobe=4")
 
 
+def test_a_retriever_of_the_command_line_starts_from_its_own_defaults():
+    """But the config's own from what the config says; without a name, options are those of the config's retriever."""
+    configured = replace(tiny(), retriever=Scann(num_neighbors=24, spherical=False))
+    for arguments, expected in (
+        ([], configured.retriever),
+        (["retriever:scann"], configured.retriever),
+        (["retriever:scann", "--retriever.num-neighbors", "9"], Scann(num_neighbors=9, spherical=False)),
+        (["--retriever.num-neighbors", "9"], Scann(num_neighbors=9, spherical=False)),
+        (["retriever:exact"], Exact()),
+        (["retriever:random", "--retriever.seed", "3"], Random(seed=3)),
+        (["retriever:none"], NoRetriever()),
+    ):
+        assert parse("evaluate", configured, arguments)[0].retriever == expected, arguments
+
+
+OVERRIDES = {
+    "--seed 3": {"seed": 3},
+    "--workdir elsewhere": {"workdir": "elsewhere"},
+    "--data-dir data": {"data_dir": "data"},
+    "--takedowns keys.txt": {"takedowns": "keys.txt"},
+    "--num-views 2": {"num_views": 2},
+    "--embedding-dtype int8": {"embedding_dtype": "int8"},
+    "--no-compare-with-cm3": {"compare_with_cm3": False},
+    "--query-dropout 0.25": {"query_dropout": 0.25},
+    "--filter.min-side 99": {"filter": {"min_side": 99}},
+    "--text.vocab-size 999": {"text": {"vocab_size": 999}},
+    "--vqgan.model.ch-mult 1 2": {"vqgan": {"model": {"ch_mult": (1, 2)}}},
+    "--vqgan.fit.steps 99": {"vqgan": {"fit": {"steps": 99}}},
+    "--vqgan.objective.adversarial.ndf 8": {"vqgan": {"objective": {"adversarial": {"ndf": 8}}}},
+    "--clip.dtype bfloat16": {"clip": {"dtype": "bfloat16"}},
+    "--clip.fit.peak-lr 0.5": {"clip": {"fit": {"peak_lr": 0.5}}},
+    "--clip.model.vision-config.layer-norm-eps 0.5": {"clip": {"model": {"vision_config": {"layer_norm_eps": 0.5}}}},
+    "--clip.tokenizer.vocab-size 998": {"clip": {"tokenizer": {"vocab_size": 998}}},
+    "--retriever.num-leaves 5": {"retriever": {"num_leaves": 5}},
+    "--selection.max-similarity 0.5": {"selection": {"max_similarity": 0.5}},
+    "--batches.num-retrieved 0 2": {"batches": {"num_retrieved": (0, 2)}},
+    "--batches.retrieved image": {"batches": {"retrieved": "image"}},
+    "--batches.masking.max-spans 3": {"batches": {"masking": {"max_spans": 3}}},
+    "--model.remat full": {"model": {"remat": "full"}},
+    "--optimizer.b1 0.5": {"optimizer": {"b1": 0.5}},
+    "--optimizer.b2 0.625": {"optimizer": {"b2": 0.625}},
+    "--training.log-every 9": {"training": {"log_every": 9}},
+    "--mesh.tensor 2": {"mesh": {"tensor": 2}},
+    "--evaluation.image-sampling.top-p 0.5": {"evaluation": {"image_sampling": {"top_p": 0.5}}},
+    "--evaluation.caption-sampling.top-p 0.75": {"evaluation": {"caption_sampling": {"top_p": 0.75}}},
+    "--evaluation.no-control": {"evaluation": {"control": False}},
+    "--scale.gpus 8": {"scale": {"gpus": 8}},
+    "--local.threads 7": {"executor": {"threads": 7}},
+}
+
+
+def updated(value: Any, changes: dict[str, Any]) -> Any:
+    """A dataclass with some fields of it, and of those in it, replaced."""
+    return replace(
+        value,
+        **{name: updated(getattr(value, name), to) if isinstance(to, dict) else to for name, to in changes.items()},
+    )
+
+
+def test_every_override_reaches_its_field_and_no_other():
+    expected = tiny()
+    for changes in OVERRIDES.values():
+        expected = updated(expected, changes)
+    experiment, options = parse("train", tiny(), " ".join(OVERRIDES).split())
+    assert experiment == expected
+    assert options is None
+    assert parse("train", tiny(), [])[0] == tiny()
+
+
+def test_the_last_of_two_overrides_counts():
+    assert parse("train", tiny(), ["--seed", "1", "--model.mlp", "8", "--seed", "2"])[0].seed == 2
+
+
+def test_the_executor_of_the_config_stays_unless_another_is_named():
+    ray = replace(tiny(), executor=Ray(workers=3, threads=2))
+    for configured, arguments, expected in (
+        (tiny(), [], Local()),
+        (tiny(), ["--executor", "ray", "--ray.workers", "5"], Ray(workers=5)),
+        (ray, [], ray.executor),
+        (ray, ["--ray.threads", "1"], Ray(workers=3, threads=1)),
+        (ray, ["--executor", "local"], Local()),
+    ):
+        assert parse("embed", configured, arguments)[0].executor == expected
+
+
+def test_the_memory_of_the_command_line_joins_that_of_the_config():
+    both = replace(tiny().data.memory["memory"], seed=5)
+    configured = replace(tiny(), data=replace(tiny().data, memory={**tiny().data.memory, "old": both}))
+    configured = replace(configured, data=replace(configured.data, withdrawn=("old",)))
+    arguments = ["--add-memory", "news=/data/a=b", "more=x", "--withdraw-memory", "memory"]
+    data = parse("evaluate", configured, arguments)[0].data
+    assert dict(data.memory) == {
+        **configured.data.memory,
+        "news": WebDataset("/data/a=b"),
+        "more": WebDataset("x"),
+    }
+    assert data.withdrawn == ("old", "memory")
+    assert list(data.sources()) == ["train", "news", "more", "validation", "test"]
+    assert parse("evaluate", configured, [])[0] == configured
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "kept"),
+    [
+        ("train", "c.py --seed 1 --takedowns k retriever:exact", "c.py --seed 1 --takedowns k retriever:exact"),
+        (
+            "evaluate",
+            "c.py --task retrieval --seed 1 --takedowns k retriever:exact --retriever.dtype x",
+            "c.py --seed 1",
+        ),
+        ("evaluate", "c.py --takedowns=k --retriever.num-neighbors 4 --workdir w", "c.py --workdir w"),
+        (
+            "generate",
+            "c.py --prompt 'a fox' --seed 1 --samples 2 retriever:fixed --retriever.keys a b",
+            "c.py --seed 1",
+        ),
+        ("report", "c.py retriever:exact --takedowns k --training.steps 3", "c.py --training.steps 3"),
+        ("encoders", "c.py --report --report-images 4 --seed 1", "c.py --seed 1"),
+        ("index", "'my config.py' --seed 1", "'my config.py' --seed 1"),
+    ],
+)
+def test_the_command_for_an_earlier_stage_leaves_out_what_is_of_this_one(stage: str, arguments: str, kept: str):
+    """What is named at inference is not what the model was trained with."""
+    assert _preparing(stage, shlex.split(arguments)) == kept
+
+
+CALLS = {
+    "rac3.stages.encoders": ("fit_encoders",),
+    "rac3.stages.ingest": ("ingest", "counts_line"),
+    "rac3.stages.embed": ("embed",),
+    "rac3.stages.retrieve": ("index", "retrieve"),
+    "rac3.stages.train": ("train",),
+    "rac3.stages.audit": ("audit",),
+    "rac3.stages.evaluate": ("evaluate_all",),
+    "rac3.stages.evaluate_retrieval": ("evaluate_retrieval",),
+    "rac3.stages.generate": ("generate",),
+    "rac3.plan": ("plan",),
+    "rac3.report": ("collect", "report", "summary"),
+    "rac3.report_encoders": ("encoders_report",),
+    "rac3.report_retrieval": ("retrieval_report", "retrieval_summary"),
+    "rac3.tokens.vqgan_files": ("require_decoder",),
+}
+Called = list[tuple[str, tuple[Any, ...]]]
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Called:
+    """The functions that do the work only note that they are called, and with what."""
+    calls: Called = []
+
+    def note(name: str) -> Callable[..., str]:
+        return lambda *arguments: calls.append((name, arguments)) or f"<{name}>"
+
+    for module, names in CALLS.items():
+        for name in names:
+            monkeypatch.setattr(importlib.import_module(module), name, note(name))
+    return calls
+
+
+PREPARE = ["fit_encoders", "ingest", *["counts_line"] * 4, "embed", "index", "retrieve"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "expected"),
+    [
+        ("encoders", [], ["fit_encoders"]),
+        ("encoders", ["--report"], ["fit_encoders", "encoders_report"]),
+        ("ingest", [], ["ingest", *["counts_line"] * 4]),
+        ("embed", [], ["embed"]),
+        ("index", [], ["index"]),
+        ("retrieve", [], ["retrieve"]),
+        ("prepare", [], PREPARE),
+        ("audit", [], ["audit"]),
+        ("train", [], ["train", "train"]),
+        ("train", ["--no-compare-with-cm3"], ["train"]),
+        ("evaluate", [], ["evaluate_all", "collect", "summary"]),
+        (
+            "evaluate",
+            ["--task", "retrieval", "--mesh.fsdp", "3"],  # a mesh that no model could use, and none is needed
+            ["index", "retrieve", "evaluate_retrieval", "retrieval_summary", "retrieval_report"],
+        ),
+        ("generate", ["--prompt", "a fox"], ["index", "generate"]),
+        ("report", [], ["report"]),
+        ("plan", ["--mesh.fsdp", "3"], ["plan"]),
+        ("run", [], [*PREPARE, "train", "train", "evaluate_all", "collect", "summary", "report"]),
+    ],
+)
+def test_a_stage_does_its_own_work_and_no_other(
+    stage: str, arguments: list[str], expected: list[str], called: Called, rac3: Run, tmp_path: Path
+):
+    assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), "--seed", "3", *arguments) == 0
+    assert [name for name, _ in called] == expected
+    for name, given in called:
+        experiments = [each for each in given if isinstance(each, Experiment)]
+        assert all(experiment.seed == 3 for experiment in experiments), name
+        assert all(each.path == tmp_path / "new" for each in given if isinstance(each, Workdir)), name
+        assert experiments or name in ("summary", "retrieval_summary")
+
+
+def test_the_options_of_a_stage_reach_it(called: Called, rac3: Run, tmp_path: Path):
+    place = ["--workdir", str(tmp_path / "new")]
+    assert rac3("generate", TINY, *place, "--prompt", "a fox", "--samples", "3") == 0
+    assert rac3("encoders", TINY, *place, "--report", "--report-images", "7") == 0
+    (options,) = [given[3] for name, given in called if name == "generate"]
+    assert (options.prompt, options.samples) == ("a fox", 3)
+    assert [given[2] for name, given in called if name == "encoders_report"] == [7]
+
+
+def test_the_quickstart_is_a_run_of_its_config(called: Called, rac3: Run, tmp_path: Path):
+    assert rac3("quickstart", "--seed", "3", "--workdir", str(tmp_path / "new")) == 0
+    names = [name for name, _ in called]
+    assert names == [*PREPARE, "train", "train", "evaluate_all", "collect", "summary", "report"]
+    assert called[0][1][0] == replace(
+        load_config_module("quickstart").get_config(), seed=3, workdir=str(tmp_path / "new")
+    )
+
+
+def test_training_makes_the_model_and_then_the_vanilla_one(called: Called, rac3: Run, tmp_path: Path):
+    assert rac3("train", TINY, "--workdir", str(tmp_path / "new"), "--seed", "3") == 0
+    experiments = [given[0] for _, given in called]
+    own = replace(tiny(), seed=3, workdir=str(tmp_path / "new"))
+    assert experiments == [own, replace(own, retriever=NoRetriever())]
+    assert called[0][1][1].path == tmp_path / "new"
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "generate", "report", "run"])
+def test_what_is_named_at_inference_is_not_what_the_model_was_trained_with(
+    stage: str, called: Called, rac3: Run, tmp_path: Path
+):
+    """But `run` trains with it. Everything else on the command line is of both."""
+    (tmp_path / "keys.txt").write_text("a\n")
+    swap = ["--takedowns", str(tmp_path / "keys.txt"), "--seed", "3", "retriever:exact"]
+    own = ["--prompt", "a fox"] if stage == "generate" else []
+    assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), *own, *swap) == 0
+    work = {"evaluate": "evaluate_all", "generate": "generate", "report": "report", "run": "evaluate_all"}[stage]
+    (given,) = [arguments for name, arguments in called if name == work]
+    experiment, trained = (given[0], given[2]) if stage == "report" else given[:2]
+    own_paths = {"workdir": str(tmp_path / "new"), "seed": 3}
+    assert experiment == replace(tiny(), **own_paths, takedowns=str(tmp_path / "keys.txt"), retriever=Exact())
+    assert trained == (experiment if stage == "run" else replace(tiny(), **own_paths))
+
+
+@pytest.mark.parametrize("stage", ["run", "train", "prepare", "encoders"])
+def test_a_model_is_not_trained_on_codes_that_cannot_be_drawn(stage: str, called: Called, rac3: Run, tmp_path: Path):
+    """The decoder is looked for before any work; encoding alone does without."""
+    (tmp_path / "vqgan.ckpt").touch()
+    arguments = ["--vqgan.checkpoint", str(tmp_path / "vqgan.ckpt"), "--workdir", str(tmp_path / "new")]
+    assert rac3(stage, TINY, *arguments) == 0
+    first, given = called[0]
+    if stage in ("run", "train"):
+        assert (first, given) == ("require_decoder", (tmp_path / "vqgan.ckpt",))
+    assert ("require_decoder" in [name for name, _ in called]) == (stage in ("run", "train"))
+
+
+@pytest.mark.parametrize("stage", ["run", "train", "evaluate", "generate"])
+def test_a_mesh_of_other_devices_is_refused_before_any_work(
+    stage: str, called: Called, refused: Refused, tmp_path: Path
+):
+    own = ["--prompt", "a fox"] if stage == "generate" else []
+    line = refused(stage, TINY, *own, "--mesh.fsdp", "3", "--workdir", str(tmp_path / "new"))
+    assert "does not divide the 8 devices" in line
+    assert called == []
+
+
+def test_debug_shows_the_traceback(rac3: Run):
+    with pytest.raises(InputError, match="'pretrain' is unknown"):
+        rac3("pretrain", TINY, "--debug")
+    with pytest.raises(InputError, match="'pretrain' is unknown"):
+        rac3("--debug", "pretrain", TINY)
+
+
+def test_an_error_of_ours_is_no_bad_input(rac3: Run, called: Called, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """It keeps its traceback."""
+
+    def broken(*arguments: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("rac3.stages.audit.audit", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        rac3("audit", TINY, "--workdir", str(tmp_path / "new"))
+
+
+def test_an_interrupt_has_its_own_exit_code(
+    rac3: Run, called: Called, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rac3.stages.audit.audit", interrupted)
+    assert rac3("audit", TINY, "--workdir", str(tmp_path / "new")) == 130
+    assert capsys.readouterr().err == "rac3: interrupted; run the same command to go on\n"
+
+
 def test_a_second_run_makes_nothing(rac3: Run, workdir: Path):
     before = {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")}
     assert rac3("run", TINY, "--workdir", str(workdir)) == 0
@@ -355,44 +654,45 @@ def test_damaged_documents_are_counted(rac3: Run, refused: Refused, tmp_path: Pa
     assert counts["documents"] + sum(counts["filtered"].values()) == 6 * 4 + 3 + 4
 
 
-def kill_when(path_pattern: str, workdir: Path, arguments: list[str]) -> None:
-    """Starts the command and kills it, as a machine that fails does, once a file of the pattern is there."""
-    silent = subprocess.DEVNULL
-    with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stdout=silent, stderr=silent) as run:
-        while not list(workdir.glob(path_pattern)):
-            assert run.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-        os.kill(run.pid, signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")  # it restores onto the mesh that it was saved from
-def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path):
-    steps = {"--vqgan.fit.steps": "70", "--training.steps": "40", "--training.checkpoint-every": "5"}
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, rac3: Run, finished_workdir: tuple[Path, Path]):
+    """Bit for bit: the VQGAN, with all that its fitting carries along, and the model."""
+    steps = {"--vqgan.fit.steps": "70", "--training.steps": "20", "--training.checkpoint-every": "5"}
     settings = [word for pair in steps.items() for word in pair] + ["--no-compare-with-cm3"]
     players = {"ema-decay": "0.99", "adversarial.weight": "0.5", "adversarial.start": "40", "adversarial.ndf": "4"}
     settings += [word for name, value in players.items() for word in (f"--vqgan.objective.{name}", value)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for workdir in (whole, killed):
+        workdir.mkdir()
+        shutil.copy(finished_workdir[1] / "workdir.json", workdir)
+        for stage in ("text", "clip"):  # as they are
+            shutil.copytree(finished_workdir[1] / stage, workdir / stage)
 
     def arguments(stage: str, workdir: Path) -> list[str]:
-        return [stage, TINY, *settings, "--workdir", str(workdir)]
+        return [stage, TINY, *settings, "--workdir", str(workdir), *(["retriever:none"] if stage == "train" else [])]
 
-    def run(stage: str, workdir: Path) -> None:
-        subprocess.run([*COMMAND, *arguments(stage, workdir)], cwd=ROOT, check=True, capture_output=True)
+    def kill_when(pattern: str, stage: str) -> None:
+        with started(tmp_path, *arguments(stage, killed)) as command:
+            wait_until(lambda: bool(list(killed.glob(pattern))), command)
+            command.kill()
 
-    run("prepare", whole)
-    run("train", whole)
-    kill_when("vqgan/*.partial/checkpoints/50", killed, arguments("prepare", killed))
-    run("prepare", killed)
-    kill_when("train/*.partial/checkpoints/5", killed, arguments("train", killed))
-    run("train", killed)
+    for stage in ("encoders", "ingest", "train"):
+        assert rac3(*arguments(stage, whole)) == 0
+    kill_when("vqgan/*.partial/checkpoints/50", "encoders")
+    assert rac3(*arguments("encoders", killed)) == 0
+    fitted = [path.read_bytes() for folder in (whole, killed) for path in folder.glob("vqgan/*/params.safetensors")]
+    assert len(fitted) == 2
+    assert fitted[0] == fitted[1]
+    shutil.copytree(whole / "documents", killed / "documents")
+    kill_when("train/*.partial/checkpoints/5", "train")
+    assert rac3(*arguments("train", killed)) == 0
 
     def parameters(workdir: Path) -> dict[str, np.ndarray]:
         import jax
         import orbax.checkpoint as ocp
 
-        (folder,) = workdir.glob("train/*/checkpoints/40/state")
+        (folder,) = workdir.glob("train/*/checkpoints/20/state")
         with ocp.PyTreeCheckpointer() as checkpointer:
             params = checkpointer.restore(folder.absolute())["params"]
         return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -401,6 +701,3 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path):
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    fitted = [path.read_bytes() for folder in (whole, killed) for path in folder.glob("vqgan/*/params.safetensors")]
-    assert len(fitted) == 2
-    assert fitted[0] == fitted[1]

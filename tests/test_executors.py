@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,22 @@ from typing import Any
 
 import pytest
 
+from rac3 import executors
 from rac3.config import InputError
-from rac3.executors import ATTEMPTS, MAX_POISONED, Local, Shard, Tally, clear, run
-from rac3.ray_executor import Ray
+from rac3.executors import (
+    ATTEMPTS,
+    MAX_POISONED,
+    Beat,
+    Local,
+    Outcome,
+    Shard,
+    Tally,
+    _Ledger,
+    attempt,
+    clear,
+    run,
+)
+from rac3.ray_executor import Ray, _RayWorker
 
 # Ray starts its processes by fork and exec, which is safe; JAX, at work since an earlier test, warns of any fork
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
@@ -94,7 +108,7 @@ def test_every_shard_is_made_once(executor: Local | Ray, job: Squares, shards: l
     did = run(executor, job, shards)
     assert_made(shards)
     assert did["documents"] == 80
-    assert did["workers"] in (1, 2)
+    assert did["workers"] in ((1,) if executor == Local(threads=3) else (1, 2))
     assert did["documents_per_second"] > 0
     assert len(list(shards[0].folder.rglob("*.*"))) == 2 * len(shards)
     first = job.made()
@@ -146,6 +160,162 @@ def test_the_run_stops_when_too_many_shards_fail(job: Squares, shards: list[Shar
         (job.traps / f"raise {number}").touch()
     with pytest.raises(InputError, match=f"{MAX_POISONED} shards failed .*; and 15 more; 80 others are not done"):
         run(Local(), job, many)
+
+
+def test_a_shard_that_fails_goes_to_the_end_of_the_line(job: Squares, shards: list[Shard]):
+    (job.traps / "raise 2").touch()
+    with pytest.raises(InputError, match="1 shard failed 3 times each: train number 2"):
+        run(Local(threads=1), job, shards)
+    made = (job.traps / "log").read_text().split("\n")[:-1]
+    assert made == ["open", *(f"make {number}" for number in (0, 1, 2, 3, 4, 5, 6, 7, 2, 2))]
+
+
+@dataclass
+class Crowd:
+    """Shards that end in groups: `size` at a time, or never."""
+
+    size: int
+    label: str = "meet"
+
+    def open(self) -> "Crowd":
+        self.here, self.most, self.lock, self.all = 0, 0, threading.Lock(), threading.Barrier(self.size)
+        return self
+
+    def __call__(self, shard: Shard, tally: Tally) -> Mapping[str, Any]:
+        with self.lock:
+            self.here += 1
+            self.most = max(self.most, self.here)
+        self.all.wait(timeout=20)
+        with self.lock:
+            self.here -= 1
+        return {}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_as_many_shards_are_under_way_as_there_are_threads(threads: int, shards: list[Shard]):
+    job = Crowd(threads)
+    run(Local(threads), job, shards)
+    assert job.most == threads
+
+
+def test_the_tally_ends_a_run_that_is_given_up():
+    """Past any `except Exception` of a source."""
+    stopped = threading.Event()
+    tally = Tally(stopped)
+    tally.add(3, 1)
+    stopped.set()
+    with pytest.raises(BaseException) as raised:  # noqa: PT011
+        tally.add(1)
+    assert not isinstance(raised.value, Exception)
+    assert (tally.documents, tally.rejects) == (3, 1)
+
+
+def test_threads_end_with_the_run_that_is_given_up(shards: list[Shard], monkeypatch: pytest.MonkeyPatch):
+    """As after Ctrl-C: what counts its documents stops there, and leaves no summary."""
+    monkeypatch.setattr(executors, "BEAT", 0.05)
+
+    class Endless:
+        label = "endless"
+        ended = 0
+
+        def open(self) -> "Endless":
+            return self
+
+        def __call__(self, shard: Shard, tally: Tally) -> Mapping[str, Any]:
+            try:
+                while True:
+                    tally.add(1, 0)
+                    time.sleep(0.001)
+            finally:
+                self.ended += 1
+
+    job, missing = Endless(), deque(shards)
+    events = Local(threads=2).outcomes(job, missing)
+    beat = next(event for event in events if event.documents)
+    assert isinstance(beat, Beat)
+    assert (beat.workers, beat.rejects) == (1, 0)
+    events.close()
+    assert job.ended == 2
+    assert len(missing) == len(shards) - 2
+    assert not any(shard.summary.exists() for shard in shards)
+
+
+@pytest.fixture
+def ledger(monkeypatch: pytest.MonkeyPatch) -> _Ledger:
+    """Of a run that began four seconds ago; its events are made by hand."""
+    monkeypatch.setattr(executors.time, "monotonic", lambda: 14.0)
+    return _Ledger(deque(), 10.0)
+
+
+def test_documents_count_once_whether_under_way_or_done(ledger: _Ledger, shards: list[Shard]):
+    assert ledger.take(Beat(2, documents=30, rejects=1)) == 0
+    assert ledger.note() == "30 documents, 7.5/s, 1 reject, 2 workers"
+    assert ledger.take(Outcome(shards[0], documents=40, rejects=3)) == 1
+    assert ledger.note() == "40 documents, 10/s, 3 rejects, 2 workers"
+    assert ledger.take(Beat(1, documents=2, rejects=1)) == 0
+    assert ledger.note() == "42 documents, 10.5/s, 4 rejects, 1 worker"
+    assert ledger.throughput() == {
+        "documents": 40,
+        "seconds": 4.0,
+        "documents_per_second": 10.0,
+        "workers": 2,  # the most that there were
+    }
+
+
+def test_a_shard_has_three_attempts(ledger: _Ledger, shards: list[Shard]):
+    """However often others fail meanwhile."""
+    one, other = (Outcome(shard, documents=9, rejects=9, error="ValueError: bad") for shard in shards[3:5])
+    for event in (other, one, one, other):
+        assert ledger.take(event) == 0
+    assert [shard.number for shard in ledger.missing] == [4, 3, 3, 4]
+    assert ledger.poisoned == []
+    assert ledger.take(one) == 0
+    assert ledger.poisoned == [one]
+    assert ledger.take(other) == 0
+    assert ledger.poisoned == [one, other]
+    assert [shard.number for shard in ledger.missing] == [4, 3, 3, 4]
+    assert ledger.note() == "0 documents, 0/s, 0 rejects, 0 workers, 2 shards failed"
+
+
+def test_bad_input_ends_the_run(ledger: _Ledger, shards: list[Shard]):
+    with pytest.raises(InputError, match=r"^use 4$"):
+        ledger.take(Outcome(shards[0], error="use 4", stops=True))
+
+
+def test_an_attempt_says_what_happened(job: Squares, shards: list[Shard]):
+    """Its summary is written last, and only if all went well."""
+    tally = Tally()
+    assert attempt(job, shards[3], tally) == Outcome(shards[3], documents=10, rejects=1)
+    assert shards[3].summary == shards[3].folder / "000003.json"
+    assert shards[3].read_summary() == {"square": 9}
+    (job.traps / "raise 2").touch()
+    (job.traps / "refuse 4").touch()
+    failed, refused = attempt(job, shards[2], Tally()), attempt(job, shards[4], Tally())
+    assert (failed.error, failed.stops) == ("ValueError: a bad number", False)
+    assert (refused.error, refused.stops) == ("numbers=3 are odd; use 4", True)
+    assert "in __call__" in failed.trace
+    assert (failed.documents, failed.rejects) == (0, 0)
+    assert sorted(path.name for path in shards[0].folder.glob("*.json")) == ["000003.json"]
+
+
+def test_the_worker_of_another_machine_must_see_the_workdir(tmp_path: Path, job: Squares, shards: list[Shard]):
+    """No Ray is needed to be that worker: the command's folder is its own, and where it cannot be, the run stops."""
+    here = os.getcwd()
+    try:
+        worker = _RayWorker(str(tmp_path), ["/a/folder/of/the/config"])
+        assert sys.path.pop() == "/a/folder/of/the/config"
+        with pytest.raises(RuntimeError, match="not open"):
+            worker.make(shards[0])
+        assert worker.open(Unopened("refuse")) == "no models; fit them"
+        assert worker.open(Unopened("raise")) == "a Ray worker cannot be opened: OSError: no space left"
+        assert worker.open(job) is None
+        assert Path.cwd() == tmp_path
+        assert worker.make(shards[3]) == Outcome(shards[3], documents=10, rejects=1)
+        elsewhere = worker.make(Shard("train", 0, "a", tmp_path / "nowhere"))
+        assert elsewhere.stops
+        assert "does not see" in str(elsewhere.error)
+    finally:
+        os.chdir(here)
 
 
 @pytest.mark.parametrize("trap", ["die 3", "die 0"])

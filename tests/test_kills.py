@@ -5,25 +5,27 @@ Real processes and real signals, over the tiny world in many small shards.
 
 import importlib.util
 import json
-import os
 import random
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from commands import ROOT, started, wait_until
 
-from rac3.artifacts import MANIFEST
+from rac3.artifacts import MANIFEST, Workdir
 from rac3.cli import run
+from rac3.config import InputError, load_config_module
+from rac3.documents.store import TokenizedDocument
+from rac3.experiment import Experiment
+from rac3.retrieval.encoder import query_dropout_keys
+from rac3.stages import recipes
+from rac3.stages.embed import document_embeddings, open_documents, open_queries
+from rac3.stages.encoders import open_clip, open_text, open_vqgan
+from rac3.stages.retrieve import read_neighbors
 
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]
 STAGES = ("documents", "embeddings", "queries", "neighbors")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
@@ -151,25 +153,11 @@ def assert_same(workdir: Path, whole: Path) -> None:
     assert [name for name in mine if mine[name] != other[name]] == []
 
 
-def start(config: Path, workdir: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [*COMMAND, "prepare", str(config), "--workdir", str(workdir), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def prepare(config: Path, workdir: Path, *arguments: str) -> None:
-    process = start(config, workdir, *arguments)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-
-
-def kill_at(pattern: str, count: int, config: Path, workdir: Path, *arguments: str) -> None:
-    """Kills the command, and nothing else, once `count` files of the pattern are there."""
-    with start(config, workdir, *arguments) as process:
-        while len(list(workdir.glob(pattern))) < count:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+def killed_at(pattern: str, count: int, folder: Path, config: Path, workdir: Path, *arguments: str) -> None:
+    """Kills the command once `count` files of the pattern are there."""
+    with started(folder, "prepare", str(config), "--workdir", str(workdir), *arguments) as command:
+        wait_until(lambda: len(list(workdir.glob(pattern))) >= count, command)
+        command.kill()
 
 
 def test_the_shards_are_many(whole: Path):
@@ -180,64 +168,161 @@ def test_the_shards_are_many(whole: Path):
     assert not list(whole.rglob("*.tmp"))
 
 
-def test_a_command_that_is_killed_in_every_stage_goes_on(config: Path, traps: Path, whole: Path, workdir: Path):
+@pytest.fixture
+def opened(config: Path, whole: Path, traps: Path) -> tuple[Experiment, Workdir]:
+    """What the others below are compared with, which is itself compared with the sources and the encoders."""
+    return load_config_module(str(config)).get_config(), Workdir(whole, "tiny")
+
+
+SPLITS = ("train", "memory", "validation", "test")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_documents_are_those_of_the_source_in_its_order(split: str, opened: tuple[Experiment, Workdir]):
+    experiment, workdir = opened
+    source = experiment.data.sources()[split]
+    expected = [document for shard in source.shards(Path()) for document in source.read(Path(), shard)]
+    store = open_documents(experiment, workdir, split)
+    found = store.many(range(len(store)))
+    assert [item.document for item in found] == expected
+    tokenizer = open_text(experiment, workdir)
+    for item in found:
+        assert item.ids[0].tolist() == tokenizer.encode(item.document.text)
+    codes = open_vqgan(experiment, workdir).encode([document.images[0] for document in expected])
+    np.testing.assert_array_equal(np.stack([item.ids[1] for item in found]), codes)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_vectors_are_the_encoders_own_of_the_same_row(split: str, opened: tuple[Experiment, Workdir]):
+    """Stored in int8: each number within half a 127th of the row's largest."""
+    experiment, workdir = opened
+    store = open_documents(experiment, workdir, split)
+    documents = [item.document for item in store.many(range(len(store)))]
+    clip, texts = open_clip(experiment, workdir), [document.text for document in documents]
+    images = [document.images[0] for document in documents]
+    text, image = clip.embed_texts(texts), clip.embed_images(images)
+    found = {}
+    if split in ("train", "memory"):
+        both = (text + image) / 2
+        mixed = both / np.linalg.norm(both, axis=1, keepdims=True)
+        folder = workdir.require(recipes.embeddings(experiment, split), "").folder
+        found["document"] = document_embeddings(folder)[:], mixed
+    if split == "train":
+        keys = query_dropout_keys(experiment.seed, [document.key for document in documents])
+        dropout = {"drop_keys": keys, "drop_rate": experiment.query_dropout}
+        text, image = clip.embed_texts(texts, **dropout), clip.embed_images(images, **dropout)
+    if split != "memory":
+        found["text"] = open_queries(experiment, workdir, split, "text")[:], text
+        found["image"] = open_queries(experiment, workdir, split, "image")[:], image
+    for stored, expected in found.values():
+        assert stored.shape == expected.shape
+        step = np.abs(expected).max(1, keepdims=True) / 127
+        assert (np.abs(stored - expected) <= 0.5 * step + 1e-4).all()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_neighbors_are_the_best_that_the_rules_allow(split: str, opened: tuple[Experiment, Workdir]):
+    """Each row against all inner products; near-ties may go either way."""
+    experiment, workdir = opened
+    limit, depth, eps = experiment.selection.max_similarity, experiment.selection.depth, 1e-5
+    parts = ["train"] if split == "train" else ["train", "memory"]
+    vectors, documents = [], []
+    for part in parts:
+        vectors.append(document_embeddings(workdir.require(recipes.embeddings(experiment, part), "").folder)[:])
+        store = open_documents(experiment, workdir, part)
+        documents += store.many(range(len(store)))
+    memory = np.concatenate(vectors)
+    to_each_other = memory @ memory.T
+    ids, scores = (read_neighbors(experiment, workdir, split, name)[:] for name in ("ids", "scores"))
+    assert ids.shape == (len(open_documents(experiment, workdir, split)), 2, depth)
+    for number, part in enumerate(("text", "image")):
+        queries = open_queries(experiment, workdir, split, part)[:]
+        for row, to_query in enumerate(queries @ memory.T):
+            own = row if split == "train" else None
+            taken = [each for each in ids[row, number].tolist() if each >= 0]
+            np.testing.assert_allclose(scores[row, number, : len(taken)], to_query[taken], atol=eps)
+            assert (np.diff(to_query[taken]) <= eps).all()
+            assert set(ids[row, number, len(taken) :].tolist()) <= {-1}
+
+            def forbidden(each: int, earlier: list[int], limit: float, own: int | None = own) -> bool:
+                copies = own is not None and (each == own or same_part(documents[each], documents[own]))
+                near = [to_query[each], *to_each_other[each, [*earlier, *([] if own is None else [own])]]]  # noqa: B023
+                return copies or max(near) > limit
+
+            for place, each in enumerate(taken):
+                assert not forbidden(each, taken[:place], limit + eps)
+            last = to_query[taken[-1]] if len(taken) == depth else -2.0
+            for each in set(range(len(memory))) - set(taken):
+                if to_query[each] > last + eps and (to_query > to_query[each] - eps).sum() <= 16:
+                    before = [other for other in taken if to_query[other] > to_query[each] - eps]
+                    assert forbidden(each, before, limit - eps)
+
+
+def same_part(one: TokenizedDocument, other: TokenizedDocument) -> bool:
+    """Equal texts, or images of equal codes."""
+    return one.document.text == other.document.text or np.array_equal(one.ids[1], other.ids[1])
+
+
+def test_a_command_that_is_killed_in_every_stage_goes_on(
+    config: Path, traps: Path, whole: Path, workdir: Path, tmp_path: Path
+):
     (traps / "slow").touch()
     rng = random.Random(0)
     for stage, most in (("documents", 5), ("embeddings", 6), ("queries", 9), ("neighbors", 9)):
-        kill_at(f"{stage}/*.partial/0*.json", rng.randint(1, most), config, workdir)
+        killed_at(f"{stage}/*.partial/0*.json", rng.randint(1, most), tmp_path, config, workdir)
         assert list((workdir / stage).glob("*.partial")), "it had ended already"
-    prepare(config, workdir)
+    (traps / "slow").unlink()
+    run(["prepare", str(config), "--workdir", str(workdir)])
     assert_same(workdir, whole)
 
 
-def test_a_second_command_is_turned_away_and_the_first_ends(config: Path, traps: Path, whole: Path, workdir: Path):
+def test_a_second_command_is_turned_away_and_the_first_ends(
+    config: Path, traps: Path, whole: Path, workdir: Path, tmp_path: Path
+):
     (traps / "wait 000004").touch()
-    with start(config, workdir) as first:
-        while not list(workdir.glob("documents/*.partial/*.json")):
-            assert first.poll() is None
-            time.sleep(0.01)
-        second = start(config, workdir)
-        _, err = second.communicate()
-        assert second.returncode == 2
-        assert re.fullmatch(r"rac3: \S+ is being written by another process; wait for it, or .*\n", err)
+    with started(tmp_path, "prepare", str(config), "--workdir", str(workdir)) as first:
+        wait_until(lambda: bool(list(workdir.glob("documents/*.partial/*.json"))), first)
+        with pytest.raises(InputError, match=r"^\S+ is being written by another process; wait for it, or "):
+            run(["prepare", str(config), "--workdir", str(workdir)])
         (traps / "wait 000004").unlink()
-        first.communicate()
-    assert first.returncode == 0
+        assert first.wait() == 0, first.err()
     assert_same(workdir, whole)
 
 
 def test_a_poisoned_shard_is_named_and_then_alone_made(config: Path, traps: Path, whole: Path, workdir: Path):
     (traps / "raise 000006").touch()
     (traps / "log").write_text("")
-    with start(config, workdir) as process:
-        _, err = process.communicate()
-    assert process.returncode == 2
-    line = err.splitlines()[-1]
-    assert "ingest: 1 shard failed 3 times each: validation 000006 (RuntimeError: the disk is broken)" in line
+    failed = "^ingest: 1 shard failed 3 times each: validation 000006 .RuntimeError: the disk is broken"
+    with pytest.raises(InputError, match=failed):
+        run(["prepare", str(config), "--workdir", str(workdir)])
     assert (traps / "log").read_text().split().count("000006") == 3
     assert not list((workdir / "documents").glob(f"*/{MANIFEST}"))
     (traps / "raise 000006").unlink()
     (traps / "log").write_text("")
-    prepare(config, workdir)
+    run(["prepare", str(config), "--workdir", str(workdir)])
     assert (traps / "log").read_text().split() == ["000006"]
     assert_same(workdir, whole)
 
 
 @needs_ray
-def test_ray_makes_what_local_makes_though_a_worker_is_killed(config: Path, traps: Path, whole: Path, workdir: Path):
+def test_ray_makes_what_local_makes_though_a_worker_is_killed(
+    config: Path, traps: Path, whole: Path, workdir: Path, tmp_path: Path
+):
     """The source and the retriever are classes of the config file, which no worker can import."""
     (traps / "kill 000008").touch()
     (traps / "log").write_text("")
-    prepare(config, workdir, "--executor", "ray", "--ray.workers", "2")
+    ray = ["--executor", "ray", "--ray.workers", "2"]
+    with started(tmp_path, "prepare", str(config), "--workdir", str(workdir), *ray) as command:
+        assert command.wait() == 0, command.err()
     assert not (traps / "kill 000008").exists()
     assert (traps / "log").read_text().split().count("000008") == 2
     assert_same(workdir, whole)
 
 
 @needs_ray
-def test_what_ray_has_begun_is_ended_by_local(config: Path, traps: Path, whole: Path, workdir: Path):
+def test_what_ray_has_begun_is_ended_by_local(config: Path, traps: Path, whole: Path, workdir: Path, tmp_path: Path):
     """The command is killed, so that its workers are orphans for a moment, which may still write."""
     (traps / "slow").touch()
-    kill_at("documents/*.partial/0*.json", 2, config, workdir, "--executor", "ray")
-    prepare(config, workdir)
+    killed_at("documents/*.partial/0*.json", 2, tmp_path, config, workdir, "--executor", "ray")
+    run(["prepare", str(config), "--workdir", str(workdir)])
     assert_same(workdir, whole)

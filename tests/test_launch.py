@@ -34,10 +34,37 @@ def test_slurm_starts_one_ray_cluster_and_the_command(tmp_path: Path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     words = done.stdout.splitlines()
     start, rac3 = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert start[:2] == ["--cpus-per-task=64", "--kill-on-bad-exit=1"]
     assert shlex.join(start[2:]) == "ray symmetric-run --address node7:6379 --min-nodes 2 --num-cpus 64"
     experiment = parsed(rac3, "my config.py")
     assert experiment.executor == Ray(address="node7:6379")
     assert experiment.workdir == "/shared/my runs"
+
+
+@pytest.mark.parametrize(("knows_tokens", "mode"), [(True, "token"), (False, "")])
+def test_workers_need_a_token_where_this_ray_knows_them(knows_tokens: bool, mode: str, tmp_path: Path):
+    """Else anyone on the network of the cluster could run code as its user."""
+    said = tmp_path / "said"
+    for name, body in (
+        ("scontrol", "echo node7"),
+        ("srun", 'echo "$RAY_AUTH_MODE"'),
+        ("ray", f'echo "$@" > {said}; exit {0 if knows_tokens else 1}'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "8"}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("RAY_AUTH_MODE", None)
+    done = subprocess.run([LAUNCH / "slurm.sh", "x.py"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == mode
+    assert said.read_text() == "get-auth-token --generate\n"
+
+
+def test_slurm_gives_each_node_to_one_ray():
+    """Whose workers take its GPUs, one each."""
+    text = (LAUNCH / "slurm.sh").read_text()
+    asked = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    assert {"--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive"} <= asked
 
 
 def test_the_script_is_refused_outside_of_slurm():
@@ -59,6 +86,20 @@ def test_kubernetes_starts_the_command_with_as_many_workers_as_pods(job: dict[st
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
     (container,) = group["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_head_runs_the_command_and_no_workers(job: dict[str, Any]):
+    """A job that ends gives its pods back, and one that fails goes on in a new cluster."""
+    spec = job["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["backoffLimit"] >= 1
+    head, (group,) = spec["rayClusterSpec"]["headGroupSpec"], spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    containers = [pods["template"]["spec"]["containers"][0] for pods in (head, group)]
+    assert containers[0]["image"] == containers[1]["image"]
+    for container in containers:  # what is asked for is kept, so that no pod is evicted
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    assert "nvidia.com/gpu" not in containers[0]["resources"]["limits"]
 
 
 def test_all_pods_see_the_files_of_the_command(job: dict[str, Any]):

@@ -6,6 +6,7 @@ Fitted models may see what the memory holds, as a public CLIP has seen the web; 
 import json
 import shutil
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Int, PyTree, UInt8
 from rac3.artifacts import Workdir
 from rac3.config import InputError, canonical
 from rac3.device_batches import DeviceBatches
-from rac3.documents.document import Document, Picture, pixels_of, prepare_image
+from rac3.documents.document import Picture, pixels_of, prepare_image
 from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
 from rac3.experiment import Experiment
 from rac3.retrieval.clip_checkpoints import ClipCheckpoint, load_clip
@@ -47,11 +48,14 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
         return
     checkpoints = {stage: getattr(experiment, stage).checkpoint for stage in ("text", "vqgan", "clip")}
     missing.sort(key=lambda recipe: checkpoints[recipe.stage] is None)
-    documents: list[Document] = []
+    limits = {
+        "text": recipes.text_documents(experiment),
+        "vqgan": experiment.vqgan.fit.max_documents,
+        "clip": experiment.clip.fit.max_documents,
+    }
+    read = lru_cache(maxsize=1)(partial(fitting_documents, experiment))  # the limits are equal more often than not
     for recipe in missing:
-        if not documents and checkpoints[recipe.stage] is None:
-            limit = max(experiment.vqgan.fit.max_documents, experiment.clip.fit.max_documents)
-            documents = fitting_documents(experiment, limit)
+        documents = read(limits[recipe.stage]) if checkpoints[recipe.stage] is None else []
         with workdir.write(recipe) as draft:
             if recipe.stage == "text":
                 if experiment.text.checkpoint is None:
@@ -63,13 +67,12 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
             elif recipe.stage == "vqgan" and experiment.vqgan.checkpoint is not None:
                 _convert_vqgan(Path(experiment.vqgan.checkpoint), experiment.vqgan.resolution, draft.folder)
             elif recipe.stage == "vqgan":
-                params = fit_vqgan(experiment, documents[: experiment.vqgan.fit.max_documents], draft.folder)
+                params = fit_vqgan(experiment, documents, draft.folder)
                 _save_vqgan(draft.folder, experiment.vqgan.model, params)
             elif experiment.clip.checkpoint is not None:
                 load_clip(experiment.clip.checkpoint).save(draft.folder)
             else:
-                some = documents[: experiment.clip.fit.max_documents]
-                fit_clip(experiment, some, draft.folder).save(draft.folder)
+                fit_clip(experiment, documents, draft.folder).save(draft.folder)
             shutil.rmtree(draft.folder / CHECKPOINTS, ignore_errors=True)  # of the fitting: no more needed
 
 

@@ -30,7 +30,17 @@ def fitting_data(experiment: Experiment) -> list[dict[str, Any]]:
 def text(experiment: Experiment) -> Recipe:
     if experiment.text.checkpoint is not None:
         return Recipe("text", {"checkpoint": tokenizer_identity(experiment.text.checkpoint)}, {})
-    return Recipe("text", {"text": experiment.text, "data": fitting_data(experiment)}, {})
+    config = {
+        "text": experiment.text,
+        "data": fitting_data(experiment),
+        "max_documents": text_documents(experiment),
+    }
+    return Recipe("text", config, {})
+
+
+def text_documents(experiment: Experiment) -> int:
+    """The text tokenizer is fitted on at most this many documents: as many as the encoder that reads more of them."""
+    return max(experiment.vqgan.fit.max_documents, experiment.clip.fit.max_documents)
 
 
 def vqgan(experiment: Experiment) -> Recipe:
@@ -151,8 +161,10 @@ def retrieves(experiment: Experiment) -> bool:
 def train(experiment: Experiment) -> Recipe:
     batches = canonical(experiment.batches)
     del batches["read_threads"]  # how fast, not what
+    model = canonical(experiment.model)
+    del model["remat"]  # time for memory
     config = {
-        "model": experiment.model,
+        "model": model,
         "optimizer": experiment.optimizer,
         "batches": batches,
         "steps": experiment.training.steps,
@@ -175,15 +187,18 @@ def retrieval(experiment: Experiment) -> Recipe:
 
 
 def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
-    """The evaluation of the model of `trained` with the retriever of `experiment`."""
-    inputs = {"train": train(trained).fingerprint}
+    """The evaluation of the model of `trained` with the retriever of `experiment`. CLIP picks and scores the images."""
+    inputs = {"train": train(trained).fingerprint, "clip": clip(experiment).fingerprint}
     for split in experiment.data.sources():
         if split in ("validation", "test"):
             inputs[f"documents {split}"] = documents(experiment, split).fingerprint
             if retrieves(experiment):
                 inputs[f"neighbors {split}"] = neighbors(experiment, split).fingerprint
+    settings = canonical(experiment.evaluation)
+    del settings["control"]  # what else is evaluated
     config = {
-        "evaluation": experiment.evaluation,
+        "evaluation": settings,
+        "clip_dtype": experiment.clip.dtype,
         "entity_field": experiment.data.entity_field,
         "seed": experiment.seed,
     }
