@@ -48,6 +48,21 @@ def torch_lpips(vgg, heads, x, y):
     return sum(F.conv2d((a - b) ** 2, head).mean((1, 2, 3)) for a, b, head in pairs)
 
 
+def test_the_layers_are_those_of_vgg16():
+    """Configuration D of arXiv 1409.1556 as torchvision lists it: a ReLU follows each convolution, M is a pooling."""
+    layers, widths, index = [()], [], 0
+    for entry in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
+        if entry == "M":
+            layers.append(())
+            widths.append(width)
+            index += 1
+        else:
+            layers[-1] += (index,)
+            width = entry
+            index += 2
+    assert (LAYERS, CHANNELS) == (tuple(layers[:-1]), tuple(widths))
+
+
 def pictures(shape: tuple) -> tuple[jax.Array, jax.Array]:
     x, y = np.random.default_rng(0).uniform(-1, 1, (2, *shape)).astype(np.float32)
     return jnp.asarray(x), jnp.asarray(y)
