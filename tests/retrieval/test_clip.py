@@ -250,6 +250,32 @@ def test_parity_with_transformers(act, eos):
     np.testing.assert_allclose(params["logit_scale"], reference.logit_scale.detach())
 
 
+def test_initial_weights_have_the_spread_of_transformers():
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 50, "max_position_embeddings": 12}
+    vision = sizes | {"image_size": 40, "patch_size": 8}
+    config = CLIPConfig(CLIPTextConfig(**text), CLIPVisionConfig(**vision), projection_dim=32)
+    torch.manual_seed(0)
+    reference = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    )
+    ids, pixels = jnp.zeros((1, 12), jnp.int32), jnp.zeros((1, 40, 40, 3))
+    ours = jax.jit(CLIP(config).init)(jax.random.key(0), ids, jnp.ones((1, 12), bool), pixels)["params"]
+    theirs = flatten_dict(flax_params({name: value.detach() for name, value in reference.state_dict().items()}))
+    for path, values in flatten_dict(ours).items():
+        if values.size > 500:
+            # of two samples of at least 600 values each: four deviations of the ratio
+            assert float(values.std() / theirs[path].std()) == pytest.approx(1, abs=0.16), path
+        elif values.size > 64 or values.ndim == 0:
+            continue
+        elif path[-1] in ("scale", "bias"):
+            np.testing.assert_allclose(values, theirs[path])
+    np.testing.assert_allclose(ours["logit_scale"], theirs[("logit_scale",)])
+
+
 def test_cropped_texts_keep_their_first_tokens_and_end_with_eos() -> None:
     ids = jnp.asarray(np.tile([[90, 1, 2, 3, 4, 91, 0]], (400, 1)))
     mask = ids != 0
@@ -275,6 +301,21 @@ def test_cropped_images_show_a_square_of_the_image() -> None:
     assert out.min() >= 0
     assert out.max() <= 31
     np.testing.assert_array_equal(crop_images(jax.random.key(0), jnp.asarray(ramp), 1.0), ramp)
+
+
+def test_crops_lie_anywhere_in_the_image() -> None:
+    rows, columns = np.mgrid[:32, :32].astype(np.float32)
+    grid = jnp.asarray(np.broadcast_to(np.stack([rows, columns, rows], axis=-1), (400, 32, 32, 3)))
+    out = np.asarray(crop_images(jax.random.key(1), grid, 0.5))
+    # pixel i of a crop of share s shows corner + s (i + 1/2) - 1/2
+    share = (out[:, 24, 16, 0] - out[:, 8, 16, 0]) / 16
+    np.testing.assert_allclose((out[:, 16, 24, 1] - out[:, 16, 8, 1]) / 16, share, atol=1e-4)  # a square
+    corners = np.stack([out[:, 16, 16, 0], out[:, 16, 16, 1]]) + 0.5 - 16.5 * share
+    where = corners / (32 * (1 - share))  # 0: at the top or the left, 1: at the bottom or the right
+    assert -1e-2 < where[:, share < 0.9].min() < 0.05
+    assert 0.95 < where[:, share < 0.9].max() < 1 + 1e-2
+    assert abs(np.corrcoef(where)[0, 1]) < 0.2
+    assert abs(np.corrcoef(where[0], share)[0, 1]) < 0.2
 
 
 def test_contrastive_loss_bounds_its_scale() -> None:

@@ -50,17 +50,18 @@ def torch_lpips(vgg, heads, x, y):
 
 def test_the_layers_are_those_of_vgg16():
     """Configuration D of arXiv 1409.1556 as torchvision lists it: a ReLU follows each convolution, M is a pooling."""
-    layers, widths, index = [()], [], 0
-    for entry in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
-        if entry == "M":
+    listed = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+    parts = [part for entry in listed for part in (("pool",) if entry == "M" else (entry, "relu"))]
+    layers, widths = [()], [()]
+    for index, part in enumerate(parts):
+        if part == "pool":
             layers.append(())
-            widths.append(width)
-            index += 1
-        else:
+            widths.append(())
+        elif part != "relu":
             layers[-1] += (index,)
-            width = entry
-            index += 2
-    assert (LAYERS, CHANNELS) == (tuple(layers[:-1]), tuple(widths))
+            widths[-1] += (part,)
+    assert tuple(layers[:-1]) == LAYERS
+    assert [set(each) for each in widths[:-1]] == [{width} for width in CHANNELS]
 
 
 def pictures(shape: tuple) -> tuple[jax.Array, jax.Array]:
