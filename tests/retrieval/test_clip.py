@@ -115,7 +115,8 @@ def test_dropped_patches_take_no_part(params):
 def test_drop_text_tokens():
     ids, mask = texts(np.random.default_rng(0), [12, 40, 3, 2], 40)
     keys = jax.random.split(jax.random.key(0), 4)
-    dropped, kept = drop_text_tokens(keys, ids, mask, 0.4)
+    drop = jax.jit(drop_text_tokens, static_argnames="rate")
+    dropped, kept = drop(keys, ids, mask, rate=0.4)
     for row, length in enumerate([12, 40, 3, 2]):
         before, after = ids[row, :length].tolist(), dropped[row, kept[row]].tolist()
         assert kept[row].tolist() == sorted(kept[row].tolist(), reverse=True)  # moved up, no holes
@@ -127,18 +128,19 @@ def test_drop_text_tokens():
         assert not dropped[row, len(after) :].any()
 
     # a row's outcome is its key's: not its place in the batch's, nor the padding's
-    alone, _ = drop_text_tokens(keys[:1], ids[:1, :12], mask[:1, :12], 0.4)
+    alone, _ = drop(keys[:1], ids[:1, :12], mask[:1, :12], rate=0.4)
     np.testing.assert_array_equal(alone[0], dropped[0, :12])
-    np.testing.assert_array_equal(drop_text_tokens(keys, ids, mask, 0.0)[0], jnp.where(mask, ids, 0))
+    np.testing.assert_array_equal(drop(keys, ids, mask, rate=0.0)[0], np.where(mask, ids, 0))
 
 
 def test_drop_rate():
     keys = jax.random.split(jax.random.key(0), 400)
-    kept = drop_patches(keys, 50, 0.2)
+    drop = jax.jit(drop_patches, static_argnums=(1, 2))
+    kept = drop(keys, 50, 0.2)
     # 20,000 draws: standard deviation 0.0028
     assert float(kept.mean()) == pytest.approx(0.8, abs=0.01)
-    assert drop_patches(keys, 3, 0.99).any(axis=1).all()  # never all of them
-    np.testing.assert_array_equal(drop_patches(keys[7:9], 50, 0.2), kept[7:9])
+    assert drop(keys, 3, 0.99).any(axis=1).all()  # never all of them
+    np.testing.assert_array_equal(drop(keys[7:9], 50, 0.2), kept[7:9])
 
 
 def test_contrastive_loss_agrees_with_cross_entropy():
@@ -159,12 +161,12 @@ def test_contrastive_loss_leaves_duplicates_out():
     vectors = jnp.eye(3).at[1].set(jnp.array([1.0, 0, 0]))  # pairs 0 and 1 have the same caption and the same image
     duplicates = jnp.zeros((3, 3), bool).at[0, 1].set(True).at[1, 0].set(True)
     scale = jnp.log(20.0)
-    assert contrastive_loss(vectors, vectors, scale)[0] > 0.4  # log(2) in two rows of three
-    loss, metrics = contrastive_loss(vectors, vectors, scale, duplicates)
+    assert jax.jit(contrastive_loss)(vectors, vectors, scale)[0] > 0.4  # log(2) in two rows of three
+    both = jax.jit(jax.value_and_grad(lambda v: contrastive_loss(v, v, scale, duplicates), has_aux=True))
+    (loss, metrics), gradient = both(vectors)
     assert loss < 1e-6
     assert metrics["accuracy"] == 1
-    gradient = jax.grad(lambda v: contrastive_loss(v, v, scale, duplicates)[0])(vectors)
-    assert jnp.isfinite(gradient).all()
+    assert np.isfinite(gradient).all()
 
 
 def test_wrong_sizes_name_the_limit(params):
@@ -254,7 +256,7 @@ def test_initial_weights_have_the_spread_of_transformers():
     torch = pytest.importorskip("torch")
     import transformers
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     text = sizes | {"vocab_size": 50, "max_position_embeddings": 12}
     vision = sizes | {"image_size": 40, "patch_size": 8}
     config = CLIPConfig(CLIPTextConfig(**text), CLIPVisionConfig(**vision), projection_dim=32)
@@ -269,8 +271,6 @@ def test_initial_weights_have_the_spread_of_transformers():
         if values.size > 500:
             # of two samples of at least 600 values each: four deviations of the ratio
             assert float(values.std() / theirs[path].std()) == pytest.approx(1, abs=0.16), path
-        elif values.size > 64 or values.ndim == 0:
-            continue
         elif path[-1] in ("scale", "bias"):
             np.testing.assert_allclose(values, theirs[path])
     np.testing.assert_allclose(ours["logit_scale"], theirs[("logit_scale",)])
@@ -293,7 +293,7 @@ def test_cropped_texts_keep_their_first_tokens_and_end_with_eos() -> None:
 
 def test_cropped_images_show_a_square_of_the_image() -> None:
     ramp = np.broadcast_to(np.arange(32, dtype=np.float32)[None, None, :, None], (64, 32, 32, 3))
-    out = np.asarray(crop_images(jax.random.key(0), jnp.asarray(ramp), 0.5))
+    out = np.asarray(jax.jit(crop_images, static_argnums=2)(jax.random.key(0), jnp.asarray(ramp), 0.5))
     slopes = np.diff(out[:, 16, 4:28, 0], axis=1).mean(1)  # a crop of share s stretches the ramp to slope s
     assert slopes.min() >= 0.5 - 1e-3
     assert slopes.max() <= 1 + 1e-3
@@ -306,7 +306,7 @@ def test_cropped_images_show_a_square_of_the_image() -> None:
 def test_crops_lie_anywhere_in_the_image() -> None:
     rows, columns = np.mgrid[:32, :32].astype(np.float32)
     grid = jnp.asarray(np.broadcast_to(np.stack([rows, columns, rows], axis=-1), (400, 32, 32, 3)))
-    out = np.asarray(crop_images(jax.random.key(1), grid, 0.5))
+    out = np.asarray(jax.jit(crop_images, static_argnums=2)(jax.random.key(1), grid, 0.5))
     # pixel i of a crop of share s shows corner + s (i + 1/2) - 1/2
     share = (out[:, 24, 16, 0] - out[:, 8, 16, 0]) / 16
     np.testing.assert_allclose((out[:, 16, 24, 1] - out[:, 16, 8, 1]) / 16, share, atol=1e-4)  # a square

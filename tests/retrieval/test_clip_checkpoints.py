@@ -324,7 +324,7 @@ def write_open_clip(folder: Path, weights: dict, **model) -> None:
 
 
 def test_of_a_folder_with_both_formats_the_first_is_read(copy):
-    write_open_clip(copy, {name: 2 * value for name, value in open_clip_weights().items()}, quick_gelu=True)
+    write_open_clip(copy, {name: np.asarray(2 * value) for name, value in open_clip_weights().items()}, quick_gelu=True)
     hugging_face = load_clip(str(copy))
     assert hugging_face.images.mean == MEAN
     (copy / "model.safetensors").unlink()  # as repositories of OpenCLIP have config.json, for its tokenizer

@@ -38,7 +38,7 @@ def documents() -> list[Document]:
     for number in range(24):
         buffer = io.BytesIO()
         PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
-        caption = f"a {WORDS[number % 5]} fox number {number % 9}"
+        caption = f"a {WORDS[number % 5]} fox number {number % 3}"
         out.append(Document(str(number), (Text(caption), Image(buffer.getvalue())), {}))
     return out
 
@@ -160,10 +160,11 @@ def test_each_step_draws_its_own_crops_as_the_config_says(
     monkeypatch.setattr(fit_clip, "crop_images", images)
     experiment = tiny_config.get_config()
     experiment = replace(experiment, clip=replace(experiment.clip, text_crop=0.25, image_crop=0.5))
+    batch = jax.tree.map(jnp.asarray, fitted.batch)
     for seed, number in ((0, 0), (0, 1), (1, 0), (0, 1)):
         handed, _ = prepared(replace(experiment, seed=seed), documents(), fitted.before, tmp_path)
         with pytest.raises(SeenEnoughError):
-            handed.step(TrainState(np.int32(number), fitted.before, ()), fitted.batch, None)
+            handed.step(TrainState(jnp.int32(number), fitted.before, ()), batch, None)
     assert [(name, share) for name, _, share in calls] == [("text", 0.25), ("image", 0.5)] * 4
     keys = [key for _, key, _ in calls]
     assert len(set(keys)) == 6
