@@ -71,7 +71,7 @@ def init_codebook_from_batch(model: VQGAN, params: Params, images: Images, key: 
     vectors = latents.reshape(-1, model.config.embed_dim)
     codes = model.config.n_embed
     embedding = jax.random.choice(key, vectors, (codes,), replace=len(vectors) < codes)
-    cluster_size = jnp.full(codes, len(vectors) / codes)
+    cluster_size = jnp.full(codes, len(vectors) / codes, jnp.float32)
     return CodebookState(embedding, cluster_size, embedding * cluster_size[:, None])
 
 

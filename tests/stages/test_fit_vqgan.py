@@ -19,7 +19,7 @@ from rac3.sharding import use_mesh
 from rac3.stages import recipes
 from rac3.stages.fit_vqgan import fit_vqgan, make_step, vqgan_fitting
 from rac3.tokens.discriminator import AdversarialConfig, Discriminator
-from rac3.tokens.perceptual import CHANNELS, LAYERS, PerceptualConfig
+from rac3.tokens.perceptual import LAYERS, PerceptualConfig
 from rac3.tokens.vqgan import VQGAN, VQGANConfig
 from rac3.tokens.vqgan_objective import VQGANObjective, with_codebook
 from rac3.training.checkpoint import Checkpoints
@@ -40,6 +40,7 @@ TOKENIZER = ImageTokenizer(
 )
 EXPERIMENT = Experiment(name="fit", data=Data(World("train")), vqgan=TOKENIZER)
 STEPS = 4
+CHANNELS = (2, 2, 4, 4, 4)  # in the place of VGG16's
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +56,12 @@ def documents() -> list[Document]:
 
 
 class Run:
-    """The steps of an experiment one by one, on some of the devices; compiled once."""
+    """The steps of an experiment one by one, on some of the devices; compiled once, as `fit_vqgan` compiles them."""
 
     def __init__(self, documents: list[Document], devices: int) -> None:
         self.fitting = vqgan_fitting(EXPERIMENT, documents)
         self.config, self.mesh = EXPERIMENT.mesh, EXPERIMENT.mesh.build(jax.devices()[:devices])
-        self.step = jax.jit(self.fitting.step)
+        self.step = jax.jit(self.fitting.step, donate_argnums=0)
         with use_mesh(self.config, self.mesh):
             state = create_state(self.fitting.init, self.fitting.optimizer, EXPERIMENT.seed, self.config, self.mesh)
             self.first: TrainState = self.fitting.start(state, self.mesh)
@@ -72,7 +73,7 @@ class Run:
             for _ in range(steps):
                 rows = np.random.default_rng(int(state.step)).integers(24, size=16)
                 batch = put(self.fitting.batch(rows), self.config, self.mesh)
-                state, metrics = self.step(state, batch, self.fitting.frozen)
+                state, metrics = self.step(jax.tree.map(jnp.copy, state), batch, self.fitting.frozen)
                 out.append((state, {name: (float(a), float(b)) for name, (a, b) in metrics.items()}))
         return out
 
@@ -114,8 +115,8 @@ def test_the_players_meet_at_the_start_step(run: Run, whole):
 
 def test_the_discriminator_tells_pictures_from_their_reconstructions(run: Run, whole):
     """The third step, whose update of the discriminator is the first with a learning rate: hinge losses by hand."""
-    (before, _), (after, metrics) = whole[1], whole[2]
-    real = run.fitting.batch(np.random.default_rng(2).integers(24, size=16)) / np.float32(127.5) - 1
+    (before, _), (after, metrics) = jax.device_get(whole[1:3])
+    real = jnp.asarray(run.fitting.batch(np.random.default_rng(2).integers(24, size=16)) / np.float32(127.5) - 1)
     variables = {"params": with_codebook(before.params, before.extra.codebook)}
     fake = jax.jit(lambda variables: VQGAN(MODEL).apply(variables, real, train=True).reconstruction)(variables)
 
@@ -137,11 +138,11 @@ def test_the_discriminator_tells_pictures_from_their_reconstructions(run: Run, w
 
 
 def test_the_average_follows_the_parameters_after_each_step(run: Run, whole):
-    average = run.first.params
-    for updates, (state, _) in enumerate(whole):
+    average, states = jax.device_get((run.first.params, whole))
+    for updates, (state, _) in enumerate(states):
         decay = (1 + updates) / (10 + updates)  # of the warm-up, below ema_decay
         average = jax.tree.map(lambda kept, new: decay * kept + (1 - decay) * new, average, state.params)  # noqa: B023
-    difference = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), average, whole[-1][0].extra.average)
+    difference = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), average, states[-1][0].extra.average)
     assert max(jax.tree.leaves(difference)) < 1e-6
 
 
@@ -160,7 +161,7 @@ def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):
     for seed, number in ((0, 0), (0, 1), (1, 0), (0, 1)):
         made = make_step(replace(EXPERIMENT, seed=seed), VQGAN(MODEL), run.fitting.optimizer, None)
         with pytest.raises(SeenEnoughError):
-            made(run.first.replace(step=jnp.int32(number)), np.full((2, 8, 8, 3), 50, np.uint8), None)
+            made(run.first.replace(step=jnp.int32(number)), jnp.full((2, 8, 8, 3), 50, jnp.uint8), None)
     assert len(set(seen)) == 3
     assert seen[1] == seen[3]  # a function of seed and step
 
@@ -215,8 +216,9 @@ def test_the_average_and_the_codebook_are_kept(run: Run, documents, tmp_path: Pa
     assert 0 < np.abs(fitted["decoder"]["conv_out"]["kernel"] - kernel).max() < 1e-2
 
 
-def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path):
+def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr("rac3.tokens.perceptual.CHANNELS", CHANNELS)
     widths = dict(zip((index for layer in LAYERS for index in layer), (
         width for layer, width in zip(LAYERS, CHANNELS, strict=True) for _ in layer), strict=True))  # fmt: skip
     inputs = [3, *list(widths.values())[:-1]]

@@ -468,6 +468,7 @@ def test_a_codebook_begins_as_vectors_of_the_images_each_once(tiny) -> None:
     assert distance.min(axis=1).max() < 1e-5
     assert len(np.unique(distance.argmin(axis=1))) == TINY.n_embed
     np.testing.assert_allclose(first.cluster_size, 2)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(first))  # as it is restored from a checkpoint
     np.testing.assert_allclose(first.vector_sum, 2 * first.embedding)
     assert not np.array_equal(first.embedding, other.embedding)
 
