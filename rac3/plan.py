@@ -7,6 +7,7 @@ the memory once more) where that is longer. Everything is in one unit: documents
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -176,6 +177,7 @@ def _problem(experiment: Experiment, line: Line) -> str:
     return ""
 
 
+@lru_cache(maxsize=8)
 def _flops(model: Any, method: str, x: jax.ShapeDtypeStruct, *inputs: Any) -> float:
     """Of one call of a Flax module's method on `x`, as XLA counts them in the program before it is compiled.
 

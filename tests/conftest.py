@@ -22,6 +22,24 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("rac3", "beartype.beartype")
 
+MOST_PROCESSES = 8  # each takes gigabytes
+
+
+def _is_whole_suite(config: pytest.Config) -> bool:
+    """No file or test is named."""
+    return config.args_source != pytest.Config.ArgsSource.ARGS
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _is_whole_suite(config) and not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs on all cores; what is named runs in this process, which starts at once."""
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0))) if _is_whole_suite(config) else 0
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
