@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -62,6 +63,7 @@ class Run:
         self.fitting = vqgan_fitting(EXPERIMENT, documents)
         self.config, self.mesh = EXPERIMENT.mesh, EXPERIMENT.mesh.build(jax.devices()[:devices])
         self.step = jax.jit(self.fitting.step, donate_argnums=0)
+        self.copy = jax.jit(partial(jax.tree.map, jnp.copy))
         with use_mesh(self.config, self.mesh):
             state = create_state(self.fitting.init, self.fitting.optimizer, EXPERIMENT.seed, self.config, self.mesh)
             self.first: TrainState = self.fitting.start(state, self.mesh)
@@ -73,7 +75,7 @@ class Run:
             for _ in range(steps):
                 rows = np.random.default_rng(int(state.step)).integers(24, size=16)
                 batch = put(self.fitting.batch(rows), self.config, self.mesh)
-                state, metrics = self.step(jax.tree.map(jnp.copy, state), batch, self.fitting.frozen)
+                state, metrics = self.step(self.copy(state), batch, self.fitting.frozen)
                 out.append((state, {name: (float(a), float(b)) for name, (a, b) in metrics.items()}))
         return out
 

@@ -416,6 +416,8 @@ def test_parity_with_chameleon(tmp_path: Path, dtype: str):
     found = load_vqgan(tmp_path)
     assert not found.decodes
     assert "encoder only" in found.summary()
+    with pytest.raises(InputError, match="has no decoder, so that a model trained on its codes could never draw"):
+        require_decoder(tmp_path)
     with torch.no_grad():
         expected = module.float().encode(to_torch(images)).image_tokens.numpy()
     assert_same_codes(encode(found, images), expected)
