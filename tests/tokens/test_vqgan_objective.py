@@ -71,7 +71,8 @@ def plain_losses(params, codebook, images) -> jax.Array:
     out = MODEL.apply(variables, images, train=True)
     error = out.reconstruction - images
     commitment = jnp.mean((out.latents - jax.lax.stop_gradient(out.quantized)) ** 2)
-    locality = locality_loss(MODEL, variables, images, out.latents, jax.random.split(KEY, 3)[2])
+    dropout_key, _, mix_key = jax.random.split(KEY, 3)
+    locality = locality_loss(MODEL, variables, images, out.latents, mix_key, dropout_key)
     reconstruction = 0.7 * jnp.mean(jnp.abs(error)) + 0.4 * jnp.mean(error**2)
     return jnp.stack([reconstruction, 0.25 * commitment + 0.1 * locality, critic(out.reconstruction)])
 
@@ -125,6 +126,32 @@ def test_the_perceptual_loss_counts_by_its_weight():
     np.testing.assert_allclose(found.metrics["loss"], loss, rtol=1e-4)
     kernel, expected = (tree["decoder"]["conv_out"]["kernel"] for tree in (found.gradients, gradients))
     np.testing.assert_allclose(kernel, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_step_drops_out_by_its_key(start):
+    params, codebook, images = start
+    model = VQGAN(replace(MODEL.config, dropout=0.5))
+    step = jax.jit(partial(vqgan_step, model, VQGANObjective(locality=0.1)))
+    l1 = [float(step(params, codebook, images, jax.random.key(seed)).metrics["l1"]) for seed in (0, 0, 1)]
+    reconstruction = jax.jit(MODEL.apply)({"params": with_codebook(params, codebook)}, images).reconstruction
+    without = np.abs(reconstruction - images).mean() / 2
+    assert l1[0] == l1[1]
+    assert min(abs(l1[0] - l1[2]), abs(l1[0] - without)) > 1e-3
+
+
+def test_dropout_alone_is_no_lack_of_locality(start):
+    """A picture whose patches are exchanged for its own."""
+    params, codebook, images = start
+    model = VQGAN(replace(MODEL.config, dropout=0.5))
+    variables, image, one, other = {"params": with_codebook(params, codebook)}, images[:1], *jax.random.split(KEY)
+
+    @jax.jit
+    def loss(key):
+        latents = model.apply(variables, image, True, method="latents", rngs={"dropout": one})
+        return locality_loss(model, variables, image, latents, KEY, key)
+
+    assert loss(one) == 0
+    assert loss(other) > 0.1
 
 
 def test_the_adaptive_weight_costs_no_second_backward_pass(compiled):
