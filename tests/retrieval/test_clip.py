@@ -83,6 +83,14 @@ def test_towers_give_unit_vectors_that_tell_inputs_apart(params):
         assert (np.triu(vectors @ vectors.T, 1) < 0.999).all()
 
 
+def test_a_vector_of_zeros_stays_one():
+    x = jnp.array([[3, 4], [0, 0]], jnp.bfloat16)
+    found = jax.jit(unit_norm)(x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    assert np.isfinite(jax.jit(jax.grad(lambda x: unit_norm(x).sum()))(x.astype(jnp.float32))).all()
+
+
 def test_padding_and_what_follows_the_end_of_text_do_not_matter(params):
     ids, mask = texts(np.random.default_rng(0), [5, 8], 12)
     padded = encode_text(TINY, params, ids, mask)
@@ -97,7 +105,11 @@ def test_padding_and_what_follows_the_end_of_text_do_not_matter(params):
 def test_old_checkpoints_end_at_the_highest_id(params):
     legacy = replace(TINY, text_config=replace(TINY.text_config, eos_token_id=2))
     ids, mask = texts(np.random.default_rng(0), [5, 8], 12)
-    np.testing.assert_array_equal(encode_text(legacy, params, ids, mask), encode_text(TINY, params, ids, mask))
+    expected = encode_text(TINY, params, ids, mask)
+    np.testing.assert_array_equal(encode_text(legacy, params, ids, mask), expected)
+    padded = jnp.where(mask, ids, EOS)  # as CLIP's own tokenizer pads
+    np.testing.assert_array_equal(encode_text(legacy, params, padded, mask), expected)
+    np.testing.assert_allclose(encode_text(legacy, params, padded), expected, atol=1e-6)
 
 
 def test_dropped_patches_take_no_part(params):

@@ -1,5 +1,6 @@
 """Published CLIPs: random weights, written by `transformers` and OpenCLIP, give their vectors when loaded here."""
 
+import fnmatch
 import importlib
 import json
 import shutil
@@ -564,6 +565,39 @@ def test_a_name_on_the_hub_is_found_in_the_cache(published, hub_cache):
     reference.write_text(commit)
     assert_same(load_clip("openai/small-clip"), load_clip(str(published)))
     assert checkpoint_identity("openai/small-clip") == {"name": "openai/small-clip"}
+
+
+@pytest.mark.parametrize(
+    ("names", "fetched"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"], "model.safetensors"),
+        (["config.json", "pytorch_model.bin", "flax_model.msgpack"], "pytorch_model.bin"),
+        (["open_clip_config.json", "open_clip_pytorch_model.bin", "open_clip_model.safetensors"],
+         "open_clip_model.safetensors"),
+    ],
+)  # fmt: skip
+def test_of_the_weights_on_the_hub_one_format_is_fetched(names, fetched, published, tmp_path, monkeypatch):
+    """In the stead of the network stands a folder; what is asked for is copied from it, as the client does."""
+    snapshot = tmp_path / "0123"
+    snapshot.mkdir()
+    revisions = []
+
+    def snapshot_download(name, revision=None, allow_patterns=()):
+        revisions.append(revision)
+        for file in (*names, "vocab.json", "merges.txt", "README.md"):
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (snapshot / file).write_text((published / file).read_text() if file.endswith((".json", ".txt")) else "")
+        return str(snapshot)
+
+    if "open_clip_config.json" in names:
+        published = shutil.copytree(published, tmp_path / "published")
+        (published / "config.json").rename(published / "open_clip_config.json")
+    monkeypatch.setattr(module("huggingface_hub"), "snapshot_download", snapshot_download)
+    with pytest.raises(InputError):  # the weights are empty, and preprocessor_config.json is not there
+        load_clip("owner/small-clip")
+    assert {path.name for path in snapshot.iterdir()} == {names[0], "vocab.json", "merges.txt", fetched}
+    assert revisions[0] is None
+    assert set(revisions[1:]) == {"0123"}  # the one whose settings were read
 
 
 def test_a_hub_that_cannot_be_reached(hub_cache):

@@ -32,14 +32,18 @@ WORDS = ("red", "blue", "green", "old", "small")
 
 
 def documents() -> list[Document]:
-    """Captions repeat, so that rows on different devices are no negatives of each other."""
+    """Captions repeat, so that rows on different devices are no negatives of each other. The second image of some is
+    not what their caption tells of."""
     rng = np.random.default_rng(0)
     out = []
     for number in range(24):
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+        images = []
+        for _ in range(1 + number % 2):
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(rng.integers(0, 256, (32, 45, 3), np.uint8)).save(buffer, "PNG")
+            images.append(Image(buffer.getvalue()))
         caption = f"a {WORDS[number % 5]} fox number {number % 3}"
-        out.append(Document(str(number), (Text(caption), Image(buffer.getvalue())), {}))
+        out.append(Document(str(number), (Text(caption), *images), {}))
     return out
 
 
@@ -101,11 +105,17 @@ def prepared(
     handed = []
 
     def skipped(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
+        assert config == experiment.clip.fit != experiment.vqgan.fit
         handed.append(given)
         return TrainState(np.zeros((), np.int32), params, ())
 
+    def adam(config: FitConfig, steps: int) -> optax.GradientTransformation:
+        assert (config, steps) == (experiment.clip.fit, experiment.clip.fit.steps)
+        return fitting.adam(config, steps)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_clip, "fit_encoder", skipped)
+        patch.setattr(fit_clip, "adam", adam)
         checkpoint = fit_clip.fit_clip(experiment, given, folder)
     return handed[0], checkpoint
 

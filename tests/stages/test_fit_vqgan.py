@@ -19,6 +19,7 @@ from rac3.experiment import Data, Experiment, FitConfig, ImageTokenizer
 from rac3.sharding import use_mesh
 from rac3.stages import recipes
 from rac3.stages.fit_vqgan import fit_vqgan, make_step, vqgan_fitting
+from rac3.stages.fitting import Fitting, adam
 from rac3.tokens.discriminator import AdversarialConfig, Discriminator
 from rac3.tokens.perceptual import LAYERS, PerceptualConfig
 from rac3.tokens.vqgan import VQGAN, VQGANConfig
@@ -166,6 +167,24 @@ def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):
             made(run.first.replace(step=jnp.int32(number)), jnp.full((2, 8, 8, 3), 50, jnp.uint8), None)
     assert len(set(seen)) == 3
     assert seen[1] == seen[3]  # a function of seed and step
+
+
+def test_it_is_fitted_as_its_own_settings_say(documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def skipped(experiment: Experiment, config: FitConfig, fitting: Fitting, folder: Path) -> TrainState:
+        seen.append(config)
+        raise InputError("enough")
+
+    def recorded(config: FitConfig, steps: int):
+        seen.append((config, steps))
+        return adam(config, steps)
+
+    monkeypatch.setattr("rac3.stages.fit_vqgan.fit_encoder", skipped)
+    monkeypatch.setattr("rac3.stages.fit_vqgan.adam", recorded)
+    with pytest.raises(InputError, match="enough"):
+        fit_vqgan(EXPERIMENT, documents[:1], tmp_path)
+    assert seen == [(TOKENIZER.fit, 4), (TOKENIZER.fit, 3), TOKENIZER.fit]  # generator, discriminator from step 1, loop
 
 
 def test_every_image_of_a_document_is_a_row(documents):
