@@ -149,7 +149,7 @@ def _load_open_clip(folder: Path, where: str) -> ClipCheckpoint:
     model, preprocess = settings.get("model_cfg"), settings.get("preprocess_cfg") or {}
     if not isinstance(model, Mapping) or not isinstance(preprocess, Mapping):
         raise InputError(f"{where} has no model_cfg in open_clip_config.json; give the one of the model")
-    config = _open_clip_config(model, where)
+    config = open_clip_config(model, where)
     images = ClipImages.of_open_clip(preprocess, config.vision_config.image_size, where)
     tokenizer = load_clip_tokenizer(folder)
     _text(tokenizer, config)
@@ -311,7 +311,7 @@ _OPEN_CLIP_IDLE = (
 """Settings that act in training alone, or only beside others that are refused, or on the tokenizer."""
 
 
-def _open_clip_config(model: Mapping[str, Any], where: str) -> CLIPConfig:
+def open_clip_config(model: Mapping[str, Any], where: str) -> CLIPConfig:
     """From `model_cfg` of `open_clip_config.json`, with OpenCLIP's defaults. The text ends at the highest id."""
     where = f"{where}: model_cfg"
     act = "quick_gelu" if model.get("quick_gelu") else "gelu"

@@ -71,7 +71,7 @@ def init_codebook_from_batch(model: VQGAN, params: Params, images: Images, key: 
     vectors = latents.reshape(-1, model.config.embed_dim)
     codes = model.config.n_embed
     embedding = jax.random.choice(key, vectors, (codes,), replace=len(vectors) < codes)
-    cluster_size = jnp.full(codes, len(vectors) / codes)
+    cluster_size = jnp.full(codes, len(vectors) / codes, jnp.float32)
     return CodebookState(embedding, cluster_size, embedding * cluster_size[:, None])
 
 
@@ -108,20 +108,23 @@ def update_codebook(
 
 
 def locality_loss(
-    model: VQGAN, variables: Params, images: Images, latents: Features, key: PRNGKeyArray
+    model: VQGAN, variables: Params, images: Images, latents: Features, key: PRNGKeyArray, dropout_key: PRNGKeyArray
 ) -> Float[Array, ""]:
     """How much a patch's vector depends on the patches around it, as a share of the variance of all vectors.
 
     Half of the patches of each image are exchanged for those of the next image; every patch should keep its vector.
     A picture part that has the same codes wherever it stands is one that a language model can copy from a retrieved
     document.
+
+    Args:
+      dropout_key: the one that `latents` were computed with, so that dropout alone moves no vector.
     """
     grid, patch = latents.shape[1], images.shape[1] // latents.shape[1]
     own = jax.random.bernoulli(key, 0.5, (len(images), grid, grid, 1))
     own_pixels = own.repeat(patch, axis=1).repeat(patch, axis=2)
     mixed = jnp.where(own_pixels, images, jnp.roll(images, 1, axis=0))
     wanted = jax.lax.stop_gradient(jnp.where(own, latents, jnp.roll(latents, 1, axis=0)))
-    moved = cast(Array, model.apply(variables, mixed, True, method="latents"))
+    moved = cast(Array, model.apply(variables, mixed, True, method="latents", rngs={"dropout": dropout_key}))
     error = jnp.mean((moved - wanted) ** 2)
     return error / (jnp.mean(jnp.var(wanted, axis=(0, 1, 2))) + 1e-6)
 
@@ -163,7 +166,8 @@ def vqgan_step(
         commitment = jnp.mean((out.latents - out.quantized) ** 2)
         latent_loss = objective.beta * commitment
         if objective.locality > 0:
-            latent_loss += objective.locality * locality_loss(model, variables, images, out.latents, mix_key)
+            moved = locality_loss(model, variables, images, out.latents, mix_key, dropout_key)
+            latent_loss += objective.locality * moved
         return (out.reconstruction, latent_loss), (out, commitment)
 
     def reconstruction_loss(reconstruction: Images) -> tuple[Array, dict[str, Array]]:

@@ -83,6 +83,14 @@ def test_towers_give_unit_vectors_that_tell_inputs_apart(params):
         assert (np.triu(vectors @ vectors.T, 1) < 0.999).all()
 
 
+def test_a_vector_of_zeros_stays_one():
+    x = jnp.array([[3, 4], [0, 0]], jnp.bfloat16)
+    found = jax.jit(unit_norm)(x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    assert np.isfinite(jax.jit(jax.grad(lambda x: unit_norm(x).sum()))(x.astype(jnp.float32))).all()
+
+
 def test_padding_and_what_follows_the_end_of_text_do_not_matter(params):
     ids, mask = texts(np.random.default_rng(0), [5, 8], 12)
     padded = encode_text(TINY, params, ids, mask)
@@ -97,7 +105,11 @@ def test_padding_and_what_follows_the_end_of_text_do_not_matter(params):
 def test_old_checkpoints_end_at_the_highest_id(params):
     legacy = replace(TINY, text_config=replace(TINY.text_config, eos_token_id=2))
     ids, mask = texts(np.random.default_rng(0), [5, 8], 12)
-    np.testing.assert_array_equal(encode_text(legacy, params, ids, mask), encode_text(TINY, params, ids, mask))
+    expected = encode_text(TINY, params, ids, mask)
+    np.testing.assert_array_equal(encode_text(legacy, params, ids, mask), expected)
+    padded = jnp.where(mask, ids, EOS)  # as CLIP's own tokenizer pads
+    np.testing.assert_array_equal(encode_text(legacy, params, padded, mask), expected)
+    np.testing.assert_allclose(encode_text(legacy, params, padded), expected, atol=1e-6)
 
 
 def test_dropped_patches_take_no_part(params):
@@ -115,7 +127,8 @@ def test_dropped_patches_take_no_part(params):
 def test_drop_text_tokens():
     ids, mask = texts(np.random.default_rng(0), [12, 40, 3, 2], 40)
     keys = jax.random.split(jax.random.key(0), 4)
-    dropped, kept = drop_text_tokens(keys, ids, mask, 0.4)
+    drop = jax.jit(drop_text_tokens, static_argnames="rate")
+    dropped, kept = drop(keys, ids, mask, rate=0.4)
     for row, length in enumerate([12, 40, 3, 2]):
         before, after = ids[row, :length].tolist(), dropped[row, kept[row]].tolist()
         assert kept[row].tolist() == sorted(kept[row].tolist(), reverse=True)  # moved up, no holes
@@ -127,18 +140,19 @@ def test_drop_text_tokens():
         assert not dropped[row, len(after) :].any()
 
     # a row's outcome is its key's: not its place in the batch's, nor the padding's
-    alone, _ = drop_text_tokens(keys[:1], ids[:1, :12], mask[:1, :12], 0.4)
+    alone, _ = drop(keys[:1], ids[:1, :12], mask[:1, :12], rate=0.4)
     np.testing.assert_array_equal(alone[0], dropped[0, :12])
-    np.testing.assert_array_equal(drop_text_tokens(keys, ids, mask, 0.0)[0], jnp.where(mask, ids, 0))
+    np.testing.assert_array_equal(drop(keys, ids, mask, rate=0.0)[0], np.where(mask, ids, 0))
 
 
 def test_drop_rate():
     keys = jax.random.split(jax.random.key(0), 400)
-    kept = drop_patches(keys, 50, 0.2)
+    drop = jax.jit(drop_patches, static_argnums=(1, 2))
+    kept = drop(keys, 50, 0.2)
     # 20,000 draws: standard deviation 0.0028
     assert float(kept.mean()) == pytest.approx(0.8, abs=0.01)
-    assert drop_patches(keys, 3, 0.99).any(axis=1).all()  # never all of them
-    np.testing.assert_array_equal(drop_patches(keys[7:9], 50, 0.2), kept[7:9])
+    assert drop(keys, 3, 0.99).any(axis=1).all()  # never all of them
+    np.testing.assert_array_equal(drop(keys[7:9], 50, 0.2), kept[7:9])
 
 
 def test_contrastive_loss_agrees_with_cross_entropy():
@@ -159,12 +173,12 @@ def test_contrastive_loss_leaves_duplicates_out():
     vectors = jnp.eye(3).at[1].set(jnp.array([1.0, 0, 0]))  # pairs 0 and 1 have the same caption and the same image
     duplicates = jnp.zeros((3, 3), bool).at[0, 1].set(True).at[1, 0].set(True)
     scale = jnp.log(20.0)
-    assert contrastive_loss(vectors, vectors, scale)[0] > 0.4  # log(2) in two rows of three
-    loss, metrics = contrastive_loss(vectors, vectors, scale, duplicates)
+    assert jax.jit(contrastive_loss)(vectors, vectors, scale)[0] > 0.4  # log(2) in two rows of three
+    both = jax.jit(jax.value_and_grad(lambda v: contrastive_loss(v, v, scale, duplicates), has_aux=True))
+    (loss, metrics), gradient = both(vectors)
     assert loss < 1e-6
     assert metrics["accuracy"] == 1
-    gradient = jax.grad(lambda v: contrastive_loss(v, v, scale, duplicates)[0])(vectors)
-    assert jnp.isfinite(gradient).all()
+    assert np.isfinite(gradient).all()
 
 
 def test_wrong_sizes_name_the_limit(params):
@@ -250,6 +264,30 @@ def test_parity_with_transformers(act, eos):
     np.testing.assert_allclose(params["logit_scale"], reference.logit_scale.detach())
 
 
+def test_initial_weights_have_the_spread_of_transformers():
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 50, "max_position_embeddings": 12}
+    vision = sizes | {"image_size": 40, "patch_size": 8}
+    config = CLIPConfig(CLIPTextConfig(**text), CLIPVisionConfig(**vision), projection_dim=32)
+    torch.manual_seed(0)
+    reference = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    )
+    ids, pixels = jnp.zeros((1, 12), jnp.int32), jnp.zeros((1, 40, 40, 3))
+    ours = jax.jit(CLIP(config).init)(jax.random.key(0), ids, jnp.ones((1, 12), bool), pixels)["params"]
+    theirs = flatten_dict(flax_params({name: value.detach() for name, value in reference.state_dict().items()}))
+    for path, values in flatten_dict(ours).items():
+        if values.size > 500:
+            # of two samples of at least 600 values each: four deviations of the ratio
+            assert float(values.std() / theirs[path].std()) == pytest.approx(1, abs=0.16), path
+        elif path[-1] in ("scale", "bias"):
+            np.testing.assert_allclose(values, theirs[path])
+    np.testing.assert_allclose(ours["logit_scale"], theirs[("logit_scale",)])
+
+
 def test_cropped_texts_keep_their_first_tokens_and_end_with_eos() -> None:
     ids = jnp.asarray(np.tile([[90, 1, 2, 3, 4, 91, 0]], (400, 1)))
     mask = ids != 0
@@ -267,7 +305,7 @@ def test_cropped_texts_keep_their_first_tokens_and_end_with_eos() -> None:
 
 def test_cropped_images_show_a_square_of_the_image() -> None:
     ramp = np.broadcast_to(np.arange(32, dtype=np.float32)[None, None, :, None], (64, 32, 32, 3))
-    out = np.asarray(crop_images(jax.random.key(0), jnp.asarray(ramp), 0.5))
+    out = np.asarray(jax.jit(crop_images, static_argnums=2)(jax.random.key(0), jnp.asarray(ramp), 0.5))
     slopes = np.diff(out[:, 16, 4:28, 0], axis=1).mean(1)  # a crop of share s stretches the ramp to slope s
     assert slopes.min() >= 0.5 - 1e-3
     assert slopes.max() <= 1 + 1e-3
@@ -275,6 +313,21 @@ def test_cropped_images_show_a_square_of_the_image() -> None:
     assert out.min() >= 0
     assert out.max() <= 31
     np.testing.assert_array_equal(crop_images(jax.random.key(0), jnp.asarray(ramp), 1.0), ramp)
+
+
+def test_crops_lie_anywhere_in_the_image() -> None:
+    rows, columns = np.mgrid[:32, :32].astype(np.float32)
+    grid = jnp.asarray(np.broadcast_to(np.stack([rows, columns, rows], axis=-1), (400, 32, 32, 3)))
+    out = np.asarray(jax.jit(crop_images, static_argnums=2)(jax.random.key(1), grid, 0.5))
+    # pixel i of a crop of share s shows corner + s (i + 1/2) - 1/2
+    share = (out[:, 24, 16, 0] - out[:, 8, 16, 0]) / 16
+    np.testing.assert_allclose((out[:, 16, 24, 1] - out[:, 16, 8, 1]) / 16, share, atol=1e-4)  # a square
+    corners = np.stack([out[:, 16, 16, 0], out[:, 16, 16, 1]]) + 0.5 - 16.5 * share
+    where = corners / (32 * (1 - share))  # 0: at the top or the left, 1: at the bottom or the right
+    assert -1e-2 < where[:, share < 0.9].min() < 0.05
+    assert 0.95 < where[:, share < 0.9].max() < 1 + 1e-2
+    assert abs(np.corrcoef(where)[0, 1]) < 0.2
+    assert abs(np.corrcoef(where[0], share)[0, 1]) < 0.2
 
 
 def test_contrastive_loss_bounds_its_scale() -> None:

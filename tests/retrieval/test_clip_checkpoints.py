@@ -1,5 +1,6 @@
 """Published CLIPs: random weights, written by `transformers` and OpenCLIP, give their vectors when loaded here."""
 
+import fnmatch
 import importlib
 import json
 import shutil
@@ -14,7 +15,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rac3.config import InputError
-from rac3.retrieval.clip_checkpoints import ClipCheckpoint, checkpoint_identity, hugging_face_config, load_clip
+from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rac3.retrieval.clip_checkpoints import (
+    ClipCheckpoint,
+    checkpoint_identity,
+    hugging_face_config,
+    load_clip,
+    open_clip_config,
+)
 from rac3.retrieval.clip_images import OPENAI_MEAN, ClipImages
 from rac3.tokens.text import TextTokenizer
 
@@ -306,6 +314,43 @@ def test_open_clip_files(prefix, published, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
 
+def write_open_clip(folder: Path, weights: dict, **model) -> None:
+    from safetensors.numpy import save_file
+
+    vision = dict(layers=2, width=64, head_width=16, mlp_ratio=1.5, patch_size=12, image_size=36)
+    text = dict(context_length=16, vocab_size=VOCABULARY, width=48, heads=4, layers=2, mlp_ratio=2.0)
+    settings = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text} | model
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings, "preprocess_cfg": {}}))
+    save_file(weights, folder / "open_clip_model.safetensors")
+
+
+def test_of_a_folder_with_both_formats_the_first_is_read(copy):
+    write_open_clip(copy, {name: np.asarray(2 * value) for name, value in open_clip_weights().items()}, quick_gelu=True)
+    hugging_face = load_clip(str(copy))
+    assert hugging_face.images.mean == MEAN
+    (copy / "model.safetensors").unlink()  # as repositories of OpenCLIP have config.json, for its tokenizer
+    open_clip = load_clip(str(copy))
+    assert open_clip.images.mean == OPENAI_MEAN
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(2 * a, b), hugging_face.params, open_clip.params)
+
+
+def test_open_clip_has_the_exact_gelu_unless_it_asks_for_the_quick_one(copy):
+    (copy / "config.json").unlink()
+    for settings, act in (({}, "gelu"), ({"quick_gelu": False}, "gelu"), ({"quick_gelu": True}, "quick_gelu")):
+        write_open_clip(copy, open_clip_weights(), **settings)
+        config = load_clip(str(copy)).config
+        assert (config.text_config.hidden_act, config.vision_config.hidden_act) == (act, act)
+
+
+def test_an_open_clip_config_that_names_the_sizes_alone():
+    """OpenCLIP's ViT-B-32, as its repository lists it: heads of 64, and an MLP of four times the width."""
+    vision = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+    found = open_clip_config({"embed_dim": 512, "vision_cfg": vision, "text_cfg": text}, "here")
+    assert found == CLIPConfig(CLIPTextConfig(hidden_act="gelu", eos_token_id=2), CLIPVisionConfig(hidden_act="gelu"))
+    assert open_clip_config({"vision_cfg": {"patch_size": 32}, "text_cfg": {}}, "here") == found
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_becomes_float32(dtype, published, copy):
     torch, model = module("torch"), hugging_face_model(published)
@@ -520,6 +565,39 @@ def test_a_name_on_the_hub_is_found_in_the_cache(published, hub_cache):
     reference.write_text(commit)
     assert_same(load_clip("openai/small-clip"), load_clip(str(published)))
     assert checkpoint_identity("openai/small-clip") == {"name": "openai/small-clip"}
+
+
+@pytest.mark.parametrize(
+    ("names", "fetched"),
+    [
+        (["config.json", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors"], "model.safetensors"),
+        (["config.json", "pytorch_model.bin", "flax_model.msgpack"], "pytorch_model.bin"),
+        (["open_clip_config.json", "open_clip_pytorch_model.bin", "open_clip_model.safetensors"],
+         "open_clip_model.safetensors"),
+    ],
+)  # fmt: skip
+def test_of_the_weights_on_the_hub_one_format_is_fetched(names, fetched, published, tmp_path, monkeypatch):
+    """In the stead of the network stands a folder; what is asked for is copied from it, as the client does."""
+    snapshot = tmp_path / "0123"
+    snapshot.mkdir()
+    revisions = []
+
+    def snapshot_download(name, revision=None, allow_patterns=()):
+        revisions.append(revision)
+        for file in (*names, "vocab.json", "merges.txt", "README.md"):
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (snapshot / file).write_text((published / file).read_text() if file.endswith((".json", ".txt")) else "")
+        return str(snapshot)
+
+    if "open_clip_config.json" in names:
+        published = shutil.copytree(published, tmp_path / "published")
+        (published / "config.json").rename(published / "open_clip_config.json")
+    monkeypatch.setattr(module("huggingface_hub"), "snapshot_download", snapshot_download)
+    with pytest.raises(InputError):  # the weights are empty, and preprocessor_config.json is not there
+        load_clip("owner/small-clip")
+    assert {path.name for path in snapshot.iterdir()} == {names[0], "vocab.json", "merges.txt", fetched}
+    assert revisions[0] is None
+    assert set(revisions[1:]) == {"0123"}  # the one whose settings were read
 
 
 def test_a_hub_that_cannot_be_reached(hub_cache):

@@ -96,6 +96,17 @@ def test_a_clip_that_is_fitted_here_cuts_first():
     np.testing.assert_array_equal(ClipImages(steps="cut, scale").square(pixels, 16), prepare_image(pixels, 16))
 
 
+def test_the_middle_square_starts_at_the_floor_or_at_an_even_pixel():
+    """torchvision's `CenterCrop`, which OpenCLIP uses, starts at `int(round(rest / 2.0))`."""
+    for rest, floor, even in ((1, 0, 0), (2, 1, 1), (3, 1, 2), (5, 2, 2)):
+        for turned in (False, True):  # nothing is scaled: the shorter side is of the tower's size
+            image = np.asarray(noise("RGB", (36 + rest, 36)))
+            image = image.transpose(1, 0, 2) if turned else image
+            for rounding, top in (("floor", floor), ("even", even)):
+                expected = image[:, top : top + 36] if turned else image[top : top + 36]
+                np.testing.assert_array_equal(ClipImages(rounding=rounding).square(image, 36), expected)
+
+
 def test_what_a_processor_leaves_out_is_as_in_transformers():
     for name, kind, read in (
         ("clip", "CLIPImageProcessorPil", lambda settings: ClipImages.of_hugging_face(settings, 224, "here")),
@@ -108,6 +119,15 @@ def test_what_a_processor_leaves_out_is_as_in_transformers():
         assert found.mean == tuple(reference.image_mean)
         assert found.std == tuple(reference.image_std)
         assert found.resample.upper() == PIL.Image.Resampling(reference.resample).name
+
+
+def test_what_open_clip_asks_for():
+    settings = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "size": [36, 36]}
+    expected = ClipImages((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", "scale, cut", "even")
+    assert ClipImages.of_open_clip(settings, 36, "here") == expected
+    assert ClipImages.of_open_clip({"interpolation": "random"}, 36, "here").resample == "bicubic"
+    with pytest.raises(InputError, match=r"here: size=\[36, 36\] is another preprocessing"):
+        ClipImages.of_open_clip(settings, 40, "here")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,105 @@
-"""Which documents each encoder is fitted on."""
+"""What the frozen models are fitted on, and that what is saved of them is what is opened."""
 
+import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
 import pytest
 import tiny_config
 
 from rac3.artifacts import Workdir
+from rac3.config import InputError
+from rac3.documents.document import Document, Image, Picture, pixels_of, prepare_image
 from rac3.documents.world import World
-from rac3.experiment import FitConfig
-from rac3.stages import encoders
+from rac3.experiment import Experiment, FitConfig
+from rac3.retrieval.clip import CLIP
+from rac3.retrieval.clip_checkpoints import ClipCheckpoint
+from rac3.stages import encoders, recipes
+from rac3.stages.encoders import ImageCodec, fit_encoders, open_clip, open_text, open_vqgan, vqgan_metrics
+from rac3.stages.fit_clip import IMAGES, clip_config
 from rac3.tokens.text import TextTokenizer
+from rac3.tokens.vqgan import VQGAN
+
+TINY = tiny_config.get_config()
+TEXTS = ["a red fox", "the old lighthouse", "two blue squares on grass"]
+
+
+def drawn(shapes: dict, seed: int = 0) -> dict:
+    """Parameters of the usual sizes; to compile `init` would take longer than a whole test."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = rng.standard_normal(leaf.shape).astype(np.float32)
+        return np.asarray(values / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 1 + 0.1 * values)
+
+    return jax.tree.map(draw, shapes)
+
+
+def vqgan_params(experiment: Experiment) -> dict:
+    size = experiment.vqgan.model.resolution
+    model = VQGAN(experiment.vqgan.model)
+    return drawn(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"])
+
+
+def pictures(number: int) -> list[Picture]:
+    """Of many sizes; every third still encoded."""
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (20 + 3 * i, 44 - i, 3), np.uint8) for i in range(number)]
+    return [encoded(each) if i % 3 == 0 else each for i, each in enumerate(pixels)]
+
+
+def encoded(pixels: np.ndarray) -> Image:
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "png")
+    return Image(file.getvalue())
+
+
+class Fits:
+    """Stand-ins for the two fits: they keep the documents that they are given, and make parameters of no training."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: dict[str, list[str]] = {}
+        self.read: set[str] = set()
+        read, fit_text = World.read, TextTokenizer.fit
+
+        def reading(world: World, data_dir: Path, shard: str):
+            self.read.add(world.split)
+            return read(world, data_dir, shard)
+
+        def text(tokenizer: TextTokenizer, texts, folder: Path) -> None:
+            texts = list(texts)
+            self.given["text"] = texts
+            fit_text(tokenizer, texts, folder)
+
+        monkeypatch.setattr(World, "read", reading)
+        monkeypatch.setattr(TextTokenizer, "fit", text)
+        monkeypatch.setattr(encoders, "fit_vqgan", self.vqgan)
+        monkeypatch.setattr(encoders, "fit_clip", self.clip)
+
+    def vqgan(self, experiment: Experiment, documents: list[Document], folder: Path) -> dict:
+        self.given["vqgan"] = [document.text for document in documents]
+        (folder / "checkpoints").mkdir()
+        return vqgan_params(experiment)
+
+    def clip(self, experiment: Experiment, documents: list[Document], folder: Path) -> ClipCheckpoint:
+        self.given["clip"] = [document.text for document in documents]
+        tokenizer = TextTokenizer().load(folder.parents[1] / "text" / recipes.text(experiment).fingerprint)
+        config = clip_config(experiment, tokenizer)
+        size = config.vision_config.image_size
+        ids, pixels = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, size, size, 3))
+        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), ids, jnp.ones((1, 4), bool), pixels)["params"]
+        return ClipCheckpoint(config, drawn(shapes), tokenizer, IMAGES)
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> Fits:
+    return Fits(monkeypatch)
 
 
 class SeenError(Exception):
@@ -57,3 +145,115 @@ def test_each_encoder_reads_its_own_number_of_documents_evenly(
     assert len(shards) == 6
     expected = [document for source, shard in shards for document in list(source.read(tmp_path, shard))[:each]]
     assert found[stage] == [document.text if stage == "text" else document.key for document in expected]
+
+
+@pytest.mark.parametrize("fit_on", [("train", "memory"), ("train",)])
+def test_no_held_out_document_is_read_while_encoders_are_fitted(fits: Fits, tmp_path: Path, fit_on: tuple[str, ...]):
+    experiment = replace(TINY, data=replace(TINY.data, fit_on=fit_on))
+    fit_encoders(experiment, Workdir(tmp_path / "runs", "tiny"))
+    assert fits.read == set(fit_on)
+    held_out = {
+        item.text
+        for split in ("validation", "test")
+        for item in World.read(getattr(TINY.data, split), Path(), "000000")
+    }
+    assert not held_out & {text for given in fits.given.values() for text in given}
+
+
+def test_only_what_is_missing_is_fitted(fits: Fits, tmp_path: Path):
+    workdir = Workdir(tmp_path / "runs", "tiny")
+    fit_encoders(TINY, workdir)
+    assert not list((tmp_path / "runs").rglob("checkpoints"))
+    fits.given, fits.read = {}, set()
+    fit_encoders(TINY, workdir)
+    assert (fits.given, fits.read) == ({}, set())
+    other = replace(TINY, clip=replace(TINY.clip, max_logit_scale=7.0))
+    fit_encoders(other, workdir)
+    assert list(fits.given) == ["clip"]
+
+
+def test_a_checkpoint_that_is_broken_fails_before_anything_is_fitted(fits: Fits, tmp_path: Path):
+    (tmp_path / "clip").mkdir()
+    experiment = replace(TINY, clip=replace(TINY.clip, checkpoint=str(tmp_path / "clip")))
+    with pytest.raises(InputError, match=r"clip' has no config\.json"):
+        fit_encoders(experiment, Workdir(tmp_path / "runs", "tiny"))
+    assert (fits.given, fits.read) == ({}, set())
+
+
+def test_what_is_opened_is_what_was_fitted_in_the_dtype_of_the_config(fits: Fits, tmp_path: Path):
+    model = replace(TINY.vqgan.model, dropout=0.25, attn_resolutions=(10,), ch_mult=(1, 2, 2))
+    experiment = replace(TINY, vqgan=replace(TINY.vqgan, model=model))
+    half = replace(
+        experiment,
+        vqgan=replace(experiment.vqgan, dtype="bfloat16"),
+        clip=replace(experiment.clip, dtype="bfloat16"),
+    )
+    workdir = Workdir(tmp_path / "runs", "tiny")
+    fit_encoders(experiment, workdir)
+    assert open_text(experiment, workdir).decode(open_text(experiment, workdir).encode(TEXTS[0])) == TEXTS[0]
+
+    codes = np.random.default_rng(0).integers(0, model.n_embed, (3, model.tokens_per_image))
+    drawn_in = {}
+    for dtype, one in (("float32", experiment), ("bfloat16", half)):
+        codec = open_vqgan(one, workdir)
+        assert codec.config == model
+        decode = jax.jit(partial(VQGAN(model, dtype).apply, method="decode"))
+        plain = np.asarray(decode({"params": vqgan_params(experiment)}, codes))
+        drawn_in[dtype] = codec.decode(codes)
+        # rounded after sums that may be taken in another order
+        expected = (np.clip(plain, -1, 1) + 1) * 127.5
+        np.testing.assert_allclose(drawn_in[dtype], expected, atol=0.51 if dtype == "float32" else 3)
+    assert np.mean(drawn_in["float32"] != drawn_in["bfloat16"]) > 0.1
+
+    exact, rough = (open_clip(one, workdir).embed_texts(TEXTS) for one in (experiment, half))
+    assert 1e-4 < np.abs(exact - rough).max() < 0.05
+
+
+@pytest.fixture(scope="module")
+def codec() -> ImageCodec:
+    """A codec that takes 8 pictures at a time, whose codes are vectors of pictures, so that all are in use."""
+    params = vqgan_params(TINY)
+    pixels = np.stack([prepare_image(pixels_of(image), 40) for image in pictures(8)]) / np.float32(127.5) - 1
+    latents = jax.jit(partial(VQGAN(TINY.vqgan.model).apply, method="latents"))({"params": params}, pixels)
+    rows = np.asarray(latents).reshape(-1, TINY.vqgan.model.embed_dim)
+    params["codebook"] = {"embedding": np.random.default_rng(0).permutation(rows)[: TINY.vqgan.model.n_embed]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders, "PIXELS_AT_ONCE", TINY.vqgan.model.resolution**2)
+        return ImageCodec(VQGAN(TINY.vqgan.model), params)
+
+
+def test_codes_and_pictures_are_those_of_the_model_one_by_one(codec: ImageCodec):
+    model, params = VQGAN(TINY.vqgan.model), {"params": jax.device_get(codec._params)}
+    encode, decode = (jax.jit(partial(model.apply, method=method)) for method in ("encode", "decode"))
+    images = pictures(11)  # a full batch and a remainder
+    codes = codec.encode(images)
+    assert codes.shape == (11, model.config.tokens_per_image)
+    drawn = codec.decode(codes)
+    assert (drawn.shape, drawn.dtype) == ((11, 40, 40, 3), np.uint8)
+    assert len(np.unique(codes, axis=0)) == 11
+    for image, row, picture in zip(images, codes, drawn, strict=True):
+        pixels = prepare_image(pixels_of(image), 40)[None].astype(np.float32) / 127.5 - 1
+        # an encoder of random weights has some vectors midway between two codes
+        assert np.mean(row == encode(params, pixels)[0]) > 0.95
+        expected = (np.clip(np.asarray(decode(params, row[None]))[0], -1, 1) + 1) * 127.5
+        np.testing.assert_allclose(picture, expected, atol=0.51)
+    assert codec.encode([]).shape == (0, model.config.tokens_per_image)
+    assert codec.decode(codes[:0]).shape == (0, 40, 40, 3)
+
+
+def test_metrics_are_means_over_the_pictures_and_of_one_that_is_exact_60_db(
+    codec: ImageCodec, monkeypatch: pytest.MonkeyPatch
+):
+    images = pictures(3)
+    truth = np.stack([prepare_image(pixels_of(image), 40) for image in images])
+    drawn = truth.copy()
+    drawn[1] = np.where(truth[1] >= 128, truth[1] - 4, truth[1] + 4)
+    drawn[2] = np.where(truth[2] >= 128, truth[2] - 16, truth[2] + 16)
+    monkeypatch.setattr(ImageCodec, "decode", lambda codec, codes: drawn)
+    found = vqgan_metrics(codec, images)
+    assert found["psnr"] == pytest.approx((60 + 20 * np.log10(255 / 4) + 20 * np.log10(255 / 16)) / 3, rel=1e-5)
+    assert 0.8 < found["ssim"] < 1
+    codes = codec.encode(images)
+    share = np.unique(codes, return_counts=True)[1] / codes.size
+    assert found["codebook_use"] == len(share) / codec.codes
+    assert found["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(share * np.log(share))))

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import PIL.Image
 import pytest
 import tiny_config
 
+from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 from rac3.experiment import Experiment, FitConfig
+from rac3.retrieval.clip_checkpoints import ClipCheckpoint
+from rac3.retrieval.contrastive import contrastive_loss
 from rac3.stages import fit_clip, fitting
 from rac3.training.state import TrainState
 
@@ -28,14 +32,18 @@ WORDS = ("red", "blue", "green", "old", "small")
 
 
 def documents() -> list[Document]:
-    """Captions repeat, so that rows on different devices are no negatives of each other."""
+    """Captions repeat, so that rows on different devices are no negatives of each other. The second image of some is
+    not what their caption tells of."""
     rng = np.random.default_rng(0)
     out = []
     for number in range(24):
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
-        caption = f"a {WORDS[number % 5]} fox number {number % 9}"
-        out.append(Document(str(number), (Text(caption), Image(buffer.getvalue())), {}))
+        images = []
+        for _ in range(1 + number % 2):
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(rng.integers(0, 256, (32, 45, 3), np.uint8)).save(buffer, "PNG")
+            images.append(Image(buffer.getvalue()))
+        caption = f"a {WORDS[number % 5]} fox number {number % 3}"
+        out.append(Document(str(number), (Text(caption), *images), {}))
     return out
 
 
@@ -88,6 +96,98 @@ def close(one: Any, other: Any) -> bool:
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(other))
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(np.abs(a - b).max() < 1e-5 * scale for a, b in pairs)
+
+
+def prepared(
+    experiment: Experiment, given: list[Document], params: Any, folder: Path
+) -> tuple[fitting.Fitting, ClipCheckpoint]:
+    """What `fit_clip` hands to the training loop, and the checkpoint that it makes of `params`; nothing is fitted."""
+    handed = []
+
+    def skipped(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
+        assert config == experiment.clip.fit != experiment.vqgan.fit
+        handed.append(given)
+        return TrainState(np.zeros((), np.int32), params, ())
+
+    def adam(config: FitConfig, steps: int) -> optax.GradientTransformation:
+        assert (config, steps) == (experiment.clip.fit, experiment.clip.fit.steps)
+        return fitting.adam(config, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_clip, "fit_encoder", skipped)
+        patch.setattr(fit_clip, "adam", adam)
+        checkpoint = fit_clip.fit_clip(experiment, given, folder)
+    return handed[0], checkpoint
+
+
+def test_the_loss_sees_the_vectors_that_the_encoder_gives_later(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Row by row: the caption of a document with its own image, as `MixedEncoder` reads both from the artifact."""
+    experiment = tiny_config.get_config()
+    clip = replace(experiment.clip, text_crop=0.0, image_crop=1.0, max_logit_scale=7.0)
+    handed, checkpoint = prepared(replace(experiment, clip=clip), documents(), fitted.before, tmp_path)
+
+    def loss(text, image, scale, same, max_scale):
+        value, metrics = contrastive_loss(text, image, scale, same, max_scale)
+        given = {"text": text, "image": image, "scale": scale, "same": same, "max_scale": jnp.float32(max_scale)}
+        return value, metrics | given
+
+    monkeypatch.setattr(fit_clip, "contrastive_loss", loss)
+    state = TrainState(np.zeros((), np.int32), fitted.before, handed.optimizer.init(fitted.before))
+    _, metrics = jax.jit(handed.step)(state, handed.batch(np.arange(ROWS)), None)
+    seen = {name: np.asarray(value) for name, (value, _) in metrics.items()}
+
+    some, encoder = documents()[:ROWS], checkpoint.encoder()
+    images = encoder.embed_images([document.images[0] for document in some])
+    assert np.abs(np.diff(images, axis=0)).max(axis=1).min() > 1e-3  # the rows are told apart
+    np.testing.assert_allclose(seen["image"], images, atol=1e-5)
+    np.testing.assert_allclose(seen["text"], encoder.embed_texts([document.text for document in some]), atol=1e-5)
+    np.testing.assert_allclose(seen["scale"], fitted.before["logit_scale"])
+    assert seen["max_scale"] == 7
+    captions = np.array([document.text for document in some])
+    np.testing.assert_array_equal(seen["same"], captions[:, None] == captions)
+    assert seen["same"].sum() > ROWS
+
+
+def test_each_step_draws_its_own_crops_as_the_config_says(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[tuple[str, tuple[int, ...], float]] = []
+
+    class SeenEnoughError(Exception):
+        pass
+
+    def texts(key, ids, mask, share):
+        calls.append(("text", tuple(jax.random.key_data(key).tolist()), share))
+        return ids, mask
+
+    def images(key, pixels, smallest):
+        calls.append(("image", tuple(jax.random.key_data(key).tolist()), smallest))
+        raise SeenEnoughError
+
+    monkeypatch.setattr(fit_clip, "crop_texts", texts)
+    monkeypatch.setattr(fit_clip, "crop_images", images)
+    experiment = tiny_config.get_config()
+    experiment = replace(experiment, clip=replace(experiment.clip, text_crop=0.25, image_crop=0.5))
+    batch = jax.tree.map(jnp.asarray, fitted.batch)
+    for seed, number in ((0, 0), (0, 1), (1, 0), (0, 1)):
+        handed, _ = prepared(replace(experiment, seed=seed), documents(), fitted.before, tmp_path)
+        with pytest.raises(SeenEnoughError):
+            handed.step(TrainState(jnp.int32(number), fitted.before, ()), batch, None)
+    assert [(name, share) for name, _, share in calls] == [("text", 0.25), ("image", 0.5)] * 4
+    keys = [key for _, key, _ in calls]
+    assert len(set(keys)) == 6
+    assert keys[2:4] == keys[6:8]  # a function of seed and step
+
+
+def test_it_is_fitted_on_documents_with_text_and_image(fitted: Fitted, tmp_path: Path):
+    whole = documents()
+    text, image = (replace(whole[0], segments=whole[0].segments[part : part + 1]) for part in (0, 1))
+    with pytest.raises(InputError, match="no training document has both text and an image"):
+        fit_clip.fit_clip(tiny_config.get_config(), [text, image], tmp_path)
+    handed, _ = prepared(tiny_config.get_config(), [text, *whole[1:5], image], fitted.before, tmp_path)
+    assert handed.items == 4
 
 
 def test_eight_devices_step_as_one_does(fitted: Fitted):

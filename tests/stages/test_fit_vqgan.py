@@ -2,9 +2,11 @@
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,11 +18,12 @@ from rac3.documents.world import World
 from rac3.experiment import Data, Experiment, FitConfig, ImageTokenizer
 from rac3.sharding import use_mesh
 from rac3.stages import recipes
-from rac3.stages.fit_vqgan import fit_vqgan, vqgan_fitting
-from rac3.tokens.discriminator import AdversarialConfig
-from rac3.tokens.perceptual import CHANNELS, LAYERS, PerceptualConfig
-from rac3.tokens.vqgan import VQGANConfig
-from rac3.tokens.vqgan_objective import VQGANObjective
+from rac3.stages.fit_vqgan import fit_vqgan, make_step, vqgan_fitting
+from rac3.stages.fitting import Fitting, adam
+from rac3.tokens.discriminator import AdversarialConfig, Discriminator
+from rac3.tokens.perceptual import LAYERS, PerceptualConfig
+from rac3.tokens.vqgan import VQGAN, VQGANConfig
+from rac3.tokens.vqgan_objective import VQGANObjective, with_codebook
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.loop import put
 from rac3.training.metrics import read_metrics
@@ -39,6 +42,7 @@ TOKENIZER = ImageTokenizer(
 )
 EXPERIMENT = Experiment(name="fit", data=Data(World("train")), vqgan=TOKENIZER)
 STEPS = 4
+CHANNELS = (2, 2, 4, 4, 4)  # in the place of VGG16's
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +58,13 @@ def documents() -> list[Document]:
 
 
 class Run:
-    """The steps of an experiment one by one, on some of the devices; compiled once."""
+    """The steps of an experiment one by one, on some of the devices; compiled once, as `fit_vqgan` compiles them."""
 
     def __init__(self, documents: list[Document], devices: int) -> None:
         self.fitting = vqgan_fitting(EXPERIMENT, documents)
         self.config, self.mesh = EXPERIMENT.mesh, EXPERIMENT.mesh.build(jax.devices()[:devices])
-        self.step = jax.jit(self.fitting.step)
+        self.step = jax.jit(self.fitting.step, donate_argnums=0)
+        self.copy = jax.jit(partial(jax.tree.map, jnp.copy))
         with use_mesh(self.config, self.mesh):
             state = create_state(self.fitting.init, self.fitting.optimizer, EXPERIMENT.seed, self.config, self.mesh)
             self.first: TrainState = self.fitting.start(state, self.mesh)
@@ -71,7 +76,7 @@ class Run:
             for _ in range(steps):
                 rows = np.random.default_rng(int(state.step)).integers(24, size=16)
                 batch = put(self.fitting.batch(rows), self.config, self.mesh)
-                state, metrics = self.step(state, batch, self.fitting.frozen)
+                state, metrics = self.step(self.copy(state), batch, self.fitting.frozen)
                 out.append((state, {name: (float(a), float(b)) for name, (a, b) in metrics.items()}))
         return out
 
@@ -109,6 +114,85 @@ def test_the_players_meet_at_the_start_step(run: Run, whole):
     assert_trees_equal(before.params, whole[0][0].params)  # nothing of it counts yet
     kernels = [state.params["decoder"]["conv_out"]["kernel"] for state in (after, whole[1][0])]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-6
+
+
+def test_the_discriminator_tells_pictures_from_their_reconstructions(run: Run, whole):
+    """The third step, whose update of the discriminator is the first with a learning rate: hinge losses by hand."""
+    (before, _), (after, metrics) = jax.device_get(whole[1:3])
+    real = jnp.asarray(run.fitting.batch(np.random.default_rng(2).integers(24, size=16)) / np.float32(127.5) - 1)
+    variables = {"params": with_codebook(before.params, before.extra.codebook)}
+    fake = jax.jit(lambda variables: VQGAN(MODEL).apply(variables, real, train=True).reconstruction)(variables)
+
+    @jax.jit
+    def logits(params):
+        return [Discriminator(ADVERSARIAL).apply({"params": params}, pictures) for pictures in (real, fake)]
+
+    def hinge(of_real, of_fake):
+        return (jnp.maximum(0, 1 - of_real).mean() + jnp.maximum(0, 1 + of_fake).mean()) / 2
+
+    params = before.extra.discriminator.params
+    of_real, of_fake = logits(params)
+    assert abs(hinge(of_real, of_fake) - hinge(of_fake, of_real)) > 1e-3
+    assert metrics["discriminator_loss"][0] == pytest.approx(float(hinge(of_real, of_fake)), abs=1e-4)
+    assert metrics["generator_loss"][0] == pytest.approx(-float(of_fake.mean()), abs=1e-4)
+    gradient = jax.jit(jax.grad(lambda params: hinge(*logits(params))))(params)
+    moved = jax.tree.map(np.subtract, after.extra.discriminator.params, params)
+    assert sum(np.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (moved, gradient)), strict=True)) < 0
+
+
+def test_the_average_follows_the_parameters_after_each_step(run: Run, whole):
+    average, states = jax.device_get((run.first.params, whole))
+    for updates, (state, _) in enumerate(states):
+        decay = (1 + updates) / (10 + updates)  # of the warm-up, below ema_decay
+        average = jax.tree.map(lambda kept, new: decay * kept + (1 - decay) * new, average, state.params)  # noqa: B023
+    difference = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), average, states[-1][0].extra.average)
+    assert max(jax.tree.leaves(difference)) < 1e-6
+
+
+def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[int, ...]] = []
+
+    class SeenEnoughError(Exception):
+        pass
+
+    def step(model, objective, params, codebook, images, key, perceptual, adversary):
+        np.testing.assert_allclose(images, 50 / 127.5 - 1)
+        seen.append(tuple(jax.random.key_data(key).tolist()))
+        raise SeenEnoughError
+
+    monkeypatch.setattr("rac3.stages.fit_vqgan.vqgan_step", step)
+    for seed, number in ((0, 0), (0, 1), (1, 0), (0, 1)):
+        made = make_step(replace(EXPERIMENT, seed=seed), VQGAN(MODEL), run.fitting.optimizer, None)
+        with pytest.raises(SeenEnoughError):
+            made(run.first.replace(step=jnp.int32(number)), jnp.full((2, 8, 8, 3), 50, jnp.uint8), None)
+    assert len(set(seen)) == 3
+    assert seen[1] == seen[3]  # a function of seed and step
+
+
+def test_it_is_fitted_as_its_own_settings_say(documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def skipped(experiment: Experiment, config: FitConfig, fitting: Fitting, folder: Path) -> TrainState:
+        seen.append(config)
+        raise InputError("enough")
+
+    def recorded(config: FitConfig, steps: int):
+        seen.append((config, steps))
+        return adam(config, steps)
+
+    monkeypatch.setattr("rac3.stages.fit_vqgan.fit_encoder", skipped)
+    monkeypatch.setattr("rac3.stages.fit_vqgan.adam", recorded)
+    with pytest.raises(InputError, match="enough"):
+        fit_vqgan(EXPERIMENT, documents[:1], tmp_path)
+    assert seen == [(TOKENIZER.fit, 4), (TOKENIZER.fit, 3), TOKENIZER.fit]  # generator, discriminator from step 1, loop
+
+
+def test_every_image_of_a_document_is_a_row(documents):
+    two = replace(documents[0], segments=documents[0].segments + documents[1].segments)
+    fitting = vqgan_fitting(EXPERIMENT, [two, documents[2]])
+    assert fitting.items == 3
+    for row, document in enumerate(documents[:3]):
+        np.testing.assert_array_equal(fitting.batch(np.array([row]))[0], document.images[0].pixels())
 
 
 def test_many_devices_as_one(documents, whole):
@@ -153,8 +237,9 @@ def test_the_average_and_the_codebook_are_kept(run: Run, documents, tmp_path: Pa
     assert 0 < np.abs(fitted["decoder"]["conv_out"]["kernel"] - kernel).max() < 1e-2
 
 
-def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path):
+def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr("rac3.tokens.perceptual.CHANNELS", CHANNELS)
     widths = dict(zip((index for layer in LAYERS for index in layer), (
         width for layer, width in zip(LAYERS, CHANNELS, strict=True) for _ in layer), strict=True))  # fmt: skip
     inputs = [3, *list(widths.values())[:-1]]

@@ -48,6 +48,13 @@ def test_parity_with_torch():
     np.testing.assert_allclose(logits, expected, atol=1e-5 * scale)  # float32 sums of up to 1,024 terms
 
 
+def test_initial_kernels_have_the_spread_of_pix2pix():
+    kernel = jax.random.key(0)
+    params = jax.jit(Discriminator(AdversarialConfig(ndf=16, n_layers=1)).init)(kernel, jnp.zeros((1, 8, 8, 3)))
+    for name in ("conv_0", "conv_1"):  # of 768 and 8,192 values
+        assert float(params["params"][name]["kernel"].std()) == pytest.approx(0.02, rel=0.1)
+
+
 def test_channels_grow_up_to_eight_times():
     model = Discriminator(AdversarialConfig(ndf=2, n_layers=5))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))["params"]

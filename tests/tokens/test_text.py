@@ -79,6 +79,11 @@ def test_folder_is_a_checkpoint(folder, tokenizer):
     assert again.encode(STRINGS[2]) == tokenizer.encode(STRINGS[2])
 
 
+def test_a_checkpoint_goes_before_the_folder_of_a_fitted_one(folder, tmp_path):
+    TextTokenizer(vocab_size=260).fit(CAPTIONS, tmp_path)
+    assert TextTokenizer(checkpoint=str(folder)).load(tmp_path).size == 300
+
+
 def test_tokenizer_with_special_tokens(folder, tmp_path):
     """A public tokenizer adds special tokens of its own; here none is added, and ids may have gaps."""
     data = json.loads((folder / "tokenizer.json").read_text())
@@ -94,6 +99,7 @@ def test_tokenizer_with_special_tokens(folder, tmp_path):
         '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}'
     )
     tokenizer = TextTokenizer(checkpoint=str(tmp_path)).load()
+    assert tokenizer.size == 311  # the bound of its 301 ids
     ids = tokenizer.encode("a photo")
     assert 310 not in ids
     assert tokenizer.decode(ids) == "a photo"

@@ -161,6 +161,15 @@ def test_no_begin_or_end_is_added(folders: dict[str, Path], tokenizers: dict[str
     assert tokenizer.encode("a photo of a red circle") == with_them[begin:end]
 
 
+@pytest.mark.parametrize("name", BOS)
+def test_added_specials_survive_where_a_text_is_cut(
+    folders: dict[str, Path], tokenizers: dict[str, Tokenizer], name: str
+):
+    for length in (3, 5, 64):
+        expected = published(folders[name])("a photo of a red circle", truncation=True, max_length=length)["input_ids"]
+        assert tokenizers[name].encode_with_specials("a photo of a red circle", length) == expected
+
+
 def test_both_forms_of_files_are_the_same_tokenizer(tokenizers: dict[str, Tokenizer]):
     for name in ("GPT-2", "OPT", "CLIP"):
         one, other = tokenizers[name], tokenizers[f"{name}, tokenizer.json"]

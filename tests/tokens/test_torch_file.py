@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import sys
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -95,8 +96,12 @@ class Harmful:
         ("bfloat16", ml_dtypes.bfloat16),
         ("int64", np.int64),
         ("int32", np.int32),
+        ("int16", np.int16),
+        ("int8", np.int8),
         ("uint8", np.uint8),
         ("bool", np.bool_),
+        ("complex64", np.complex64),
+        ("complex128", np.complex128),
     ],
 )
 def test_round_trip(tmp_path: Path, zipped: bool, dtype: str, numpy_dtype: type):
@@ -105,9 +110,29 @@ def test_round_trip(tmp_path: Path, zipped: bool, dtype: str, numpy_dtype: type)
     path = save(tmp_path / "w.pt", {"w": tensor, "scalar": tensor[0, 0, 0], "empty": tensor[:, :0]}, zipped)
     read = read_state_dict(path)
     assert read["w"].dtype == numpy_dtype
-    np.testing.assert_array_equal(read["w"].astype(np.int64), values.numpy())
+    np.testing.assert_array_equal(read["w"].astype(np.complex128), values.numpy())
     assert (read["scalar"].shape, read["empty"].shape) == ((), (3, 0, 5))
-    np.testing.assert_array_equal(read["scalar"].astype(np.int64), values[0, 0, 0].numpy())
+    np.testing.assert_array_equal(read["scalar"].astype(np.complex128), values[0, 0, 0].numpy())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_any_protocol_of_pickle(tmp_path: Path, protocol: int):
+    entries = {"state_dict": {"w": torch.eye(2), "v": torch.arange(3.0)}, "callback": Callback(), "lr": (0.1, [1, "a"])}
+    torch.save(entries, tmp_path / "w.pt", pickle_protocol=protocol)
+    found = read_torch_file(tmp_path / "w.pt")
+    assert list(found.tensors) == ["w", "v"]
+    np.testing.assert_array_equal(found.tensors["w"], np.eye(2))
+    np.testing.assert_array_equal(found.tensors["v"], [0, 1, 2])
+    assert f"{__name__}.Callback" in found.foreign
+
+
+@FORMATS
+def test_a_file_of_a_big_endian_machine(tmp_path: Path, zipped: bool):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "byteorder", "big")
+        path = save(tmp_path / "w.pt", {"w": torch.ones(2)}, zipped)
+    with pytest.raises(InputError, match=r"w\.pt' were written by a big-endian machine"):
+        read_state_dict(path)
 
 
 @FORMATS

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from rac3.tokens.vocabulary import NUM_SPECIALS, SPECIAL_NAMES, Vocabulary
+from rac3.tokens.vocabulary import (
+    END_OF_INFILL,
+    EOD,
+    IMAGE_ALT,
+    IMAGE_END,
+    IMAGE_SOURCE,
+    NUM_SPECIALS,
+    PAD,
+    SPECIAL_NAMES,
+    Vocabulary,
+)
 
 VOCABULARY = Vocabulary(text_size=300, image_size=64)
 
@@ -14,6 +24,12 @@ def test_every_id_is_of_one_range():
     assert [int(each.sum()) for each in ranges] == [8, 300, 64, 16]
     np.testing.assert_array_equal(sum(each.astype(int) for each in ranges), ids < VOCABULARY.size)
     assert len(SPECIAL_NAMES) == NUM_SPECIALS
+
+
+def test_each_special_has_its_own_id_and_name():
+    specials = {PAD: "<pad>", EOD: "<eod>", IMAGE_ALT: '<img alt="', IMAGE_SOURCE: '" src="', IMAGE_END: '">'}
+    specials |= {END_OF_INFILL: "<eoi>", 6: "<spare:0>", 7: "<spare:1>"}
+    assert specials == dict(enumerate(SPECIAL_NAMES))
 
 
 def test_shifts_fill_their_ranges_in_order():

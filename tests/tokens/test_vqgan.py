@@ -11,9 +11,10 @@ from flax.traverse_util import flatten_dict
 
 from rac3.config import InputError
 from rac3.evaluation.reconstruction import psnr
-from rac3.tokens.params_file import load_params, save_params
 from rac3.tokens.vqgan import (
     VQGAN,
+    Downsample,
+    Upsample,
     UpsampleConv,
     VQGANConfig,
     nearest_codes,
@@ -92,6 +93,51 @@ def test_an_upsampling_convolution_is_the_one_it_replaces():
     assert jax.tree.map(jnp.shape, UpsampleConv(4).init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, params)
     expected = plain.apply(params, x.repeat(2, axis=1).repeat(2, axis=2))
     np.testing.assert_allclose(UpsampleConv(4).apply(params, x), expected, atol=2e-6)  # sums of 27 terms of order 1
+
+
+def test_resampling_without_convolutions_is_torchs():
+    torch = pytest.importorskip("torch")
+    config = replace(TINY, resamp_with_conv=False)
+    x = np.random.default_rng(0).standard_normal((2, 4, 6, 3)).astype(np.float32)
+    nchw = torch.from_numpy(x).permute(0, 3, 1, 2)
+    for module, expected in (
+        (Downsample(config), torch.nn.functional.avg_pool2d(nchw, 2)),
+        (Upsample(config), torch.nn.functional.interpolate(nchw, scale_factor=2.0, mode="nearest")),
+    ):
+        found, variables = module.init_with_output(jax.random.key(0), jnp.asarray(x))
+        assert not variables
+        np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), rtol=1e-6)
+
+
+def test_a_latent_kernel_of_one_pixel_is_that_of_all_convolutions_on_the_grid():
+    model = VQGAN(replace(TINY, ch_mult=(1, 2, 2), latent_kernel=1))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    sizes = {path: leaf.shape[0] for path, leaf in flatten_dict(shapes, sep="/").items() if leaf.ndim == 4}
+    pointwise = ("nin_shortcut", "quant_conv", "attn")
+    assert all(size == 1 for path, size in sizes.items() if any(part in path for part in pointwise))
+    rest = {path: size for path, size in sizes.items() if not any(part in path for part in pointwise)}
+    on_the_grid = {"encoder/conv_out/kernel", "decoder/conv_in/kernel"}
+    on_the_grid |= {path for path in rest if re.search(r"mid_|down_2_block|up_2_block", path)}
+    assert len(on_the_grid) == 2 + 2 * (2 + 2 + 1) + 2 * 2  # two in each of the blocks, one up to two of which
+    assert {path for path, size in rest.items() if size == 1} == on_the_grid
+    assert {rest[path] for path in rest.keys() - on_the_grid} == {3}
+
+
+def test_dropout_acts_in_training_alone():
+    model = VQGAN(replace(TINY, dropout=0.5))
+    images = preprocess(rectangles(0, 2, 8))
+    params = random_params(model)
+
+    @partial(jax.jit, static_argnums=1)
+    def run(key, train):
+        return model.apply({"params": params}, images, train=train, rngs={"dropout": key})
+
+    one, other, again = (run(jax.random.key(seed), True) for seed in (0, 1, 0))
+    plain = apply(VQGAN(TINY), params, images)
+    np.testing.assert_array_equal(one.latents, again.latents)
+    for field in ("latents", "reconstruction"):
+        assert np.abs(getattr(one, field) - getattr(other, field)).max() > 1e-2
+        np.testing.assert_allclose(getattr(run(jax.random.key(0), False), field), getattr(plain, field), atol=1e-5)
 
 
 def test_shapes_and_raster_order(tiny):
@@ -233,7 +279,10 @@ def test_metrics_of_a_known_batch(tiny):
     out = apply(model, with_codebook(params, codebook), images)
     error = np.asarray(out.reconstruction - images)
     np.testing.assert_allclose(metrics["loss"], np.abs(error).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["l1"], np.abs(error / 2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["mse"], np.mean((error / 2) ** 2), rtol=1e-5)
     np.testing.assert_allclose(metrics["psnr"], -10 * np.log10(np.mean((error / 2) ** 2)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["commitment"], np.mean((out.latents - out.quantized) ** 2), rtol=1e-5)
     share = np.bincount(np.asarray(out.codes).ravel(), minlength=TINY.n_embed) / out.codes.size
     entropy = -sum(p * np.log(p) for p in share if p)
     np.testing.assert_allclose(metrics["perplexity"], np.exp(entropy), rtol=1e-5)
@@ -271,40 +320,6 @@ def test_fitting_raises_psnr():
     after = whole_psnr(with_codebook(params, codebook))
     assert after > before + 5
     assert metrics["perplexity"] > 8  # of 64: no collapse onto a few codes
-
-
-def test_parameters_on_disk(tiny, tmp_path):
-    _, params = tiny
-    save_params(tmp_path / "vqgan.safetensors", params)
-    loaded = load_params(tmp_path / "vqgan.safetensors")
-    assert jax.tree.structure(loaded) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    assert [p.name for p in tmp_path.iterdir()] == ["vqgan.safetensors"]
-
-    half = {
-        "a": {"b": jnp.array([1.5, 2], jnp.bfloat16)},
-        "c": jnp.float32(3),
-        "d": jnp.zeros((0, 2)),
-        "t": np.ones((2, 3)).T,
-    }
-    save_params(tmp_path / "half.safetensors", half)
-    loaded = load_params(tmp_path / "half.safetensors")
-    assert loaded["a"]["b"].dtype == jnp.bfloat16
-    assert loaded["c"].shape == ()
-    jax.tree.map(np.testing.assert_array_equal, loaded, half)
-
-
-def test_unreadable_parameters_are_one_clear_line(tiny, tmp_path):
-    path = tmp_path / "vqgan.safetensors"
-    save_params(path, tiny[1])
-    whole = path.read_bytes()
-    for content in (whole[:-100], whole[:50], b"", b"not safetensors at all, but long enough to be read"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=r"vqgan\.safetensors.*(cut short|not safetensors)") as error:
-            load_params(path)
-        assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="do not exist"):
-        load_params(tmp_path / "nothing.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -420,17 +435,73 @@ def test_revived_codes_go_where_no_code_is_near() -> None:
     np.testing.assert_allclose(after.embedding[1], [5.0, 5.0])
 
 
+def test_codes_that_die_together_go_to_different_vectors() -> None:
+    vectors = jnp.arange(40.0).reshape(20, 2)
+    embedding = jnp.full((8, 2), -50.0).at[0].set(0.0)
+    start = CodebookState(embedding, jnp.zeros(8).at[0].set(20.0), jnp.zeros((8, 2)))
+    codes = jnp.zeros(20, int)
+    draws = [update_codebook(VQGANObjective(), start, vectors, codes, jax.random.key(seed)) for seed in (0, 1)]
+    for draw in draws:
+        revived = np.asarray(draw.embedding[1:])
+        assert {tuple(row) for row in revived} <= {tuple(row) for row in np.asarray(vectors)}
+        assert len(np.unique(revived, axis=0)) == 7
+        np.testing.assert_allclose(draw.cluster_size[1:], 20 / 8)  # an even use
+    assert not np.array_equal(draws[0].embedding, draws[1].embedding)
+
+
+def test_smoothing_pulls_the_sizes_together_and_keeps_their_sum() -> None:
+    objective = VQGANObjective(decay=0.0, smoothing=1.0, revive_below=0.0)
+    start = CodebookState(jnp.zeros((2, 1)), jnp.zeros(2), jnp.zeros((2, 1)))
+    after = update_codebook(objective, start, jnp.array([[1.0], [2.0], [4.0]]), jnp.array([0, 0, 1]), jax.random.key(0))
+    # three vectors, two codes: sizes 2 and 1 become (2 + 1) / (3 + 2) * 3 = 1.8 and (1 + 1) / (3 + 2) * 3 = 1.2
+    np.testing.assert_allclose(after.embedding, [[3 / 1.8], [4 / 1.2]], rtol=1e-6)
+    np.testing.assert_allclose(after.cluster_size, [2, 1])
+
+
+def test_a_codebook_begins_as_vectors_of_the_images_each_once(tiny) -> None:
+    model, params = tiny
+    images = preprocess(rectangles(0, 4, 8))  # 64 vectors for 32 codes
+    latents = np.asarray(apply(model, params, images, "latents")).reshape(-1, TINY.embed_dim)
+    first, other = (jax.jit(init_codebook_from_batch, static_argnums=0)(model, params, images, jax.random.key(seed))
+                    for seed in (0, 1))  # fmt: skip
+    distance = np.abs(np.asarray(first.embedding)[:, None] - latents).max(axis=-1)
+    assert distance.min(axis=1).max() < 1e-5
+    assert len(np.unique(distance.argmin(axis=1))) == TINY.n_embed
+    np.testing.assert_allclose(first.cluster_size, 2)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(first))  # as it is restored from a checkpoint
+    np.testing.assert_allclose(first.vector_sum, 2 * first.embedding)
+    assert not np.array_equal(first.embedding, other.embedding)
+
+
+def test_locality_loss_is_that_of_exchanged_patches(tiny) -> None:
+    """Patch by patch: half of them are the next image's, and each vector should be that of its own image."""
+    model, params = tiny
+    images = np.asarray(preprocess(rectangles(0, 3, 8)))
+    latents = np.asarray(apply(model, params, jnp.asarray(images), "latents"))
+    own = np.asarray(jax.random.bernoulli(jax.random.key(5), 0.5, (3, 4, 4, 1)))
+    mixed, wanted = images.copy(), latents.copy()
+    for image, row, column in zip(*np.nonzero(~own[..., 0]), strict=True):
+        rows, columns = slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2)
+        mixed[image, rows, columns] = images[image - 1, rows, columns]
+        wanted[image, row, column] = latents[image - 1, row, column]
+    moved = np.asarray(apply(model, params, jnp.asarray(mixed), "latents"))
+    expected = np.mean((moved - wanted) ** 2) / np.mean(np.var(wanted.reshape(-1, TINY.embed_dim), axis=0))
+    loss = jax.jit(locality_loss, static_argnums=0)
+    found = loss(
+        model, {"params": params}, jnp.asarray(images), jnp.asarray(latents), jax.random.key(5), jax.random.key(6)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_locality_loss_is_small_only_where_vectors_ignore_their_neighbors() -> None:
-    images = preprocess(rectangles(0, 16, 8))
+    images, keys = preprocess(rectangles(0, 16, 8)), [jax.random.key(0), jax.random.key(1)]
     near = VQGAN(replace(TINY, latent_kernel=1, mid_attn=False, attn_resolutions=()))
-    far = VQGAN(TINY)
-    loss = {}
-    for name, model in (("near", near), ("far", far)):
-        variables = {"params": random_params(model)}
-        latents = model.apply(variables, images, method="latents")
-        loss[name] = float(locality_loss(model, variables, images, latents, jax.random.key(0)))
-    assert loss["near"] < loss["far"]
+
+    @partial(jax.jit, static_argnums=0)
+    def loss(model: VQGAN, params: dict) -> jax.Array:
+        latents = model.apply({"params": params}, images, method="latents")
+        return locality_loss(model, {"params": params}, images, latents, *keys)
+
+    assert loss(near, random_params(near)) < loss(VQGAN(TINY), random_params(VQGAN(TINY)))
     # Were every vector a function of its patch alone, exchanging other patches would change nothing.
-    blind = jax.tree.map(jnp.zeros_like, random_params(near))
-    latents = near.apply({"params": blind}, images, method="latents")
-    assert float(locality_loss(near, {"params": blind}, images, latents, jax.random.key(0))) == 0
+    assert loss(near, jax.tree.map(jnp.zeros_like, random_params(near))) == 0

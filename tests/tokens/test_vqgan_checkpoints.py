@@ -24,7 +24,7 @@ from rac3.stages.embed import open_documents
 from rac3.stages.encoders import ImageCodec, open_vqgan
 from rac3.tokens.vqgan import VQGAN, VQGANConfig, at_resolution
 from rac3.tokens.vqgan_checkpoints import VQGANCheckpoint, load_vqgan
-from rac3.tokens.vqgan_configs import read_settings, taming_config, taming_model
+from rac3.tokens.vqgan_configs import chameleon_config, diffusers_config, read_settings, taming_config, taming_model
 from rac3.tokens.vqgan_files import checkpoint_files, require_decoder
 from rac3.tokens.vqgan_weights import taming_name
 
@@ -402,7 +402,39 @@ def test_another_resolution_keeps_the_layers(tmp_path: Path):
     assert_same_codes(encode(found, images), expected)
 
 
+def test_what_a_config_of_diffusers_leaves_out_is_as_there(tmp_path: Path):
+    diffusers = pytest.importorskip("diffusers")
+    (tmp_path / "some.json").write_text('{"_class_name": "VQModel"}')
+    whole = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dict(diffusers.VQModel().config).items()
+    }
+    (tmp_path / "all.json").write_text(json.dumps(whole))
+    some, everything = (diffusers_config(read_settings(tmp_path / name)) for name in ("some.json", "all.json"))
+    assert some == everything
+    assert (some.n_embed, some.z_channels, some.norm_groups) == (256, 3, 32)
+
+
 # transformers
+
+
+def test_what_a_config_of_chameleon_leaves_out_is_as_in_transformers(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text("{}")
+    found, reference = chameleon_config(read_settings(tmp_path / "config.json")), transformers.ChameleonVQVAEConfig()
+    assert found == VQGANConfig(
+        ch=reference.base_channels,
+        ch_mult=tuple(reference.channel_multiplier),
+        num_res_blocks=reference.num_res_blocks,
+        attn_resolutions=tuple(reference.attn_resolutions or ()),
+        resolution=reference.resolution,
+        in_channels=reference.in_channels,
+        z_channels=reference.latent_channels,
+        embed_dim=reference.embed_dim,
+        n_embed=reference.num_embeddings,
+        dropout=reference.dropout,
+        mid_attn=reference.attn_type == "vanilla",
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -416,6 +448,8 @@ def test_parity_with_chameleon(tmp_path: Path, dtype: str):
     found = load_vqgan(tmp_path)
     assert not found.decodes
     assert "encoder only" in found.summary()
+    with pytest.raises(InputError, match="has no decoder, so that a model trained on its codes could never draw"):
+        require_decoder(tmp_path)
     with torch.no_grad():
         expected = module.float().encode(to_torch(images)).image_tokens.numpy()
     assert_same_codes(encode(found, images), expected)

@@ -1,5 +1,6 @@
 """The gradients of fitting against plain ones, the adaptive weight, and the average of the weights."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from rac3.config import InputError
 from rac3.tokens.discriminator import AdversarialConfig
+from rac3.tokens.perceptual import LPIPS, PerceptualConfig, lpips
 from rac3.tokens.vqgan import VQGAN, VQGANConfig
 from rac3.tokens.vqgan_objective import (
     VQGANObjective,
@@ -30,17 +32,22 @@ OBJECTIVE = VQGANObjective(l1=0.7, l2=0.4, locality=0.1, adversarial=Adversarial
 KEY = jax.random.key(3)
 
 
-@pytest.fixture(scope="module")
-def start() -> tuple:
-    """(parameters, codebook, images)"""
-    images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3), minval=-1.0)
-    rng = np.random.default_rng(1)  # to compile `init` would take longer than all the rest
+def drawn(model: VQGAN, images: jax.Array) -> dict:
+    """Parameters; to compile `init` would take longer than all the rest."""
+    rng = np.random.default_rng(1)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.standard_normal(leaf.shape).astype(np.float32)
         return jnp.asarray(values / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 1 + 0.1 * values)
 
-    params = jax.tree.map(draw, jax.eval_shape(MODEL.init, jax.random.key(1), images)["params"])
+    return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(1), images)["params"])
+
+
+@pytest.fixture(scope="module")
+def start() -> tuple:
+    """(parameters, codebook, images)"""
+    images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3), minval=-1.0)
+    params = drawn(MODEL, images)
     return params, init_codebook_from_batch(MODEL, params, images, jax.random.key(2)), images
 
 
@@ -64,7 +71,8 @@ def plain_losses(params, codebook, images) -> jax.Array:
     out = MODEL.apply(variables, images, train=True)
     error = out.reconstruction - images
     commitment = jnp.mean((out.latents - jax.lax.stop_gradient(out.quantized)) ** 2)
-    locality = locality_loss(MODEL, variables, images, out.latents, jax.random.split(KEY, 3)[2])
+    dropout_key, _, mix_key = jax.random.split(KEY, 3)
+    locality = locality_loss(MODEL, variables, images, out.latents, mix_key, dropout_key)
     reconstruction = 0.7 * jnp.mean(jnp.abs(error)) + 0.4 * jnp.mean(error**2)
     return jnp.stack([reconstruction, 0.25 * commitment + 0.1 * locality, critic(out.reconstruction)])
 
@@ -90,6 +98,60 @@ def test_gradients_are_those_of_the_sum_of_the_losses(start, compiled):
             # float32 sums in another order, relative to the largest value
             atol = 1e-4 * np.abs(one).max() + 1e-7
             np.testing.assert_allclose(other, one, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_perceptual_loss_counts_by_its_weight():
+    """With two layers of two channels in the place of VGG16's."""
+    rng = np.random.default_rng(0)
+    model = VQGAN(replace(MODEL.config, n_embed=4))
+    images = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1.0)
+    params = drawn(model, images)
+    codebook = init_codebook_from_batch(model, params, images, jax.random.key(2))
+
+    def layer(inputs: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        return ((jnp.asarray(rng.standard_normal((3, 3, inputs, 2)), jnp.float32), jnp.zeros(2)),)
+
+    weights = LPIPS((layer(3), layer(2)), (jnp.ones(2), jnp.array([0.5, 2.0])))
+    objective = VQGANObjective(l1=0.0, l2=1.0, beta=0.0, perceptual=PerceptualConfig(weight=3.0))
+    found = jax.jit(partial(vqgan_step, model, objective))(params, codebook, images, KEY, weights)
+
+    def plain(params):
+        out = model.apply({"params": with_codebook(params, codebook)}, images, train=True)
+        distance = jnp.mean(lpips(weights, images, out.reconstruction))
+        return jnp.mean((out.reconstruction - images) ** 2) + 3 * distance, distance
+
+    (loss, distance), gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    assert distance > 0.1
+    np.testing.assert_allclose(found.metrics["perceptual"], distance, rtol=1e-4)
+    np.testing.assert_allclose(found.metrics["loss"], loss, rtol=1e-4)
+    kernel, expected = (tree["decoder"]["conv_out"]["kernel"] for tree in (found.gradients, gradients))
+    np.testing.assert_allclose(kernel, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_step_drops_out_by_its_key(start):
+    params, codebook, images = start
+    model = VQGAN(replace(MODEL.config, dropout=0.5))
+    step = jax.jit(partial(vqgan_step, model, VQGANObjective(locality=0.1)))
+    l1 = [float(step(params, codebook, images, jax.random.key(seed)).metrics["l1"]) for seed in (0, 0, 1)]
+    reconstruction = jax.jit(MODEL.apply)({"params": with_codebook(params, codebook)}, images).reconstruction
+    without = np.abs(reconstruction - images).mean() / 2
+    assert l1[0] == l1[1]
+    assert min(abs(l1[0] - l1[2]), abs(l1[0] - without)) > 1e-3
+
+
+def test_dropout_alone_is_no_lack_of_locality(start):
+    """A picture whose patches are exchanged for its own."""
+    params, codebook, images = start
+    model = VQGAN(replace(MODEL.config, dropout=0.5))
+    variables, image, one, other = {"params": with_codebook(params, codebook)}, images[:1], *jax.random.split(KEY)
+
+    @jax.jit
+    def loss(key):
+        latents = model.apply(variables, image, True, method="latents", rngs={"dropout": one})
+        return locality_loss(model, variables, image, latents, KEY, key)
+
+    assert loss(one) == 0
+    assert loss(other) > 0.1
 
 
 def test_the_adaptive_weight_costs_no_second_backward_pass(compiled):
