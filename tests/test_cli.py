@@ -658,7 +658,7 @@ def test_damaged_documents_are_counted(rac3: Run, refused: Refused, tmp_path: Pa
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")  # it restores onto the mesh that it was saved from
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, rac3: Run, finished_workdir: tuple[Path, Path]):
     """Bit for bit: the VQGAN, with all that its fitting carries along, and the model."""
-    steps = {"--vqgan.fit.steps": "70", "--training.steps": "20", "--training.checkpoint-every": "5"}
+    steps = {"--vqgan.fit.steps": "60", "--training.steps": "20", "--training.checkpoint-every": "5"}
     settings = [word for pair in steps.items() for word in pair] + ["--no-compare-with-cm3"]
     players = {"ema-decay": "0.99", "adversarial.weight": "0.5", "adversarial.start": "40", "adversarial.ndf": "4"}
     settings += [word for name, value in players.items() for word in (f"--vqgan.objective.{name}", value)]

@@ -1,7 +1,6 @@
 """The plan's arithmetic, and what it refuses."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 import tiny_config
 
-from rac3 import plan as module
 from rac3.artifacts import Workdir
 from rac3.cli import run
 from rac3.config import InputError, load_config_module
@@ -21,14 +19,6 @@ from rac3.scale import Scale
 from rac3.tokens.vqgan import VQGAN
 
 PAPER = load_config_module(str(Path(__file__).parents[1] / "configs" / "ra_cm3_2_7b.py")).get_config()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def each_program_is_counted_once():
-    """XLA takes seconds for the encoders of the paper, and most tests have these."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_flops", cache(module._flops))
-        yield
 
 
 def table(experiment, folder) -> dict[str, list[str]]:
