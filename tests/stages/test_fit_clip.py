@@ -25,9 +25,12 @@ from rac3.experiment import Experiment, FitConfig
 from rac3.retrieval.clip_checkpoints import ClipCheckpoint
 from rac3.retrieval.contrastive import contrastive_loss
 from rac3.stages import fit_clip, fitting
+from rac3.tokens.text import TextTokenizer
 from rac3.training.state import TrainState
 
 ROWS = 16
+EXPERIMENT = tiny_config.get_config()
+EXPERIMENT = replace(EXPERIMENT, clip=replace(EXPERIMENT.clip, fit=FitConfig(steps=7, batch=ROWS)))
 WORDS = ("red", "blue", "green", "old", "small")
 
 
@@ -69,8 +72,7 @@ class Fitted:
 def one_step(folder: Path) -> Fitted:
     """One step of the real `fit_clip` on all devices, without augmentation, by plain descent at rate 1."""
     seen: dict[str, Any] = {}
-    experiment: Experiment = tiny_config.get_config()
-    clip = replace(experiment.clip, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
+    clip = replace(EXPERIMENT.clip, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
 
     def watched(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
         seen["step"] = given.step
@@ -81,7 +83,7 @@ def one_step(folder: Path) -> Fitted:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_clip, "adam", lambda config, steps: optax.sgd(1.0))
         patch.setattr(fit_clip, "fit_encoder", watched)
-        checkpoint = fit_clip.fit_clip(replace(experiment, clip=clip), documents(), folder)
+        checkpoint = fit_clip.fit_clip(replace(EXPERIMENT, clip=clip), documents(), folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return Fitted(**seen, after=checkpoint.params, loss=json.loads(lines[-1])["loss"])
 
@@ -124,9 +126,10 @@ def test_the_loss_sees_the_vectors_that_the_encoder_gives_later(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Row by row: the caption of a document with its own image, as `MixedEncoder` reads both from the artifact."""
-    experiment = tiny_config.get_config()
-    clip = replace(experiment.clip, text_crop=0.0, image_crop=1.0, max_logit_scale=7.0)
-    handed, checkpoint = prepared(replace(experiment, clip=clip), documents(), fitted.before, tmp_path)
+    clip = replace(EXPERIMENT.clip, text_crop=0.0, image_crop=1.0, max_logit_scale=7.0)
+    handed, checkpoint = prepared(replace(EXPERIMENT, clip=clip), documents(), fitted.before, tmp_path)
+    text = checkpoint.config.text_config
+    assert (text.vocab_size, text.eos_token_id) == (checkpoint.tokenizer.size + 2, checkpoint.tokenizer.size + 1)
 
     def loss(text, image, scale, same, max_scale):
         value, metrics = contrastive_loss(text, image, scale, same, max_scale)
@@ -168,8 +171,7 @@ def test_each_step_draws_its_own_crops_as_the_config_says(
 
     monkeypatch.setattr(fit_clip, "crop_texts", texts)
     monkeypatch.setattr(fit_clip, "crop_images", images)
-    experiment = tiny_config.get_config()
-    experiment = replace(experiment, clip=replace(experiment.clip, text_crop=0.25, image_crop=0.5))
+    experiment = replace(EXPERIMENT, clip=replace(EXPERIMENT.clip, text_crop=0.25, image_crop=0.5))
     batch = jax.tree.map(jnp.asarray, fitted.batch)
     for seed, number in ((0, 0), (0, 1), (1, 0), (0, 1)):
         handed, _ = prepared(replace(experiment, seed=seed), documents(), fitted.before, tmp_path)
@@ -181,13 +183,20 @@ def test_each_step_draws_its_own_crops_as_the_config_says(
     assert keys[2:4] == keys[6:8]  # a function of seed and step
 
 
-def test_it_is_fitted_on_documents_with_text_and_image(fitted: Fitted, tmp_path: Path):
-    whole = documents()
+def test_it_is_fitted_on_documents_with_text_and_image(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, fit, captions = documents(), TextTokenizer.fit, []
     text, image = (replace(whole[0], segments=whole[0].segments[part : part + 1]) for part in (0, 1))
     with pytest.raises(InputError, match="no training document has both text and an image"):
-        fit_clip.fit_clip(tiny_config.get_config(), [text, image], tmp_path)
-    handed, _ = prepared(tiny_config.get_config(), [text, *whole[1:5], image], fitted.before, tmp_path)
+        fit_clip.fit_clip(EXPERIMENT, [text, image], tmp_path)
+
+    def recorded(tokenizer: TextTokenizer, texts, folder: Path) -> None:
+        captions.extend(texts)
+        fit(tokenizer, captions, folder)
+
+    monkeypatch.setattr(TextTokenizer, "fit", recorded)
+    handed, _ = prepared(EXPERIMENT, [text, *whole[1:5], image], fitted.before, tmp_path)
     assert handed.items == 4
+    assert captions == [document.text for document in whole[1:5]]
 
 
 def test_eight_devices_step_as_one_does(fitted: Fitted):

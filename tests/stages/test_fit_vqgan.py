@@ -23,7 +23,7 @@ from rac3.stages.fitting import Fitting, adam
 from rac3.tokens.discriminator import AdversarialConfig, Discriminator
 from rac3.tokens.perceptual import LAYERS, PerceptualConfig
 from rac3.tokens.vqgan import VQGAN, VQGANConfig
-from rac3.tokens.vqgan_objective import VQGANObjective, with_codebook
+from rac3.tokens.vqgan_objective import CodebookState, VQGANObjective, with_codebook
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.loop import put
 from rac3.training.metrics import read_metrics
@@ -147,6 +147,35 @@ def test_the_average_follows_the_parameters_after_each_step(run: Run, whole):
         average = jax.tree.map(lambda kept, new: decay * kept + (1 - decay) * new, average, state.params)  # noqa: B023
     difference = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), average, states[-1][0].extra.average)
     assert max(jax.tree.leaves(difference)) < 1e-6
+
+
+def test_the_codebook_follows_the_encoder(run: Run, whole):
+    (before, _), (after, _) = jax.device_get(whole[:2])
+    real = jnp.asarray(run.fitting.batch(np.random.default_rng(1).integers(24, size=16)) / np.float32(127.5) - 1)
+    latents = jax.jit(partial(VQGAN(MODEL).apply, method="latents"))({"params": before.params}, real)
+    vectors, codebook = np.asarray(latents).reshape(-1, 4), before.extra.codebook
+    codes = np.argmin(np.sum((vectors[:, None] - codebook.embedding) ** 2, axis=-1), axis=1)
+    size = 0.95 * codebook.cluster_size + 0.05 * np.bincount(codes, minlength=8)
+    even = len(vectors) / 8
+    np.testing.assert_allclose(after.extra.codebook.cluster_size, np.where(size < 0.03 * even, even, size), rtol=1e-4)
+    assert np.abs(after.extra.codebook.embedding - codebook.embedding).max() > 1e-3
+
+
+def test_a_codebook_begins_with_images_that_the_seed_draws(documents, run: Run, monkeypatch: pytest.MonkeyPatch):
+    def seen(model, params, images, key) -> CodebookState:
+        return CodebookState(images[:, 0, 0], jax.random.key_data(key).astype(jnp.float32), images[:1])
+
+    monkeypatch.setattr("rac3.stages.fit_vqgan.init_codebook_from_batch", seen)
+    plain = replace(EXPERIMENT, vqgan=replace(TOKENIZER, objective=VQGANObjective()))
+    begun = [
+        vqgan_fitting(replace(plain, seed=seed), documents).start(run.first, run.mesh).extra.codebook
+        for seed in (0, 1, 0)
+    ]
+    assert all(each.embedding.shape == (64, 3) for each in begun)  # four batches
+    for name in ("embedding", "cluster_size"):
+        one, other, again = (np.asarray(getattr(each, name)) for each in begun)
+        np.testing.assert_array_equal(one, again)
+        assert not np.array_equal(one, other)
 
 
 def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):

@@ -115,6 +115,7 @@ def test_what_is_no_document_is_not_encoded(segments: list[Segment], message: st
         ([FIRST_TEXT, PAD], "place 1"),
         ([IMAGE_ALT, MASK, IMAGE_SOURCE, FIRST_IMAGE, IMAGE_END], r'place 1: expected " src=", found 78'),
         ([FIRST_TEXT, 500], "place 1"),
+        ([FIRST_TEXT, EOD, EOD], "place 1"),
     ],
 )
 def test_ids_that_no_document_has_raise_with_their_place(ids: list[int], message: str):

@@ -3,7 +3,7 @@ import os
 import pickle
 import sys
 import zipfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import ml_dtypes
@@ -34,15 +34,18 @@ def write_archive(path: Path, opcodes: bytes, storages: dict[str, bytes], method
 class ClaimedTensor:
     """Pickled, it is a float32 tensor of storage "0" that says what a test wants it to say."""
 
-    def __init__(self, elements: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        self.elements, self.layout = elements, (offset, size, stride)
+    def __init__(
+        self, elements: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...], view: tuple | None = None
+    ) -> None:
+        self.elements, self.layout, self.view = elements, (offset, size, stride), view
 
     def pickle(self) -> bytes:
         claimed = self
 
         class Pickler(pickle.Pickler):
             def persistent_id(self, value: object) -> object:
-                return ("storage", torch.FloatStorage, "0", "cpu", claimed.elements) if value == "STORAGE" else None
+                whole = ("storage", torch.FloatStorage, "0", "cpu", claimed.elements)
+                return (whole if claimed.view is None else (*whole, claimed.view)) if value == "STORAGE" else None
 
         class Call:
             def __reduce__(self) -> tuple:
@@ -286,6 +289,10 @@ def test_storages_that_lie(tmp_path: Path):
     assert read_state_dict(write_archive(tmp_path / "w.pt", honest, {"0": bytes(32)}))["w"].shape == (2, 4)
     with pytest.raises(InputError, match="damaged"):
         read_state_dict(write_archive(tmp_path / "w.pt", honest, {}))
+    for view, message in ((None, ""), (("1", 4, 4), "an unknown kind of storage")):  # of torch before 0.4
+        path = write_archive(tmp_path / "w.pt", ClaimedTensor(8, 0, (4,), (1,), view).pickle(), {"0": bytes(32)})
+        with pytest.raises(InputError, match=message) if message else nullcontext():
+            read_state_dict(path)
     with pytest.raises(InputError, match="a storage is compressed"):
         read_state_dict(write_archive(tmp_path / "w.pt", honest, {"0": bytes(32)}, zipfile.ZIP_DEFLATED))
 

@@ -2,6 +2,7 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,8 +85,6 @@ def apply(model: VQGAN, params: dict, x: jax.Array, method: str = "__call__"):
 
 
 def test_an_upsampling_convolution_is_the_one_it_replaces():
-    import flax.linen as nn
-
     x = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
     plain = nn.Conv(4, (3, 3), padding="SAME")
     params = plain.init(jax.random.key(1), x)
@@ -130,14 +129,17 @@ def test_dropout_acts_in_training_alone():
 
     @partial(jax.jit, static_argnums=1)
     def run(key, train):
-        return model.apply({"params": params}, images, train=train, rngs={"dropout": key})
+        keep = {"mutable": "intermediates", "capture_intermediates": lambda module, _: isinstance(module, nn.Dropout)}
+        return model.apply({"params": params}, images, train=train, rngs={"dropout": key}, **keep)
 
-    one, other, again = (run(jax.random.key(seed), True) for seed in (0, 1, 0))
-    plain = apply(VQGAN(TINY), params, images)
+    (one, kept), (other, _), (again, _) = (run(jax.random.key(seed), True) for seed in (0, 1, 0))
     np.testing.assert_array_equal(one.latents, again.latents)
-    for field in ("latents", "reconstruction"):
-        assert np.abs(getattr(one, field) - getattr(other, field)).max() > 1e-2
-        np.testing.assert_allclose(getattr(run(jax.random.key(0), False), field), getattr(plain, field), atol=1e-5)
+    assert np.abs(one.latents - other.latents).max() > 1e-2
+    dropped = {path: np.mean(values[0] == 0) for path, values in flatten_dict(kept["intermediates"], sep="/").items()}
+    assert len(dropped) == 4 + 6  # blocks of the encoder and of the decoder
+    assert all(0.3 < share < 0.7 for share in dropped.values())
+    plain, without = apply(VQGAN(TINY), params, images), run(jax.random.key(0), False)[0]
+    np.testing.assert_allclose(without.reconstruction, plain.reconstruction, atol=1e-4)
 
 
 def test_shapes_and_raster_order(tiny):
@@ -446,6 +448,7 @@ def test_codes_that_die_together_go_to_different_vectors() -> None:
         assert {tuple(row) for row in revived} <= {tuple(row) for row in np.asarray(vectors)}
         assert len(np.unique(revived, axis=0)) == 7
         np.testing.assert_allclose(draw.cluster_size[1:], 20 / 8)  # an even use
+        np.testing.assert_allclose(draw.vector_sum[1:], 20 / 8 * revived)
     assert not np.array_equal(draws[0].embedding, draws[1].embedding)
 
 
@@ -491,6 +494,11 @@ def test_locality_loss_is_that_of_exchanged_patches(tiny) -> None:
         model, {"params": params}, jnp.asarray(images), jnp.asarray(latents), jax.random.key(5), jax.random.key(6)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+    toward = jax.jit(jax.grad(loss, argnums=3), static_argnums=0)
+    gradient = toward(
+        model, {"params": params}, jnp.asarray(images), jnp.asarray(latents), jax.random.key(5), jax.random.key(6)
+    )
+    assert not np.asarray(gradient).any()  # the vectors of the whole images stay where they are
 
 
 def test_locality_loss_is_small_only_where_vectors_ignore_their_neighbors() -> None:

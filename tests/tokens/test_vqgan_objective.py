@@ -165,6 +165,8 @@ def test_the_adaptive_weight_is_bounded_where_the_adversary_has_no_opinion():
     assert adaptive_weight(reconstruction, zeros) == 1e4
     np.testing.assert_allclose(adaptive_weight(reconstruction, 2 * reconstruction), 0.5, rtol=1e-4)
     assert adaptive_weight(zeros, reconstruction) == 0
+    weak = adaptive_weight(jnp.array([0.0, 0.1]), jnp.array([3e-4, 4e-4]))
+    np.testing.assert_allclose(weak, 0.1 / (5e-4 + 1e-4), rtol=1e-5)
 
 
 def test_the_average_warms_up():
@@ -183,6 +185,9 @@ def test_the_average_warms_up():
     np.testing.assert_allclose(late["w"], 1 - decay, rtol=1e-6)
 
 
-def test_bad_settings():
-    with pytest.raises(InputError, match=r"ema_decay=1\.0 is outside"):
-        VQGANObjective(ema_decay=1.0)
+@pytest.mark.parametrize("name", ["decay", "revive_below", "ema_decay"])
+def test_bad_settings(name: str):
+    VQGANObjective(**{name: 0.0})
+    for value in (1.0, -0.1):
+        with pytest.raises(InputError, match=rf"{name}={value} is outside"):
+            VQGANObjective(**{name: value})
