@@ -18,6 +18,7 @@ from rac3.config import InputError
 from rac3.documents.store import NARROW, TokenizedDocument, write_shard
 from rac3.experiment import Experiment
 from rac3.retrieval.controls import NoRetriever
+from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.stages import recipes
@@ -212,6 +213,23 @@ def test_a_target_that_is_retrieved(target: str, query: int, split: str, copied:
     what = f"{split}: {target} that is retrieved"
     names = f"{SPLITS[split][0][row].key} -> {SPLITS[part][0][number].key}"
     assert made.leaks() == ({what: 1}, [f"{what}: {names}"])
+
+
+def test_what_is_not_there_is_no_copy_of_a_target(made: Made):
+    """A document and what it retrieves both lack an image; another has the image of document 0, and no neighbor."""
+    first = np.load(made.folder("documents", "train") / "image_hashes.npy")[0]
+    made.rewrite("documents", "train", "image_hashes", lambda hashes: hashes.__setitem__(2, 0))
+    made.rewrite("documents", "test", "image_hashes", lambda hashes: hashes.put([5, 6], [0, first]))
+    made.neighbor("test", 5, 0, 0, 2)
+    made.rewrite("neighbors", "test", "ids", lambda ids: ids[6].fill(-1))
+    assert audit(made.experiment, made.workdir).endswith("audit: no leak")
+
+
+def test_documents_that_a_person_names_may_be_similar(made: Made):
+    named = replace(made.experiment, retriever=Fixed(("t1", "t2", "t3")), selection=Selection(0.001, LAST + 1))
+    for stage in (index, retrieve):
+        stage(named, made.workdir)
+    assert audit(named, made.workdir).endswith("audit: no leak")
 
 
 def test_vectors_of_a_byte_per_number_are_no_leak(made: Made):
