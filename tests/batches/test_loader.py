@@ -341,6 +341,15 @@ def test_fields_are_checked(fields: dict, message: str):
     assert BatchConfig(row_length=9000).row == 9000
 
 
+def test_the_defaults_are_those_of_the_paper():
+    """Section 4.1: contexts of 4096 tokens with 0 to 2 retrieved documents, whose loss weighs 0.1."""
+    config = BatchConfig()
+    assert (config.context_length, config.num_retrieved, config.retrieved, config.retrieved_weight) == (
+        4096, (0, 1, 2), "document", 0.1
+    )  # fmt: skip
+    assert config.masking == Masking("ra_cm3", mean_spans=1.0, max_spans=16, whole_segments=0.0)
+
+
 @pytest.mark.parametrize(("shown", "other"), [("text", RETRIEVED_IMAGE), ("image", RETRIEVED_TEXT)])
 def test_batches_with_one_modality_of_the_retrieved_documents(
     shown, other, neighbors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
