@@ -232,15 +232,16 @@ def test_documents_that_a_person_names_may_be_similar(made: Made):
     assert audit(named, made.workdir).endswith("audit: no leak")
 
 
-def test_vectors_of_a_byte_per_number_are_no_leak(made: Made):
+@pytest.mark.parametrize(("stored", "other"), [("int8", 100), ("bfloat16", 0.9)])
+def test_vectors_of_a_byte_or_two_per_number_are_no_leak(stored: str, other: float, made: Made):
     """A hundredth of each vector is lost in rounding; what is not of the part alone is still found."""
-    small = Made(replace(made.experiment, embedding_dtype="int8"), made.workdir)
+    small = Made(replace(made.experiment, embedding_dtype=stored), made.workdir)
     for stage in (embed, index, retrieve):
         stage(small.experiment, small.workdir)
     for kind, array in (("embeddings", "document"), ("queries", "text"), ("queries", "image")):
-        assert read_array(small.folder(kind, "train") / array).dtype == np.int8
+        assert read_array(small.folder(kind, "train") / array).dtype.name == stored
     assert audit(small.experiment, small.workdir).endswith("audit: no leak")
-    small.rewrite("queries", "test", "image", lambda codes: codes[5].fill(100))
+    small.rewrite("queries", "test", "image", lambda numbers: numbers[5].fill(other))
     assert small.leaks()[0] == {"test: image query that is not of the image alone": 1}
 
 
