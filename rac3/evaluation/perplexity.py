@@ -44,7 +44,7 @@ def perplexity(
     row_length: int,
 ) -> float | None:
     """exp of the mean -log p over the targets of one kind (`MAIN_TEXT`, `MAIN_IMAGE`); None if there are none."""
-    rows = pack(np.array([len(group.tokens) for group in groups]), row_length)
+    rows = pack(np.array([len(group.tokens) for group in groups], np.int64), row_length)
     total, count = 0.0, 0
     for start in range(0, len(rows), ROWS):
         chosen = [packed_row([groups[number] for number in row], row_length) for row in rows[start : start + ROWS]]

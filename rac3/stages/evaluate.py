@@ -208,19 +208,23 @@ def _perplexities(
     neighbors: Int[np.ndarray, "n parts depth"],
     k: int,
 ) -> dict[str, float | None]:
-    """Perplexity of images behind their text's neighbors, and of texts behind their image's: the prompt retrieves."""
-    out = {}
+    """Perplexity of images behind their text's neighbors, and of texts behind their image's: the prompt retrieves.
+
+    A document that by itself is longer than the context is left out.
+    """
+    out, most = {}, held_out.generator.model.max_positions
     for modality, number, build, kind in (("image", 0, image_group, MAIN_IMAGE), ("text", 1, text_group, MAIN_TEXT)):
         groups = []
         for item, row in zip(items, neighbors[:, number], strict=True):
             documents = held_out.sequences(held_out.retrieved(row, k))
             main = held_out.builder.sequence(item)
             group = build(held_out.builder, documents, main)
-            while len(group.tokens) > held_out.generator.model.max_positions and documents:
+            while len(group.tokens) > most and documents:
                 documents = documents[:-1]  # as in training: the least relevant goes first
                 group = build(held_out.builder, documents, main)
-            groups.append(group)
-        length = max(held_out.experiment.batches.row, max(len(group.tokens) for group in groups))
+            if len(group.tokens) <= most:
+                groups.append(group)
+        length = max([held_out.experiment.batches.row, *(len(group.tokens) for group in groups)])
         out[modality] = perplexity(token_losses, held_out.generator.params, groups, kind, length)
     return out
 

@@ -228,21 +228,22 @@ def test_each_document_of_each_group_is_masked_by_its_own_draws(store, neighbors
     """Whichever slot it is in, in each epoch and for each seed; and the plan has room for just these masks."""
     config = dataclasses.replace(CONFIG, masking=Masking(mean_spans=2.0), context_length=200, row_length=200)
     masks, planned = [], []
-    build, pack = GroupBuilder.build, loader.pack
+    pack = loader.pack
 
-    def watched_build(self, documents, draws):
-        assert len(documents) == len(draws)
-        masks.append(draws)
-        return build(self, documents, draws)
+    class Watched(GroupBuilder):  # of these streams alone: threads of others may still read ahead
+        def build(self, documents, draws):
+            assert len(documents) == len(draws)
+            masks.append(draws)
+            return super().build(documents, draws)
 
     def watched_pack(lengths, row_length):
         planned.append(lengths)
         return pack(lengths, row_length)
 
-    monkeypatch.setattr(GroupBuilder, "build", watched_build)
     monkeypatch.setattr(loader, "pack", watched_pack)
     for seed in (0, 1):
         made = stream(store, neighbors, config, seed)
+        made.builder = Watched(VOCABULARY, config.masking, config.retrieved_weight)
         made.block_groups = DOCUMENTS
         for epoch in (0, 1):
             plan = made.plan(epoch)
@@ -340,8 +341,19 @@ def test_fields_are_checked(fields: dict, message: str):
     assert BatchConfig(row_length=9000).row == 9000
 
 
+def test_the_defaults_are_those_of_the_paper():
+    """Section 4.1: contexts of 4096 tokens with 0 to 2 retrieved documents, whose loss weighs 0.1."""
+    config = BatchConfig()
+    assert (config.context_length, config.num_retrieved, config.retrieved, config.retrieved_weight) == (
+        4096, (0, 1, 2), "document", 0.1
+    )  # fmt: skip
+    assert config.masking == Masking("ra_cm3", mean_spans=1.0, max_spans=16, whole_segments=0.0)
+
+
 @pytest.mark.parametrize(("shown", "other"), [("text", RETRIEVED_IMAGE), ("image", RETRIEVED_TEXT)])
-def test_batches_with_one_modality_of_the_retrieved_documents(shown, other, neighbors: np.ndarray, tmp_path: Path):
+def test_batches_with_one_modality_of_the_retrieved_documents(
+    shown, other, neighbors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Every third document has no text, every fifth no image; lengths are planned for what is shown."""
     rng, items = np.random.default_rng(0), []
     for number in range(DOCUMENTS):
@@ -366,14 +378,18 @@ def test_batches_with_one_modality_of_the_retrieved_documents(shown, other, neig
     np.testing.assert_array_equal(store.shown_lengths(shown), wanted)
     np.testing.assert_array_equal(store.shown_lengths("document"), store.lengths)
     made = BatchStream(config, 0, store, neighbors, builder)
+    pack, planned = loader.pack, []
+    monkeypatch.setattr(loader, "pack", lambda lengths, size: planned.append(lengths.tolist()) or pack(lengths, size))
     plan = made.plan(0)
     assert (plan.neighbors >= 0).any()
     assert all(wanted[number] for number in plan.neighbors[plan.neighbors >= 0])
-    planned = sum(
-        store.lengths[plan.main[g]] + sum(wanted[n] for n in plan.neighbors[g] if n >= 0) for g in plan.rows[0]
-    )
-    row = made.row(plan, 0)
-    assert (row.segments > 0).sum() == planned
+    assert planned == [
+        [
+            store.lengths[main] + sum(wanted[number] for number in found if number >= 0)
+            for main, found in zip(plan.main, plan.neighbors, strict=True)
+        ]
+    ]
+    assert (made.row(plan, 0).segments > 0).sum() == sum(planned[0][group] for group in plan.rows[0])
     kinds = np.concatenate([batch.kind.ravel() for batch, _ in islice(made.batches(StreamState()), 4)])
     assert not (kinds == other).any()
     assert (kinds == {"text": RETRIEVED_TEXT, "image": RETRIEVED_IMAGE}[shown]).any()

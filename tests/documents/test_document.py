@@ -1,6 +1,7 @@
 """Documents, and images of every kind that turns up in web data, whole and damaged."""
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -228,3 +229,4 @@ def test_plain_json():
         "surrogate": "a?",
         "7": {"d": "2020-01-02"},
     }
+    assert json.dumps(plain_json([True, np.bool_(False), 1])) == "[true, false, 1]"  # True == 1, but not as JSON

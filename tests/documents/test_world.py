@@ -75,6 +75,12 @@ def test_the_world_is_a_function_of_its_fields():
     assert whole == [document.segments for document in documents(world("train"))]  # however it is cut into shards
 
 
+def test_entities_are_drawn_by_the_seed():
+    zero, one = (world("train", seed=seed).entities() for seed in (0, 1))
+    assert not {entity.name for entity in zero} & {entity.name for entity in one}
+    assert not {(entity.layout, entity.colors) for entity in zero} & {(entity.layout, entity.colors) for entity in one}
+
+
 def test_settings_are_drawn_by_the_seed_and_shuffled():
     """No two worlds ask for the same settings in the same order, and no entity's documents stand together."""
     zero, one = ([each.text.split(" ", 1)[1] for each in documents(world("train", seed=seed))] for seed in (0, 1))

@@ -13,6 +13,8 @@ def test_true_pictures_score_one_and_wrong_names_zero() -> None:
     images = np.stack([document.images[0].pixels() for document in documents])
     names = [str(document.metadata["entity"]) for document in documents]
     assert emblem_accuracy(images, names, world.entities()) == 1
+    one = names.index(world.entities()[19].name)  # all entities take part, however few the pictures
+    assert emblem_accuracy(images[[one]], [names[one]], world.entities()) == 1
     noise = np.random.default_rng(0).integers(-40, 40, images.shape)
     noisy = np.clip(images + noise, 0, 255).astype(np.uint8)
     assert emblem_accuracy(noisy, names, world.entities()) == 1
@@ -22,4 +24,4 @@ def test_true_pictures_score_one_and_wrong_names_zero() -> None:
 
 def test_names_count_as_whole_words_only() -> None:
     captions = ["Vormika on grass", "a vormikas flag", "the flag of vormika, in rain", ""]
-    assert name_accuracy(captions, ["vormika"] * 4) == 0.5
+    assert name_accuracy(captions, ["vormika", "vormika", "Vormika", "VORMIKA"]) == 0.5  # whatever their case

@@ -27,15 +27,25 @@ def halves(count: int, width: int = 8, seed: int = 0) -> tuple[np.ndarray, np.nd
     return text.astype(np.float32), unit(text + rng.normal(size=(count, width))).astype(np.float32)
 
 
-@pytest.mark.parametrize("scores_at_once", [2**24, 90, 1])
-def test_pair_recall_agrees_with_a_sort_in_blocks_too(monkeypatch: pytest.MonkeyPatch, scores_at_once: int) -> None:
+@pytest.mark.parametrize(("scores_at_once", "rows"), [(2**24, 40), (90, 2), (1, 1)])
+def test_pair_recall_agrees_with_a_sort_in_blocks_too(
+    monkeypatch: pytest.MonkeyPatch, scores_at_once: int, rows: int
+) -> None:
     monkeypatch.setattr(recall, "BLOCK_SCORES", scores_at_once)
     queries, answers = halves(40)
+    scored = []
+
+    class Watched(np.ndarray):
+        def __matmul__(self, other: np.ndarray) -> np.ndarray:
+            scored.append(len(self))
+            return np.asarray(self) @ other
+
     own = np.arange(40)
     order = np.argsort(-(queries @ answers.T), axis=1)
     expected = {k: np.mean([row in order[row, :k] for row in range(40)]) for k in (1, 5, 40)}
     assert 0.1 < expected[1] < expected[5] < expected[40] == 1
-    assert pair_recall((1, 5, 40), queries, answers, own, own) == expected
+    assert pair_recall((1, 5, 40), queries.view(Watched), answers, own, own) == expected
+    assert scored == [rows] * (40 // rows)
 
 
 def test_a_model_of_one_vector_finds_nothing() -> None:

@@ -208,3 +208,15 @@ def test_a_longer_text_than_the_model_knows_is_refused(params, prompts):
     prompt = np.array([EOD, IMAGE_ALT, *VOCABULARY.from_text(np.zeros(11, int)), IMAGE_SOURCE], np.int32)
     with pytest.raises(InputError, match=r"a text of 11 tokens, given or to generate, exceeds the 9"):
         generate(short, params, VOCABULARY, [prompt], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
+
+
+def test_a_text_of_just_what_the_model_knows_is_taken(params, prompts):
+    """Of 9 ids in the prompt, for a table of 9 places and that of markup."""
+    short = MODEL.clone(max_segment_tokens=9)
+    rows = {"params": {**params["params"], "offset_embedding": params["params"]["offset_embedding"][:10]}}
+    grammar = caption_grammar(VOCABULARY, 2)
+    few, all_of_them = (
+        generate(model, some, VOCABULARY, prompts[2:], grammar, GREEDY, keys(1))
+        for model, some in ((short, rows), (MODEL, params))
+    )
+    np.testing.assert_array_equal(few.ids[0], all_of_them.ids[0])

@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
@@ -265,6 +266,20 @@ def test_scann_builds_its_tree_as_it_is_told(tmp_path: Path, monkeypatch: pytest
     assert {"128", "ReorderType.FLOAT32"} <= {str(value) for value in plain["reorder"].values()}
     assert brute_force.keys() == {"score_bf"}
     assert {each.distance_measure for each in made} == {"dot_product"}
+
+
+def test_scann_trains_a_large_tree_on_forty_documents_per_leaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pybind = pytest.importorskip("scann").scann_ops_pybind
+    builder, made = pybind.builder, []
+
+    def watched(*arguments):
+        made.append(builder(*arguments))
+        made[0].build = lambda: types.SimpleNamespace(serialize=lambda *_, **__: None)  # the tree would take seconds
+        return made[0]
+
+    monkeypatch.setattr(pybind, "builder", watched)
+    Scann(num_leaves=3000).build(part_of(embeddings(3000)), tmp_path)
+    assert made[0].params["tree"]["training_sample_size"] == 120_000
 
 
 def test_scann_checks_its_leaves(tmp_path: Path):
@@ -547,6 +562,13 @@ def test_num_neighbors_is_checked(retriever: type):
         retriever(num_neighbors=0)
     with pytest.raises(InputError, match=r"retriever\.num_neighbors=2"):
         NoRetriever(num_neighbors=2)
+
+
+def test_efforts_of_faiss_keep_the_other_parameters():
+    settings = Faiss(factory="IVF40,PQ5", search="ht=2,nprobe=5").efforts(2000)
+    assert {name: setting.search for name, setting in settings.items()} == {
+        name: name for name in [f"nprobe={number},ht=2" for number in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    }
 
 
 def test_faiss_trees_over_codes_recall_what_exact_finds(tmp_path: Path):

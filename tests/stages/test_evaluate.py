@@ -21,7 +21,7 @@ from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, draw
 from rac3.evaluation.perplexity import make_losses
 from rac3.evaluation.settings import EvaluationConfig
-from rac3.experiment import Experiment
+from rac3.experiment import Experiment, Split
 from rac3.generation.sampling import Sampling
 from rac3.retrieval.controls import NoRetriever, Random
 from rac3.retrieval.exact import Exact
@@ -295,6 +295,8 @@ def test_accuracies_without_meaning_are_none(items, experiment: Experiment):
     pictures, captions = np.zeros((4, 40, 40, 3), np.uint8), ["a"] * 4
     none = {"entity_accuracy": None, "name_accuracy": None}
     assert _accuracies(experiment, items, pictures[1:], captions[1:]) == none  # a document lacks a text, or an image
+    seen = replace(experiment, data=replace(experiment.data, entity_field="seen"))
+    assert _accuracies(seen, items, pictures, ["it is false", *captions[1:]])["name_accuracy"] == 1 / 4
     unnamed = replace(experiment, data=replace(experiment.data, entity_field=""))
     assert _accuracies(unnamed, items, pictures, captions)["name_accuracy"] is None
 
@@ -308,18 +310,25 @@ def test_accuracies_without_meaning_are_none(items, experiment: Experiment):
 
 
 @pytest.mark.usefixtures("no_perplexity")
-@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize(("split", "k"), [("test", 0), ("validation", 1)])
 def test_fewer_documents_in_context(
-    held_out: _HeldOut, experiment: Experiment, items, neighbors, memory, calls, tmp_path: Path, k: int
+    held_out: _HeldOut, experiment: Experiment, store: Workdir, memory, calls, tmp_path: Path, split: Split, k: int
 ):
-    """`num_retrieved` is how many are in the prompts, in the rows, and the last of the perplexities."""
+    """`num_retrieved` is how many are in the prompts and rows of either split, and the last of the perplexities."""
+    items = open_documents(experiment, store, split).many(range(2))
+    neighbors = read_array(store.require(recipes.neighbors(experiment, split), "").folder / "ids")
     few = replace(SETTINGS, num_retrieved=k, documents=2)
-    metrics = _evaluate_split(replace(held_out, experiment=replace(experiment, evaluation=few)), "test", tmp_path)
+    metrics = _evaluate_split(replace(held_out, experiment=replace(experiment, evaluation=few)), split, tmp_path)
     assert metrics["documents"] == 2
     assert [list(values) for values in metrics["perplexity_by_k"].values()] == [[str(n) for n in range(k + 1)]] * 2
     prompts = [prompt for prompt, _, _ in calls[0].samples(3)]
     assert prompts == [image_prompt([memory[i] for i in neighbors[row, TEXT, :k]], items[row]) for row in range(2)]
-    rows = json.loads((tmp_path / "test.json").read_text())
+    prompts = [prompt for prompt, _, _ in calls[1].samples(5)]
+    assert prompts == [
+        caption_prompt([memory[i] for i in neighbors[row, IMAGE, :k]], items[row].ids[1]) for row in range(2)
+    ]
+    rows = json.loads((tmp_path / f"{split}.json").read_text())
+    assert [row["key"] for row in rows] == [item.document.key for item in items]
     assert [len(row["retrieved"]["image"]) for row in rows] == [k, k]
 
 
@@ -472,6 +481,21 @@ def test_perplexity_drops_the_last_documents_that_do_not_fit(held_out: _HeldOut,
         ]
         value = _perplexities(small, make_losses(small.generator.model), items, neighbors, 2)["image"]
         assert value == pytest.approx(by_hand(small, items, fitting, TEXT), rel=1e-5)
+
+
+@pytest.mark.parametrize(("part", "modality", "masks"), [(TEXT, "image", 0), (IMAGE, "text", 3)])
+def test_a_document_longer_than_the_context_has_no_perplexity(
+    held_out: _HeldOut, items, neighbors, part: int, modality: str, masks: int
+):
+    """A text behind its image has two sentinels and an <eoi> more."""
+    lengths = [len(spelled(item)) + masks for item in items]
+    small = in_context(held_out, max(lengths) - 1)
+    fitting = [item for item, length in zip(items, lengths, strict=True) if length < max(lengths)]
+    assert 0 < len(fitting) < 4
+    value = _perplexities(small, make_losses(small.generator.model), items, neighbors, 2)[modality]
+    assert value == pytest.approx(by_hand(small, fitting, [[]] * len(fitting), part), rel=1e-5)
+    tiny = in_context(held_out, min(lengths) - masks - 1)
+    assert _perplexities(tiny, make_losses(tiny.generator.model), items, neighbors, 2) == {"image": None, "text": None}
 
 
 def test_each_comparison_is_of_the_right_model_and_retriever(experiment: Experiment):

@@ -14,8 +14,8 @@ from rac3.artifacts import Workdir
 from rac3.documents.document import Document, Image, Text
 from rac3.experiment import Experiment
 from rac3.retrieval.controls import NoRetriever
-from rac3.retrieval.memory import MemoryPart
-from rac3.retrieval.retriever import Queries, Retriever, Tunable
+from rac3.retrieval.memory import Memory, MemoryPart
+from rac3.retrieval.retriever import Queries, Retriever, Tunable, no_candidates
 from rac3.retrieval.selection import Dropped
 from rac3.stages import evaluate_retrieval as stage
 from rac3.stages import recipes
@@ -232,6 +232,44 @@ def test_search_is_judged_by_the_exact_neighbors(experiment: Experiment, store: 
             hits.append(len(best & set(given)) / 10)
         assert recalls[name] == pytest.approx(np.mean(hits))
         assert recalls[name] < 1
+
+
+class Given(OpenMemory):
+    """A memory of one part, of these vectors."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        self.memory = Memory((MemoryPart("train", vectors, [""] * len(vectors)),))
+        self.folders = [Path()]
+
+
+@dataclass(frozen=True)
+class Blind:
+    """Finds the best document of the first query, and nothing else."""
+
+    num_neighbors: int = 3
+
+    def build(self, part: MemoryPart, folder: Path) -> None:
+        """Writes nothing."""
+
+    def open(self, part: MemoryPart, folder: Path) -> "Blind":
+        return self
+
+    def search(self, queries: Queries, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, rows = no_candidates(len(queries), k)
+        rows[0, 0], scores[0, 0] = 0, -0.1
+        return scores, rows
+
+
+def test_no_document_is_no_neighbor_and_the_last_neighbor_is_one(experiment: Experiment):
+    """All inner products are below 0, which is that with no document: -0.1, -0.5 and -0.9 for the first query."""
+    vectors = np.array([[-0.1, -0.9], [-0.5, -0.4], [-0.9, -0.1]], np.float32)
+    documents = [Document(key, (Text("x"),), {}) for key in "ab"]
+    text, image = np.array([[1, 0], [0, 1]], np.float32), np.array([[0, 0], [0, 0]], np.float32)
+    asked = Questions(documents, {"text": text, "image": image, "both": text})
+    for retriever, recall in ((Blind(), 1 / 6), (Lazy(), 1)):
+        found = _search(replace(experiment, retriever=retriever), Given(vectors), [asked])
+        assert found["points"][0]["recall"] == pytest.approx(recall)
+        assert (found["k"], found["queries"]) == (3, 2)
 
 
 def test_the_fastest_search_counts(opened: OpenMemory, monkeypatch: pytest.MonkeyPatch):

@@ -226,12 +226,18 @@ def test_samples_are_a_function_of_the_seed(session: Session, pixels: np.ndarray
 
 def test_the_retriever_is_swapped_and_the_model_stays(experiment: Experiment, store: Workdir, session: Session):
     random = replace(experiment, retriever=Random(num_neighbors=16))
-    swapped = Session.open(random, store, experiment)
+    swapped = Session.open(replace(random, batches=replace(experiment.batches, retrieved="text")), store, experiment)
     assert swapped.memory is not None
+    assert (session.builder.retrieved, swapped.builder.retrieved) == ("document", "text")
     assert len(swapped.memory.memory) == 48
     assert [found.document.key for found in swapped.retrieve(PROMPT)] != [
         found.document.key for found in session.retrieve(PROMPT)
     ]
+    first, again, other = (
+        [found.document.key for found in swapped.retrieve(text, k=8)] for text in (PROMPT, PROMPT, "an owl")
+    )
+    assert first == again
+    assert set(first) != set(other)  # each prompt has a draw of its own
     alone = Session.open(replace(experiment, retriever=NoRetriever()), store)
     assert alone.memory is None
     assert alone.retrieve(PROMPT) == []

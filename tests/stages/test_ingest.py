@@ -100,6 +100,17 @@ def test_the_columns_are_those_of_the_documents(ingested: Ingested):
     assert same.sum() == 5 + 2
 
 
+def test_more_than_ten_shards_stay_in_their_order(ingested: Ingested):
+    """Shard 10 comes after shard 9, not after shard 1; the texts of two are truncated, the first and the eleventh."""
+    sizes = [LIMIT + 1, *range(1, 10), LIMIT + 1, 10]
+    shards = [[document(f"d{number}", "x" * size)] for number, size in enumerate(sizes)]
+    _, artifact, items = ingested(shards)
+    assert [item.document.key for item in items] == [f"d{number}" for number in range(12)]
+    lengths = np.load(artifact.folder / "text_lengths.npy")
+    assert lengths.tolist() == [len(item.ids[0]) for item in items] == [min(size, LIMIT) for size in sizes]
+    assert artifact.manifest["counts"]["texts_cut"] == 2
+
+
 @pytest.mark.parametrize(("limit", "passes"), [(0.25, True), (0.24, False)])
 def test_the_share_of_rejects_is_of_all_that_the_source_has(limit: float, passes: bool, ingested: Ingested):
     """3 of 12: 5 documents, 4 filtered, 3 rejects."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import struct
 import types
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rac3.batches.packing import PackedBatch
 from rac3.config import InputError
@@ -211,6 +213,26 @@ def test_a_resumed_run_writes_over_the_lines_it_repeats(tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert lines == [{"step": 10, "loss": 10.0}, {"step": 20, "loss": 20.0}, {"step": 30, "loss": 0.5}]
     assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_tensorboard_has_each_number_at_its_step(tmp_path: Path):
+    """By the records of the event file: a length of 8 bytes, a sum of 4, the event, a sum of 4."""
+    writer = MetricsWriter(tmp_path, 20)
+    for number in (24, 30):
+        writer.write(number, {"loss": number / 4, "loss/main/text": 0.5})
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, place, events = path.read_bytes(), 0, []
+    while place < len(data):
+        (size,) = struct.unpack_from("<Q", data, place)
+        events.append(Event.FromString(data[place + 12 : place + 12 + size]))
+        place += size + 16
+    found = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    assert found == [
+        (24, "loss", 6.0), (24, "loss/main/text", 0.5), (30, "loss", 7.5), (30, "loss/main/text", 0.5)
+    ]  # fmt: skip
+    starts = [event.step for event in events if event.session_log.status == SessionLog.START]
+    assert starts == [21]  # what an earlier run has from there on is not shown
 
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
