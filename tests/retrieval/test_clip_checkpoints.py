@@ -349,6 +349,9 @@ def test_an_open_clip_config_that_names_the_sizes_alone():
     found = open_clip_config({"embed_dim": 512, "vision_cfg": vision, "text_cfg": text}, "here")
     assert found == CLIPConfig(CLIPTextConfig(hidden_act="gelu", eos_token_id=2), CLIPVisionConfig(hidden_act="gelu"))
     assert open_clip_config({"vision_cfg": {"patch_size": 32}, "text_cfg": {}}, "here") == found
+    cut = open_clip_config({"vision_cfg": {"mlp_ratio": 2.999}, "text_cfg": {"mlp_ratio": 3.999}}, "here")
+    assert cut.vision_config.intermediate_size == 2303  # int(768 * 2.999), not rounded
+    assert cut.text_config.intermediate_size == 2047
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -621,6 +624,12 @@ def test_identity_follows_the_files(copy):
         (lambda: ClipImages(mean=(0.5,)), r"mean=\(0\.5,\)"),
         (lambda: ClipImages(resample="cubic"), "resample='cubic' is unknown; use one of nearest"),
         (lambda: ClipImages.of_hugging_face({"resample": 9}, 224, "here"), "resample=9 is no filter"),
+        (lambda: ClipImages.of_hugging_face({"do_center_crop": False}, 224, "here"), "do_center_crop=False is another"),
+        (lambda: ClipImages.of_hugging_face({"crop_size": 200}, 224, "here"), r"crop_size=\[200, 200\] is another"),
+        (
+            lambda: ClipImages.of_siglip({"size": {"height": 224, "width": 200}}, 224, "here"),
+            "'width': 200} is another",
+        ),
         (lambda: ClipImages.of_open_clip({"resize_mode": "squash"}, 224, "here"), "resize_mode='squash'"),
     ],
 )
