@@ -546,6 +546,14 @@ def test_broken_checkpoints(case, copy):
     assert str(copy) in str(error.value) or "clip text" in str(error.value)
 
 
+def test_an_index_names_no_file_outside_its_folder(copy):
+    (copy / "model.safetensors").rename(copy.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(random_weights(), "../outside.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"copy/outside\.safetensors' do not exist"):
+        load_clip(str(copy))
+
+
 def test_a_path_that_is_no_folder():
     with pytest.raises(InputError, match="'/nowhere' is not a folder"):
         load_clip("/nowhere")
