@@ -349,6 +349,9 @@ def test_an_open_clip_config_that_names_the_sizes_alone():
     found = open_clip_config({"embed_dim": 512, "vision_cfg": vision, "text_cfg": text}, "here")
     assert found == CLIPConfig(CLIPTextConfig(hidden_act="gelu", eos_token_id=2), CLIPVisionConfig(hidden_act="gelu"))
     assert open_clip_config({"vision_cfg": {"patch_size": 32}, "text_cfg": {}}, "here") == found
+    cut = open_clip_config({"vision_cfg": {"mlp_ratio": 2.999}, "text_cfg": {"mlp_ratio": 3.999}}, "here")
+    assert cut.vision_config.intermediate_size == 2303  # int(768 * 2.999), not rounded
+    assert cut.text_config.intermediate_size == 2047
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -543,6 +546,14 @@ def test_broken_checkpoints(case, copy):
     assert str(copy) in str(error.value) or "clip text" in str(error.value)
 
 
+def test_an_index_names_no_file_outside_its_folder(copy):
+    (copy / "model.safetensors").rename(copy.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(random_weights(), "../outside.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"copy/outside\.safetensors' do not exist"):
+        load_clip(str(copy))
+
+
 def test_a_path_that_is_no_folder():
     with pytest.raises(InputError, match="'/nowhere' is not a folder"):
         load_clip("/nowhere")
@@ -621,6 +632,12 @@ def test_identity_follows_the_files(copy):
         (lambda: ClipImages(mean=(0.5,)), r"mean=\(0\.5,\)"),
         (lambda: ClipImages(resample="cubic"), "resample='cubic' is unknown; use one of nearest"),
         (lambda: ClipImages.of_hugging_face({"resample": 9}, 224, "here"), "resample=9 is no filter"),
+        (lambda: ClipImages.of_hugging_face({"do_center_crop": False}, 224, "here"), "do_center_crop=False is another"),
+        (lambda: ClipImages.of_hugging_face({"crop_size": 200}, 224, "here"), r"crop_size=\[200, 200\] is another"),
+        (
+            lambda: ClipImages.of_siglip({"size": {"height": 224, "width": 200}}, 224, "here"),
+            "'width': 200} is another",
+        ),
         (lambda: ClipImages.of_open_clip({"resize_mode": "squash"}, 224, "here"), "resize_mode='squash'"),
     ],
 )

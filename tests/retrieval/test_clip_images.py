@@ -140,6 +140,8 @@ def test_what_open_clip_asks_for():
         ({"rescale_factor": 1.0}, r"rescale_factor=1\.0 is another preprocessing"),
         ({"rescale_factor": "1/255"}, "rescale_factor='1/255' is another preprocessing"),
         ({"do_normalize": False}, "do_normalize=False is another preprocessing"),
+        ({"do_rescale": False}, "do_rescale=False is another preprocessing"),
+        ({"do_resize": False}, "do_resize=False is another preprocessing"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
