@@ -38,6 +38,8 @@ from rac3.tokens.text import Tokenizer
 
 METRICS = "metrics.json"
 SPLITS: tuple[Split, ...] = ("validation", "test")
+# What is scored, in the order of the `PARTS` that ask: a text asks for an image, an image for a text.
+MODALITIES = (("image", image_group, MAIN_IMAGE), ("text", text_group, MAIN_TEXT))
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,13 @@ def _evaluate_split(held_out: _HeldOut, split: Split, folder: Any) -> dict[str, 
         captions = _captions(held_out, items, neighbors[:, 1], most)
         bar.update()
     _write_samples(held_out, split, folder, items, neighbors, most, images, captions)
+    too_long = _too_long(held_out, items)
+    for modality, count in too_long.items():
+        if count:
+            print(f"{count} of {len(items)} {split} documents exceed the context, and have no {modality} perplexity")
     return {
         "documents": len(items),
+        "too_long": too_long,
         "perplexity": {modality: values[str(most)] for modality, values in by_k.items()},
         "perplexity_by_k": by_k,
         "clip_score": float(scores.mean()) if len(scores) else None,
@@ -210,10 +217,10 @@ def _perplexities(
 ) -> dict[str, float | None]:
     """Perplexity of images behind their text's neighbors, and of texts behind their image's: the prompt retrieves.
 
-    A document that by itself is longer than the context is left out.
+    The documents that `_too_long` counts are left out.
     """
     out, most = {}, held_out.generator.model.max_positions
-    for modality, number, build, kind in (("image", 0, image_group, MAIN_IMAGE), ("text", 1, text_group, MAIN_TEXT)):
+    for number, (modality, build, kind) in enumerate(MODALITIES):
         groups = []
         for item, row in zip(items, neighbors[:, number], strict=True):
             documents = held_out.sequences(held_out.retrieved(row, k))
@@ -227,6 +234,15 @@ def _perplexities(
         length = max([held_out.experiment.batches.row, *(len(group.tokens) for group in groups)])
         out[modality] = perplexity(token_losses, held_out.generator.params, groups, kind, length)
     return out
+
+
+def _too_long(held_out: _HeldOut, items: list[TokenizedDocument]) -> dict[str, int]:
+    """By modality, the documents that exceed the context by themselves, as they stand when that modality is scored."""
+    most, mains = held_out.generator.model.max_positions, [held_out.builder.sequence(item) for item in items]
+    return {
+        modality: sum(len(build(held_out.builder, [], main).tokens) > most for main in mains)
+        for modality, build, _ in MODALITIES
+    }
 
 
 def _segment_ids(item: TokenizedDocument, kind: type[Text] | type[Image]) -> np.ndarray | None:
