@@ -496,6 +496,7 @@ def test_a_document_longer_than_the_context_has_no_perplexity(
     value = _perplexities(small, make_losses(small.generator.model), items, neighbors, 2)[modality]
     assert value == pytest.approx(by_hand(small, fitting, [[]] * len(fitting), part), rel=1e-5)
     assert _too_long(small, items)[modality] == 4 - len(fitting)
+    assert _too_long(in_context(held_out, max(lengths)), items)[modality] == 0
     tiny = in_context(held_out, min(lengths) - masks - 1)
     assert _too_long(tiny, items) == {"image": 4, "text": 4}
     assert _perplexities(tiny, make_losses(tiny.generator.model), items, neighbors, 2) == {"image": None, "text": None}
