@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from measure import record
 
@@ -46,6 +47,7 @@ LIST = "benchmarks/mistakes"  # below the root of the project
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 PASSED, FAILED = 0, 1  # exit codes of pytest
 LEAST_PATIENCE = 60.0  # seconds
+START_METHOD = "forkserver"
 LIBRARIES = ("jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "tensorstore", "transformers", "tyro")
 
 
@@ -158,7 +160,7 @@ def run_tests(
     options = ["-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are imported already
     options += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context(START_METHOD)
     context.set_forkserver_preload(["pytest", *LIBRARIES])
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
         process = context.Process(target=_pytest_in, args=(copy, output.name, [*options, *tests]))
