@@ -17,7 +17,7 @@ from rac3.documents.document import Document, Reject, Text
 from rac3.experiment import Data, FitConfig
 from rac3.sharding import MeshConfig
 from rac3.stages import fitting
-from rac3.stages.fitting import Fitting, fit_encoder, fitting_documents, read_documents
+from rac3.stages.fitting import Fitting, adam, fit_encoder, fitting_documents, read_documents
 from rac3.training.loop import TrainingConfig
 from rac3.training.state import TrainState
 
@@ -123,3 +123,15 @@ def test_the_rows_of_a_step_follow_from_seed_and_step(monkeypatch: pytest.Monkey
         assert not np.array_equal(seen["rows"][one], seen["rows"][(one + 1) % 3])
         assert not np.array_equal(seen["rows"][one], other["rows"][one])
     assert (jax.device_get(seen["state"].params["w"]), seen["state"].extra) == (5, 7)
+
+
+def test_the_optimizer_is_adam_as_the_fit_says():
+    """Two steps by hand on a bias, which does not decay: of 100 steps, ten are warm-up from 0."""
+    rule = adam(FitConfig(peak_lr=0.1, b1=0.5, b2=0.9), steps=100)
+    params = {"bias": jnp.float32(1.0)}
+    state, first, second = rule.init(params), 0.3, 0.1
+    _, state = rule.update({"bias": jnp.float32(first)}, state, params)  # at a learning rate of 0
+    updates, _ = rule.update({"bias": jnp.float32(second)}, state, params)
+    mean = (0.5 * 0.5 * first + 0.5 * second) / (1 - 0.5**2)
+    square = (0.9 * 0.1 * first**2 + 0.1 * second**2) / (1 - 0.9**2)
+    np.testing.assert_allclose(updates["bias"], -0.01 * mean / np.sqrt(square), rtol=1e-4)
