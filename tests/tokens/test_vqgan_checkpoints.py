@@ -156,7 +156,8 @@ def taming_weights(config: VQGANConfig, params: dict) -> dict:
         elif value.ndim == 4:
             value = value.transpose(3, 2, 0, 1)
         weights[name] = torch.from_numpy(np.ascontiguousarray(value))
-    return weights | {"loss.discriminator.main.0.weight": torch.ones(2), "loss.logvar": torch.ones(())}
+    training = {"loss.discriminator.main.0.weight": torch.ones(2), "loss.logvar": torch.ones(())}
+    return weights | training | {"model_ema.decay": torch.ones(()), "model_ema.encoderconv_inweight": torch.ones(2)}
 
 
 def write_taming(
@@ -340,6 +341,14 @@ def test_configs_of_the_published_sizes(
     assert config.quantizer == ("gumbel" if target == "GumbelVQ" else "nearest")
 
 
+def test_settings_of_a_yaml_that_are_rarely_set(tmp_path: Path):
+    settings = taming_yaml(CONFIG, "taming.models.vqgan.VQModel")
+    rare = {"resamp_with_conv": False, "in_channels": 1, "out_ch": 4, "dropout": 0.1}
+    settings["model"]["params"]["ddconfig"] |= rare
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(settings))
+    assert taming_config(taming_model(read_settings(tmp_path / "model.yaml"))) == replace(CONFIG, **rare)
+
+
 # diffusers
 
 
@@ -446,6 +455,7 @@ def test_parity_with_chameleon(tmp_path: Path, dtype: str):
     module = module.to(getattr(torch, dtype))
     module.save_pretrained(tmp_path)
     found = load_vqgan(tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {np.dtype(np.float32)}
     assert not found.decodes
     assert "encoder only" in found.summary()
     with pytest.raises(InputError, match="has no decoder, so that a model trained on its codes could never draw"):
