@@ -54,7 +54,7 @@ def shared_data() -> Path:
 def finished_workdir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(config, workdir) of a whole run of the shrunken quickstart, made once for all processes of the session.
 
-    `RAC3_TEST_WORKDIR` names a folder where it is kept, so that several sessions find it.
+    `RAC3_TEST_WORKDIR` names a folder where it is kept, so that several sessions of one version of the code find it.
     """
     from rac3.cli import run
 
