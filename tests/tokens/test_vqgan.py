@@ -269,31 +269,9 @@ def test_codebook_update_by_hand():
     np.testing.assert_allclose(kept.cluster_size[2], 0.05)
 
 
-def test_metrics_of_a_known_batch(tiny):
-    model, params = tiny
-    images = preprocess(rectangles(0, 4, 8))
-    codebook = init_codebook_from_batch(model, params, images, jax.random.key(1))
-    assert codebook.embedding.shape == (TINY.n_embed, TINY.embed_dim)
-    assert len(np.unique(codebook.embedding, axis=0)) > TINY.n_embed // 2
-    objective = VQGANObjective(l1=1.0, l2=0.0, beta=0.0)
-    step = jax.jit(partial(vqgan_step, model, objective))
-    metrics = step(params, codebook, images, jax.random.key(2)).metrics
-    out = apply(model, with_codebook(params, codebook), images)
-    error = np.asarray(out.reconstruction - images)
-    np.testing.assert_allclose(metrics["loss"], np.abs(error).mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["l1"], np.abs(error / 2).mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["mse"], np.mean((error / 2) ** 2), rtol=1e-5)
-    np.testing.assert_allclose(metrics["psnr"], -10 * np.log10(np.mean((error / 2) ** 2)), rtol=1e-5)
-    np.testing.assert_allclose(metrics["commitment"], np.mean((out.latents - out.quantized) ** 2), rtol=1e-5)
-    share = np.bincount(np.asarray(out.codes).ravel(), minlength=TINY.n_embed) / out.codes.size
-    entropy = -sum(p * np.log(p) for p in share if p)
-    np.testing.assert_allclose(metrics["perplexity"], np.exp(entropy), rtol=1e-5)
-    np.testing.assert_allclose(metrics["codes_used"], np.mean(share > 0), rtol=1e-6)
-
-
 def test_fitting_raises_psnr():
     config = VQGANConfig(
-        ch=16, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=32, embed_dim=8,
+        ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=16, embed_dim=8,
         n_embed=64, norm_groups=4, mid_attn=False,
     )  # fmt: skip
     model, objective, optimizer = VQGAN(config), VQGANObjective(), optax.adam(3e-3)
