@@ -43,6 +43,7 @@ def module(tmp_path: Path) -> ModuleType:
     return load_config_module(str(config_of_the_page(tmp_path)))
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(
     finished_workdir: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -225,6 +225,7 @@ def test_equal_captions_are_on_different_devices(fitted: Fitted):
     assert any(first[tuple(row)] != place // (ROWS // 8) for place, row in enumerate(ids))
 
 
+@pytest.mark.slow
 def test_two_processes_step_as_one_does(fitted: Fitted, tmp_path: Path):
     """Four devices each. Both write into one folder, as the hosts of a cluster do."""
     with socket.socket() as probe:
