@@ -294,8 +294,8 @@ def test_fitting_raises_psnr():
         return optax.apply_updates(params, updates), state, found.codebook, found.metrics
 
     before = whole_psnr(with_codebook(params, codebook))
-    for i in range(80):
-        batch = data[np.arange(i * 32, i * 32 + 32) % len(data)]
+    for i in range(120):
+        batch = data[np.arange(i * 16, i * 16 + 16) % len(data)]
         params, state, codebook, metrics = step(params, state, codebook, batch, jax.random.key(i))
     after = whole_psnr(with_codebook(params, codebook))
     assert after > before + 5
