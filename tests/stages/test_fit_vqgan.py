@@ -268,6 +268,7 @@ def test_the_average_and_the_codebook_are_kept(run: Run, documents, tmp_path: Pa
 
 def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
     monkeypatch.setattr("rac3.tokens.perceptual.CHANNELS", CHANNELS)
     widths = dict(zip((index for layer in LAYERS for index in layer), (
         width for layer, width in zip(LAYERS, CHANNELS, strict=True) for _ in layer), strict=True))  # fmt: skip

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
 from rac3.config import InputError
 from rac3.tokens.text import TextTokenizer, Tokenizer
@@ -87,10 +88,10 @@ def test_a_checkpoint_goes_before_the_folder_of_a_fitted_one(folder, tmp_path):
 def test_tokenizer_with_special_tokens(folder, tmp_path):
     """A public tokenizer adds special tokens of its own; here none is added, and ids may have gaps."""
     data = json.loads((folder / "tokenizer.json").read_text())
-    data["model"]["vocab"]["<s>"] = 310
-    special = {"id": 310, "content": "<s>", "special": True, "normalized": False}
+    data["model"]["vocab"]["zzzz"] = 309
+    special = {"id": 301, "content": "<s>", "special": True, "normalized": False}
     data["added_tokens"] = [special | {"single_word": False, "lstrip": False, "rstrip": False}]
-    piece = {"id": "<s>", "ids": [310], "tokens": ["<s>"]}
+    piece = {"id": "<s>", "ids": [301], "tokens": ["<s>"]}
     start = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     data["post_processor"] = {
         "type": "TemplateProcessing", "single": start, "pair": start, "special_tokens": {"<s>": piece}
@@ -99,12 +100,16 @@ def test_tokenizer_with_special_tokens(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}'
     )
+    original = AutoTokenizer.from_pretrained(str(tmp_path))
+    bos, vocabulary = original.bos_token_id, original.get_vocab()
+    assert original.encode("a photo")[0] == bos
+    assert max(vocabulary.values()) > len(vocabulary)  # the 302 ids have a gap
     tokenizer = TextTokenizer(checkpoint=str(tmp_path)).load()
-    assert tokenizer.size == 311  # the bound of its 301 ids
+    assert tokenizer.size == max(vocabulary.values()) + 1
     ids = tokenizer.encode("a photo")
-    assert 310 not in ids
+    assert bos not in ids
     assert tokenizer.decode(ids) == "a photo"
-    assert max(tokenizer.encode("<s>")) < tokenizer.size
+    assert bos not in tokenizer.encode("<s>")
 
 
 def test_missing_tokenizers_are_one_clear_line(tmp_path):
