@@ -72,6 +72,22 @@ def finished_workdir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return config, workdir
 
 
+@pytest.fixture(scope="session")
+def experiment():
+    """That of the finished run."""
+    import tiny_config
+
+    return tiny_config.get_config()
+
+
+@pytest.fixture(scope="session")
+def store(finished_workdir: tuple[Path, Path]):
+    """The finished run itself, to read."""
+    from rac3.artifacts import Workdir
+
+    return Workdir(finished_workdir[1], "tiny")
+
+
 @pytest.fixture
 def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy of a finished run."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_config
 from html_page import Card, Page
 
 from rac3 import report_retrieval as report
@@ -21,16 +20,6 @@ from rac3.stages.embed import open_documents
 
 WAYS = ("text_to_image", "image_to_text", "text_to_document", "image_to_document")
 RULES = ("withdrawn", "main_document", "duplicate", "similar_to_main", "similar_to_query", "redundant")
-
-
-@pytest.fixture(scope="module")
-def experiment() -> Experiment:
-    return tiny_config.get_config()
-
-
-@pytest.fixture(scope="module")
-def store(finished_workdir: tuple[Path, Path]) -> Workdir:
-    return Workdir(finished_workdir[1], "tiny")
 
 
 @pytest.fixture

@@ -67,11 +67,6 @@ def experiment(finished_workdir: tuple[Path, Path]) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def store(finished_workdir: tuple[Path, Path]) -> Workdir:
-    return Workdir(finished_workdir[1], "tiny")
-
-
-@pytest.fixture(scope="module")
 def held_out(experiment: Experiment, store: Workdir) -> _HeldOut:
     """The tiny model with its weights made larger: after six steps it hardly minds what is in context."""
     opened = _HeldOut.open(experiment, experiment, store)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_config
 
 from rac3.arrays import Vectors, create_array, read_array, write_shard
 from rac3.artifacts import Workdir
@@ -31,16 +30,6 @@ from rac3.stages.evaluate_retrieval import (
     evaluate_retrieval,
 )
 from rac3.stages.memory import OpenMemory
-
-
-@pytest.fixture(scope="module")
-def experiment() -> Experiment:
-    return tiny_config.get_config()
-
-
-@pytest.fixture(scope="module")
-def store(finished_workdir: tuple[Path, Path]) -> Workdir:
-    return Workdir(finished_workdir[1], "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -32,16 +32,6 @@ PROMPT = "a fox on water in night"
 
 
 @pytest.fixture(scope="module")
-def experiment() -> Experiment:
-    return tiny_config.get_config()
-
-
-@pytest.fixture(scope="module")
-def store(finished_workdir: tuple[Path, Path]) -> Workdir:
-    return Workdir(finished_workdir[1], "tiny")
-
-
-@pytest.fixture(scope="module")
 def session(experiment: Experiment, store: Workdir) -> Session:
     return Session.open(experiment, store)
 
