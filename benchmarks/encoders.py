@@ -39,9 +39,9 @@ def clip_cases(small: bool, dtype: str) -> Iterator[Case]:
     import torch
     import transformers
 
-    from rac3.retrieval.clip import CLIP
-    from rac3.retrieval.clip_checkpoints import hugging_face_config
-    from rac3.retrieval.clip_weights import clip_params, hugging_face
+    from rac3.clip.checkpoints import hugging_face_config
+    from rac3.clip.model import CLIP
+    from rac3.clip.weights import clip_params, hugging_face
 
     narrow = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
@@ -82,8 +82,8 @@ def vqgan_cases(small: bool, dtype: str) -> Iterator[Case]:
     import numpy as np
     import torch
 
-    from rac3.tokens.vqgan import VQGAN
-    from rac3.tokens.vqgan_checkpoints import load_vqgan
+    from rac3.vqgan.checkpoints import load_vqgan
+    from rac3.vqgan.model import VQGAN
 
     widths, size = ((32, 64), 32) if small else ((128, 256, 256, 512), 256)
     theirs = diffusers.VQModel(
@@ -131,12 +131,12 @@ def pipeline_case(small: bool, dtype: str) -> Case:
     import torch
     import transformers
 
+    from rac3.clip.checkpoints import hugging_face_config
+    from rac3.clip.encoder import MixedEncoder
+    from rac3.clip.images import ClipImages
+    from rac3.clip.model import CLIP
+    from rac3.clip.weights import clip_params, hugging_face
     from rac3.documents.document import Image
-    from rac3.retrieval.clip import CLIP
-    from rac3.retrieval.clip_checkpoints import hugging_face_config
-    from rac3.retrieval.clip_images import ClipImages
-    from rac3.retrieval.clip_weights import clip_params, hugging_face
-    from rac3.retrieval.encoder import MixedEncoder
 
     theirs = transformers.CLIPModel(transformers.CLIPConfig()).eval()
     config = hugging_face_config(theirs.config.to_dict(), "ViT-B/32")

@@ -33,10 +33,10 @@ from rac3.cli import parse
 from rac3.config import InputError, canonical, load_config_module
 from rac3.experiment import Experiment
 from rac3.stages.encoders import ImageCodec, vqgan_metrics
-from rac3.stages.fit_vqgan import fit_vqgan
-from rac3.stages.fitting import fitting_documents, read_documents
-from rac3.tokens.vqgan import VQGAN
+from rac3.stages.fit.encoder import fitting_documents, read_documents
+from rac3.stages.fit.vqgan import fit_vqgan
 from rac3.training.metrics import read_metrics
+from rac3.vqgan.model import VQGAN
 
 TRIAL = 60  # steps; the time of the last 40 is taken
 

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from measure import interleaved, ratio, record, seconds
 
-from rac3.arrays import Vectors
+from rac3.artifacts.arrays import Vectors
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.memory import Memory, MemoryPart

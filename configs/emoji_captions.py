@@ -9,18 +9,18 @@ An image is 64 tokens, 256 with `--vqgan.model.ch-mult 1 2 4 --batches.context-l
 """
 
 from rac3.batches.loader import BatchConfig
+from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.documents.webdataset import WebDataset
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Data, Experiment, FitConfig, ImageTextEncoder, ImageTokenizer
 from rac3.generation.sampling import Sampling
 from rac3.model.transformer import TransformerConfig
-from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
-from rac3.tokens.vqgan import VQGANConfig
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
+from rac3.vqgan.model import VQGANConfig
 
 
 def get_config() -> Experiment:

@@ -6,19 +6,19 @@ CM3 trained with equal compute, and both compared on entities that neither has s
 
 from rac3.batches.loader import BatchConfig
 from rac3.batches.masking import Masking
+from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.documents.world import World
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Data, Experiment, FitConfig, ImageTextEncoder, ImageTokenizer
 from rac3.generation.sampling import Sampling
 from rac3.model.transformer import TransformerConfig
-from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
-from rac3.tokens.vqgan import VQGANConfig
-from rac3.tokens.vqgan_objective import VQGANObjective
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
+from rac3.vqgan.model import VQGANConfig
+from rac3.vqgan.objective import VQGANObjective
 
 
 def get_config(seed: int = 0) -> Experiment:

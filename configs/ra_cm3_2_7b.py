@@ -5,14 +5,14 @@ The paper's setting (section 4.1): 2.7B parameters, 4,096 tokens, 150M documents
 tokens a picture. Nothing of this size has been run with this code: the plan says what its offline stages would take.
 """
 
+from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rac3.devices.cluster import Scale
+from rac3.devices.mesh import MeshConfig
 from rac3.documents.webdataset import WebDataset
 from rac3.experiment import Data, Experiment, ImageTextEncoder, ImageTokenizer
-from rac3.retrieval.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.retrieval.exact import Exact
-from rac3.scale import Scale
-from rac3.sharding import MeshConfig
 from rac3.tokens.text import TextTokenizer
-from rac3.tokens.vqgan import VQGANConfig
+from rac3.vqgan.model import VQGANConfig
 
 
 def get_config() -> Experiment:

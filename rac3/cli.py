@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from rac3.artifacts import Workdir
+from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, load_config_module
 from rac3.documents.webdataset import WebDataset
-from rac3.executors import Local
+from rac3.execution.local import Local
+from rac3.execution.ray import Ray
 from rac3.experiment import Data, Experiment
-from rac3.ray_executor import Ray
-from rac3.retrieval.controls import NoRetriever, Random
+from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
@@ -213,7 +213,7 @@ class MemoryOptions:
 
 def _options(stage: str) -> Any:
     """The dataclass of what a stage takes beside the experiment; None if that is nothing."""
-    from rac3.report_encoders import EncodersReport
+    from rac3.report.encoders import EncodersReport
     from rac3.stages.evaluate import EvaluateOptions
     from rac3.stages.generate import GenerateConfig
 
@@ -263,16 +263,16 @@ def _one_line(text: str, stage: str) -> str:
 
 def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workdir: Workdir, options: Any) -> None:
     """The stages that the command names, in the order of the chain."""
-    from rac3.plan import plan
-    from rac3.report import collect, report, summary
-    from rac3.report_encoders import encoders_report
-    from rac3.report_retrieval import retrieval_report, retrieval_summary
+    from rac3.plan.offline import plan
+    from rac3.report.encoders import encoders_report
+    from rac3.report.experiment import collect, report, summary
+    from rac3.report.retrieval import retrieval_report, retrieval_summary
     from rac3.stages import embed, encoders, ingest, retrieve, train
     from rac3.stages.audit import audit
     from rac3.stages.evaluate import evaluate_all, vanilla
     from rac3.stages.evaluate_retrieval import evaluate_retrieval
     from rac3.stages.generate import generate
-    from rac3.tokens.vqgan_files import require_decoder
+    from rac3.vqgan.files import require_decoder
 
     if stage in ("run", "train") and experiment.vqgan.checkpoint is not None:
         require_decoder(Path(experiment.vqgan.checkpoint))

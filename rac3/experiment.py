@@ -6,28 +6,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rac3.arrays import VectorDtype
+from rac3.artifacts.arrays import VectorDtype
 from rac3.batches.loader import BatchConfig
+from rac3.clip.model import CLIPConfig
 from rac3.config import InputError
+from rac3.devices.cluster import Scale
+from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import Source
 from rac3.documents.filter import LaionFilter
 from rac3.evaluation.settings import EvaluationConfig
-from rac3.executors import Local
+from rac3.execution.local import Local
+from rac3.execution.ray import Ray
 from rac3.model.transformer import TransformerConfig
-from rac3.ray_executor import Ray
-from rac3.retrieval.clip import CLIPConfig
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
-from rac3.scale import Scale
-from rac3.sharding import MeshConfig
-from rac3.tokens.perceptual import MIN_RESOLUTION
 from rac3.tokens.text import TextTokenizer
-from rac3.tokens.vqgan import VQGANConfig
-from rac3.tokens.vqgan_objective import VQGANObjective
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
+from rac3.vqgan.model import VQGANConfig
+from rac3.vqgan.objective import VQGANObjective
+from rac3.vqgan.perceptual import MIN_RESOLUTION
 
 Split = str  # the name of a source: train, validation, test, or that of a part of the memory
 Role = Literal["train", "memory", "held out"]
@@ -122,7 +122,7 @@ class ImageTokenizer:
     """The VQGAN, fitted here, or loaded from a published checkpoint.
 
     Attributes:
-      checkpoint: its file or folder (`rac3/tokens/vqgan_checkpoints.py` lists the formats). The architecture is the
+      checkpoint: its file or folder (`rac3/vqgan/checkpoints.py` lists the formats). The architecture is the
         checkpoint's: `model`, `objective` and `fit` are not used.
       resolution: pixels of the pictures that a checkpoint is used at, in height and width; None is what its config
         says, and 256 for LlamaGen's, which have none.

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["rac3.cli", "rac3.stages.generate", "rac3.report", "tyro", "transformers.models.auto.tokenization_auto"]
+    ["rac3.cli", "rac3.stages.generate", "rac3.report.experiment", "tyro", "transformers.models.auto.tokenization_auto"]
 )
 
 

@@ -83,7 +83,7 @@ def experiment():
 @pytest.fixture(scope="session")
 def store(finished_workdir: tuple[Path, Path]):
     """The finished run itself, to read."""
-    from rac3.artifacts import Workdir
+    from rac3.artifacts.workdir import Workdir
 
     return Workdir(finished_workdir[1], "tiny")
 

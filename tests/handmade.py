@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
 from rac3.documents.document import Document, Image, Reject, Text
 from rac3.experiment import Experiment
-from rac3.stages import recipes
 from rac3.stages.encoders import ImageCodec
 
 WIDTH = 8

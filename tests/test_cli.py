@@ -17,22 +17,22 @@ import numpy as np
 import pytest
 from commands import ROOT, started, wait_until
 
-from rac3.arrays import read_array
-from rac3.artifacts import MANIFEST, Workdir
+from rac3 import recipes
+from rac3.artifacts.arrays import read_array
+from rac3.artifacts.workdir import MANIFEST, Workdir
 from rac3.cli import _preparing, parse
 from rac3.config import InputError, load_config_module
 from rac3.documents.webdataset import WebDataset
-from rac3.executors import Local
+from rac3.execution.local import Local
+from rac3.execution.ray import Ray
 from rac3.experiment import Experiment
-from rac3.ray_executor import Ray
-from rac3.retrieval.controls import NoRetriever, Random
+from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
-from rac3.stages import recipes
 from rac3.stages.generate import Session
 from rac3.stages.memory import OpenMemory
 
@@ -402,11 +402,11 @@ CALLS = {
     "rac3.stages.evaluate": ("evaluate_all",),
     "rac3.stages.evaluate_retrieval": ("evaluate_retrieval",),
     "rac3.stages.generate": ("generate",),
-    "rac3.plan": ("plan",),
-    "rac3.report": ("collect", "report", "summary"),
-    "rac3.report_encoders": ("encoders_report",),
-    "rac3.report_retrieval": ("retrieval_report", "retrieval_summary"),
-    "rac3.tokens.vqgan_files": ("require_decoder",),
+    "rac3.plan.offline": ("plan",),
+    "rac3.report.experiment": ("collect", "report", "summary"),
+    "rac3.report.encoders": ("encoders_report",),
+    "rac3.report.retrieval": ("retrieval_report", "retrieval_summary"),
+    "rac3.vqgan.files": ("require_decoder",),
 }
 Called = list[tuple[str, tuple[Any, ...]]]
 

@@ -12,10 +12,10 @@ from rac3.documents.webdataset import WebDataset
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Data, Experiment, FitConfig, ImageTextEncoder, ImageTokenizer
 from rac3.retrieval.fixed import Fixed
-from rac3.tokens.discriminator import AdversarialConfig
-from rac3.tokens.perceptual import PerceptualConfig
-from rac3.tokens.vqgan import VQGANConfig
-from rac3.tokens.vqgan_objective import VQGANObjective
+from rac3.vqgan.discriminator import AdversarialConfig
+from rac3.vqgan.model import VQGANConfig
+from rac3.vqgan.objective import VQGANObjective
+from rac3.vqgan.perceptual import PerceptualConfig
 
 DATA = Data(
     train=WebDataset("a"),

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from commands import ROOT, started, wait_until
 
-from rac3.artifacts import MANIFEST, Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import MANIFEST, Workdir
 from rac3.cli import run
+from rac3.clip.encoder import query_dropout_keys
 from rac3.config import InputError, load_config_module
 from rac3.documents.store import TokenizedDocument
 from rac3.experiment import Experiment
-from rac3.retrieval.encoder import query_dropout_keys
-from rac3.stages import recipes
 from rac3.stages.embed import document_embeddings, open_documents, open_queries
 from rac3.stages.encoders import open_clip, open_text, open_vqgan
 from rac3.stages.retrieve import read_neighbors

@@ -11,8 +11,8 @@ import yaml
 
 from rac3.cli import parse
 from rac3.config import load_config_module
+from rac3.execution.ray import Ray
 from rac3.experiment import Experiment
-from rac3.ray_executor import Ray
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 

@@ -10,13 +10,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from rac3.arrays import read_array
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.arrays import read_array
+from rac3.artifacts.workdir import Workdir
 from rac3.cli import RETRIEVERS, run
 from rac3.config import load_config_module
 from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Index, Queries, Retriever
-from rac3.stages import recipes
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "retrievers.md").read_text()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from rac3.arrays import Rows
+from rac3.artifacts.arrays import Rows
 from rac3.batches import draws
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import TOKENS_PER_SPAN, Masking

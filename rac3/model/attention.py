@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rac3.sharding import constrain
+from rac3.devices.mesh import constrain
 
 Dtype = jnp.dtype | str
 

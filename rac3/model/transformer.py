@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rac3.config import InputError
+from rac3.devices.mesh import constrain
 from rac3.model.attention import KVCache, SelfAttention, packed_mask
-from rac3.sharding import constrain
 
 
 @dataclass(frozen=True)

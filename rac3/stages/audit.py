@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rac3.artifacts import Workdir, write_atomic
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir, write_atomic
 from rac3.config import InputError
+from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
-from rac3.progress import Progress
-from rac3.stages import recipes
 from rac3.stages.embed import PARTS, open_documents, open_queries
 from rac3.stages.encoders import open_clip, open_text, open_vqgan
 from rac3.stages.ingest import vocabulary_of

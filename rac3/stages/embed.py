@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from rac3.arrays import Vectors
-from rac3.artifacts import Recipe, Workdir
+from rac3 import recipes
+from rac3.artifacts.arrays import Vectors
+from rac3.artifacts.recipe import Recipe
+from rac3.artifacts.workdir import Workdir
+from rac3.clip.encoder import Encoder, mix, query_dropout_keys
 from rac3.documents.store import DocumentStore, TokenizedDocument
-from rac3.executors import Shard, Tally, clear, run
+from rac3.execution.shards import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
-from rac3.retrieval.encoder import Encoder, mix, query_dropout_keys
 from rac3.retrieval.memory import EmbeddingRows
-from rac3.stages import recipes
 from rac3.stages.encoders import open_clip
 
 DOCUMENTS_AT_ONCE = 1024  # that a thread holds in memory

@@ -14,23 +14,23 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree, UInt8
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
+from rac3.clip.checkpoints import ClipCheckpoint, load_clip
+from rac3.clip.encoder import Encoder
 from rac3.config import InputError, canonical
-from rac3.device_batches import DeviceBatches
+from rac3.devices.batches import DeviceBatches
 from rac3.documents.document import Picture, pixels_of, prepare_image
 from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
 from rac3.experiment import Experiment
-from rac3.retrieval.clip_checkpoints import ClipCheckpoint, load_clip
-from rac3.retrieval.encoder import Encoder
-from rac3.stages import recipes
-from rac3.stages.fit_clip import fit_clip
-from rac3.stages.fit_vqgan import fit_vqgan
-from rac3.stages.fitting import fitting_documents
-from rac3.tokens.params_file import load_params, save_params
+from rac3.stages.fit.clip import fit_clip
+from rac3.stages.fit.encoder import fitting_documents
+from rac3.stages.fit.vqgan import fit_vqgan
 from rac3.tokens.text import Tokenizer
-from rac3.tokens.vqgan import VQGAN, VQGANConfig, preprocess, to_pixels
-from rac3.tokens.vqgan_checkpoints import load_vqgan
 from rac3.training.checkpoint import CHECKPOINTS
+from rac3.vqgan.checkpoints import load_vqgan
+from rac3.vqgan.model import VQGAN, VQGANConfig, preprocess, to_pixels
+from rac3.weights.params_file import load_params, save_params
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"

@@ -8,24 +8,24 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from rac3.artifacts import Workdir, write_atomic
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir, write_atomic
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT
+from rac3.clip.encoder import Encoder
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
 from rac3.evaluation.entities import emblem_accuracy, name_accuracy
 from rac3.evaluation.perplexity import image_group, make_losses, perplexity, text_group
+from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
 from rac3.generation.captions import generate_captions
 from rac3.generation.generator import Generator
 from rac3.generation.images import generate_images
 from rac3.generation.rerank import best_by_clip
-from rac3.progress import Progress
-from rac3.retrieval.controls import NoRetriever, Random
-from rac3.retrieval.encoder import Encoder
-from rac3.stages import recipes
+from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.stages.embed import PARTS, open_documents, open_queries
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan, vqgan_metrics
 from rac3.stages.evaluate_retrieval import clip_metrics

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rac3.artifacts import Workdir, write_atomic
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir, write_atomic
+from rac3.clip.encoder import mix
 from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.documents.store import DocumentStore
 from rac3.evaluation.recall import pair_recall, recall_at
+from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
-from rac3.progress import Progress
-from rac3.retrieval.encoder import mix
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.retriever import Queries, Retriever, Tunable, search_memory
 from rac3.retrieval.selection import Dropped
-from rac3.stages import recipes
 from rac3.stages.embed import PARTS, open_documents, open_queries
 from rac3.stages.memory import OpenMemory
 from rac3.stages.retrieve import read_neighbors

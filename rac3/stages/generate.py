@@ -8,9 +8,11 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float, UInt8
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
+from rac3.clip.encoder import Encoder
 from rac3.config import InputError
 from rac3.documents.document import Document, ImageError, decode_image
 from rac3.documents.store import TokenizedDocument
@@ -18,10 +20,8 @@ from rac3.experiment import Experiment
 from rac3.generation.captions import generate_captions
 from rac3.generation.generator import Generator
 from rac3.generation.images import generate_images
-from rac3.retrieval.encoder import Encoder
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
-from rac3.stages import recipes
 from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan
 from rac3.stages.ingest import vocabulary_of
 from rac3.stages.memory import OpenMemory

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from rac3.artifacts import Draft, Workdir, temporary_path
+from rac3 import recipes
+from rac3.artifacts.workdir import Draft, Workdir, temporary_path
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Source
 from rac3.documents.store import COLUMNS, TokenizedDocument, columns_of, id_type, write_columns, write_shard
-from rac3.executors import Shard, Tally, clear, run
+from rac3.execution.shards import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
-from rac3.stages import recipes
 from rac3.stages.encoders import ImageCodec, open_text, open_vqgan
 from rac3.tokens.text import Tokenizer
 from rac3.tokens.vocabulary import Vocabulary

@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
 from rac3.documents.document import Document
 from rac3.documents.store import DocumentStore, TokenizedDocument, hash64
 from rac3.experiment import Experiment, Split
@@ -15,7 +16,6 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, search_memory
 from rac3.retrieval.selection import Selected, Selection, select
-from rac3.stages import recipes
 from rac3.stages.embed import document_embeddings, open_documents
 
 

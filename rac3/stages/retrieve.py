@@ -10,14 +10,14 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Int
 
-from rac3.arrays import Rows, create_array, write_shard
-from rac3.artifacts import Workdir
-from rac3.executors import Shard, Tally, clear, run
+from rac3 import recipes
+from rac3.artifacts.arrays import Rows, create_array, write_shard
+from rac3.artifacts.workdir import Workdir
+from rac3.execution.progress import Progress
+from rac3.execution.shards import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
-from rac3.progress import Progress
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.selection import Dropped, Selected
-from rac3.stages import recipes
 from rac3.stages.embed import document_rows, document_shards, open_documents, open_queries, query_arrays
 from rac3.stages.memory import OpenMemory, memory_part
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.loader import BatchStream, StreamState
+from rac3.devices.mesh import shardings_of, use_mesh
 from rac3.experiment import Experiment
 from rac3.model.transformer import Transformer
-from rac3.sharding import shardings_of, use_mesh
-from rac3.stages import recipes
 from rac3.stages.embed import open_documents
 from rac3.stages.encoders import open_text, open_vqgan
 from rac3.stages.ingest import vocabulary_of

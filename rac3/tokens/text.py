@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rac3.config import InputError
-from rac3.tokens.checkpoint_files import checkpoint_folder, read_json
+from rac3.weights.checkpoint_files import checkpoint_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

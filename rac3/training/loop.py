@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from rac3.config import InputError
-from rac3.progress import Progress
-from rac3.sharding import MeshConfig, use_mesh
+from rac3.devices.mesh import MeshConfig, use_mesh
+from rac3.execution.progress import Progress
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.metrics import MetricsWriter
 from rac3.training.state import TrainState

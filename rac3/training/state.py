@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
-from rac3.sharding import MeshConfig, shardings_of
+from rac3.devices.mesh import MeshConfig, shardings_of
 
 
 @no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind

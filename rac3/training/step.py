@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rac3.batches.packing import KIND_NAMES, PackedBatch
-from rac3.model.loss import token_losses
+from rac3.model.losses import token_losses
 from rac3.model.transformer import Transformer
 from rac3.training.state import TrainState, apply_gradients
 

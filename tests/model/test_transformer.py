@@ -13,10 +13,10 @@ import pytest
 from plain_transformer import plain_logits, plain_nats, random_params
 
 from rac3.config import InputError
+from rac3.devices.mesh import MeshConfig, use_mesh
 from rac3.model.attention import attend, packed_mask
-from rac3.model.loss import token_losses
+from rac3.model.losses import token_losses
 from rac3.model.transformer import Transformer, TransformerConfig
-from rac3.sharding import MeshConfig, use_mesh
 
 # init_std is large, so that attention is far from uniform and every path matters
 CONFIG = TransformerConfig(num_layers=2, embed=32, num_heads=4, mlp=48, dtype="float32", remat="none", init_std=0.2)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rac3.config import InputError
-from rac3.retrieval.controls import NoRetriever, Random
+from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed

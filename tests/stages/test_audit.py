@@ -12,16 +12,16 @@ import pytest
 import tensorstore
 from handmade import CODES, WIDTH, document, experiment_of, plain_encoders
 
-from rac3.arrays import read_array
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.arrays import read_array
+from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError
 from rac3.documents.store import NARROW, TokenizedDocument, write_shard
 from rac3.experiment import Experiment
-from rac3.retrieval.controls import NoRetriever
+from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
-from rac3.stages import recipes
 from rac3.stages.audit import audit
 from rac3.stages.embed import embed, open_documents
 from rac3.stages.ingest import ingest

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rac3.arrays import Vectors
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.arrays import Vectors
+from rac3.artifacts.workdir import Workdir
+from rac3.clip.encoder import mix, query_dropout_keys
 from rac3.config import load_config_module
 from rac3.experiment import Split
-from rac3.retrieval.encoder import mix, query_dropout_keys
 from rac3.retrieval.memory import MemoryPart
-from rac3.stages import recipes
 from rac3.stages.embed import document_embeddings, open_documents, open_queries
 from rac3.stages.encoders import open_clip
 

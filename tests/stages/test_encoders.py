@@ -13,19 +13,20 @@ import PIL.Image
 import pytest
 import tiny_config
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
+from rac3.clip.checkpoints import ClipCheckpoint
+from rac3.clip.model import CLIP
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Picture, pixels_of, prepare_image
 from rac3.documents.world import World
 from rac3.experiment import Experiment, FitConfig
-from rac3.retrieval.clip import CLIP
-from rac3.retrieval.clip_checkpoints import ClipCheckpoint
-from rac3.stages import encoders, recipes
+from rac3.stages import encoders
 from rac3.stages.encoders import ImageCodec, fit_encoders, open_clip, open_text, open_vqgan, vqgan_metrics
-from rac3.stages.fit_clip import IMAGES, clip_config
+from rac3.stages.fit.clip import IMAGES, clip_config
 from rac3.tokens.text import TextTokenizer
-from rac3.tokens.vqgan import VQGAN
-from rac3.tokens.vqgan_checkpoints import VQGANCheckpoint
+from rac3.vqgan.checkpoints import VQGANCheckpoint
+from rac3.vqgan.model import VQGAN
 
 TINY = tiny_config.get_config()
 TEXTS = ["a red fox", "the old lighthouse", "two blue squares on grass"]

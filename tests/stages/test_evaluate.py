@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from decoding_spy import Call, watch_decoding
 
-from rac3.arrays import read_array
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.arrays import read_array
+from rac3.artifacts.workdir import Workdir
 from rac3.config import load_config_module
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
@@ -23,10 +24,9 @@ from rac3.evaluation.perplexity import make_losses
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Experiment, Split
 from rac3.generation.sampling import Sampling
-from rac3.retrieval.controls import NoRetriever, Random
+from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.stages import evaluate as stage
-from rac3.stages import recipes
 from rac3.stages.embed import open_documents
 from rac3.stages.evaluate import (
     _accuracies,

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rac3.arrays import Vectors, create_array, read_array, write_shard
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.arrays import Vectors, create_array, read_array, write_shard
+from rac3.artifacts.workdir import Workdir
 from rac3.documents.document import Document, Image, Text
 from rac3.experiment import Experiment
-from rac3.retrieval.controls import NoRetriever
+from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Queries, Retriever, Tunable, no_candidates
 from rac3.retrieval.selection import Dropped
 from rac3.stages import evaluate_retrieval as stage
-from rac3.stages import recipes
 from rac3.stages.embed import open_documents
 from rac3.stages.evaluate_retrieval import (
     Questions,

@@ -12,16 +12,16 @@ import pytest
 import tiny_config
 from decoding_spy import Call, watch_decoding
 
-from rac3.arrays import Vectors
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.arrays import Vectors
+from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError
 from rac3.documents.document import Document, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.experiment import Experiment
-from rac3.retrieval.controls import NoRetriever, Random
+from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.selection import Dropped, Selected
-from rac3.stages import recipes
 from rac3.stages.embed import open_documents
 from rac3.stages.generate import GenerateConfig, Session, generate
 from rac3.stages.memory import OpenMemory

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from handmade import PER_IMAGE, PlainCodec, codes_of, document, experiment_of, plain_encoders
 
-from rac3.artifacts import Artifact
+from rac3 import recipes
+from rac3.artifacts.workdir import Artifact
 from rac3.config import InputError
 from rac3.documents.document import Document, Reject
 from rac3.experiment import Experiment
-from rac3.stages import recipes
 from rac3.stages.embed import open_documents
 from rac3.stages.ingest import counts_line, ingest
 from rac3.tokens.text import Tokenizer
@@ -157,7 +157,7 @@ def test_long_shards_are_read_in_blocks(ingested: Ingested, monkeypatch: pytest.
 
 
 def test_counts_line(ingested: Ingested, tmp_path: Path):
-    from rac3.artifacts import Workdir
+    from rac3.artifacts.workdir import Workdir
 
     experiment, artifact, _ = ingested(max_reject_fraction=0.5)
     tokens = artifact.manifest["counts"]["tokens"]

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rac3.artifacts import MANIFEST, Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import MANIFEST, Workdir
 from rac3.batches.loader import StreamState
 from rac3.cli import parse
+from rac3.clip.encoder import query_dropout_keys
 from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.documents.webdataset import WebDataset
 from rac3.documents.world import World
 from rac3.experiment import Data, Experiment
-from rac3.retrieval.encoder import query_dropout_keys
-from rac3.stages import recipes
 from rac3.stages.embed import embed, open_documents, open_queries
 from rac3.stages.encoders import open_clip, open_text, open_vqgan
 from rac3.stages.evaluate_retrieval import evaluate_retrieval

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from handmade import PlainEncoder, document, experiment_of, plain_encoders, unit, vector
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
+from rac3.clip.encoder import query_dropout_keys
 from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.experiment import Experiment, Split
-from rac3.retrieval.encoder import query_dropout_keys
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Queries, ranked
 from rac3.retrieval.selection import Selection
-from rac3.stages import recipes
 from rac3.stages.embed import document_embeddings, embed, open_documents, open_queries
 from rac3.stages.ingest import ingest
 from rac3.stages.memory import Keys, OpenMemory, Texts, withdrawn_rows

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tiny_config
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
 from rac3.batches.loader import StreamState
 from rac3.batches.masking import Masking
-from rac3.retrieval.controls import NoRetriever
-from rac3.sharding import MeshConfig
-from rac3.stages import recipes
+from rac3.devices.mesh import MeshConfig
+from rac3.retrieval.baselines import NoRetriever
 from rac3.stages import train as stage
 from rac3.stages.embed import open_documents
 from rac3.stages.train import build_model, open_params, train, training_stream

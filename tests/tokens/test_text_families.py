@@ -13,12 +13,12 @@ import pytest
 import tokenizer_families as families
 import transformers
 
-from rac3.artifacts import Workdir
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
 from rac3.cli import run
 from rac3.config import InputError, load_config_module
 from rac3.documents.document import Text
 from rac3.documents.store import DocumentStore
-from rac3.stages import recipes
 from rac3.tokens.text import PROBES, TextTokenizer, Tokenizer, tokenizer_identity
 
 WRITERS: dict[str, Callable[[Path], None]] = {

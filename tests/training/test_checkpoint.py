@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rac3.config import InputError
+from rac3.devices.mesh import MeshConfig
 from rac3.model.transformer import TransformerConfig
-from rac3.sharding import MeshConfig
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.optimizer import OptimizerConfig
 from rac3.training.state import TrainState, create_state

@@ -17,8 +17,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rac3.batches.packing import PackedBatch
 from rac3.config import InputError
+from rac3.devices.mesh import MeshConfig, use_mesh
 from rac3.model.transformer import TransformerConfig
-from rac3.sharding import MeshConfig, use_mesh
 from rac3.training import loop
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.loop import TrainingConfig, fit, put

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rac3.sharding import MeshConfig
+from rac3.devices.mesh import MeshConfig
 from rac3.training.state import TrainState, apply_gradients, create_state
 
 

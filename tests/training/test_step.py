@@ -12,10 +12,10 @@ from plain_transformer import plain_logits, plain_nats, random_params
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masked, Masking, move_spans
 from rac3.batches.packing import IGNORED, KIND_NAMES, PackedBatch, packed_row
+from rac3.devices.mesh import MeshConfig, use_mesh
 from rac3.documents.document import Document, Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.model.transformer import TransformerConfig
-from rac3.sharding import MeshConfig, use_mesh
 from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, Vocabulary
 from rac3.training.loop import put
 from rac3.training.optimizer import OptimizerConfig

@@ -1,0 +1,254 @@
+"""Maps over shards. A job is opened once in each worker, which then makes one shard after another.
+
+    run(executor, job, shards)   Local: one worker, this process
+                                 Ray:   workers on all machines of a cluster, each with models and devices of its own
+
+A shard is done when its summary is there, which is written last. A run makes the shards that are not done, in any
+order. Nothing that an executor decides changes what is made.
+"""
+
+import contextlib
+import json
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from rac3.artifacts.workdir import TEMPORARY, write_atomic
+from rac3.config import InputError
+from rac3.execution.progress import Progress
+
+ATTEMPTS = 3  # at a shard, before it is left and the others go on
+MAX_POISONED = 20  # shards that are left before the run stops: something is wrong with more than shards
+BEAT = 1.0  # seconds between signs of life
+TENSORSTORE_TEMPORARY = ".__lock"  # what is left of a write that was killed
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a stage's work, and of what it writes into `folder`. No two shards write one file.
+
+    Attributes:
+      part: the split.
+      number: of the shard within its part.
+      name: within its part, for messages.
+    """
+
+    part: str
+    number: int
+    name: str
+    folder: Path
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / f"{self.number:06d}.json"
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.name}"
+
+    def read_summary(self) -> dict[str, Any]:
+        """What the worker returned for this shard."""
+        return json.loads(self.summary.read_text())
+
+
+class Tally:
+    """What a worker has done of a shard so far. To count is also where a run that is interrupted stops."""
+
+    def __init__(self, stopped: threading.Event | None = None) -> None:
+        self.documents = self.rejects = 0
+        self._stopped = stopped
+
+    def add(self, documents: int, rejects: int = 0) -> None:
+        if self._stopped is not None and self._stopped.is_set():
+            raise _StoppedError
+        self.documents += documents
+        self.rejects += rejects
+
+
+class _StoppedError(BaseException):
+    """Ends a thread of a run that is interrupted: not an Exception, which a source might swallow."""
+
+
+@runtime_checkable
+class Worker(Protocol):
+    """Makes a shard: writes its files, and returns what is worth keeping of it, as JSON. Called from many threads."""
+
+    def __call__(self, shard: Shard, tally: Tally) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class Job(Protocol):
+    """A stage, as it is sent to the workers: small, picklable, and opened where it runs."""
+
+    @property
+    def label(self) -> str: ...
+
+    def open(self) -> Worker:
+        """Loads the models onto the devices of this process."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An attempt at a shard, which is done if `error` is None."""
+
+    shard: Shard
+    documents: int = 0
+    rejects: int = 0
+    error: str | None = None
+    trace: str = ""
+    stops: bool = False  # an InputError: neither another attempt nor another shard would do better
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life: the workers that are open, and what they have done of shards that are not done yet."""
+
+    workers: int
+    documents: int = 0
+    rejects: int = 0
+
+
+Events = Generator[Outcome | Beat, None, None]
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Makes shards somewhere."""
+
+    def outcomes(self, job: Job, missing: deque[Shard]) -> Events:
+        """Takes shards from `missing` until there are none; the reader may append what is to be tried again."""
+        ...
+
+
+def run(executor: Executor, job: Job, shards: Sequence[Shard]) -> dict[str, int | float]:
+    """Makes the shards that are not done.
+
+    Returns:
+      What this run did, for the manifest: documents, seconds, documents_per_second, workers.
+
+    Raises:
+      InputError: a worker raised one; or shards failed `ATTEMPTS` times, which stops none of the others.
+    """
+    missing = deque(shard for shard in shards if not shard.summary.exists())
+    ledger = _Ledger(missing, time.monotonic())
+    if missing:
+        with (
+            Progress(job.label, len(shards), "shards", initial=len(shards) - len(missing)) as bar,
+            contextlib.closing(executor.outcomes(job, missing)) as events,
+        ):
+            for event in events:
+                bar.update(ledger.take(event), ledger.note())
+                if len(ledger.poisoned) == MAX_POISONED:
+                    break
+    if ledger.poisoned:
+        left = sum(not shard.summary.exists() for shard in shards) - len(ledger.poisoned)
+        raise InputError(_poisoned(job.label, ledger.poisoned, left)) from _trace(ledger.poisoned)
+    for folder in {shard.folder for shard in shards}:
+        for path in folder.rglob("*"):
+            if path.suffix in (TEMPORARY, TENSORSTORE_TEMPORARY):  # of writes that were killed
+                path.unlink()
+    return ledger.throughput()
+
+
+def clear(shards: Sequence[Shard]) -> None:
+    """Removes the summaries, once nothing more is to be read from them: the artifact is complete."""
+    for shard in shards:
+        shard.summary.unlink()
+
+
+@dataclass
+class _Ledger:
+    """What has happened in a run."""
+
+    missing: deque[Shard]
+    started: float
+    documents: int = 0
+    rejects: int = 0
+    workers: int = 0
+    beat: Beat = Beat(0)
+    attempts: Counter[Shard] = field(default_factory=Counter)
+    poisoned: list[Outcome] = field(default_factory=list)
+
+    def take(self, event: Outcome | Beat) -> int:
+        """How many shards are done by it: 1 or 0. A shard that failed goes to the end of the line.
+
+        Raises:
+          InputError: of a worker.
+        """
+        if isinstance(event, Beat):
+            self.beat, self.workers = event, max(self.workers, event.workers)
+            return 0
+        if event.stops:
+            raise InputError(event.error) from _trace([event])
+        if event.error is None:
+            self.documents += event.documents
+            self.rejects += event.rejects
+            self.beat = Beat(self.beat.workers)
+            return 1
+        self.attempts[event.shard] += 1
+        if self.attempts[event.shard] < ATTEMPTS:
+            self.missing.append(event.shard)
+        else:
+            self.poisoned.append(event)
+        return 0
+
+    def note(self) -> str:
+        documents, rejects = self.documents + self.beat.documents, self.rejects + self.beat.rejects
+        rate = documents / max(time.monotonic() - self.started, 1e-9)
+        counts = [_count(rejects, "reject"), _count(self.beat.workers, "worker")]
+        failed = [f"{_count(len(self.poisoned), 'shard')} failed"] if self.poisoned else []
+        return ", ".join([_count(documents, "document"), f"{rate:.4g}/s", *counts, *failed])
+
+    def throughput(self) -> dict[str, int | float]:
+        seconds = time.monotonic() - self.started
+        return {
+            "documents": self.documents,
+            "seconds": round(seconds, 2),
+            "documents_per_second": round(self.documents / max(seconds, 1e-9), 2),
+            "workers": self.workers,
+        }
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _poisoned(label: str, outcomes: Sequence[Outcome], left: int) -> str:
+    """The one line about shards that cannot be made."""
+    named = "; ".join(f"{outcome.shard} ({outcome.error})" for outcome in outcomes[:5])
+    more = f"; and {len(outcomes) - 5} more" if len(outcomes) > 5 else ""
+    rest = f"{left} others are not done" if left else "all others are done"
+    return (
+        f"{label}: {_count(len(outcomes), 'shard')} failed {ATTEMPTS} times each: {named}{more}; {rest}; mend what "
+        "they name and run the same command again, which makes only what is not done"
+    )
+
+
+def _trace(outcomes: Sequence[Outcome]) -> RuntimeError | None:
+    """What `--debug` shows."""
+    traces = [f"{outcome.shard}:\n{outcome.trace}" for outcome in outcomes if outcome.trace]
+    return RuntimeError("\n".join(["in a worker", *traces])) if traces else None
+
+
+def attempt(worker: Worker, shard: Shard, tally: Tally) -> Outcome:
+    """Makes a shard, wherever this runs; its summary comes last."""
+    try:
+        summary = worker(shard, tally)
+        write_atomic(shard.summary, json.dumps(summary))
+    except Exception as error:
+        text = " ".join(str(error).split())
+        stops = isinstance(error, InputError)
+        text = text if stops else f"{type(error).__name__}: {text}"
+        return Outcome(shard, error=text, trace=traceback.format_exc(), stops=stops)
+    return Outcome(shard, tally.documents, tally.rejects)
+
+
+def check_counts(executor: str, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise InputError(f"{executor}.{name}={value} is below 1; use at least 1")

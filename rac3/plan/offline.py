@@ -1,0 +1,230 @@
+"""`rac3 plan`: what the offline stages of a config take, by arithmetic, before anything runs and without a device.
+
+FLOPs of the encoders are those that XLA counts in their programs; those of an index are what its retriever `needs`.
+A time is FLOPs over the reached share of the cluster's peak, or what the host's work takes (decoding pictures, reading
+the memory once more) where that is longer. Everything is in one unit: documents, bytes, FLOPs, seconds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
+from rac3.clip.model import CLIP
+from rac3.config import InputError
+from rac3.documents.world import World
+from rac3.experiment import Experiment, Split
+from rac3.retrieval.retriever import Planned
+from rac3.retrieval.selection import HELD_BYTES
+from rac3.stages.embed import PARTS
+from rac3.vqgan.model import VQGAN
+
+TEXT_TOKENS = 32  # of a caption, on average: LAION's have 20 to 30
+RECORD_BYTES = 400  # of a document beside its picture and its ids: key, caption, metadata
+IDS_DTYPE_LIMIT = 65_536  # ids below it take two bytes
+READ_BYTES = 2e9  # per second and host, from disks or the network
+VECTOR_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a stage takes; None where it is not known. Memory is of one host, and of one GPU."""
+
+    stage: str
+    flops: float | None
+    seconds: float | None
+    host_bytes: float = 0.0
+    gpu_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    limit: str = ""  # what the time goes into
+
+
+def plan(experiment: Experiment, workdir: Workdir) -> str:
+    """The plan, as a table for a terminal.
+
+    Raises:
+      InputError: the number of documents is not known; or, after the table is printed, what does not fit and the fix.
+    """
+    sizes = _sizes(experiment, workdir)
+    lines = [_ingest(experiment, sizes), _embed(experiment, sizes), *_index_and_search(experiment, sizes)]
+    table = _table(experiment, sizes, lines)
+    for line in lines:
+        if problem := _problem(experiment, line):
+            print(table)
+            raise InputError(problem)
+    return table
+
+
+def _sizes(experiment: Experiment, workdir: Workdir) -> dict[Split, int]:
+    """Documents of each part of the memory, the training documents first."""
+    told = {"train": experiment.scale.documents, "memory": experiment.scale.memory_documents, "held out": 0}
+    sizes: dict[Split, int] = {}
+    for split, source in experiment.data.sources().items():
+        role = experiment.data.role(split)
+        if role == "held out":
+            continue
+        if told[role]:
+            sizes[split] = told[role]
+        elif isinstance(source, World):
+            sizes[split] = sum(1 for shard in source.shards(workdir.path) for _ in source.read(workdir.path, shard))
+        elif (count := _ingested(experiment, workdir, split)) is not None:
+            sizes[split] = count
+        else:
+            option = "documents" if split == "train" else "memory-documents"
+            raise InputError(f"how many documents {split} has is known once it is ingested; say --scale.{option} N")
+    return sizes
+
+
+def _ingested(experiment: Experiment, workdir: Workdir, split: Split) -> int | None:
+    try:
+        artifact = workdir.find(recipes.documents(experiment, split))
+    except InputError:  # a checkpoint or the data is not here: a plan may come before both
+        return None
+    return None if artifact is None else int(artifact.manifest["counts"]["documents"])
+
+
+def _ingest(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
+    config, scale, documents = experiment.vqgan.model, experiment.scale, sum(sizes.values())
+    model = VQGAN(config, experiment.vqgan.dtype)
+    pixels = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, config.in_channels), jnp.float32)
+    flops = documents * _flops(model, "encode", pixels)
+    id_bytes = 2 if max(config.n_embed, experiment.text.vocab_size) <= IDS_DTYPE_LIMIT else 4
+    record = 1e3 * scale.image_kilobytes + RECORD_BYTES + id_bytes * (config.tokens_per_image + TEXT_TOKENS)
+    return _encoding(experiment, "ingest", flops, documents, documents * record)
+
+
+def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
+    """Training documents go through CLIP as documents, and for each view as queries with dropout."""
+    config, documents, queries = experiment.clip.model, sum(sizes.values()), experiment.num_views * sizes["train"]
+    model = CLIP(config, experiment.clip.dtype)
+    vision, text = config.vision_config, config.text_config
+    pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, min(TEXT_TOKENS, text.max_position_embeddings)), jnp.int32)
+    both = ids, jax.ShapeDtypeStruct(ids.shape, bool), pixels
+    each = _flops(model, "encode_image", pixels, *both) + _flops(model, "encode_text", ids, *both)
+    vectors = documents + len(PARTS) * queries
+    disk = float(vectors * config.projection_dim * VECTOR_BYTES[experiment.embedding_dtype])
+    return _encoding(experiment, "embed", each * (documents + queries), documents, disk)
+
+
+def _encoding(experiment: Experiment, stage: str, flops: float, pictures: int, disk_bytes: float) -> Line:
+    """A stage that decodes pictures and runs a frozen model on them, side by side."""
+    scale = experiment.scale
+    limits = {
+        "the model": flops / scale.device_flops,
+        "decoding": pictures / scale.decoded_per_second,
+        "disks": disk_bytes / (READ_BYTES * scale.hosts),
+    }
+    limit = max(limits, key=lambda name: limits[name])
+    return Line(stage, flops, limits[limit], disk_bytes=disk_bytes, limit=limit)
+
+
+def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> list[Line]:
+    """The index of each part of the memory, and the search of the training queries in the training part."""
+    retriever, scale, width = experiment.retriever, experiment.scale, experiment.clip.model.projection_dim
+    if not recipes.retrieves(experiment):
+        return []
+    if not isinstance(retriever, Planned):
+        return [Line(stage, None, None, limit="not known of this retriever") for stage in ("index", "retrieve")]
+    parts = [retriever.needs(count, width) for count in sizes.values()]
+    train = retriever.needs(sizes["train"], width)
+    queries = len(PARTS) * experiment.num_views * sizes["train"]
+    rate = scale.device_flops if train.on_devices else scale.cpu_flops
+    build_flops = sum(needs.build_flops for needs in parts)
+    searching = queries * train.query_flops
+    neighbors = 12.0 * queries * experiment.selection.depth  # an id of 8 bytes and a score of 4
+    held = min(HELD_BYTES, 4.0 * width * sum(sizes.values()))  # by the selection
+    return [
+        Line(
+            "index",
+            build_flops,
+            build_flops / (scale.cpu_flops / scale.hosts),
+            host_bytes=max(needs.build_bytes for needs in parts),
+            disk_bytes=sum(needs.disk_bytes for needs in parts),
+            limit="one host's cores" if build_flops else "",
+        ),
+        Line(
+            "retrieve",
+            searching,
+            searching / rate,
+            host_bytes=sum(needs.search_bytes for needs in parts) + held,
+            gpu_bytes=max(needs.device_bytes for needs in parts) if scale.gpus else 0.0,
+            disk_bytes=neighbors,
+            limit="GPUs" if train.on_devices and scale.gpus else "cores",
+        ),
+    ]
+
+
+def _problem(experiment: Experiment, line: Line) -> str:
+    """What does not fit, in one line with the fix; "" if all does."""
+    scale, name = experiment.scale, type(experiment.retriever).__name__
+    if line.host_bytes > scale.host_bytes:
+        return (
+            f"{line.stage}: {name} takes {_bytes(line.host_bytes)} of host memory, a host has "
+            f"{_bytes(scale.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
+            "(--retriever.reorder-dtype int8 or none of scann), or a host with more"
+        )
+    if scale.gpus and line.gpu_bytes > 1e9 * scale.gpu_memory_gb:
+        return (
+            f"{line.stage}: {name} takes {_bytes(line.gpu_bytes)} of each GPU's memory, which is "
+            f"{scale.gpu_memory_gb:g} GB; lower --retriever.block-rows"
+        )
+    return ""
+
+
+@lru_cache(maxsize=8)
+def _flops(model: Any, method: str, x: jax.ShapeDtypeStruct, *inputs: Any) -> float:
+    """Of one call of a Flax module's method on `x`, as XLA counts them in the program before it is compiled.
+
+    Args:
+      inputs: what `__call__` takes, which makes the parameters, if that is more than `x`.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0), *(inputs or (x,)))
+    cost: Any = jax.jit(lambda params, x: model.apply(params, x, method=method)).lower(params, x).cost_analysis()
+    return float(cost["flops"])
+
+
+def _table(experiment: Experiment, sizes: Mapping[Split, int], lines: list[Line]) -> str:
+    scale = experiment.scale
+    counted = " + ".join(f"{count:,} {split}" for split, count in sizes.items())
+    machine = f"{scale.hosts} x {scale.host_cores} cores, {_bytes(scale.host_bytes)}"
+    if scale.gpus:
+        machine += f", {scale.gpus} GPUs of {scale.gpu_tflops:g} TFLOP/s"
+    head = ["stage", "FLOP", "time", "limited by", "host memory", "GPU memory", "disk"]
+    rows = [
+        [
+            line.stage,
+            "-" if line.flops is None else f"{line.flops:.2g}",
+            "-" if line.seconds is None else _seconds(line.seconds),
+            line.limit,
+            _bytes(line.host_bytes),
+            _bytes(line.gpu_bytes),
+            _bytes(line.disk_bytes),
+        ]
+        for line in lines
+    ]
+    rows.append(["all", "", _seconds(sum(line.seconds or 0 for line in lines)), "", "", "", ""])
+    rows[-1][-1] = _bytes(sum(line.disk_bytes for line in lines))
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    title = f"{experiment.name}: {counted} documents on {machine}; {scale.utilization:.0%} of the peaks are reached"
+    return "\n".join([title, "", *(line.rstrip() for line in shown)])
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return "-" if number == 0 else f"{number / 1e3:.3g} kB"
+
+
+def _seconds(number: float) -> str:
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if number >= 2 * size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g} s"

@@ -1,0 +1,154 @@
+"""What the report shows of a held-out split: the first documents, and what each model made of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from rac3 import recipes
+from rac3.artifacts.arrays import open_array
+from rac3.artifacts.recipe import Recipe
+from rac3.artifacts.workdir import Workdir
+from rac3.documents.document import Document, Image, prepare_image
+from rac3.documents.store import TokenizedDocument
+from rac3.documents.world import World, nearest_entities
+from rac3.evaluation.entities import name_accuracy
+from rac3.experiment import Experiment, Split
+from rac3.report.page import Captioned, Mark, Picture, Strip
+from rac3.report.table import model_label
+from rac3.stages.embed import PARTS, open_documents
+from rac3.stages.encoders import ImageCodec, open_vqgan
+
+SHOWN = 8  # documents
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The first documents of a held-out split, with what each model made of them.
+
+    Attributes:
+      rows: of the evaluation of each model: text, caption, what was retrieved.
+      images: the generated images by model; one for each of `rows` with a text, in order.
+    """
+
+    experiment: Experiment
+    workdir: Workdir
+    split: Split
+    items: Sequence[TokenizedDocument]
+    rows: Mapping[str, Sequence[Mapping[str, Any]]]
+    images: Mapping[str, UInt8[np.ndarray, "n height width 3"]]
+
+    @classmethod
+    def open(
+        cls, experiment: Experiment, workdir: Workdir, split: Split, evaluations: Mapping[str, Recipe]
+    ) -> "Samples":
+        """Opens the first documents of `split`, and of each evaluation (by model) what was made of them."""
+        documents = open_documents(experiment, workdir, split)
+        items = documents.many(range(min(len(documents), experiment.evaluation.documents, SHOWN)))
+        rows, images = {}, {}
+        for name, recipe in evaluations.items():
+            folder = workdir.require(recipe, "rac3 evaluate").folder
+            rows[name] = json.loads((folder / f"{split}.json").read_text())[: len(items)]
+            images[name] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+        return cls(experiment, workdir, split, items, rows, images)
+
+    @cached_property
+    def _codec(self) -> ImageCodec:
+        return open_vqgan(self.experiment, self.workdir)
+
+    def strips(self) -> list[Strip]:
+        strips = []
+        first = next(iter(self.rows.values()))
+        prompted = [number for number, row in enumerate(first) if row["text"]]
+        for rank, number in enumerate(prompted):
+            pictures = self._retrieved(number)
+            pictures += [
+                self._generated(name, np.asarray(images[rank]), number) for name, images in self.images.items()
+            ]
+            pictures.append(Picture("truth", self._pixels(self.items[number].document)))
+            strips.append(Strip(first[number]["text"], pictures))
+        return strips
+
+    def captions(self) -> list[Captioned]:
+        """Pictures with their captions; evaluation keeps captions only where every document has a picture."""
+        made = []
+        for number, item in enumerate(self.items):
+            if not item.document.images or any(rows[number]["caption"] is None for rows in self.rows.values()):
+                continue
+            captions: dict[str, tuple[str, Mark | None]] = {"truth": (item.document.text, None)}
+            for name, rows in self.rows.items():
+                caption = rows[number]["caption"]
+                entity = self._entity(item.document)
+                named = entity is not None and name_accuracy([caption], [entity]) == 1
+                mark = Mark(named, "") if entity is not None else None
+                captions[model_label(name)] = (caption, mark)
+            made.append(Captioned(Picture("", self._pixels(item.document)), captions))
+        return made
+
+    def reconstructions(self) -> list[tuple[Picture, Picture]]:
+        """First pictures of the documents, and what the VQGAN makes of their stored codes."""
+        pictured = [item for item in self.items if item.document.images]
+        if not pictured:
+            return []
+        codes = [
+            next(
+                ids for segment, ids in zip(item.document.segments, item.ids, strict=True) if isinstance(segment, Image)
+            )
+            for item in pictured
+        ]
+        decoded = self._codec.decode(np.stack(codes))
+        return [
+            (Picture("original", self._pixels(item.document)), Picture("from codes", pixels))
+            for item, pixels in zip(pictured, decoded, strict=True)
+        ]
+
+    def _retrieved(self, number: int) -> list[Picture]:
+        """What the text of a document retrieved, with its similarity; empty for a model that does not retrieve."""
+        first = next(iter(self.rows.values()))
+        found = [i for i in first[number]["neighbors"][PARTS.index("text")] if i >= 0]
+        found = found[: self.experiment.evaluation.num_retrieved]
+        if not found:
+            return []
+        folder = self.workdir.require(recipes.neighbors(self.experiment, self.split), "rac3 retrieve").folder
+        scores = open_array(folder / "scores")[number, PARTS.index("text"), : len(found)].read().result()
+        wanted = self._entity(self.items[number].document)
+        pictures = []
+        for memory_id, score in zip(found, scores, strict=True):
+            document = self._remembered(memory_id)
+            same = wanted is not None and self._entity(document) == wanted
+            mark = Mark(same, "same" if same else "other") if wanted is not None else None
+            pictures.append(Picture(f"found, {score:.2f}", self._pixels(document), document.text, mark))
+        return pictures
+
+    def _remembered(self, memory_id: int) -> Document:
+        """A document by its global id in the memory, without opening indexes or embeddings."""
+        for part in recipes.memory_splits(self.experiment, "test"):
+            store = open_documents(self.experiment, self.workdir, part)
+            if memory_id < len(store):
+                return store[memory_id].document
+            memory_id -= len(store)
+        raise IndexError(f"the memory ends {memory_id} documents before that")
+
+    def _generated(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], number: int) -> Picture:
+        world, wanted = self.experiment.data.train, self._entity(self.items[number].document)
+        if not isinstance(world, World) or wanted is None:
+            return Picture(model_label(name), pixels)
+        shown = nearest_entities(pixels[None], world.entities())[0][0]
+        return Picture(
+            model_label(name), pixels, "", Mark(shown == wanted, "right" if shown == wanted else f"wrong: {shown}")
+        )
+
+    def _entity(self, document: Document) -> str | None:
+        """What a document shows; None if that is not known."""
+        entity = document.metadata.get(self.experiment.data.entity_field)
+        return None if entity is None else str(entity)
+
+    def _pixels(self, document: Document) -> UInt8[np.ndarray, "height width 3"] | None:
+        """The first picture as the models see it."""
+        if not document.images:
+            return None
+        return prepare_image(document.images[0].pixels(), self._codec.resolution)

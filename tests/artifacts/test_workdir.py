@@ -1,0 +1,205 @@
+"""Artifacts appear whole or not at all, resume, and belong to one config."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rac3.artifacts.recipe import Recipe
+from rac3.artifacts.workdir import MANIFEST, TEMPORARY, Workdir, temporary_path, write_atomic
+from rac3.config import InputError
+from rac3.tokens.vocabulary import Vocabulary
+
+RECIPE = Recipe("documents", {"size": 3}, {"text": "abc"})
+
+
+class StopHereError(Exception):
+    pass
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Workdir:
+    return Workdir(tmp_path / "run", "quickstart")
+
+
+def test_a_complete_artifact_is_found_with_its_manifest(workdir: Workdir):
+    recipe = Recipe("documents", Vocabulary(7, 9), {"text": "abc"})
+    assert workdir.find(recipe) is None
+    with workdir.write(recipe) as draft:
+        (draft.folder / "data").write_text("x")
+        draft.counts["documents"] = 5
+        assert workdir.find(recipe) is None
+    artifact = workdir.require(recipe, "rac3 ingest")
+    assert artifact.folder == workdir.path / "documents" / recipe.fingerprint
+    assert (artifact.folder / "data").read_text() == "x"
+    assert artifact.fingerprint == recipe.fingerprint
+    manifest = artifact.manifest
+    assert manifest["stage"] == "documents"
+    assert manifest["fingerprint"] == recipe.fingerprint
+    assert manifest["config"] == {"class": "Vocabulary", "text_size": 7, "image_size": 9, "num_masks": 16}
+    assert manifest["inputs"] == {"text": "abc"}
+    assert manifest["counts"] == {"documents": 5}
+    assert manifest["versions"].keys() >= {"python", "jax", "numpy"}
+    assert sorted(path.name for path in artifact.folder.parent.iterdir()) == [recipe.fingerprint]
+
+
+def test_the_fingerprint_hashes_stage_config_and_inputs():
+    others = [
+        Recipe("index", {"size": 3}, {"text": "abc"}),
+        Recipe("documents", {"size": 4}, {"text": "abc"}),
+        Recipe("documents", {"size": 3}, {"text": "abd"}),
+        Recipe("documents", {"size": 3}, {"clip": "abc"}),
+    ]
+    assert len({RECIPE.fingerprint, *(recipe.fingerprint for recipe in others)}) == 5
+    assert Recipe("documents", {"size": 3}, {"text": "abc"}).fingerprint == RECIPE.fingerprint
+
+
+def _write_and_stop(workdir: Workdir) -> None:
+    with workdir.write(RECIPE) as draft:
+        (draft.folder / "shard 0").write_text("done")
+        raise StopHereError
+
+
+def test_an_interrupted_write_goes_on_in_the_same_draft(workdir: Workdir):
+    with pytest.raises(StopHereError):
+        _write_and_stop(workdir)
+    assert workdir.find(RECIPE) is None
+    with pytest.raises(InputError, match=r"documents is missing in .*; run `rac3 ingest`"):
+        workdir.require(RECIPE, "rac3 ingest")
+    with workdir.write(RECIPE) as draft:
+        assert (draft.folder / "shard 0").read_text() == "done"
+        (draft.folder / "shard 1").write_text("done")
+    found = workdir.require(RECIPE, "rac3 ingest")
+    assert sorted(path.name for path in found.folder.iterdir()) == [MANIFEST, "shard 0", "shard 1"]
+
+
+def test_other_settings_are_stale_rather_than_missing(workdir: Workdir):
+    with workdir.write(RECIPE):
+        pass
+    with pytest.raises(InputError, match=r"documents is stale .*run `rac3 ingest x`"):
+        workdir.require(Recipe("documents", {"size": 4}, {"text": "abc"}), "rac3 ingest x")
+
+
+def test_a_workdir_of_another_config_is_refused(workdir: Workdir):
+    with workdir.write(RECIPE):
+        pass
+    Workdir(workdir.path, "quickstart")
+    with pytest.raises(InputError, match="'quickstart', not 'ra_cm3'"):
+        Workdir(workdir.path, "ra_cm3")
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="not of rac3"):
+        Workdir(tmp_path, "quickstart")
+    with pytest.raises(InputError, match="is a file"):
+        Workdir(tmp_path / "thesis.tex", "quickstart")
+    (tmp_path / "empty").mkdir()
+    Workdir(tmp_path / "empty", "quickstart")
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from rac3.artifacts.recipe import Recipe
+from rac3.artifacts.workdir import Workdir
+with Workdir(Path(sys.argv[1]), "quickstart").write(Recipe("documents", {"size": 3}, {"text": "abc"})) as draft:
+    (draft.folder / "shard 0").write_text("done")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_until_the_first_dies(workdir: Workdir):
+    """A real process that holds the draft, then is killed as hard as can be: no lock and no loss."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(workdir.path)], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        with pytest.raises(InputError, match="is being written by another process"), workdir.write(RECIPE):
+            pytest.fail("two writers at once")
+        os.kill(process.pid, signal.SIGKILL)
+    assert workdir.find(RECIPE) is None
+    with workdir.write(RECIPE) as draft:
+        assert (draft.folder / "shard 0").read_text() == "done"
+
+
+def test_a_writer_that_comes_too_late_leaves_the_artifact_alone(workdir: Workdir):
+    """Another process has completed the artifact between `find` and `write`."""
+    with workdir.write(RECIPE) as draft:
+        (draft.folder / "data").write_text("first")
+    with pytest.raises(InputError, match="completed by another process"), workdir.write(RECIPE):
+        pytest.fail("the work is done a second time")
+    folder = workdir.require(RECIPE, "").folder
+    assert (folder / "data").read_text() == "first"
+    assert not folder.with_name(folder.name + ".partial").exists()
+
+
+def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path: Path):
+    write_atomic(tmp_path / "a.json", json.dumps({"é": 1}))
+    write_atomic(tmp_path / "a.json", b"\x00\x01")
+    assert (tmp_path / "a.json").read_bytes() == b"\x00\x01"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_without_a_manifest_is_no_artifact(workdir: Workdir):
+    """As an interrupted copy leaves it. Nor is a draft with a manifest: it was killed before it got its name."""
+    folder = workdir.path / "documents" / RECIPE.fingerprint
+    folder.mkdir(parents=True)
+    (folder / "data").write_text("x")
+    assert workdir.find(RECIPE) is None
+    folder.rename(folder.with_name(folder.name + ".partial"))
+    (folder.with_name(folder.name + ".partial") / MANIFEST).write_text("{}")
+    assert workdir.find(RECIPE) is None
+
+
+def test_a_draft_has_no_manifest_before_its_block_ends(workdir: Workdir):
+    with workdir.write(RECIPE) as draft:
+        assert draft.folder == workdir.path / "documents" / f"{RECIPE.fingerprint}.partial"
+        assert list(draft.folder.iterdir()) == []
+        assert json.loads((workdir.path / "workdir.json").read_text()) == {"config": "quickstart"}
+
+
+def test_one_process_does_not_write_an_artifact_twice_at_once(workdir: Workdir):
+    with workdir.write(RECIPE) as draft:
+        with pytest.raises(InputError, match="is being written by another process"), workdir.write(RECIPE):
+            pytest.fail("two writers at once")
+        with workdir.write(Recipe("documents", {"size": 4}, {})):
+            pass  # another artifact of the stage
+        (draft.folder / "data").write_text("x")
+    assert (workdir.require(RECIPE, "").folder / "data").read_text() == "x"
+
+
+def test_the_command_in_a_message_is_that_of_the_same_config(tmp_path: Path):
+    workdir = Workdir(tmp_path / "run", "quickstart", "my.py --seed 1")
+    with pytest.raises(InputError, match=r"^documents is missing in \S+/run; run `rac3 ingest my.py --seed 1`$"):
+        workdir.require(RECIPE, "rac3 ingest")
+
+
+def test_a_file_is_whole_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a reader, or a machine that fails, finds while a file is written over: the old one."""
+    path, seen = tmp_path / "a.json", []
+    path.write_text("old")
+
+    def fsync(descriptor: int) -> None:
+        (other,) = set(tmp_path.iterdir()) - {path}
+        assert os.path.samestat(os.fstat(descriptor), other.stat())
+        seen.append((path.read_text(), other.read_text(), other.suffix))
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomic(path, "new")
+    assert seen == [("old", "new", TEMPORARY)]
+    assert path.read_text() == "old"
+
+
+def test_two_writers_have_two_temporary_names(tmp_path: Path):
+    names = {temporary_path(tmp_path / "a.json") for _ in range(10)}
+    assert len(names) == 10
+    assert {path.parent for path in names} == {tmp_path}
+    assert all(path.name.startswith("a.json.") and path.suffix == TEMPORARY for path in names)

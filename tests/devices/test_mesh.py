@@ -1,0 +1,132 @@
+"""The mesh, the rules table, and where the parameters of a model of the paper's size go."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rac3.config import InputError
+from rac3.devices.mesh import MeshConfig, constrain, shardings_of, use_mesh
+from rac3.model.transformer import TransformerConfig
+from rac3.training.optimizer import OptimizerConfig
+from rac3.training.state import TrainState
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(fsdp=2, tensor=2), (2, 2, 2)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), (1, 4, 2)),
+    ],
+)
+def test_the_mesh_holds_every_device_once(config: MeshConfig, shape: tuple[int, int, int]):
+    mesh = config.build()
+    assert mesh.devices.shape == shape
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
+    assert MeshConfig().build(jax.devices()[:1]).devices.shape == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "config", [MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(fsdp=16), MeshConfig(data=2, fsdp=2)]
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(config: MeshConfig):
+    with pytest.raises(InputError, match="8 devices"):
+        config.build()
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 0}, {"tensor": -1}, {"data": 0}, {"data": -2}])
+def test_sizes_are_checked(sizes: dict[str, int]):
+    with pytest.raises(InputError, match=f"mesh.{next(iter(sizes))}="):
+        MeshConfig(**sizes)
+
+
+def test_an_axis_without_a_rule_raises_wherever_it_is_named():
+    config = MeshConfig()
+    mesh = config.build()
+    boxed = {"kernel": nn.LogicallyPartitioned(jnp.zeros((4, 8)), ("embed", "experts"))}
+    with pytest.raises(InputError, match=r"'experts' has no rule.*add \('experts', None\)"):
+        config.spec(("embed", "experts"))
+    with pytest.raises(InputError, match="'experts' has no rule"):
+        shardings_of(config, mesh, boxed)
+    with use_mesh(config, mesh), pytest.raises(InputError, match="'experts' has no rule"):
+        jax.jit(lambda x: constrain(x, "batch", "experts")).lower(jnp.zeros((8, 8)))
+    own = MeshConfig(rules=(*config.rules, ("experts", ("fsdp",))))
+    assert own.spec(("experts", None)) == PartitionSpec(("fsdp",), None)
+
+
+def test_constrain_lays_an_activation_out():
+    x = jnp.arange(16.0).reshape(8, 2)
+    np.testing.assert_array_equal(constrain(x, "no", "mesh"), x)  # without a mesh, nothing is looked up
+    config = MeshConfig(fsdp=2, tensor=2)
+    with use_mesh(config, config.build()) as mesh:
+        y = jax.jit(lambda x: constrain(x, "batch", "heads"))(x)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2)
+    np.testing.assert_array_equal(y, x)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 4}, {"fsdp": 8}])
+def test_no_large_array_of_the_paper_model_stays_whole(shape: dict[str, int]):
+    """The 2.7B model with its optimizer state: of each array above 1 MB, a device holds its share and no more.
+
+    The share is 1/(fsdp x tensor) where an array has both axes; the tables of positions and offsets have only `embed`.
+    """
+    config = MeshConfig(**shape)
+    mesh = config.build()
+    model = TransformerConfig().build(60_032, 4096, 1024)
+    optimizer = OptimizerConfig().build(1000)
+
+    def build(key: jax.Array) -> TrainState:
+        ids = jnp.zeros((1, 2), jnp.int32)
+        params = model.init(key, ids, ids, ids, ids)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    boxed = jax.eval_shape(build, jax.random.key(0))
+    shardings = jax.tree.leaves(shardings_of(config, mesh, boxed))
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
+    parameters = sum(leaf.size for _, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed).params))
+    assert 2.6e9 < parameters < 2.8e9
+    total = 0
+    for (path, leaf), sharding in zip(leaves, shardings, strict=True):
+        held = np.prod(sharding.shard_shape(leaf.shape), dtype=np.int64) * leaf.dtype.itemsize
+        total += held
+        places = re.search("position_embedding|offset_embedding", jax.tree_util.keystr(path))
+        parts = config.fsdp if places else config.fsdp * config.tensor
+        if leaf.size * leaf.dtype.itemsize > 2**20 and not _is_vector(path):
+            assert held * parts == leaf.size * leaf.dtype.itemsize, jax.tree_util.keystr(path)
+    whole = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
+    assert total < 1.02 * whole / (config.fsdp * config.tensor)
+
+
+def _is_vector(path: tuple) -> bool:
+    """Biases and scales: 0.1% of the parameters, stacked over the layers; each is cut by its one logical axis."""
+    return any(name in jax.tree_util.keystr(path) for name in ("bias", "scale"))
+
+
+def test_a_new_state_is_allocated_in_its_shardings():
+    from rac3.training.state import create_state
+
+    config = MeshConfig(fsdp=4, tensor=2)
+    mesh = config.build()
+
+    def init(key: jax.Array):
+        make = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("embed", "mlp"))
+        return {"kernel": make(key, (8, 6), jnp.float32), "scale": jnp.ones(3)}
+
+    state = create_state(init, optax.adam(1e-3), 0, config, mesh)
+    expected = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    for kernel in (state.params["kernel"], state.opt_state[0].mu["kernel"], state.opt_state[0].nu["kernel"]):
+        assert isinstance(kernel, jax.Array)
+        assert kernel.sharding.is_equivalent_to(expected, 2)
+    assert state.params["scale"].sharding.is_fully_replicated
+    assert int(state.step) == 0
+    one = create_state(init, optax.adam(1e-3), 0, MeshConfig(), MeshConfig().build(jax.devices()[:1]))
+    np.testing.assert_array_equal(
+        one.params["kernel"], state.params["kernel"]
+    )  # a function of the seed, not of the mesh

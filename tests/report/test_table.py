@@ -1,0 +1,100 @@
+"""The words of the comparison: when two models differ, and what is said of them."""
+
+from typing import Any
+
+import pytest
+
+from rac3.report.table import lookup, margin, model_label, model_names, recall_rows, verdict
+
+
+def metrics_of(**models: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of these models, of equal size unless they say otherwise, on 100 documents."""
+    common = {"perplexity_by_k": {}, "parameters": 10, "steps": 5}
+    found = {name: common | values for name, values in models.items()}
+    return found | {"retrieval": {}, "evaluation": {"documents": {"validation": 100, "test": 100}}}
+
+
+def perplexities(image: float | None, text: float | None = None) -> dict[str, Any]:
+    return {"perplexity": {"image": image, "text": text}}
+
+
+def unseen(name: str, share: float) -> dict[str, Any]:
+    return {name: {"seen": None, "unseen": share}}
+
+
+def test_models_are_named_as_people_say():
+    assert model_label("ra_cm3") == "RA-CM3"
+    assert model_label("cm3") == "CM3"
+    assert model_label("ra_cm3_random") == "RA-CM3, random documents"
+    assert model_label("ra_cm3_exact") == "RA-CM3, exact retriever"
+    assert model_label("cm3_exact") == "CM3, exact retriever"
+    assert model_names(metrics_of(ra_cm3_exact={}, cm3={})) == ["ra_cm3_exact", "cm3"]
+    assert lookup({"a": {"b": 3}}, ("a", "b")) == 3
+    assert lookup({"a": 3}, ("a", "b")) is None
+    assert lookup({}, ("a", "b")) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "half"),
+    [(0.5, 96, 0.1), (0.0, 46, 2 * (0.04 * 0.96 / 50) ** 0.5), (1.0, 46, 2 * (0.04 * 0.96 / 50) ** 0.5)],
+)
+def test_the_margin_by_hand(share: float, count: int, half: float):
+    """Two hits and two misses are added; then it is two standard deviations."""
+    assert margin(share, count) == pytest.approx(half)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (98.9, 100.0, "better in"),
+        (99.1, 100.0, "not clearly different in"),  # within 1% of the larger
+        (100.0, 99.1, "not clearly different in"),
+        (100.0, 98.9, "worse in"),
+    ],
+)
+def test_perplexities_differ_by_more_than_a_hundredth(ours: float, theirs: float, said: str):
+    metrics = metrics_of(ra_cm3=perplexities(ours), cm3=perplexities(theirs))
+    assert verdict(metrics) == f"Against CM3 of the same size and as many steps, RA-CM3 is {said} image perplexity."
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [(0.65, 0.50, "better in"), (0.62, 0.50, "not clearly different in"), (0.35, 0.50, "worse in")],
+)
+def test_shares_differ_by_more_than_their_margins_together(ours: float, theirs: float, said: str):
+    """Of 100 documents the margin of a half is 9.8 points: two of them are 13.9."""
+    metrics = metrics_of(ra_cm3=unseen("name_accuracy", ours), cm3=unseen("name_accuracy", theirs))
+    assert f"RA-CM3 is {said} name accuracy (unseen)." in verdict(metrics)
+    metrics["evaluation"]["documents"]["validation"] = 10**9  # of another split
+    assert f"RA-CM3 is {said} name accuracy (unseen)." in verdict(metrics)
+
+
+def test_a_higher_clip_score_is_better():
+    metrics = metrics_of(ra_cm3=unseen("clip_score", 0.3), cm3=unseen("clip_score", 0.2))
+    assert "is better in CLIP score." in verdict(metrics)
+
+
+def test_what_the_verdict_compares():
+    """The first model with CM3, not with its control; and it says so where they are not of one size."""
+    image = {name: perplexities(value) for name, value in (("ra_cm3", 5.0), ("ra_cm3_random", 7.25), ("cm3", 6.0))}
+    told = " With random documents in place of retrieved ones, its image perplexity is 7.25, not 5.00."
+    start = "Against CM3 of the same size and as many steps, RA-CM3 is better in image perplexity."
+    assert verdict(metrics_of(**image)) == start + told
+    for field in ("parameters", "steps"):
+        other = {**image, "cm3": image["cm3"] | {field: 3}}
+        assert verdict(metrics_of(**other)) == "Against CM3, RA-CM3 is better in image perplexity." + told
+    alone = "One model was evaluated; there is none to compare it with."
+    assert verdict(metrics_of(cm3=image["cm3"])) == alone
+    assert verdict(metrics_of(ra_cm3=image["ra_cm3"], ra_cm3_random=image["ra_cm3_random"])) == alone
+    nothing = metrics_of(ra_cm3=perplexities(None), cm3=perplexities(3.0))
+    assert verdict(nothing) == "Nothing was measured of both models."
+    both = metrics_of(ra_cm3=perplexities(5.0, 4.0), cm3=perplexities(6.0, 6.0))
+    assert "better in image perplexity and text perplexity." in verdict(both)
+
+
+def test_recalls_are_those_that_there_are():
+    test, validation = {"text": 0.5}, {"text": 0.25}
+    metrics = {"retrieval": {"recall_at_2": test, "validation": {"recall_at_2": validation}}}
+    assert recall_rows(metrics) == [("test", "2", test), ("validation", "2", validation)]
+    metrics["retrieval"]["recall_at_2"] = None
+    assert recall_rows(metrics) == [("validation", "2", validation)]
