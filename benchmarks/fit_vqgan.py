@@ -31,11 +31,12 @@ from measure import hardware
 
 from rac3.cli import parse
 from rac3.config import InputError, canonical, load_config_module
+from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.experiment import Experiment
-from rac3.stages.encoders import ImageCodec, vqgan_metrics
 from rac3.stages.fit.encoder import fitting_documents, read_documents
 from rac3.stages.fit.vqgan import fit_vqgan
 from rac3.training.metrics import read_metrics
+from rac3.vqgan.codec import VQGANCodec
 from rac3.vqgan.model import VQGAN
 
 TRIAL = 60  # steps; the time of the last 40 is taken
@@ -72,12 +73,12 @@ def fit_within(experiment: Experiment, seconds: float) -> dict[str, Any]:
         params = fit_vqgan(experiment, documents, Path(folder))
         last = read_metrics(Path(folder))[-1]
     took, cpu = time.monotonic() - started, time.process_time() - cpu
-    codec = ImageCodec(VQGAN(experiment.vqgan.model), params)
-    figures = vqgan_metrics(codec, [image.pixels() for document in held_out for image in document.images])
+    codec = VQGANCodec(VQGAN(experiment.vqgan.model), params)
+    figures = reconstruction_metrics(codec, [image.pixels() for document in held_out for image in document.images])
     return {
         "validation": {"pictures": sum(len(document.images) for document in held_out), **figures},
         "tokens_per_image": codec.tokens_per_image,
-        "codes": codec.codes,
+        "codes": codec.codebook_size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "training_pictures": sum(len(document.images) for document in documents),
         "steps": steps,

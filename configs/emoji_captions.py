@@ -9,10 +9,11 @@ An image is 64 tokens, 256 with `--vqgan.model.ch-mult 1 2 4 --batches.context-l
 """
 
 from rac3.batches.loader import BatchConfig
+from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.documents.webdataset import WebDataset
 from rac3.evaluation.settings import EvaluationConfig
-from rac3.experiment import Data, Experiment, FitConfig, ImageTextEncoder, ImageTokenizer
+from rac3.experiment import Data, Experiment
 from rac3.generation.sampling import Sampling
 from rac3.model.transformer import TransformerConfig
 from rac3.retrieval.scann import Scann
@@ -20,7 +21,9 @@ from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGANConfig
+from rac3.weights.fitting import FitConfig
 
 
 def get_config() -> Experiment:
@@ -36,7 +39,7 @@ def get_config() -> Experiment:
             entity_field="concept",
         ),
         text=TextTokenizer(vocab_size=2048),
-        vqgan=ImageTokenizer(
+        vqgan=FrozenVQGAN(
             model=VQGANConfig(
                 ch=8,
                 ch_mult=(1, 2, 4, 8),
@@ -52,7 +55,7 @@ def get_config() -> Experiment:
             ),
             fit=FitConfig(steps=1000, batch=16, peak_lr=2e-3),
         ),
-        clip=ImageTextEncoder(
+        clip=FrozenCLIP(
             model=CLIPConfig(
                 text_config=CLIPTextConfig(**tower, max_position_embeddings=48),
                 vision_config=CLIPVisionConfig(**tower, image_size=64, patch_size=16),

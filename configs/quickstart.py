@@ -6,10 +6,11 @@ CM3 trained with equal compute, and both compared on entities that neither has s
 
 from rac3.batches.loader import BatchConfig
 from rac3.batches.masking import Masking
+from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.documents.world import World
 from rac3.evaluation.settings import EvaluationConfig
-from rac3.experiment import Data, Experiment, FitConfig, ImageTextEncoder, ImageTokenizer
+from rac3.experiment import Data, Experiment
 from rac3.generation.sampling import Sampling
 from rac3.model.transformer import TransformerConfig
 from rac3.retrieval.scann import Scann
@@ -17,8 +18,10 @@ from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGANConfig
 from rac3.vqgan.objective import VQGANObjective
+from rac3.weights.fitting import FitConfig
 
 
 def get_config(seed: int = 0) -> Experiment:
@@ -37,7 +40,7 @@ def get_config(seed: int = 0) -> Experiment:
             entity_field="entity",
         ),
         text=TextTokenizer(vocab_size=320),  # spells names by letters, so that one never seen is of known ids
-        vqgan=ImageTokenizer(
+        vqgan=FrozenVQGAN(
             model=VQGANConfig(
                 ch=8,
                 ch_mult=(1, 2, 4, 8),
@@ -55,7 +58,7 @@ def get_config(seed: int = 0) -> Experiment:
             objective=VQGANObjective(decay=0.99, revive_below=0.005, locality=0.1),
             fit=FitConfig(steps=350, batch=16, peak_lr=3e-3),
         ),
-        clip=ImageTextEncoder(
+        clip=FrozenCLIP(
             model=CLIPConfig(
                 text_config=CLIPTextConfig(**tower, max_position_embeddings=32),
                 vision_config=CLIPVisionConfig(**tower, image_size=40, patch_size=8),

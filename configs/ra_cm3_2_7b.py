@@ -5,13 +5,15 @@ The paper's setting (section 4.1): 2.7B parameters, 4,096 tokens, 150M documents
 tokens a picture. Nothing of this size has been run with this code: the plan says what its offline stages would take.
 """
 
+from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.devices.cluster import Scale
 from rac3.devices.mesh import MeshConfig
 from rac3.documents.webdataset import WebDataset
-from rac3.experiment import Data, Experiment, ImageTextEncoder, ImageTokenizer
+from rac3.experiment import Data, Experiment
 from rac3.retrieval.exact import Exact
 from rac3.tokens.text import TextTokenizer
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGANConfig
 
 
@@ -20,12 +22,12 @@ def get_config() -> Experiment:
         name="ra_cm3_2_7b",
         data=Data(train=WebDataset("laion"), validation=WebDataset("laion-validation"), test=WebDataset("coco")),
         text=TextTokenizer("facebook/opt-2.7b", vocab_size=50_272),
-        vqgan=ImageTokenizer(
+        vqgan=FrozenVQGAN(
             checkpoint="vqgan_gumbel_f8/last.ckpt",
             dtype="bfloat16",
             model=VQGANConfig(ch_mult=(1, 1, 2, 4), attn_resolutions=(32,), n_embed=8192),  # as the checkpoint has it
         ),
-        clip=ImageTextEncoder(
+        clip=FrozenCLIP(
             checkpoint="openai/clip-vit-large-patch14",
             dtype="bfloat16",
             model=CLIPConfig(  # as the checkpoint has it

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rac3.artifacts.arrays import VectorDtype
 from rac3.batches.loader import BatchConfig
-from rac3.clip.model import CLIPConfig
+from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError
 from rac3.devices.cluster import Scale
 from rac3.devices.mesh import MeshConfig
@@ -25,13 +25,10 @@ from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
-from rac3.vqgan.model import VQGANConfig
-from rac3.vqgan.objective import VQGANObjective
-from rac3.vqgan.perceptual import MIN_RESOLUTION
+from rac3.vqgan.frozen import FrozenVQGAN
 
 Split = str  # the name of a source: train, validation, test, or that of a part of the memory
 Role = Literal["train", "memory", "held out"]
-ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -92,118 +89,6 @@ class Data:
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """How an encoder is fitted on the documents of `Data.fit_on`.
-
-    Attributes:
-      steps: optimizer steps.
-      batch: images, or caption-image pairs, in a step.
-      peak_lr: of Adam, with a short warm-up and linear decay.
-      b1, b2: of Adam; with an adversarial loss 0.5 and 0.9 are usual.
-      max_documents: at most this many documents are read, evenly from all shards.
-    """
-
-    steps: int = 10_000
-    batch: int = 256
-    peak_lr: float = 1e-3
-    b1: float = 0.9
-    b2: float = 0.98
-    max_documents: int = 50_000
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.max_documents) < 1 or self.peak_lr <= 0:
-            raise InputError(f"fit: steps={self.steps}, batch={self.batch}, peak_lr={self.peak_lr} must be positive")
-        if not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
-            raise InputError(f"fit: b1={self.b1} and b2={self.b2} must lie in [0, 1); 0.9 and 0.98 are the defaults")
-
-
-@dataclass(frozen=True)
-class ImageTokenizer:
-    """The VQGAN, fitted here, or loaded from a published checkpoint.
-
-    Attributes:
-      checkpoint: its file or folder (`rac3/vqgan/checkpoints.py` lists the formats). The architecture is the
-        checkpoint's: `model`, `objective` and `fit` are not used.
-      resolution: pixels of the pictures that a checkpoint is used at, in height and width; None is what its config
-        says, and 256 for LlamaGen's, which have none.
-      dtype: of the convolutions when pictures are encoded and decoded; codes are found in float32 always. bfloat16
-        changes a few percent of the codes.
-    """
-
-    checkpoint: str | None = None
-    resolution: int | None = None
-    dtype: ComputeDtype = "float32"
-    model: VQGANConfig = field(default_factory=VQGANConfig)
-    objective: VQGANObjective = field(default_factory=VQGANObjective)
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    def __post_init__(self) -> None:
-        if self.checkpoint is None and self.resolution is not None:
-            raise InputError(
-                f"vqgan.resolution={self.resolution} is for a checkpoint, and vqgan.checkpoint is not set; "
-                "set vqgan.model.resolution for a VQGAN that is fitted here"
-            )
-        if self.checkpoint is None and self.model.quantizer != "nearest":
-            raise InputError(
-                f"vqgan.model.quantizer={self.model.quantizer!r} can't be fitted here; use 'nearest', or set "
-                "vqgan.checkpoint"
-            )
-        if self.checkpoint is None:
-            self._check_objective()
-
-    def _check_objective(self) -> None:
-        adversarial, resolution = self.objective.adversarial, self.model.resolution
-        if adversarial.weight and resolution < adversarial.min_resolution:
-            raise InputError(
-                f"adversarial.n_layers={adversarial.n_layers} needs pictures of {adversarial.min_resolution} pixels, "
-                f"and vqgan.model.resolution={resolution}; lower n_layers"
-            )
-        if adversarial.weight and adversarial.start >= self.fit.steps:
-            raise InputError(
-                f"adversarial.start={adversarial.start} is not below vqgan.fit.steps={self.fit.steps}, so that the "
-                "adversarial loss never counts; lower it, or set adversarial.weight=0"
-            )
-        if self.objective.perceptual.weights and resolution < MIN_RESOLUTION:
-            raise InputError(
-                f"the perceptual loss needs pictures of {MIN_RESOLUTION} pixels, and vqgan.model.resolution="
-                f"{resolution}; leave perceptual.weights out"
-            )
-
-
-@dataclass(frozen=True)
-class ImageTextEncoder:
-    """CLIP: a published CLIP or SigLIP if `checkpoint` is given, with its own model, tokenizer and image preprocessing.
-
-    Else one that is fitted here as the other fields say, with a tokenizer whose vocabulary the text tower follows.
-
-    Attributes:
-      checkpoint: a folder as Hugging Face's `CLIPModel`, `SiglipModel`, `Siglip2Model` or OpenCLIP write it, or a name
-        on the Hugging Face hub.
-      dtype: of the layers when documents are embedded; the vectors are float32.
-      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (3) makes the vectors of a
-        small data set tell subjects apart before surroundings.
-      text_crop: share of the captions that are cut to a random length while fitting.
-      image_crop: the smallest side of a random square crop while fitting, as a share of the image; 1 for none.
-    """
-
-    checkpoint: str | None = None
-    dtype: ComputeDtype = "float32"
-    model: CLIPConfig = field(default_factory=CLIPConfig)
-    tokenizer: TextTokenizer = field(default_factory=TextTokenizer)
-    max_logit_scale: float = 100.0
-    text_crop: float = 0.0
-    image_crop: float = 0.7
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.text_crop <= 1 or not 0 < self.image_crop <= 1 or self.max_logit_scale <= 0:
-            raise InputError(
-                f"clip: text_crop={self.text_crop} must lie in 0 to 1, image_crop={self.image_crop} above 0 up to 1, "
-                f"and max_logit_scale={self.max_logit_scale} above 0; 0, 0.7 and 100 are the defaults"
-            )
-
-
-@dataclass(frozen=True)
 class Experiment:
     """One experiment. Every field can be set on the command line, except the sources and the name.
 
@@ -242,8 +127,8 @@ class Experiment:
     compare_with_cm3: bool = True
     filter: LaionFilter = field(default_factory=LaionFilter)
     text: TextTokenizer = field(default_factory=TextTokenizer)
-    vqgan: ImageTokenizer = field(default_factory=ImageTokenizer)
-    clip: ImageTextEncoder = field(default_factory=ImageTextEncoder)
+    vqgan: FrozenVQGAN = field(default_factory=FrozenVQGAN)
+    clip: FrozenCLIP = field(default_factory=FrozenCLIP)
     retriever: Retriever = field(default_factory=Scann)
     selection: Selection = field(default_factory=Selection)
     batches: BatchConfig = field(default_factory=BatchConfig)

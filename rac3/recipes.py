@@ -5,12 +5,14 @@ from typing import Any
 
 from rac3.artifacts.recipe import Recipe
 from rac3.clip.checkpoints import checkpoint_identity
+from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, canonical
-from rac3.experiment import Experiment, ImageTextEncoder, ImageTokenizer, Split
+from rac3.experiment import Experiment, Split
 from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.retriever import search_only_fields
 from rac3.tokens.text import tokenizer_identity
 from rac3.vqgan.files import checkpoint_files
+from rac3.vqgan.frozen import FrozenVQGAN
 
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def clip(experiment: Experiment) -> Recipe:
     return Recipe("clip", config, {})
 
 
-def _fitted(encoder: ImageTokenizer | ImageTextEncoder) -> dict[str, Any]:
+def _fitted(encoder: FrozenVQGAN | FrozenCLIP) -> dict[str, Any]:
     """What decides the parameters of a fitted encoder: all but how it is run later."""
     return {name: value for name, value in canonical(encoder).items() if name != "dtype"}
 

@@ -19,7 +19,7 @@ from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
 from rac3.documents.document import Document, Image, Reject, Text
 from rac3.experiment import Experiment
-from rac3.stages.encoders import ImageCodec
+from rac3.vqgan.codec import VQGANCodec
 
 WIDTH = 8
 CODES, PER_IMAGE = 64, 4
@@ -86,10 +86,10 @@ def codes_of(data: bytes) -> np.ndarray:
     return random(data).integers(0, CODES, PER_IMAGE).astype(np.int32)
 
 
-class PlainCodec(ImageCodec):
+class PlainCodec(VQGANCodec):
     """Codes that are a hash of the image."""
 
-    codes, tokens_per_image = CODES, PER_IMAGE
+    codebook_size, tokens_per_image, resolution = CODES, PER_IMAGE, 2
 
     def __init__(self) -> None:
         pass

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
+from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError
 from rac3.documents.webdataset import WebDataset
 from rac3.evaluation.settings import EvaluationConfig
-from rac3.experiment import Data, Experiment, FitConfig, ImageTextEncoder, ImageTokenizer
+from rac3.experiment import Data, Experiment
 from rac3.retrieval.fixed import Fixed
 from rac3.vqgan.discriminator import AdversarialConfig
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGANConfig
 from rac3.vqgan.objective import VQGANObjective
 from rac3.vqgan.perceptual import PerceptualConfig
+from rac3.weights.fitting import FitConfig
 
 DATA = Data(
     train=WebDataset("a"),
@@ -85,19 +88,19 @@ WRONG: dict[str, Callable[[], Any]] = {
     "fit: steps=5": lambda: FitConfig(steps=5, max_documents=0),
     "b1=1.0": lambda: FitConfig(b1=1.0),
     "b2=1.0": lambda: FitConfig(b2=1.0),
-    "text_crop=1.5": lambda: ImageTextEncoder(text_crop=1.5),
-    "image_crop=0.0": lambda: ImageTextEncoder(image_crop=0.0),
-    "max_logit_scale=0.0": lambda: ImageTextEncoder(max_logit_scale=0.0),
-    "vqgan.resolution=64 is for a checkpoint": lambda: ImageTokenizer(resolution=64),
-    "quantizer='gumbel' can't be fitted": lambda: ImageTokenizer(model=VQGANConfig(quantizer="gumbel")),
-    "adversarial.start=10 is not below vqgan.fit.steps=10": lambda: ImageTokenizer(
+    "text_crop=1.5": lambda: FrozenCLIP(text_crop=1.5),
+    "image_crop=0.0": lambda: FrozenCLIP(image_crop=0.0),
+    "max_logit_scale=0.0": lambda: FrozenCLIP(max_logit_scale=0.0),
+    "vqgan.resolution=64 is for a checkpoint": lambda: FrozenVQGAN(resolution=64),
+    "quantizer='gumbel' can't be fitted": lambda: FrozenVQGAN(model=VQGANConfig(quantizer="gumbel")),
+    "adversarial.start=10 is not below vqgan.fit.steps=10": lambda: FrozenVQGAN(
         objective=VQGANObjective(adversarial=AdversarialConfig(weight=0.5, start=10)), fit=FitConfig(steps=10)
     ),
-    "adversarial.n_layers=3 needs pictures of": lambda: ImageTokenizer(
+    "adversarial.n_layers=3 needs pictures of": lambda: FrozenVQGAN(
         model=VQGANConfig(resolution=16, ch_mult=(1, 2)),
         objective=VQGANObjective(adversarial=AdversarialConfig(weight=0.5)),
     ),
-    "the perceptual loss needs pictures of": lambda: ImageTokenizer(
+    "the perceptual loss needs pictures of": lambda: FrozenVQGAN(
         model=VQGANConfig(resolution=8, ch_mult=(1, 2)),
         objective=VQGANObjective(perceptual=PerceptualConfig(("lpips.pth",))),
     ),
@@ -121,9 +124,7 @@ def test_the_limits_themselves_are_allowed():
     replace(SMALL, max_reject_fraction=1.0, query_dropout=0.0, max_text_tokens=64)
     replace(SMALL, selection=replace(SMALL.selection, depth=4))
     replace(SMALL, retriever=Fixed(tuple("abcdefgh")))
-    ImageTextEncoder(text_crop=1.0, image_crop=1.0)
-    ImageTokenizer(
-        objective=VQGANObjective(adversarial=AdversarialConfig(weight=0.5, start=9)), fit=FitConfig(steps=10)
-    )
-    ImageTokenizer("a.ckpt", resolution=64, model=VQGANConfig(quantizer="gumbel"))
+    FrozenCLIP(text_crop=1.0, image_crop=1.0)
+    FrozenVQGAN(objective=VQGANObjective(adversarial=AdversarialConfig(weight=0.5, start=9)), fit=FitConfig(steps=10))
+    FrozenVQGAN("a.ckpt", resolution=64, model=VQGANConfig(quantizer="gumbel"))
     FitConfig(steps=1, batch=1, max_documents=1, b1=0.0, b2=0.0)

@@ -19,6 +19,7 @@ import pytest
 
 from rac3 import recipes
 from rac3.cli import EXECUTORS, RETRIEVERS
+from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError
 from rac3.documents.tfds import Tfds
 from rac3.documents.webdataset import WebDataset
@@ -26,7 +27,7 @@ from rac3.documents.world import World
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.execution.local import Local
 from rac3.execution.ray import Ray
-from rac3.experiment import Data, Experiment, FitConfig, ImageTextEncoder, ImageTokenizer
+from rac3.experiment import Data, Experiment
 from rac3.generation.sampling import Sampling
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
@@ -34,8 +35,10 @@ from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
 from rac3.stages.evaluate import vanilla
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.objective import VQGANObjective
 from rac3.vqgan.perceptual import PerceptualConfig
+from rac3.weights.fitting import FitConfig
 
 Stages = frozenset[str]
 Row = tuple[Any, Stages | None]  # another value, and what is made again for it; None: the value is refused
@@ -333,8 +336,8 @@ def fitted(folder: Path) -> Experiment:
             fit_on=("train", "memory"),
         ),
         data_dir="data",
-        vqgan=ImageTokenizer(objective=VQGANObjective(decay=0.99), fit=FitConfig(steps=10)),
-        clip=ImageTextEncoder(fit=FitConfig(steps=10)),
+        vqgan=FrozenVQGAN(objective=VQGANObjective(decay=0.99), fit=FitConfig(steps=10)),
+        clip=FrozenCLIP(fit=FitConfig(steps=10)),
         evaluation=EvaluationConfig(caption_sampling=Sampling(), image_sampling=Sampling()),
     )
 

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from rac3.documents.document import Picture, pixels_of, prepare_image
+from rac3.vqgan.codec import ImageTokenizer
+
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 AT_ONCE = 64  # pictures
@@ -89,3 +92,17 @@ def _blur(size: int, window: int) -> np.ndarray:
     for place in range(len(matrix)):
         matrix[place, place : place + window] = weights / weights.sum()
     return matrix
+
+
+def reconstruction_metrics(codec: ImageTokenizer, images: Sequence[Picture]) -> dict[str, float]:
+    """Means of PSNR (dB, at most 60) and SSIM over the images; the share and the perplexity of the codes in use."""
+    truth = np.stack([prepare_image(pixels_of(image), codec.resolution) for image in images])
+    codes = codec.encode(images)
+    pictures = codec.decode(codes)
+    use = codebook_use(codes, codec.codebook_size)
+    return {
+        "psnr": float(np.minimum(psnr(truth, pictures), 60).mean()),
+        "ssim": float(ssim(truth, pictures).mean()),
+        "codebook_use": use.used,
+        "codebook_perplexity": use.perplexity,
+    }

@@ -17,8 +17,9 @@ from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
 from rac3.experiment import Experiment, Split
 from rac3.report.page import CM3_COLOR, OTHER_COLOR, OWN_COLOR, Picture, figure, sheet, table
 from rac3.report.plots import Line, plot
-from rac3.stages.encoders import ImageCodec, open_vqgan
+from rac3.stages.encoders import open_vqgan
 from rac3.stages.fit.encoder import read_documents
+from rac3.vqgan.codec import ImageTokenizer
 
 SHOWN = 11  # pictures of a split: a row of the page
 COLORS = (OWN_COLOR, CM3_COLOR, OTHER_COLOR, "#3b8f5a")
@@ -60,7 +61,7 @@ def encoders_report(experiment: Experiment, workdir: Workdir, images: int) -> Pa
     """
     codec = open_vqgan(experiment, workdir)
     splits = {split: _reconstruct(experiment, codec, split, images) for split in experiment.data.sources()}
-    metrics = {split: _metrics(found, codec.codes) for split, found in splits.items()}
+    metrics = {split: _metrics(found, codec.codebook_size) for split, found in splits.items()}
     folder = workdir.path / "report"
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "encoders.json", json.dumps(plain_json(metrics), indent=2) + "\n")
@@ -70,7 +71,7 @@ def encoders_report(experiment: Experiment, workdir: Workdir, images: int) -> Pa
     return folder / "encoders.html"
 
 
-def _reconstruct(experiment: Experiment, codec: ImageCodec, split: Split, limit: int) -> Reconstructed:
+def _reconstruct(experiment: Experiment, codec: ImageTokenizer, split: Split, limit: int) -> Reconstructed:
     documents = read_documents(experiment, [split], limit)
     images = [image for document in documents for image in document.images][:limit]
     if not images:
@@ -95,12 +96,12 @@ def _metrics(found: Reconstructed, codes: int) -> dict[str, int | float]:
 
 
 def _numbers(
-    experiment: Experiment, codec: ImageCodec, splits: dict[Split, Reconstructed], metrics: dict[Split, Any]
+    experiment: Experiment, codec: ImageTokenizer, splits: dict[Split, Reconstructed], metrics: dict[Split, Any]
 ) -> str:
     source = experiment.vqgan.checkpoint or f"Fitted on {' and '.join(experiment.data.fit_on)}"
     what = (
-        f"{source}: {codec.codes:,} codes, {codec.tokens_per_image:,} tokens for a picture of {codec.resolution} x "
-        f"{codec.resolution}. What it loses, no language model brings back."
+        f"{source}: {codec.codebook_size:,} codes, {codec.tokens_per_image:,} tokens for a picture of "
+        f"{codec.resolution} x {codec.resolution}. What it loses, no language model brings back."
     )
     rows = [
         ("images", "images", ",d"),
@@ -108,13 +109,13 @@ def _numbers(
         ("PSNR of the worst twentieth, dB", "psnr_5th_percentile", ".2f"),
         ("SSIM (at most 1)", "ssim", ".4f"),
         ("codes used", "codebook_use", ".1%"),
-        (f"codebook perplexity (at most {codec.codes:,})", "codebook_perplexity", ",.1f"),
+        (f"codebook perplexity (at most {codec.codebook_size:,})", "codebook_perplexity", ",.1f"),
     ]
     cells = [[label, *(format(metrics[split][name], form) for split in splits)] for label, name, form in rows]
     lines, uses = [], []
     for (split, found), color in zip(splits.items(), COLORS, strict=False):
         lines.append(Line(split, _curve(np.minimum(found.psnr, 60)), color))
-        rising = _curve(_shares(found.codes, codec.codes))
+        rising = _curve(_shares(found.codes, codec.codebook_size))
         uses.append(Line(split, [(100 - percent, share) for percent, share in reversed(rising)], color))
     plots = plot("Pictures, worst to best", "percent of the pictures", "PSNR, dB", lines)
     plots += plot("Codes, most used to least", "percent of the codes", "times an even use", uses)

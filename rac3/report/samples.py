@@ -21,7 +21,8 @@ from rac3.experiment import Experiment, Split
 from rac3.report.page import Captioned, Mark, Picture, Strip
 from rac3.report.table import model_label
 from rac3.stages.embed import PARTS, open_documents
-from rac3.stages.encoders import ImageCodec, open_vqgan
+from rac3.stages.encoders import open_vqgan
+from rac3.vqgan.codec import ImageTokenizer
 
 SHOWN = 8  # documents
 
@@ -57,7 +58,7 @@ class Samples:
         return cls(experiment, workdir, split, items, rows, images)
 
     @cached_property
-    def _codec(self) -> ImageCodec:
+    def _codec(self) -> ImageTokenizer:
         return open_vqgan(self.experiment, self.workdir)
 
     def strips(self) -> list[Strip]:

@@ -19,6 +19,7 @@ from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
 from rac3.evaluation.entities import emblem_accuracy, name_accuracy
 from rac3.evaluation.perplexity import image_group, make_losses, perplexity, text_group
+from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
 from rac3.generation.captions import generate_captions
@@ -27,7 +28,7 @@ from rac3.generation.images import generate_images
 from rac3.generation.rerank import best_by_clip
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.stages.embed import PARTS, open_documents, open_queries
-from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan, vqgan_metrics
+from rac3.stages.encoders import open_clip, open_text, open_vqgan
 from rac3.stages.evaluate_retrieval import clip_metrics
 from rac3.stages.ingest import vocabulary_of
 from rac3.stages.memory import OpenMemory
@@ -35,6 +36,7 @@ from rac3.stages.retrieve import index, read_neighbors, retrieve
 from rac3.stages.train import build_model, model_name, open_params
 from rac3.tokens.html import Sequenced
 from rac3.tokens.text import Tokenizer
+from rac3.vqgan.codec import ImageTokenizer
 
 METRICS = "metrics.json"
 SPLITS: tuple[Split, ...] = ("validation", "test")
@@ -118,7 +120,7 @@ def evaluate_encoders(experiment: Experiment, workdir: Workdir) -> dict[str, Any
         images = [image for item in items for image in item.document.images]
         text, image = (open_queries(experiment, workdir, split, part)[: len(items)] for part in PARTS)
         out[split] = {
-            "vqgan": vqgan_metrics(codec, images) if images else None,
+            "vqgan": reconstruction_metrics(codec, images) if images else None,
             "clip": clip_metrics([item.document for item in items], text, image),
         }
     return out
@@ -133,7 +135,7 @@ class _HeldOut:
     generator: Generator
     builder: GroupBuilder
     tokenizer: Tokenizer
-    codec: ImageCodec
+    codec: ImageTokenizer
     encoder: Encoder
     memory: OpenMemory | None
     name: str

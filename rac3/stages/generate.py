@@ -22,12 +22,13 @@ from rac3.generation.generator import Generator
 from rac3.generation.images import generate_images
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
-from rac3.stages.encoders import ImageCodec, open_clip, open_text, open_vqgan
+from rac3.stages.encoders import open_clip, open_text, open_vqgan
 from rac3.stages.ingest import vocabulary_of
 from rac3.stages.memory import OpenMemory
 from rac3.stages.train import build_model, open_params
 from rac3.tokens.html import Sequenced
 from rac3.tokens.text import Tokenizer
+from rac3.vqgan.codec import ImageTokenizer
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Session:
     generator: Generator
     builder: GroupBuilder
     tokenizer: Tokenizer
-    codec: ImageCodec
+    codec: ImageTokenizer
     encoder: Encoder
     memory: OpenMemory | None
 

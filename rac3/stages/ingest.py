@@ -23,16 +23,17 @@ from rac3.documents.document import Document, Image, Reject, Source
 from rac3.documents.store import COLUMNS, TokenizedDocument, columns_of, id_type, write_columns, write_shard
 from rac3.execution.shards import Shard, Tally, clear, run
 from rac3.experiment import Experiment, Split
-from rac3.stages.encoders import ImageCodec, open_text, open_vqgan
+from rac3.stages.encoders import open_text, open_vqgan
 from rac3.tokens.text import Tokenizer
 from rac3.tokens.vocabulary import Vocabulary
+from rac3.vqgan.codec import ImageTokenizer
 
 REJECTS = "rejects.jsonl"
 DOCUMENTS_AT_ONCE = 512  # that a thread holds in memory
 
 
-def vocabulary_of(tokenizer: Tokenizer, codec: ImageCodec) -> Vocabulary:
-    return Vocabulary(tokenizer.size, codec.codes)
+def vocabulary_of(tokenizer: Tokenizer, codec: ImageTokenizer) -> Vocabulary:
+    return Vocabulary(tokenizer.size, codec.codebook_size)
 
 
 def ingest(experiment: Experiment, workdir: Workdir) -> None:
@@ -80,13 +81,13 @@ class _Ingest:
 class _Ingester:
     """Reads, filters and tokenizes the documents of a shard."""
 
-    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, codec: ImageCodec) -> None:
+    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, codec: ImageTokenizer) -> None:
         self.experiment, self.tokenizer, self.codec = experiment, tokenizer, codec
         self.builder = GroupBuilder(vocabulary_of(tokenizer, codec), Masking("none"), 1.0)
         self.sources: dict[str, Source] = {str(split): source for split, source in experiment.data.sources().items()}
 
     def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
-        kind = id_type(self.tokenizer.size, self.codec.codes)
+        kind = id_type(self.tokenizer.size, self.codec.codebook_size)
         summary = _Summary(ids=np.dtype(kind).name)
         items = iter(self.sources[shard.part].read(Path(self.experiment.data_dir), shard.name))
         path = shard.folder / f"{shard.number:06d}.array_record"
@@ -132,7 +133,7 @@ class _Summary:
 
 
 def tokenize(
-    documents: Sequence[Document], tokenizer: Tokenizer, codec: ImageCodec, max_text_tokens: int
+    documents: Sequence[Document], tokenizer: Tokenizer, codec: ImageTokenizer, max_text_tokens: int
 ) -> list[TokenizedDocument]:
     """Text ids and image codes of each document."""
     codes = iter(codec.encode([image for document in documents for image in document.images]))

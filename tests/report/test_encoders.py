@@ -35,7 +35,7 @@ def test_report_of_the_image_tokenizer(finished_workdir, capsys):
     errors = ((codec.decode(codes) - truth) ** 2).mean((1, 2, 3))
     assert metrics["test"]["images"] == len(images)
     assert metrics["test"]["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / errors)), abs=1e-4)
-    assert metrics["test"]["codebook_use"] == len(np.unique(codes)) / codec.codes
+    assert metrics["test"]["codebook_use"] == len(np.unique(codes)) / codec.codebook_size
     assert 0 < metrics["test"]["ssim"] < 1
 
     html = page.read_text()

@@ -20,13 +20,16 @@ from rac3.clip.model import CLIP
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Picture, pixels_of, prepare_image
 from rac3.documents.world import World
-from rac3.experiment import Experiment, FitConfig
+from rac3.evaluation.reconstruction import reconstruction_metrics
+from rac3.experiment import Experiment
 from rac3.stages import encoders
-from rac3.stages.encoders import ImageCodec, fit_encoders, open_clip, open_text, open_vqgan, vqgan_metrics
+from rac3.stages.encoders import fit_encoders, open_clip, open_text, open_vqgan
 from rac3.stages.fit.clip import IMAGES, clip_config
 from rac3.tokens.text import TextTokenizer
 from rac3.vqgan.checkpoints import VQGANCheckpoint
+from rac3.vqgan.codec import VQGANCodec
 from rac3.vqgan.model import VQGAN
+from rac3.weights.fitting import FitConfig
 
 TINY = tiny_config.get_config()
 TEXTS = ["a red fox", "the old lighthouse", "two blue squares on grass"]
@@ -199,7 +202,7 @@ def test_what_is_opened_is_what_was_fitted_in_the_dtype_of_the_config(fits: Fits
     for dtype, one in (("float32", experiment), ("bfloat16", half)):
         codec = open_vqgan(one, workdir)
         assert codec.config == model
-        assert (codec.codes, codec.tokens_per_image, codec.resolution) == (24, 100, 40)
+        assert (codec.codebook_size, codec.tokens_per_image, codec.resolution) == (24, 100, 40)
         decode = jax.jit(partial(VQGAN(model, dtype).apply, method="decode"))
         plain = np.asarray(decode({"params": vqgan_params(experiment)}, codes))
         drawn_in[dtype] = codec.decode(codes)
@@ -234,7 +237,7 @@ def test_a_checkpoint_is_converted_at_the_resolution_of_the_config(
 
 
 @pytest.fixture(scope="module")
-def codec() -> ImageCodec:
+def codec() -> VQGANCodec:
     """A codec that takes 8 pictures at a time, whose codes are vectors of pictures, so that all are in use."""
     params = vqgan_params(TINY)
     pixels = np.stack([prepare_image(pixels_of(image), 40) for image in pictures(8)]) / np.float32(127.5) - 1
@@ -242,11 +245,11 @@ def codec() -> ImageCodec:
     rows = np.asarray(latents).reshape(-1, TINY.vqgan.model.embed_dim)
     params["codebook"] = {"embedding": np.random.default_rng(0).permutation(rows)[: TINY.vqgan.model.n_embed]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoders, "PIXELS_AT_ONCE", 40**2 // 2)  # one for each device all the same
-        return ImageCodec(VQGAN(TINY.vqgan.model), params)
+        patch.setattr("rac3.vqgan.codec.PIXELS_AT_ONCE", 40**2 // 2)  # one for each device all the same
+        return VQGANCodec(VQGAN(TINY.vqgan.model), params)
 
 
-def test_codes_and_pictures_are_those_of_the_model_one_by_one(codec: ImageCodec):
+def test_codes_and_pictures_are_those_of_the_model_one_by_one(codec: VQGANCodec):
     model, params = VQGAN(TINY.vqgan.model), {"params": jax.device_get(codec._params)}
     encode, decode = (jax.jit(partial(model.apply, method=method)) for method in ("encode", "decode"))
     images = pictures(11)  # a full batch and a remainder
@@ -266,18 +269,18 @@ def test_codes_and_pictures_are_those_of_the_model_one_by_one(codec: ImageCodec)
 
 
 def test_metrics_are_means_over_the_pictures_and_of_one_that_is_exact_60_db(
-    codec: ImageCodec, monkeypatch: pytest.MonkeyPatch
+    codec: VQGANCodec, monkeypatch: pytest.MonkeyPatch
 ):
     images = pictures(3)
     truth = np.stack([prepare_image(pixels_of(image), 40) for image in images])
     drawn = truth.copy()
     drawn[1] = np.where(truth[1] >= 128, truth[1] - 4, truth[1] + 4)
     drawn[2] = np.where(truth[2] >= 128, truth[2] - 16, truth[2] + 16)
-    monkeypatch.setattr(ImageCodec, "decode", lambda codec, codes: drawn)
-    found = vqgan_metrics(codec, images)
+    monkeypatch.setattr(VQGANCodec, "decode", lambda codec, codes: drawn)
+    found = reconstruction_metrics(codec, images)
     assert found["psnr"] == pytest.approx((60 + 20 * np.log10(255 / 4) + 20 * np.log10(255 / 16)) / 3, rel=1e-5)
     assert 0.8 < found["ssim"] < 1
     codes = codec.encode(images)
     share = np.unique(codes, return_counts=True)[1] / codes.size
-    assert found["codebook_use"] == len(share) / codec.codes
+    assert found["codebook_use"] == len(share) / codec.codebook_size
     assert found["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(share * np.log(share))))

@@ -131,7 +131,7 @@ def test_ids_are_as_wide_as_the_larger_vocabulary_asks_for(
     codes: int, kind: str, ingested: Ingested, monkeypatch: pytest.MonkeyPatch
 ):
     largest = np.array([codes - 1, 0, 1, 2], np.int32)
-    monkeypatch.setattr(PlainCodec, "codes", codes)
+    monkeypatch.setattr(PlainCodec, "codebook_size", codes)
     monkeypatch.setattr(PlainCodec, "encode", lambda self, images: np.tile(largest, (len(images), 1)))
     _, artifact, (item,) = ingested([[document("a", b"fox")]])
     assert artifact.manifest["counts"]["ids"] == kind

@@ -19,12 +19,13 @@ from rac3.artifacts.workdir import Workdir
 from rac3.cli import run
 from rac3.config import InputError, load_config_module
 from rac3.documents.document import Image
-from rac3.experiment import ImageTokenizer
 from rac3.stages.embed import open_documents
-from rac3.stages.encoders import ImageCodec, open_vqgan
+from rac3.stages.encoders import open_vqgan
 from rac3.vqgan.checkpoints import VQGANCheckpoint, load_vqgan
+from rac3.vqgan.codec import VQGANCodec
 from rac3.vqgan.configs import chameleon_config, diffusers_config, read_settings, taming_config, taming_model
 from rac3.vqgan.files import checkpoint_files, require_decoder
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN, VQGANConfig, at_resolution
 from rac3.vqgan.weights import taming_name
 
@@ -550,7 +551,7 @@ def test_drawing_without_a_decoder_is_refused():
     model = VQGAN(CONFIG)
     params = random_params(model)
     del params["decoder"]
-    codec = ImageCodec(model, params)
+    codec = VQGANCodec(model, params)
     pixels = [np.zeros((40, 50, 3), np.uint8)]
     with pytest.raises(InputError, match="no decoder"):
         codec.decode(codec.encode(pixels))
@@ -565,5 +566,5 @@ def test_drawing_without_a_decoder_is_refused():
 )
 def test_settings_of_checkpoints_are_refused_without_one(settings: dict, message: str):
     with pytest.raises(InputError, match=message):
-        ImageTokenizer(**settings)
-    ImageTokenizer(checkpoint="vqgan.ckpt", **settings)
+        FrozenVQGAN(**settings)
+    FrozenVQGAN(checkpoint="vqgan.ckpt", **settings)

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree, UInt8
 
 from rac3.documents.document import Document, prepare_image
-from rac3.experiment import Experiment, ImageTokenizer
+from rac3.experiment import Experiment
 from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, one_each
 from rac3.training.state import TrainState, apply_gradients, create_state
 from rac3.training.step import Metrics
 from rac3.vqgan.discriminator import Discriminator, discriminator_loss, generator_loss
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN, Images, Params, preprocess
 from rac3.vqgan.objective import (
     CodebookState,
@@ -119,7 +120,7 @@ class Adversary:
         return jax.lax.cond(active, learn, lambda: (state, jnp.zeros(())))
 
 
-def open_adversary(config: ImageTokenizer) -> Adversary:
+def open_adversary(config: FrozenVQGAN) -> Adversary:
     adversarial = config.objective.adversarial
     return Adversary(Discriminator(adversarial), adam(config.fit, config.fit.steps - adversarial.start))
 

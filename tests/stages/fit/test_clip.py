@@ -23,11 +23,12 @@ from rac3.clip.checkpoints import ClipCheckpoint
 from rac3.clip.contrastive import contrastive_loss
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
-from rac3.experiment import Experiment, FitConfig
+from rac3.experiment import Experiment
 from rac3.stages.fit import clip as fit_clip
 from rac3.stages.fit import encoder as fitting
 from rac3.tokens.text import TextTokenizer
 from rac3.training.state import TrainState
+from rac3.weights.fitting import FitConfig
 
 ROWS = 16
 EXPERIMENT = tiny_config.get_config()

@@ -15,11 +15,12 @@ from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import Document, Reject, Text
 from rac3.documents.world import World
-from rac3.experiment import Data, Experiment, FitConfig
+from rac3.experiment import Data, Experiment
 from rac3.stages.fit import encoder as fitting
 from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, fitting_documents, one_each, read_documents
 from rac3.training.loop import TrainingConfig
 from rac3.training.state import TrainState, apply_gradients
+from rac3.weights.fitting import FitConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rac3.config import InputError
 from rac3.devices.mesh import use_mesh
 from rac3.documents.document import Document, Image
 from rac3.documents.world import World
-from rac3.experiment import Data, Experiment, FitConfig, ImageTokenizer
+from rac3.experiment import Data, Experiment
 from rac3.stages.fit.encoder import Fitting, adam
 from rac3.stages.fit.vqgan import fit_vqgan, make_step, vqgan_fitting
 from rac3.training.checkpoint import Checkpoints
@@ -26,16 +26,18 @@ from rac3.training.metrics import read_metrics
 from rac3.training.state import TrainState, create_state
 from rac3.training.step import Metrics
 from rac3.vqgan.discriminator import AdversarialConfig, Discriminator
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN, VQGANConfig
 from rac3.vqgan.objective import CodebookState, VQGANObjective, with_codebook
 from rac3.vqgan.perceptual import LAYERS, PerceptualConfig
+from rac3.weights.fitting import FitConfig
 
 MODEL = VQGANConfig(
     ch=4, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), resolution=8, z_channels=8, embed_dim=4, n_embed=8,
     norm_groups=2, mid_attn=False,
 )  # fmt: skip
 ADVERSARIAL = AdversarialConfig(weight=0.8, start=1, ndf=32, n_layers=1)
-TOKENIZER = ImageTokenizer(
+TOKENIZER = FrozenVQGAN(
     model=MODEL,
     objective=VQGANObjective(ema_decay=0.99, adversarial=ADVERSARIAL),
     fit=FitConfig(steps=4, batch=16, peak_lr=1e-3, b1=0.5, b2=0.9),
@@ -280,7 +282,7 @@ def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path, 
     file = tmp_path / "weights.pth"
     objective = VQGANObjective(perceptual=PerceptualConfig((str(file),)))
     fit = FitConfig(steps=1, batch=8)
-    tokenizer = ImageTokenizer(model=replace(MODEL, resolution=16), objective=objective, fit=fit)
+    tokenizer = FrozenVQGAN(model=replace(MODEL, resolution=16), objective=objective, fit=fit)
     experiment = replace(EXPERIMENT, vqgan=tokenizer)
     with pytest.raises(InputError, match=r"perceptual\.weights.*weights\.pth' do not exist"):
         recipes.vqgan(experiment)
@@ -311,4 +313,4 @@ def test_settings_that_cannot_work_are_refused(objective: VQGANObjective, messag
 def test_the_perceptual_loss_needs_sixteen_pixels():
     objective = VQGANObjective(perceptual=PerceptualConfig(("vgg.pth",)))
     with pytest.raises(InputError, match=r"needs pictures of 16 pixels, and vqgan\.model\.resolution=8"):
-        ImageTokenizer(model=replace(MODEL, resolution=8), objective=objective)
+        FrozenVQGAN(model=replace(MODEL, resolution=8), objective=objective)

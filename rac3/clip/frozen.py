@@ -1,0 +1,48 @@
+"""The frozen CLIP of an experiment: which it is, and the artifact that holds it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rac3.clip.checkpoints import ClipCheckpoint
+from rac3.clip.encoder import Encoder
+from rac3.clip.model import CLIPConfig
+from rac3.config import InputError
+from rac3.tokens.text import TextTokenizer
+from rac3.weights.fitting import ComputeDtype, FitConfig
+
+
+@dataclass(frozen=True)
+class FrozenCLIP:
+    """CLIP: a published CLIP or SigLIP if `checkpoint` is given, with its own model, tokenizer and image preprocessing.
+
+    Else one that is fitted here as the other fields say, with a tokenizer whose vocabulary the text tower follows.
+
+    Attributes:
+      checkpoint: a folder as Hugging Face's `CLIPModel`, `SiglipModel`, `Siglip2Model` or OpenCLIP write it, or a name
+        on the Hugging Face hub.
+      dtype: of the layers when documents are embedded; the vectors are float32.
+      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (3) makes the vectors of a
+        small data set tell subjects apart before surroundings.
+      text_crop: share of the captions that are cut to a random length while fitting.
+      image_crop: the smallest side of a random square crop while fitting, as a share of the image; 1 for none.
+    """
+
+    checkpoint: str | None = None
+    dtype: ComputeDtype = "float32"
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    tokenizer: TextTokenizer = field(default_factory=TextTokenizer)
+    max_logit_scale: float = 100.0
+    text_crop: float = 0.0
+    image_crop: float = 0.7
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_crop <= 1 or not 0 < self.image_crop <= 1 or self.max_logit_scale <= 0:
+            raise InputError(
+                f"clip: text_crop={self.text_crop} must lie in 0 to 1, image_crop={self.image_crop} above 0 up to 1, "
+                f"and max_logit_scale={self.max_logit_scale} above 0; 0, 0.7 and 100 are the defaults"
+            )
+
+    def open(self, folder: Path) -> Encoder:
+        """What `ClipCheckpoint.save` wrote into `folder`."""
+        return ClipCheckpoint.open(folder).encoder(self.dtype)
