@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import logging
 import os
@@ -9,10 +10,11 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, load_config_module
 from rac3.documents.webdataset import WebDataset
@@ -25,6 +27,8 @@ from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
+from rac3.run import Run, describe, load
+from rac3.vqgan.frozen import FrozenVQGAN
 
 RETRIEVERS: dict[str, Callable[[], Retriever]] = {
     "scann": Scann,
@@ -35,22 +39,7 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
     "none": NoRetriever,
 }
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
-STAGES = {
-    "encoders": "fit or load the text tokenizer, the VQGAN and CLIP; --report shows reconstructions",
-    "ingest": "read, filter and tokenize the documents",
-    "embed": "embed the documents and the training queries",
-    "index": "build the retriever's index of each part of the memory",
-    "retrieve": "find and select the neighbors of every document",
-    "prepare": "the five above, skipping what is current",
-    "audit": "look for leaks: main documents, copies and test targets in what is retrieved",
-    "train": "train the model, and the vanilla CM3 beside it",
-    "evaluate": "evaluate on the held-out documents; --task retrieval: what is retrieved, without a model",
-    "generate": "draw a caption of your own, or caption a picture",
-    "report": "write the report and metrics.json",
-    "run": "prepare, train, evaluate and report",
-    "plan": "what the offline stages would take: FLOPs, time, memory, disk; runs nothing",
-    "quickstart": "`run` with the quickstart config that ships with rac3",
-}
+AT_INFERENCE = ("evaluate", "generate", "report")  # stages that leave the model as it is
 USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,random,none} [its overrides]]"
 
 
@@ -82,35 +71,45 @@ def run(arguments: Sequence[str]) -> None:
         return
     stage, rest = arguments[0], list(arguments[1:])
     if stage not in STAGES:
-        raise InputError(f"stage {stage!r} is unknown; use one of {', '.join(STAGES)}")
+        raise InputError(f"stage {stage!r} is unknown{_meant(stage, STAGES)}; use one of {', '.join(STAGES)}")
     if stage == "quickstart":
-        rest = ["quickstart", *rest]
+        stage, rest = "run", ["quickstart", *rest]
     if not rest or rest[0].startswith("-"):
         if not {"-h", "--help"} & set(rest):
-            raise InputError(f"`rac3 {stage}` needs a config: a .py file, or quickstart")
+            raise InputError(f"`rac3 {stage}` needs a config: a .py file, quickstart, or a finished workdir")
         rest = ["quickstart", "--help"]
-    configured = _load(rest[0])
-    experiment, options = parse(stage, configured, rest[1:])
+    config = _load(rest[0])
+    experiment, options = parse(stage, config, rest[1:])
     workdir = Workdir(experiment.folder, experiment.name, _preparing(stage, rest))
-    _run_stage("run" if stage == "quickstart" else stage, experiment, configured, workdir, options)
+    # At inference a retriever on the command line goes to the model that the config trains; takedowns likewise.
+    trained = experiment
+    if stage in AT_INFERENCE:
+        trained = dataclasses.replace(experiment, retriever=config.retriever, takedowns=config.takedowns)
+    started = time.monotonic()
+    STAGES[stage].work(Run(experiment, workdir, trained), options)
+    if STAGES[stage].timed:
+        print(f"{stage}: done in {time.monotonic() - started:.0f} s, in {workdir.path}")
 
 
 def _load(config: str) -> Experiment:
-    """The experiment of a config file.
+    """The experiment of a config file, or the one that a finished workdir was made with.
 
     Raises:
       InputError: the config cannot be loaded, or gives something else.
     """
+    if Path(config).is_dir():
+        experiment = load(config).experiment
+        return dataclasses.replace(experiment, workdir=config)
     module = load_config_module(config)
     try:
-        configured = module.get_config()
+        experiment = module.get_config()
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"get_config() of {config} fails: {type(error).__name__}: {error}") from error
-    if not isinstance(configured, Experiment):
-        raise InputError(f"get_config() of {config} returns {type(configured).__name__}, not an Experiment")
-    return configured
+    if not isinstance(experiment, Experiment):
+        raise InputError(f"get_config() of {config} returns {type(experiment).__name__}, not an Experiment")
+    return experiment
 
 
 def _preparing(stage: str, arguments: Sequence[str]) -> str:
@@ -118,8 +117,8 @@ def _preparing(stage: str, arguments: Sequence[str]) -> str:
 
     A retriever or takedowns that are named at inference are not those that the model is trained with.
     """
-    own = {field.name for field in _option_fields(stage)}
-    if stage in ("evaluate", "generate", "report"):
+    own = {field.name for field in dataclasses.fields(STAGES[stage].options())}
+    if stage in AT_INFERENCE:
         own |= {"retriever", "takedowns"}
     kept: list[str] = []
     dropping = False
@@ -132,34 +131,47 @@ def _preparing(stage: str, arguments: Sequence[str]) -> str:
     return shlex.join(kept)
 
 
-def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple[Experiment, Any]:
-    """The experiment with the overrides of the command line, and the stage's own options.
+def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Experiment, Any]:
+    """The experiment of the config with the overrides of the command line, and the stage's own options.
+
+    The flags are the fields of one flat class, which is put together here:
+
+        Experiment       seed, batches, model, ...             --seed 1 --batches.rows 8
+                         retriever: one of RETRIEVERS          retriever:exact --retriever.dtype bfloat16
+                         executor: its name, and next to it    --executor ray --ray.workers 4
+                         the settings of each of EXECUTORS
+        the stage        prompt, samples, ...                  --prompt "a red fox"; hides an Experiment's field
+        MemoryOptions    add_memory, withdraw_memory           --add-memory news=/data/news
 
     Raises:
-      InputError: an unknown key or a value of the wrong type.
+      InputError: an unknown flag or a value of the wrong type.
     """
     import tyro
 
-    fields: list[Any] = []
+    options = STAGES[stage].options()
+    fields: dict[str, tuple[Any, Any]] = {}
     for field in dataclasses.fields(Experiment):
-        value = getattr(configured, field.name)
+        value = getattr(config, field.name)
         if field.name in ("name", "data"):
-            fixed: Any = Annotated[field.type, tyro.conf.Fixed, tyro.conf.Suppress]
-            fields.append((field.name, fixed, dataclasses.field(default=value)))
-        elif field.name == "retriever":
-            fields.append((field.name, _retriever_type(value), dataclasses.field(default=value)))
-        elif field.name == "executor":  # its name, and the settings of each beside it
-            fields.append((field.name, Literal[tuple(EXECUTORS)], type(value).__name__.lower()))
-            fields += [(n, kind, value if isinstance(value, kind) else kind()) for n, kind in EXECUTORS.items()]
+            continue
+        if field.name == "retriever":
+            fields[field.name] = _retriever_type(value), value
+        elif field.name == "executor":
+            fields[field.name] = Literal[tuple(EXECUTORS)], type(value).__name__.lower()
+            fields |= {name: (kind, value if isinstance(value, kind) else kind()) for name, kind in EXECUTORS.items()}
+        elif field.name in ("vqgan", "clip"):
+            fields[field.name] = type(value), value  # the built-in one, or an object of the config's own
         else:
-            fields.append((field.name, field.type, dataclasses.field(default_factory=lambda v=value: v)))  # type: ignore[misc]
-    fields = [(name, kind, _default(spec)) for name, kind, spec in fields]
-    fields += [(f.name, f.type, dataclasses.field(default=f.default)) for f in _option_fields(stage)]
-    fields += [(f.name, f.type, f) for f in dataclasses.fields(MemoryOptions)]
-    command = dataclasses.make_dataclass("Command", fields, frozen=True)
-    kind = _options(stage)
-    command.__doc__ = f"{STAGES[stage]}.\n\n{_attribute_docs(Experiment)}" + (_attribute_docs(kind) if kind else "")
-    command.__doc__ += _attribute_docs(MemoryOptions)
+            fields[field.name] = field.type, value
+    for kind in (options, MemoryOptions):
+        fields |= {field.name: (field.type, field.default) for field in dataclasses.fields(kind)}
+    command = dataclasses.make_dataclass(
+        "Command",
+        [(name, kind, dataclasses.field(default_factory=lambda v=value: v)) for name, (kind, value) in fields.items()],  # type: ignore[misc]
+        frozen=True,
+    )
+    docs = map(_attribute_docs, (Experiment, options, MemoryOptions))
+    command.__doc__ = f"{STAGES[stage].help}.\n\n{''.join(docs)}"
     output = io.StringIO()
     wants_help = {"-h", "--help"} & set(arguments)
     try:
@@ -174,11 +186,11 @@ def parse(stage: str, configured: Experiment, arguments: Sequence[str]) -> tuple
         if not stop.code:
             raise
         raise InputError(_one_line(output.getvalue(), stage)) from None
-    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(Experiment)}
+    own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(options)}
+    values = {name: getattr(parsed, name) for name in fields if hasattr(config, name) and name not in own}
     values["executor"] = getattr(parsed, parsed.executor)
-    values["data"] = MemoryOptions(parsed.add_memory, parsed.withdraw_memory).of(configured.data)
-    options = kind(**{f.name: getattr(parsed, f.name) for f in _option_fields(stage)}) if kind else None
-    return Experiment(**values), options
+    values["data"] = MemoryOptions(parsed.add_memory, parsed.withdraw_memory).of(config.data)
+    return dataclasses.replace(config, **values), options(**own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,31 +223,13 @@ class MemoryOptions:
         return dataclasses.replace(data, memory=memory, withdrawn=data.withdrawn + self.withdraw_memory)
 
 
-def _options(stage: str) -> Any:
-    """The dataclass of what a stage takes beside the experiment; None if that is nothing."""
-    from rac3.report.encoders import EncodersReport
-    from rac3.stages.evaluate import EvaluateOptions
-    from rac3.stages.generate import GenerateConfig
-
-    return {"generate": GenerateConfig, "encoders": EncodersReport, "evaluate": EvaluateOptions}.get(stage)
-
-
-def _option_fields(stage: str) -> Sequence[Any]:
-    kind = _options(stage)
-    return dataclasses.fields(kind) if kind else ()
-
-
-def _default(spec: Any) -> Any:
-    return spec if isinstance(spec, dataclasses.Field) else dataclasses.field(default=spec)
-
-
-def _retriever_type(configured: Retriever) -> Any:
+def _retriever_type(config: Retriever) -> Any:
     """The choice of retrievers, the config's own among them under its class's name."""
     import tyro
 
     choices: dict[str, tuple[Any, Retriever | None]] = {name: (kind, None) for name, kind in RETRIEVERS.items()}
-    own = next((name for name, (kind, _) in choices.items() if kind is type(configured)), None)
-    choices[own or type(configured).__name__.lower()] = (type(configured), configured)
+    own = next((name for name, (kind, _) in choices.items() if kind is type(config)), None)
+    choices[own or type(config).__name__.lower()] = (type(config), config)
     types = [
         Annotated[
             kind,
@@ -254,83 +248,223 @@ def _attribute_docs(cls: type) -> str:
 
 
 def _one_line(text: str, stage: str) -> str:
-    """The message of a boxed error as one line."""
+    """The message of a boxed error as one line, with what was probably meant."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = " ".join(re.sub(r"[│╭╮╰╯╷╵]+", " ", text).replace("─", "-").split())
     parts = [part.strip() for part in re.split(r"-{5,}", text) if part.strip()]
-    return f"{(parts[1:] or parts or ['bad arguments'])[0]} (see `rac3 {stage} CONFIG --help`)"
+    message = (parts[1:] or parts or ["bad arguments"])[0]
+    meant = ""
+    if unknown := re.match(r"Unrecognized options: ([^\s,]+)", message):
+        similar = re.search(r"Perhaps you meant: (--\S+)", text)
+        names = re.findall(r"retriever:\w+", text.partition("Available subcommands")[2])
+        meant = f"; did you mean {similar[1]}?" if similar else _meant(unknown[1], names)
+    return f"{message}{meant} (see `rac3 {stage} CONFIG --help`)"
 
 
-def _run_stage(stage: str, experiment: Experiment, configured: Experiment, workdir: Workdir, options: Any) -> None:
-    """The stages that the command names, in the order of the chain."""
-    from rac3.plan.offline import plan
+def _meant(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, as the end of a message; "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# What each stage does: a function of the run and of the stage's own options.
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """A stage without options of its own."""
+
+
+def _encoders(run: Run, options: Any) -> None:
     from rac3.report.encoders import encoders_report
-    from rac3.report.experiment import collect, report, summary
-    from rac3.report.retrieval import retrieval_report, retrieval_summary
-    from rac3.stages import embed, encoders, ingest, retrieve, train
+    from rac3.stages.encoders import fit_encoders
+
+    fit_encoders(run)
+    _describe(run)
+    if getattr(options, "report", False):
+        print(f"report: {encoders_report(run, options.report_images)}")
+
+
+def _ingest(run: Run, options: Any) -> None:
+    from rac3.stages.ingest import counts_line, ingest
+
+    ingest(run)
+    _describe(run)
+    for split in run.experiment.data.sources():
+        print(f"{split}: {counts_line(run, split)}")
+
+
+def _embed(run: Run, options: Any) -> None:
+    from rac3.stages.embed import embed
+
+    embed(run)
+    _describe(run)
+
+
+def _index(run: Run, options: Any) -> None:
+    from rac3.stages.retrieve import index
+
+    index(run)
+
+
+def _retrieve(run: Run, options: Any) -> None:
+    from rac3.stages.retrieve import retrieve
+
+    retrieve(run)
+
+
+def _prepare(run: Run, options: Any) -> None:
+    for work in (_encoders, _ingest, _embed, _index, _retrieve):
+        work(run, options)
+
+
+def _audit(run: Run, options: Any) -> None:
     from rac3.stages.audit import audit
-    from rac3.stages.evaluate import evaluate_all, vanilla
-    from rac3.stages.evaluate_retrieval import evaluate_retrieval
-    from rac3.stages.generate import generate
+
+    print(audit(run))
+
+
+def _check_generator(run: Run) -> None:
+    """Refuses what would fail after hours: a VQGAN that cannot draw, a mesh of other devices than there are."""
     from rac3.vqgan.files import require_decoder
 
-    if stage in ("run", "train") and experiment.vqgan.checkpoint is not None:
-        require_decoder(Path(experiment.vqgan.checkpoint))
-    if stage == "plan":
-        print(plan(experiment, workdir))
+    vqgan = run.experiment.vqgan
+    if isinstance(vqgan, FrozenVQGAN) and vqgan.checkpoint is not None:
+        require_decoder(Path(vqgan.checkpoint))
+    run.experiment.mesh.build()
+
+
+def _train(run: Run, options: Any) -> None:
+    from rac3.stages.train import train
+
+    _check_generator(run)
+    train(run)
+    _describe(run)
+    if run.experiment.compare_with_cm3:
+        vanilla = run.experiment.vanilla()
+        train(run.variant(vanilla, vanilla))
+
+
+def _evaluate(run: Run, options: Any) -> None:
+    from rac3.report.experiment import collect, summary
+    from rac3.report.retrieval import retrieval_report, retrieval_summary
+    from rac3.stages.evaluate import SPLITS, comparisons, evaluate
+    from rac3.stages.evaluate_retrieval import evaluate_retrieval
+    from rac3.stages.retrieve import index, retrieve
+
+    if getattr(options, "task", "generation") == "retrieval":  # needs no model
+        index(run)
+        retrieve(run)
+        print(retrieval_summary(evaluate_retrieval(run)))
+        print(f"report: {retrieval_report(run)}")
         return
-    without_model = stage == "evaluate" and options.task == "retrieval"
-    if stage in ("run", "train", "evaluate", "generate") and not without_model:
-        experiment.mesh.build()  # what asks for other devices than there are is refused before work is done
-    started = time.monotonic()
-    variants = [experiment, *([vanilla(experiment)] if experiment.compare_with_cm3 else [])]
-    prepare = stage in ("run", "prepare")
-    if prepare or stage == "encoders":
-        encoders.fit_encoders(experiment, workdir)
-    if stage == "encoders" and options.report:
-        print(f"report: {encoders_report(experiment, workdir, options.report_images)}")
-    if prepare or stage == "ingest":
-        ingest.ingest(experiment, workdir)
-        for split in experiment.data.sources():
-            print(f"{split}: {ingest.counts_line(experiment, workdir, split)}")
-    if prepare or stage == "embed":
-        embed.embed(experiment, workdir)
-    if prepare or stage == "index":
-        retrieve.index(experiment, workdir)
-    if prepare or stage == "retrieve":
-        retrieve.retrieve(experiment, workdir)
-    if stage in ("run", "train"):
-        for variant in variants:
-            train.train(variant, workdir)
-    if stage == "audit":
-        print(audit(experiment, workdir))
-    # At inference a retriever on the command line goes to the model that the config trains; takedowns likewise.
-    trained = experiment
-    if stage != "run":
-        trained = dataclasses.replace(experiment, retriever=configured.retriever, takedowns=configured.takedowns)
-    if without_model:
-        retrieve.index(experiment, workdir)
-        retrieve.retrieve(experiment, workdir)
-        print(retrieval_summary(evaluate_retrieval(experiment, workdir)))
-        print(f"report: {retrieval_report(experiment, workdir)}")
-    elif stage in ("run", "evaluate"):
-        evaluate_all(experiment, trained, workdir)
-        print(summary(collect(experiment, workdir, trained)))
-    if stage in ("run", "report"):
-        print(f"report: {report(experiment, workdir, trained)}")
-    if stage == "generate":
-        retrieve.index(experiment, workdir)
-        print(generate(experiment, trained, workdir, options))
-    if stage not in ("generate", "report"):
-        print(f"{stage}: done in {time.monotonic() - started:.0f} s, in {workdir.path}")
+    run.experiment.mesh.build()
+    for compared in comparisons(run).values():
+        index(compared)
+        retrieve(compared, SPLITS)
+        evaluate(compared)
+    print(summary(collect(run)))
+
+
+def _report(run: Run, options: Any) -> None:
+    from rac3.report.experiment import report
+
+    print(f"report: {report(run)}")
+
+
+def _run(run: Run, options: Any) -> None:
+    _check_generator(run)
+    for work in (_prepare, _train, _evaluate, _report):
+        work(run, options)
+
+
+def _generate(run: Run, options: Any) -> None:
+    from rac3.stages.generate import generate
+
+    run.experiment.mesh.build()
+    _index(run, options)
+    print(generate(run, options))
+
+
+def _plan(run: Run, options: Any) -> None:
+    from rac3.plan.offline import plan
+
+    print(plan(run))
+
+
+def _describe(run: Run) -> None:
+    """Stores the experiment in its workdir: that of the model, once there is one."""
+    trained = run.workdir.find(run.recipe(recipes.train)) is not None
+    if trained or not any((run.workdir.path / "train").glob("*/manifest.json")):
+        describe(run)
+
+
+def _encoders_options() -> type:
+    from rac3.report.encoders import EncodersReport
+
+    return EncodersReport
+
+
+def _evaluate_options() -> type:
+    from rac3.stages.evaluate import EvaluateOptions
+
+    return EvaluateOptions
+
+
+def _generate_options() -> type:
+    from rac3.stages.generate import GenerateOptions
+
+    return GenerateOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A row of the table of stages.
+
+    Attributes:
+      options: gives the dataclass of what the stage takes besides the experiment, imported when it is needed.
+      timed: the command ends with how long it took.
+    """
+
+    help: str
+    work: Callable[[Run, Any], None]
+    options: Callable[[], type] = lambda: NoOptions
+    timed: bool = True
+
+
+STAGES = {
+    "encoders": Stage(
+        "fit or load the text tokenizer, the VQGAN and CLIP; --report shows reconstructions",
+        _encoders,
+        _encoders_options,
+    ),
+    "ingest": Stage("read, filter and tokenize the documents", _ingest),
+    "embed": Stage("embed the documents and the training queries", _embed),
+    "index": Stage("build the retriever's index of each part of the memory", _index),
+    "retrieve": Stage("find and select the neighbors of every document", _retrieve),
+    "prepare": Stage("the five above, skipping what is current", _prepare),
+    "audit": Stage("look for leaks: main documents, copies and test targets in what is retrieved", _audit),
+    "train": Stage("train the model, and the vanilla CM3 to compare it with", _train),
+    "evaluate": Stage(
+        "evaluate on the held-out documents; --task retrieval evaluates the retriever, without a model",
+        _evaluate,
+        _evaluate_options,
+    ),
+    "generate": Stage("draw your caption, or caption your picture", _generate, _generate_options, False),
+    "report": Stage("write the report and metrics.json", _report, timed=False),
+    "run": Stage("prepare, train, evaluate and report", _run),
+    "plan": Stage("what the offline stages would take: FLOPs, time, memory, disk; runs nothing", _plan, timed=False),
+    "quickstart": Stage("`run` with the quickstart config that ships with rac3", _run),
+}
 
 
 def _overview() -> str:
     lines = [f"usage: {USAGE}", "", "stages:"]
-    lines += [f"  {name:<11} {text}" for name, text in STAGES.items()]
+    lines += [f"  {name:<11} {stage.help}" for name, stage in STAGES.items()]
     lines += [
         "",
-        "CONFIG is a Python file with get_config(), or `quickstart`. `rac3 STAGE CONFIG --help` lists the overrides.",
+        "CONFIG is a Python file with get_config(), `quickstart`, or a finished workdir. `rac3 STAGE CONFIG --help`",
+        "lists the overrides.",
         "--debug shows a traceback on errors.",
     ]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Configs: Python files that return an Experiment, the fingerprint of a config, and the error that bad input raises."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -43,6 +44,60 @@ def fingerprint(value: Any) -> str:
     """12 hex digits that change exactly when the canonical form of `value` changes."""
     text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def to_plain(value: Any) -> Any:
+    """A config as JSON data that `from_plain` reads back. A dataclass is its class's full name and its fields.
+
+    Raises:
+      TypeError: for a value that is no plain data (a function, an open file).
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", **fields}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a config holds plain data only, not {type(value).__name__}: {value!r}")
+
+
+def from_plain(value: Any, module: ModuleType | None = None) -> Any:
+    """The config that `to_plain` wrote; its sequences are tuples.
+
+    Classes are those of rac3, and with `module`, a config that was imported, its own and those that it has imported.
+    No other module is imported, whatever the data says.
+
+    Raises:
+      KeyError: a class that is none of these.
+      InputError, TypeError: the fields are not those of the class.
+    """
+    if isinstance(value, dict):
+        fields = {name: from_plain(each, module) for name, each in value.items() if name != "class"}
+        name = value.get("class")
+        if isinstance(name, str):
+            return _config_class(name, module)(**fields)
+        return fields | ({"class": from_plain(name, module)} if "class" in value else {})
+    return tuple(from_plain(each, module) for each in value) if isinstance(value, list) else value
+
+
+def _config_class(name: str, module: ModuleType | None) -> Any:
+    where, _, own = name.rpartition(".")
+    if where.startswith("rac3."):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(where)
+    elif module is None:
+        raise KeyError(name)
+    source = module if where.startswith(CONFIG_MODULE) else sys.modules.get(where)
+    found = getattr(source, own, None)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise KeyError(name)
+    return found
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from rac3.artifacts.arrays import VectorDtype
 from rac3.batches.loader import BatchConfig
+from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError
 from rac3.devices.cluster import Scale
@@ -18,6 +19,7 @@ from rac3.evaluation.settings import EvaluationConfig
 from rac3.execution.local import Local
 from rac3.execution.ray import Ray
 from rac3.model.transformer import TransformerConfig
+from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
@@ -25,6 +27,7 @@ from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
 from rac3.training.loop import TrainingConfig
 from rac3.training.optimizer import OptimizerConfig
+from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.frozen import FrozenVQGAN
 
 Split = str  # the name of a source: train, validation, test, or that of a part of the memory
@@ -82,6 +85,10 @@ class Data:
         named = {"train": self.train, **memory, "validation": self.validation, "test": self.test}
         return {split: source for split, source in named.items() if source is not None}
 
+    def memory_splits(self, split: Split) -> list[Split]:
+        """The parts of the memory that queries of `split` search: in training, the training documents alone."""
+        return ["train"] if split == "train" else [part for part in self.sources() if self.role(part) != "held out"]
+
     def role(self, split: Split) -> Role:
         if split == "train":
             return "train"
@@ -127,8 +134,8 @@ class Experiment:
     compare_with_cm3: bool = True
     filter: LaionFilter = field(default_factory=LaionFilter)
     text: TextTokenizer = field(default_factory=TextTokenizer)
-    vqgan: FrozenVQGAN = field(default_factory=FrozenVQGAN)
-    clip: FrozenCLIP = field(default_factory=FrozenCLIP)
+    vqgan: FrozenVQGAN | ImageTokenizer = field(default_factory=FrozenVQGAN)
+    clip: FrozenCLIP | Encoder = field(default_factory=FrozenCLIP)
     retriever: Retriever = field(default_factory=Scann)
     selection: Selection = field(default_factory=Selection)
     batches: BatchConfig = field(default_factory=BatchConfig)
@@ -140,6 +147,8 @@ class Experiment:
     scale: Scale = field(default_factory=Scale)
 
     def __post_init__(self) -> None:
+        _check_own("vqgan", self.vqgan, FrozenVQGAN, ImageTokenizer)
+        _check_own("clip", self.clip, FrozenCLIP, Encoder)
         if self.seed < 0:
             raise InputError(f"seed={self.seed} is negative; use 0 or more")
         if self.max_text_tokens < 1:
@@ -173,3 +182,40 @@ class Experiment:
     @property
     def folder(self) -> Path:
         return Path(self.workdir or f"runs/{self.name}")
+
+    @property
+    def retrieves(self) -> bool:
+        """False for the vanilla CM3."""
+        return not isinstance(self.retriever, NoRetriever)
+
+    @property
+    def model_name(self) -> str:
+        return "ra_cm3" if self.retrieves else "cm3"
+
+    def vanilla(self) -> "Experiment":
+        """The CM3 of the same size, data and compute: no retrieval (paper, section 4.1)."""
+        return replace(self, retriever=NoRetriever())
+
+
+def _check_own(name: str, value: object, built_in: type, protocol: type) -> None:
+    """Refuses an object of a user's own config that cannot stand in for the built-in one.
+
+    Raises:
+      InputError: it lacks a member of the protocol, or is no dataclass, whose fields tell one encoder from another.
+    """
+    if isinstance(value, built_in):
+        return
+    kind = type(value)
+    members = [each for each in vars(protocol) if not each.startswith("_")]
+    fields = getattr(kind, "__dataclass_fields__", {})
+    lacking = [each for each in members if not hasattr(kind, each) and each not in fields]  # no property is called
+    if lacking:
+        raise InputError(
+            f"{name}={kind.__name__} lacks {' and '.join(lacking)}; give a {built_in.__name__}, or an object that has "
+            f"{', '.join(members)} ({protocol.__module__}.{protocol.__name__})"
+        )
+    if not is_dataclass(value):
+        raise InputError(
+            f"{name}={kind.__name__} is not a dataclass; make it one, with what decides its output among its fields: "
+            "they decide which artifacts are current"
+        )

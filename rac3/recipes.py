@@ -5,14 +5,32 @@ from typing import Any
 
 from rac3.artifacts.recipe import Recipe
 from rac3.clip.checkpoints import checkpoint_identity
+from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, canonical
 from rac3.experiment import Experiment, Split
-from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.retriever import search_only_fields
 from rac3.tokens.text import tokenizer_identity
+from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.files import checkpoint_files
 from rac3.vqgan.frozen import FrozenVQGAN
+from rac3.weights.fitting import FitConfig
+
+OWN = "object"  # in the recipe of an encoder that is an object of a user's own config, and has no artifact
+COMMANDS = {
+    "text": "rac3 encoders",
+    "vqgan": "rac3 encoders",
+    "clip": "rac3 encoders",
+    "documents": "rac3 ingest",
+    "embeddings": "rac3 embed",
+    "queries": "rac3 embed",
+    "index": "rac3 index",
+    "neighbors": "rac3 retrieve",
+    "train": "rac3 train",
+    "retrieval": "rac3 evaluate --task retrieval",
+    "evaluation": "rac3 evaluate",
+}
+"""What makes an artifact, by the stage of its recipe."""
 
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
@@ -31,18 +49,19 @@ def fitting_data(experiment: Experiment) -> list[dict[str, Any]]:
 
 def text(experiment: Experiment) -> Recipe:
     if experiment.text.checkpoint is not None:
-        return Recipe("text", {"checkpoint": tokenizer_identity(experiment.text.checkpoint)}, {})
+        return Recipe("text", {"checkpoint": tokenizer_identity(experiment.text.checkpoint)})
     config = {
         "text": experiment.text,
         "data": fitting_data(experiment),
         "max_documents": text_documents(experiment),
     }
-    return Recipe("text", config, {})
+    return Recipe("text", config)
 
 
 def text_documents(experiment: Experiment) -> int:
     """The text tokenizer is fitted on at most this many documents: as many as the encoder that reads more of them."""
-    return max(experiment.vqgan.fit.max_documents, experiment.clip.fit.max_documents)
+    fitted = (each for each in (experiment.vqgan, experiment.clip) if isinstance(each, FrozenVQGAN | FrozenCLIP))
+    return max((each.fit.max_documents for each in fitted), default=FitConfig().max_documents)
 
 
 def vqgan(experiment: Experiment) -> Recipe:
@@ -51,43 +70,49 @@ def vqgan(experiment: Experiment) -> Recipe:
     Raises:
       InputError: the checkpoint, or a file of it, does not exist; or weights of the perceptual loss don't.
     """
-    checkpoint = experiment.vqgan.checkpoint
-    if checkpoint is not None:
-        files = checkpoint_files(Path(checkpoint))
+    config = experiment.vqgan
+    if not isinstance(config, FrozenVQGAN):
+        return Recipe("vqgan", {OWN: config})
+    if config.checkpoint is not None:
+        files = checkpoint_files(Path(config.checkpoint))
         sizes = [[path.name, path.stat().st_size] for path in (*files.configs, *files.weights)]
-        where = {"checkpoint": Path(checkpoint).resolve(), "resolution": experiment.vqgan.resolution, "files": sizes}
-        return Recipe("vqgan", where, {})
-    config: dict[str, Any] = {
-        "vqgan": _fitted(experiment.vqgan),
-        "data": fitting_data(experiment),
-        "seed": experiment.seed,
-    }
-    if experiment.vqgan.objective.perceptual.weights:
-        config["perceptual"] = [path.stat().st_size for path in experiment.vqgan.objective.perceptual.files()]
-    return Recipe("vqgan", config, {})
+        where = {"checkpoint": Path(config.checkpoint).resolve(), "resolution": config.resolution, "files": sizes}
+        return Recipe("vqgan", where)
+    fitted: dict[str, Any] = {"vqgan": _fitted(config), "data": fitting_data(experiment), "seed": experiment.seed}
+    if config.objective.perceptual.weights:
+        fitted["perceptual"] = [path.stat().st_size for path in config.objective.perceptual.files()]
+    return Recipe("vqgan", fitted)
 
 
 def clip(experiment: Experiment) -> Recipe:
-    if experiment.clip.checkpoint is not None:
-        return Recipe("clip", {"checkpoint": checkpoint_identity(experiment.clip.checkpoint)}, {})
-    config = {"clip": _fitted(experiment.clip), "data": fitting_data(experiment), "seed": experiment.seed}
-    if experiment.clip.tokenizer.checkpoint is not None:
-        config["tokenizer"] = tokenizer_identity(experiment.clip.tokenizer.checkpoint)
-    return Recipe("clip", config, {})
+    config = experiment.clip
+    if not isinstance(config, FrozenCLIP):
+        return Recipe("clip", {OWN: config})
+    if config.checkpoint is not None:
+        return Recipe("clip", {"checkpoint": checkpoint_identity(config.checkpoint)})
+    fitted = {"clip": _fitted(config), "data": fitting_data(experiment), "seed": experiment.seed}
+    if config.tokenizer.checkpoint is not None:
+        fitted["tokenizer"] = tokenizer_identity(config.tokenizer.checkpoint)
+    return Recipe("clip", fitted)
 
 
-def _fitted(encoder: FrozenVQGAN | FrozenCLIP) -> dict[str, Any]:
-    """What decides the parameters of a fitted encoder: all but how it is run later."""
-    return {name: value for name, value in canonical(encoder).items() if name != "dtype"}
+def _fitted(config: FrozenVQGAN | FrozenCLIP) -> dict[str, Any]:
+    """What decides the parameters of a fitted encoder: everything but how it is run later."""
+    return {name: value for name, value in canonical(config).items() if name != "dtype"}
+
+
+def _dtype(config: FrozenVQGAN | FrozenCLIP | ImageTokenizer | Encoder) -> str | None:
+    """How the encoder is run; the object of a user's own config has this among its fields, if at all."""
+    return config.dtype if isinstance(config, FrozenVQGAN | FrozenCLIP) else None
 
 
 def documents(experiment: Experiment, split: Split) -> Recipe:
     config = {
         "data": source_identity(experiment, split),
         "max_text_tokens": experiment.max_text_tokens,
-        "dtype": experiment.vqgan.dtype,
+        "dtype": _dtype(experiment.vqgan),
     }
-    return Recipe("documents", config, {"text": text(experiment).fingerprint, "vqgan": vqgan(experiment).fingerprint})
+    return Recipe("documents", config, {"text": text(experiment), "vqgan": vqgan(experiment)})
 
 
 def embeddings(experiment: Experiment, split: Split) -> Recipe:
@@ -106,32 +131,26 @@ def queries(experiment: Experiment, split: Split) -> Recipe:
 
 def _embedding(experiment: Experiment) -> dict[str, Any]:
     return {
-        "dtype": experiment.clip.dtype,
+        "dtype": _dtype(experiment.clip),
         "stored": experiment.embedding_dtype,
         "documents_per_shard": experiment.documents_per_shard,
     }
 
 
-def _embedded(experiment: Experiment, split: Split) -> dict[str, str]:
-    return {"documents": documents(experiment, split).fingerprint, "clip": clip(experiment).fingerprint}
+def _embedded(experiment: Experiment, split: Split) -> dict[str, Recipe]:
+    return {"documents": documents(experiment, split), "clip": clip(experiment)}
 
 
 def index(experiment: Experiment, split: Split) -> Recipe:
-    inputs = {"embeddings": embeddings(experiment, split).fingerprint}
+    inputs = {"embeddings": embeddings(experiment, split)}
     only_searched = search_only_fields(experiment.retriever)
     built = {name: value for name, value in canonical(experiment.retriever).items() if name not in only_searched}
     return Recipe("index", {"retriever": built}, inputs)
 
 
-def memory_splits(experiment: Experiment, split: Split) -> list[Split]:
-    """The parts of the memory that queries of `split` search: those of training, the training documents alone."""
-    data = experiment.data
-    return ["train"] if split == "train" else [part for part in data.sources() if data.role(part) != "held out"]
-
-
 def neighbors(experiment: Experiment, split: Split) -> Recipe:
-    inputs = {f"index {part}": index(experiment, part).fingerprint for part in memory_splits(experiment, split)}
-    inputs["queries"] = queries(experiment, split).fingerprint
+    inputs = {f"index {part}": index(experiment, part) for part in experiment.data.memory_splits(split)}
+    inputs["queries"] = queries(experiment, split)
     config = {
         "retriever": experiment.retriever,
         "selection": experiment.selection,
@@ -155,11 +174,6 @@ def takedown_keys(experiment: Experiment) -> list[str]:
     return sorted({line.strip() for line in path.read_text().splitlines()} - {""})
 
 
-def retrieves(experiment: Experiment) -> bool:
-    """False for the vanilla CM3."""
-    return not isinstance(experiment.retriever, NoRetriever)
-
-
 def train(experiment: Experiment) -> Recipe:
     batches = canonical(experiment.batches)
     del batches["read_threads"]  # how fast, not what
@@ -173,9 +187,9 @@ def train(experiment: Experiment) -> Recipe:
         "seed": experiment.seed,
         "takedowns": takedown_keys(experiment),
     }
-    inputs = {"documents": documents(experiment, "train").fingerprint}
-    if retrieves(experiment):
-        inputs["neighbors"] = neighbors(experiment, "train").fingerprint
+    inputs = {"documents": documents(experiment, "train")}
+    if experiment.retrieves:
+        inputs["neighbors"] = neighbors(experiment, "train")
     return Recipe("train", config, inputs)
 
 
@@ -183,24 +197,22 @@ def retrieval(experiment: Experiment) -> Recipe:
     """The evaluation of what is retrieved, without a model."""
     config = {"documents": experiment.evaluation.documents, "entity_field": experiment.data.entity_field}
     asking = [split for split in experiment.data.sources() if experiment.data.role(split) != "memory"]
-    return Recipe(
-        "retrieval", config, {f"neighbors {split}": neighbors(experiment, split).fingerprint for split in asking}
-    )
+    return Recipe("retrieval", config, {f"neighbors {split}": neighbors(experiment, split) for split in asking})
 
 
 def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
     """The evaluation of the model of `trained` with the retriever of `experiment`. CLIP picks and scores the images."""
-    inputs = {"train": train(trained).fingerprint, "clip": clip(experiment).fingerprint}
+    inputs = {"train": train(trained), "clip": clip(experiment)}
     for split in experiment.data.sources():
         if split in ("validation", "test"):
-            inputs[f"documents {split}"] = documents(experiment, split).fingerprint
-            if retrieves(experiment):
-                inputs[f"neighbors {split}"] = neighbors(experiment, split).fingerprint
+            inputs[f"documents {split}"] = documents(experiment, split)
+            if experiment.retrieves:
+                inputs[f"neighbors {split}"] = neighbors(experiment, split)
     settings = canonical(experiment.evaluation)
     del settings["control"]  # what else is evaluated
     config = {
         "evaluation": settings,
-        "clip_dtype": experiment.clip.dtype,
+        "clip_dtype": _dtype(experiment.clip),
         "entity_field": experiment.data.entity_field,
         "seed": experiment.seed,
     }

@@ -1,21 +1,34 @@
 """What decides the content of an artifact."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from rac3.config import fingerprint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
-    """What decides the content of an artifact: the stage, its part of the config, and the artifacts it reads."""
+    """What decides the content of an artifact: the stage, its part of the config, and the artifacts it reads.
+
+    Two recipes with one fingerprint make the same artifact.
+    """
 
     stage: str
     config: Any
-    inputs: Mapping[str, str]  # name -> fingerprint
+    inputs: Mapping[str, "Recipe"] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint({"stage": self.stage, "config": self.config, "inputs": self.inputs})
+        return fingerprint({"stage": self.stage, "config": self.config, "inputs": self.input_fingerprints})
+
+    @property
+    def input_fingerprints(self) -> dict[str, str]:
+        return {name: recipe.fingerprint for name, recipe in self.inputs.items()}
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The fingerprints of all artifacts that the content depends on: the inputs, their inputs, and so on."""
+        direct = self.inputs.values()
+        return frozenset(recipe.fingerprint for recipe in direct).union(*(recipe.reads for recipe in direct))

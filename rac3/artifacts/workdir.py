@@ -74,8 +74,9 @@ class Workdir:
                 raise InputError(f"workdir {path} was made by config {other!r}, not {owner!r}; give another --workdir")
         elif path.is_dir() and any(path.iterdir()):
             raise InputError(f"workdir {path} holds files that are not of rac3; give an empty or new --workdir")
+        self.arguments = arguments
         self._owner = owner
-        self._arguments = arguments
+        self._writing: list[Recipe] = []
 
     def find(self, recipe: Recipe) -> Artifact | None:
         """The artifact of a recipe, if it is complete."""
@@ -87,13 +88,20 @@ class Workdir:
 
         Raises:
           InputError: there is none; the message has the command that makes it.
+          RuntimeError: an artifact is being written that depends on this one, and its recipe does not say so.
         """
+        if self._writing and not any(recipe.fingerprint in writing.reads for writing in self._writing):
+            written = " and ".join(sorted({writing.stage for writing in self._writing}))
+            raise RuntimeError(
+                f"the {written} artifact is made from a {recipe.stage} artifact that is not among the inputs of its "
+                f"recipe, and would be taken for current when that one changes; add it to rac3.recipes"
+            )
         artifact = self.find(recipe)
         if artifact is None:
             stage = self.path / recipe.stage
             others = [path for path in stage.glob("*") if (path / MANIFEST).is_file()] if stage.is_dir() else []
             state = "is stale (made with other settings)" if others else "is missing"
-            whole = " ".join(part for part in (command, self._arguments) if part)
+            whole = " ".join(part for part in (command, self.arguments) if part)
             raise InputError(f"{recipe.stage} {state} in {self.path}; run `{whole}`")
         return artifact
 
@@ -117,12 +125,16 @@ class Workdir:
                 raise InputError(f"{final} was completed by another process meanwhile; run the command again to use it")
             partial.mkdir(exist_ok=True)
             draft = Draft(partial)
-            yield draft
+            self._writing.append(recipe)
+            try:
+                yield draft
+            finally:
+                self._writing.remove(recipe)
             manifest = {
                 "stage": recipe.stage,
                 "fingerprint": recipe.fingerprint,
                 "config": canonical(recipe.config),
-                "inputs": dict(recipe.inputs),
+                "inputs": recipe.input_fingerprints,
                 "counts": draft.counts,
                 "versions": {"python": platform.python_version(), **_versions()},
                 "seconds": round(time.monotonic() - started, 2),

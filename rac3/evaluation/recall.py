@@ -5,6 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from rac3.clip.encoder import mix
+from rac3.documents.document import Document
+
+KS = (1, 5, 10)
 BLOCK_SCORES = 2**24  # at once: 64 MiB, whatever the number of documents
 TIE = 1e-6  # of vectors of norm 1: what float32 adds up differently from row to row
 
@@ -53,3 +57,33 @@ def pair_recall(
         best = np.max(scores, axis=1, where=right, initial=-np.inf)
         ranks[rows] = np.sum(~right & (scores > best[:, None] - TIE), axis=1)
     return {k: float(np.mean(ranks < k)) for k in ks}
+
+
+def clip_metrics(
+    documents: Sequence[Document],
+    text: Float[np.ndarray, "documents embed"],
+    image: Float[np.ndarray, "documents embed"],
+) -> dict[str, int | float]:
+    """Recall at 1, 5 and 10, among the documents that have a text and an image, of the other half of each, and of the
+    mixture that the memory holds of it (what the paper's appendix C.1 measures, for any source of pairs).
+
+    `pairs` alone if no document has both.
+    """
+    rows = np.flatnonzero(text.any(1) & image.any(1)).tolist()
+    metrics: dict[str, int | float] = {"pairs": len(rows)}
+    if not rows:
+        return metrics
+    contents = [documents[row].text for row in rows], [documents[row].images[0].data for row in rows]
+    captions, pictures = (np.unique(np.array(each, object), return_inverse=True)[1] for each in contents)
+    text, image = text[rows], image[rows]
+    has = np.ones(len(rows), bool)
+    both = mix(text, image, has, has)
+    for name, queries, answers in (
+        ("text_to_image", text, image),
+        ("image_to_text", image, text),
+        ("text_to_document", text, both),
+        ("image_to_document", image, both),
+    ):
+        recalls = pair_recall(KS, queries, answers, captions, pictures)
+        metrics |= {f"{name}_recall_at_{k}": share for k, share in recalls.items()}
+    return metrics

@@ -36,23 +36,38 @@ class Shard:
       part: the split.
       number: of the shard within its part.
       name: within its part, for messages.
+      kind: what is made of it, where a stage makes several things.
     """
 
     part: str
     number: int
     name: str
     folder: Path
+    kind: str = ""
 
     @property
     def summary(self) -> Path:
         return self.folder / f"{self.number:06d}.json"
 
     def __str__(self) -> str:
-        return f"{self.part} {self.name}"
+        return " ".join(filter(None, (self.part, self.kind, self.name)))
 
     def read_summary(self) -> dict[str, Any]:
         """What the worker returned for this shard."""
         return json.loads(self.summary.read_text())
+
+
+def document_shards(part: str, documents: int, per_shard: int, folder: Path, kind: str = "") -> list[Shard]:
+    """Ranges of documents, each of which is one file of every array that is made from them."""
+    starts = range(0, documents, per_shard)
+    names = [f"documents {start} to {min(start + per_shard, documents) - 1}" for start in starts]
+    return [Shard(part, number, name, folder, kind) for number, name in enumerate(names)]
+
+
+def document_rows(shard: Shard, documents: int, per_shard: int) -> range:
+    """The documents of a shard of `document_shards`."""
+    start = shard.number * per_shard
+    return range(start, min(start + per_shard, documents))
 
 
 class Tally:

@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from rac3 import recipes
-from rac3.artifacts.workdir import Workdir
 from rac3.clip.model import CLIP
 from rac3.config import InputError
 from rac3.documents.world import World
 from rac3.experiment import Experiment, Split
 from rac3.retrieval.retriever import Planned
 from rac3.retrieval.selection import HELD_BYTES
-from rac3.stages.embed import PARTS
+from rac3.run import PARTS, Run
 from rac3.vqgan.model import VQGAN
 
 TEXT_TOKENS = 32  # of a caption, on average: LAION's have 20 to 30
@@ -44,13 +43,13 @@ class Line:
     limit: str = ""  # what the time goes into
 
 
-def plan(experiment: Experiment, workdir: Workdir) -> str:
+def plan(run: Run) -> str:
     """The plan, as a table for a terminal.
 
     Raises:
       InputError: the number of documents is not known; or, after the table is printed, what does not fit and the fix.
     """
-    sizes = _sizes(experiment, workdir)
+    experiment, sizes = run.experiment, _sizes(run)
     lines = [_ingest(experiment, sizes), _embed(experiment, sizes), *_index_and_search(experiment, sizes)]
     table = _table(experiment, sizes, lines)
     for line in lines:
@@ -60,8 +59,9 @@ def plan(experiment: Experiment, workdir: Workdir) -> str:
     return table
 
 
-def _sizes(experiment: Experiment, workdir: Workdir) -> dict[Split, int]:
+def _sizes(run: Run) -> dict[Split, int]:
     """Documents of each part of the memory, the training documents first."""
+    experiment, folder = run.experiment, run.workdir.path
     told = {"train": experiment.scale.documents, "memory": experiment.scale.memory_documents, "held out": 0}
     sizes: dict[Split, int] = {}
     for split, source in experiment.data.sources().items():
@@ -71,8 +71,8 @@ def _sizes(experiment: Experiment, workdir: Workdir) -> dict[Split, int]:
         if told[role]:
             sizes[split] = told[role]
         elif isinstance(source, World):
-            sizes[split] = sum(1 for shard in source.shards(workdir.path) for _ in source.read(workdir.path, shard))
-        elif (count := _ingested(experiment, workdir, split)) is not None:
+            sizes[split] = sum(1 for shard in source.shards(folder) for _ in source.read(folder, shard))
+        elif (count := _ingested(run, split)) is not None:
             sizes[split] = count
         else:
             option = "documents" if split == "train" else "memory-documents"
@@ -80,9 +80,9 @@ def _sizes(experiment: Experiment, workdir: Workdir) -> dict[Split, int]:
     return sizes
 
 
-def _ingested(experiment: Experiment, workdir: Workdir, split: Split) -> int | None:
+def _ingested(run: Run, split: Split) -> int | None:
     try:
-        artifact = workdir.find(recipes.documents(experiment, split))
+        artifact = run.workdir.find(run.recipe(recipes.documents, split))
     except InputError:  # a checkpoint or the data is not here: a plan may come before both
         return None
     return None if artifact is None else int(artifact.manifest["counts"]["documents"])
@@ -127,7 +127,7 @@ def _encoding(experiment: Experiment, stage: str, flops: float, pictures: int, d
 def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> list[Line]:
     """The index of each part of the memory, and the search of the training queries in the training part."""
     retriever, scale, width = experiment.retriever, experiment.scale, experiment.clip.model.projection_dim
-    if not recipes.retrieves(experiment):
+    if not experiment.retrieves:
         return []
     if not isinstance(retriever, Planned):
         return [Line(stage, None, None, limit="not known of this retriever") for stage in ("index", "retrieve")]

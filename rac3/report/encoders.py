@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from rac3.artifacts.workdir import Workdir, write_atomic
+from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError
 from rac3.documents.document import pixels_of, plain_json, prepare_image
 from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
 from rac3.experiment import Experiment, Split
 from rac3.report.page import CM3_COLOR, OTHER_COLOR, OWN_COLOR, Picture, figure, sheet, table
 from rac3.report.plots import Line, plot
-from rac3.stages.encoders import open_vqgan
+from rac3.run import Run
 from rac3.stages.fit.encoder import read_documents
 from rac3.vqgan.codec import ImageTokenizer
+from rac3.vqgan.frozen import FrozenVQGAN
 
 SHOWN = 11  # pictures of a split: a row of the page
 COLORS = (OWN_COLOR, CM3_COLOR, OTHER_COLOR, "#3b8f5a")
@@ -53,16 +54,16 @@ class Reconstructed:
     ssim: Float[np.ndarray, " images"]
 
 
-def encoders_report(experiment: Experiment, workdir: Workdir, images: int) -> Path:
+def encoders_report(run: Run, images: int) -> Path:
     """Writes `report/encoders.html` and `report/encoders.json` of the workdir; the path of the page.
 
     Raises:
       InputError: the VQGAN is not made yet or has no decoder, or a split has no images.
     """
-    codec = open_vqgan(experiment, workdir)
+    experiment, codec = run.experiment, run.images
     splits = {split: _reconstruct(experiment, codec, split, images) for split in experiment.data.sources()}
     metrics = {split: _metrics(found, codec.codebook_size) for split, found in splits.items()}
-    folder = workdir.path / "report"
+    folder = run.workdir.path / "report"
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "encoders.json", json.dumps(plain_json(metrics), indent=2) + "\n")
     sections = [("numbers", "What the VQGAN keeps", _numbers(experiment, codec, splits, metrics))]
@@ -98,7 +99,7 @@ def _metrics(found: Reconstructed, codes: int) -> dict[str, int | float]:
 def _numbers(
     experiment: Experiment, codec: ImageTokenizer, splits: dict[Split, Reconstructed], metrics: dict[Split, Any]
 ) -> str:
-    source = experiment.vqgan.checkpoint or f"Fitted on {' and '.join(experiment.data.fit_on)}"
+    source = _source(experiment)
     what = (
         f"{source}: {codec.codebook_size:,} codes, {codec.tokens_per_image:,} tokens for a picture of "
         f"{codec.resolution} x {codec.resolution}. What it loses, no language model brings back."
@@ -120,6 +121,14 @@ def _numbers(
     plots = plot("Pictures, worst to best", "percent of the pictures", "PSNR, dB", lines)
     plots += plot("Codes, most used to least", "percent of the codes", "times an even use", uses)
     return f'<p class="note">{escape(what)}</p>{table(["", *splits], cells)}<div class="plots">{plots}</div>'
+
+
+def _source(experiment: Experiment) -> str:
+    """Where the image tokenizer is from."""
+    vqgan = experiment.vqgan
+    if not isinstance(vqgan, FrozenVQGAN):
+        return f"{type(vqgan).__name__} of the config"
+    return vqgan.checkpoint or f"Fitted on {' and '.join(experiment.data.fit_on)}"
 
 
 def _shares(codes: Int[np.ndarray, "images tokens"], size: int) -> Float[np.ndarray, " codes"]:

@@ -11,64 +11,58 @@ from typing import Any
 import jax
 
 from rac3 import recipes
-from rac3.artifacts.workdir import Workdir, write_atomic
+from rac3.artifacts.workdir import write_atomic
 from rac3.documents.document import plain_json
-from rac3.experiment import Experiment
 from rac3.report.page import Content, page
 from rac3.report.samples import Samples
 from rac3.report.table import ROWS, lookup, model_label, model_names, recall_rows
+from rac3.run import Run
 from rac3.stages.evaluate import SPLITS, comparisons, evaluate, evaluate_encoders
 from rac3.stages.evaluate_retrieval import entity_recall
-from rac3.stages.train import model_name
 from rac3.training.metrics import read_metrics
 
-Comparisons = Mapping[str, tuple[Experiment, Experiment]]  # name -> (retriever at inference, model)
 
-
-def report(experiment: Experiment, workdir: Workdir, trained: Experiment | None = None) -> Path:
+def report(run: Run) -> Path:
     """Writes `report/metrics.json` and `report/index.html` of the workdir; the path of the page.
-
-    The model is that of `trained` (default: the experiment's own) with the retriever of `experiment`.
 
     Raises:
       InputError: something is not made yet; the message has the command that makes it.
     """
-    metrics = collect(experiment, workdir, trained)
-    content = _content(experiment, comparisons(experiment, trained or experiment), workdir, metrics)
-    folder = workdir.path / "report"
+    metrics = collect(run)
+    content = _content(run, comparisons(run), metrics)
+    folder = run.workdir.path / "report"
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     write_atomic(folder / "index.html", page(content))
     return folder / "index.html"
 
 
-def collect(experiment: Experiment, workdir: Workdir, trained: Experiment | None = None) -> dict[str, Any]:
+def collect(run: Run) -> dict[str, Any]:
     """What `metrics.json` holds: plain JSON, with None where a number has no meaning.
 
     Raises:
       InputError: something is not made yet; the message has the command that makes it.
     """
-    models = comparisons(experiment, trained or experiment)
-    for inference, model in models.values():
-        workdir.require(recipes.train(model), "rac3 train")
-        workdir.require(recipes.evaluation(inference, model), "rac3 evaluate")
-    values = {name: evaluate(inference, model, workdir) for name, (inference, model) in models.items()}
+    models, experiment = comparisons(run), run.experiment
+    for compared in models.values():
+        compared.trained_model()
+        compared.artifact(recipes.evaluation, compared.trained)
+    values = {name: evaluate(compared) for name, compared in models.items()}
     k = experiment.evaluation.num_retrieved
-    recall = {split: entity_recall(experiment, workdir, split, k) for split in SPLITS}
+    recall = {split: entity_recall(run, split, k) for split in SPLITS}
     metrics = {
-        **{name: _model_metrics(model, values[name], workdir) for name, (_, model) in models.items()},
+        **{name: _model_metrics(compared, values[name]) for name, compared in models.items()},
         "retrieval": {f"recall_at_{k}": recall["test"], "validation": {f"recall_at_{k}": recall["validation"]}},
-        "encoders": evaluate_encoders(experiment, workdir),
+        "encoders": evaluate_encoders(run),
         "documents": {
-            split: workdir.require(recipes.documents(experiment, split), "rac3 ingest").manifest["counts"]
-            for split in experiment.data.sources()
+            split: run.artifact(recipes.documents, split).manifest["counts"] for split in experiment.data.sources()
         },
         "evaluation": {
             "num_retrieved": k,
             "documents": {split: value["documents"] for split, value in next(iter(values.values())).items()},
         },
-        "stages": _seconds(experiment, models, workdir),
-        "versions": workdir.require(recipes.train(trained or experiment), "rac3 train").manifest["versions"],
+        "stages": _seconds(run, models),
+        "versions": run.trained_model().manifest["versions"],
     }
     return {name: plain_json(value) for name, value in metrics.items()}
 
@@ -92,65 +86,67 @@ def summary(metrics: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _model_metrics(trained: Experiment, values: Mapping[str, Any], workdir: Workdir) -> dict[str, Any]:
+def _model_metrics(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
     def seen_and_unseen(name: str) -> dict[str, float | None]:
         return {"seen": lookup(values, ("validation", name)), "unseen": lookup(values, ("test", name))}
 
-    train = workdir.require(recipes.train(trained), "rac3 train").manifest
     return {
         "perplexity": {modality: lookup(values, ("test", "perplexity", modality)) for modality in ("image", "text")},
         "perplexity_by_k": {split: value["perplexity_by_k"] for split, value in values.items()},
         **{name: seen_and_unseen(name) for name in ("entity_accuracy", "name_accuracy", "clip_score")},
-        "parameters": train["counts"]["parameters"],
-        "steps": trained.training.steps,
+        "parameters": run.trained_model().manifest["counts"]["parameters"],
+        "steps": run.trained.training.steps,
     }
 
 
-def _seconds(experiment: Experiment, models: Comparisons, workdir: Workdir) -> dict[str, float]:
+def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
     """Seconds by stage, of the artifacts that the report rests on."""
-    splits = list(experiment.data.sources())
-    retrieving = [inference for inference, _ in models.values() if recipes.retrieves(inference)]
+    experiment, splits = run.experiment, list(run.experiment.data.sources())
+    memory = experiment.data.memory_splits("test")
+    retrieving = [compared for compared in models.values() if compared.experiment.retrieves]
     made = {
-        "text": [recipes.text(experiment)],
-        "vqgan": [recipes.vqgan(experiment)],
-        "clip": [recipes.clip(experiment)],
-        "ingest": [recipes.documents(experiment, split) for split in splits],
+        "text": [run.recipe(recipes.text)],
+        "vqgan": [run.recipe(recipes.vqgan)],
+        "clip": [run.recipe(recipes.clip)],
+        "ingest": [run.recipe(recipes.documents, split) for split in splits],
         "embed": [
-            recipe(experiment, split)
+            run.recipe(recipe, split)
             for recipe, role in ((recipes.embeddings, "held out"), (recipes.queries, "memory"))
             for split in splits
             if experiment.data.role(split) != role
         ],
-        "index": [recipes.index(e, part) for e in retrieving for part in recipes.memory_splits(e, "test")],
-        "retrieve": [
-            recipes.neighbors(e, split) for e in retrieving for split in splits if e.data.role(split) != "memory"
+        "index": [
+            each.recipe(recipes.index, part) for each in retrieving for part in experiment.data.memory_splits("test")
         ],
-        **{f"train {model_name(model)}": [recipes.train(model)] for _, model in models.values()},
-        "evaluate": [recipes.evaluation(inference, model) for inference, model in models.values()],
+        "retrieve": [
+            each.recipe(recipes.neighbors, split)
+            for each in retrieving
+            for split in splits
+            if experiment.data.role(split) != "memory"
+        ],
+        **{f"train {each.trained.model_name}": [recipes.train(each.trained)] for each in models.values()},
+        "evaluate": [each.recipe(recipes.evaluation, each.trained) for each in models.values()],
     }
     seconds = {}
     for stage, needed in made.items():
-        found = [artifact for recipe in needed if (artifact := workdir.find(recipe))]
+        found = [artifact for recipe in needed if (artifact := run.workdir.find(recipe))]
         if found:
             seconds[stage] = round(sum(float(artifact.manifest["seconds"]) for artifact in found), 2)
     return seconds
 
 
-def _content(experiment: Experiment, models: Comparisons, workdir: Workdir, metrics: Mapping[str, Any]) -> Content:
+def _content(run: Run, models: Mapping[str, Run], metrics: Mapping[str, Any]) -> Content:
     own = next(iter(models))
-    shown = {name: recipes.evaluation(*models[name]) for name in models if name in (own, "cm3")}  # not the control
-    split = next((split for split in reversed(SPLITS) if split in experiment.data.sources()), None)
-    samples = None if split is None else Samples.open(experiment, workdir, split, shown)
-    encoders = (recipes.vqgan(experiment), recipes.clip(experiment))
+    shown = {name: compared for name, compared in models.items() if name in (own, "cm3")}  # not the control
+    split = next((split for split in reversed(SPLITS) if split in run.experiment.data.sources()), None)
+    samples = None if split is None else Samples.open(run, split, shown)
+    encoders = [of for of in (recipes.vqgan, recipes.clip) if recipes.OWN not in run.recipe(of).config]
     return Content(
-        name=experiment.name,
+        name=run.experiment.name,
         metrics=metrics,
-        facts=_facts(experiment, workdir, metrics),
-        training={
-            model_name(model): read_metrics(workdir.require(recipes.train(model), "rac3 train").folder)
-            for _, model in models.values()
-        },
-        fitting={recipe.stage: read_metrics(workdir.require(recipe, "rac3 encoders").folder) for recipe in encoders},
+        facts=_facts(run, metrics),
+        training={compared.trained.model_name: compared.training_metrics() for compared in models.values()},
+        fitting={run.recipe(of).stage: read_metrics(run.artifact(of).folder) for of in encoders},
         split=split or "",
         strips=samples.strips() if samples else [],
         captions=samples.captions() if samples else [],
@@ -158,19 +154,19 @@ def _content(experiment: Experiment, models: Comparisons, workdir: Workdir, metr
     )
 
 
-def _facts(experiment: Experiment, workdir: Workdir, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    devices = jax.devices()
+def _facts(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    devices, experiment = jax.devices(), run.experiment
     model, evaluation = experiment.model, experiment.evaluation
     facts = [
         ("config", experiment.name),
-        ("workdir", str(workdir.path.resolve())),
+        ("workdir", str(run.workdir.path.resolve())),
         ("seed", str(experiment.seed)),
         ("model", f"{model.num_layers} layers, width {model.embed}, context {experiment.batches.context_length}"),
     ]
     for name in (name for name in model_names(metrics) if not name.endswith("_random")):  # the same model again
         values = metrics[name]
         facts.append((model_label(name), f"{values['parameters']:,} parameters, {values['steps']:,} steps"))
-    if recipes.retrieves(experiment):
+    if experiment.retrieves:
         retriever = type(experiment.retriever).__name__
         facts.append(("retriever", f"{retriever}, {evaluation.num_retrieved} documents in context"))
     facts += [

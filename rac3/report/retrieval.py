@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from rac3 import recipes
-from rac3.artifacts.workdir import Workdir, write_atomic
+from rac3.artifacts.workdir import write_atomic
 from rac3.documents.document import Document, Image, prepare_image
-from rac3.experiment import Experiment, Split
+from rac3.evaluation.recall import KS
+from rac3.experiment import Split
 from rac3.report.page import CM3_COLOR, OWN_COLOR, Mark, Picture, figure, sheet, table
 from rac3.report.plots import Line, plot
-from rac3.stages.embed import PARTS, open_documents
-from rac3.stages.evaluate_retrieval import BINS, KS, evaluate_retrieval
-from rac3.stages.memory import OpenMemory
-from rac3.stages.retrieve import read_neighbors
+from rac3.run import PARTS, Run
+from rac3.stages.evaluate_retrieval import BINS, evaluate_retrieval
 
 SHOWN = 12  # queries of each part
 FOUND = 5  # documents of each query
@@ -37,25 +35,22 @@ RULES = {
 }
 
 
-def retrieval_report(experiment: Experiment, workdir: Workdir) -> Path:
+def retrieval_report(run: Run) -> Path:
     """Writes `report/retrieval.html` of the workdir; the path of the page.
 
     Raises:
       InputError: the neighbors are not made yet.
     """
-    metrics = evaluate_retrieval(experiment, workdir)
+    metrics = evaluate_retrieval(run)
     sections = [
         ("recall", "Recall", _recall(metrics["splits"])),
         ("search", "What approximation costs", _searching(metrics["search"])),
         ("selection", "What selection keeps", _selection(metrics["selection"])),
-        *(
-            (split, f"Queries: {split}", _queries(experiment, workdir, split))
-            for split in reversed(list(metrics["splits"]))
-        ),
+        *((split, f"Queries: {split}", _queries(run, split)) for split in reversed(list(metrics["splits"]))),
     ]
-    folder = workdir.path / "report"
+    folder = run.workdir.path / "report"
     folder.mkdir(exist_ok=True)
-    write_atomic(folder / "retrieval.html", sheet(f"{experiment.name}: retrieval", sections))
+    write_atomic(folder / "retrieval.html", sheet(f"{run.experiment.name}: retrieval", sections))
     return folder / "retrieval.html"
 
 
@@ -152,13 +147,12 @@ def _trimmed(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
     return points[full[0] : full[-1] + 1] if len(full) else points[:1]
 
 
-def _queries(experiment: Experiment, workdir: Workdir, split: Split) -> str:
+def _queries(run: Run, split: Split) -> str:
     """The first queries of a split, as they come, each with the documents selected for it."""
-    store = open_documents(experiment, workdir, split)
+    store, opened = run.documents(split), run.memory(split)
     items = [item.document for item in store.many(range(min(SHOWN, len(store))))]
-    ids, scores = (read_neighbors(experiment, workdir, split, name)[: len(items)] for name in ("ids", "scores"))
-    opened = OpenMemory(experiment, workdir, recipes.memory_splits(experiment, split))
-    field, cards = experiment.data.entity_field, []
+    ids, scores = (run.neighbors(split, name)[: len(items)] for name in ("ids", "scores"))
+    field, cards = run.experiment.data.entity_field, []
     for number, part in enumerate(PARTS):
         for document, found, similar in zip(items, ids[:, number], scores[:, number], strict=True):
             if not (document.text if part == "text" else document.images):

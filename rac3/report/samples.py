@@ -3,26 +3,20 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from rac3 import recipes
-from rac3.artifacts.arrays import open_array
-from rac3.artifacts.recipe import Recipe
-from rac3.artifacts.workdir import Workdir
 from rac3.documents.document import Document, Image, prepare_image
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, nearest_entities
 from rac3.evaluation.entities import name_accuracy
-from rac3.experiment import Experiment, Split
+from rac3.experiment import Split
 from rac3.report.page import Captioned, Mark, Picture, Strip
 from rac3.report.table import model_label
-from rac3.stages.embed import PARTS, open_documents
-from rac3.stages.encoders import open_vqgan
-from rac3.vqgan.codec import ImageTokenizer
+from rac3.run import PARTS, Run
 
 SHOWN = 8  # documents
 
@@ -36,30 +30,23 @@ class Samples:
       images: the generated images by model; one for each of `rows` with a text, in order.
     """
 
-    experiment: Experiment
-    workdir: Workdir
+    run: Run
     split: Split
     items: Sequence[TokenizedDocument]
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
     images: Mapping[str, UInt8[np.ndarray, "n height width 3"]]
 
     @classmethod
-    def open(
-        cls, experiment: Experiment, workdir: Workdir, split: Split, evaluations: Mapping[str, Recipe]
-    ) -> "Samples":
-        """Opens the first documents of `split`, and of each evaluation (by model) what was made of them."""
-        documents = open_documents(experiment, workdir, split)
-        items = documents.many(range(min(len(documents), experiment.evaluation.documents, SHOWN)))
+    def open(cls, run: Run, split: Split, models: Mapping[str, Run]) -> "Samples":
+        """Opens the first documents of `split`, and of the evaluation of each model what was made of them."""
+        documents = run.documents(split)
+        items = documents.many(range(min(len(documents), run.experiment.evaluation.documents, SHOWN)))
         rows, images = {}, {}
-        for name, recipe in evaluations.items():
-            folder = workdir.require(recipe, "rac3 evaluate").folder
+        for name, model in models.items():
+            folder = model.artifact(recipes.evaluation, model.trained).folder
             rows[name] = json.loads((folder / f"{split}.json").read_text())[: len(items)]
             images[name] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-        return cls(experiment, workdir, split, items, rows, images)
-
-    @cached_property
-    def _codec(self) -> ImageTokenizer:
-        return open_vqgan(self.experiment, self.workdir)
+        return cls(run, split, items, rows, images)
 
     def strips(self) -> list[Strip]:
         strips = []
@@ -101,7 +88,7 @@ class Samples:
             )
             for item in pictured
         ]
-        decoded = self._codec.decode(np.stack(codes))
+        decoded = self.run.images.decode(np.stack(codes))
         return [
             (Picture("original", self._pixels(item.document)), Picture("from codes", pixels))
             for item, pixels in zip(pictured, decoded, strict=True)
@@ -111,11 +98,10 @@ class Samples:
         """What the text of a document retrieved, with its similarity; empty for a model that does not retrieve."""
         first = next(iter(self.rows.values()))
         found = [i for i in first[number]["neighbors"][PARTS.index("text")] if i >= 0]
-        found = found[: self.experiment.evaluation.num_retrieved]
+        found = found[: self.run.experiment.evaluation.num_retrieved]
         if not found:
             return []
-        folder = self.workdir.require(recipes.neighbors(self.experiment, self.split), "rac3 retrieve").folder
-        scores = open_array(folder / "scores")[number, PARTS.index("text"), : len(found)].read().result()
+        scores = self.run.neighbors(self.split, "scores")[number : number + 1][0, PARTS.index("text"), : len(found)]
         wanted = self._entity(self.items[number].document)
         pictures = []
         for memory_id, score in zip(found, scores, strict=True):
@@ -127,15 +113,15 @@ class Samples:
 
     def _remembered(self, memory_id: int) -> Document:
         """A document by its global id in the memory, without opening indexes or embeddings."""
-        for part in recipes.memory_splits(self.experiment, "test"):
-            store = open_documents(self.experiment, self.workdir, part)
+        for part in self.run.experiment.data.memory_splits("test"):
+            store = self.run.documents(part)
             if memory_id < len(store):
                 return store[memory_id].document
             memory_id -= len(store)
         raise IndexError(f"the memory ends {memory_id} documents before that")
 
     def _generated(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], number: int) -> Picture:
-        world, wanted = self.experiment.data.train, self._entity(self.items[number].document)
+        world, wanted = self.run.experiment.data.train, self._entity(self.items[number].document)
         if not isinstance(world, World) or wanted is None:
             return Picture(model_label(name), pixels)
         shown = nearest_entities(pixels[None], world.entities())[0][0]
@@ -145,11 +131,11 @@ class Samples:
 
     def _entity(self, document: Document) -> str | None:
         """What a document shows; None if that is not known."""
-        entity = document.metadata.get(self.experiment.data.entity_field)
+        entity = document.metadata.get(self.run.experiment.data.entity_field)
         return None if entity is None else str(entity)
 
     def _pixels(self, document: Document) -> UInt8[np.ndarray, "height width 3"] | None:
         """The first picture as the models see it."""
         if not document.images:
             return None
-        return prepare_image(document.images[0].pixels(), self._codec.resolution)
+        return prepare_image(document.images[0].pixels(), self.run.images.resolution)

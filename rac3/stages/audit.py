@@ -1,4 +1,4 @@
-"""Audit: does what a model is to produce reach it by another way than by its prompt?
+"""Audit: does the target of a prompt reach the model by any way but the prompt?
 
 neighbors   of training documents: none is the document itself, repeats its text or its image, is more similar to it
             than selection allows, or is withdrawn
@@ -15,17 +15,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rac3 import recipes
-from rac3.artifacts.workdir import Workdir, write_atomic
+from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError
 from rac3.execution.progress import Progress
-from rac3.experiment import Experiment, Split
-from rac3.stages.embed import PARTS, open_documents, open_queries
-from rac3.stages.encoders import open_clip, open_text, open_vqgan
-from rac3.stages.ingest import vocabulary_of
-from rac3.stages.memory import OpenMemory
-from rac3.stages.retrieve import read_neighbors
-from rac3.stages.train import training_stream
+from rac3.experiment import Split
+from rac3.retrieval.open_memory import OpenMemory
+from rac3.run import PARTS, Run
 
 DOCUMENTS_AT_ONCE = 8192
 GROUPS = 1024  # of training, whose documents are read
@@ -50,22 +45,23 @@ class Findings:
             self.named += [f"{what}: {name}" for name in names[: NAMED - len(self.named)]]
 
 
-def audit(experiment: Experiment, workdir: Workdir) -> str:
+def audit(run: Run) -> str:
     """Looks for leaks, and writes what it found to `report/audit.json`; the report for a terminal.
 
     Raises:
       InputError: something leaks, or is not made yet.
     """
-    if not recipes.retrieves(experiment):
+    experiment = run.experiment
+    if not experiment.retrieves:
         return "audit: retriever:none retrieves nothing"
     findings = Findings()
     held_out = [split for split in experiment.data.sources() if experiment.data.role(split) == "held out"]
-    _audit_neighbors(experiment, workdir, findings)
-    _audit_groups(experiment, workdir, findings)
+    _audit_neighbors(run, findings)
+    _audit_groups(run, findings)
     for split in held_out:
-        _audit_queries(experiment, workdir, split, findings)
-        _audit_targets(experiment, workdir, split, findings)
-    path = workdir.path / "report" / "audit.json"
+        _audit_queries(run, split, findings)
+        _audit_targets(run, split, findings)
+    path = run.workdir.path / "report" / "audit.json"
     path.parent.mkdir(exist_ok=True)
     result = {"counts": findings.counts, "leaks": findings.leaks, "named": findings.named}
     write_atomic(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -73,14 +69,16 @@ def audit(experiment: Experiment, workdir: Workdir) -> str:
     if findings.leaks:
         print("\n".join(lines))
         total = ", ".join(f"{count} x {what}" for what, count in findings.leaks.items())
-        raise InputError(f"leaks: {total}; first: {findings.named[0]}; {path} names more; take them down, or make anew")
+        raise InputError(
+            f"leaks: {total}; first: {findings.named[0]}; {path} names more; take them down, or make them again"
+        )
     return "\n".join([*lines, "audit: no leak"])
 
 
-def _audit_neighbors(experiment: Experiment, workdir: Workdir, findings: Findings) -> None:
+def _audit_neighbors(run: Run, findings: Findings) -> None:
     """All that selection has kept for training, from which every epoch draws."""
-    opened = OpenMemory(experiment, workdir, recipes.memory_splits(experiment, "train"))
-    neighbors, memory = read_neighbors(experiment, workdir, "train"), opened.memory
+    opened = run.memory("train")
+    neighbors, memory = run.neighbors("train"), opened.memory
     limit = opened.selection.max_similarity + ROUNDING
     with Progress("audit neighbors", len(neighbors), "documents") as bar:
         for start in range(0, len(neighbors), DOCUMENTS_AT_ONCE):
@@ -115,10 +113,9 @@ def _name_leaks(
     findings.add(what, len(places), keys)
 
 
-def _audit_groups(experiment: Experiment, workdir: Workdir, findings: Findings) -> None:
+def _audit_groups(run: Run, findings: Findings) -> None:
     """The documents that stand together in the first groups that training packs, by their ids."""
-    vocabulary = vocabulary_of(open_text(experiment, workdir), open_vqgan(experiment, workdir))
-    stream = training_stream(experiment, workdir, vocabulary)
+    stream = run.training_stream()
     plan, leaks = stream.plan(0), []
     for group in range(min(GROUPS, len(plan.main))):
         retrieved = plan.neighbors[group][plan.neighbors[group] >= 0].tolist()
@@ -131,9 +128,9 @@ def _audit_groups(experiment: Experiment, workdir: Workdir, findings: Findings) 
     findings.add("group of training whose main image or text is among the retrieved", len(leaks), leaks)
 
 
-def _audit_queries(experiment: Experiment, workdir: Workdir, split: Split, findings: Findings) -> None:
+def _audit_queries(run: Run, split: Split, findings: Findings) -> None:
     """Embeds some queries again, from the one part that a query may hold."""
-    documents, encoder = open_documents(experiment, workdir, split), open_clip(experiment, workdir)
+    documents, encoder = run.documents(split), run.encoder
     items = [item.document for item in documents.many(range(min(QUERIES, len(documents))))]
     for part in PARTS:
         rows = [row for row, item in enumerate(items) if (item.text if part == "text" else item.images)]
@@ -144,21 +141,23 @@ def _audit_queries(experiment: Experiment, workdir: Workdir, split: Split, findi
             if part == "text"
             else encoder.embed_images([items[row].images[0] for row in rows])
         )
-        stored = open_queries(experiment, workdir, split, part)[np.array(rows)]
-        limit = SAME_VECTOR[experiment.embedding_dtype] + (2e-2 if experiment.clip.dtype == "bfloat16" else 0)
+        stored = run.queries(split, part)[np.array(rows)]
+        coarse = getattr(run.experiment.clip, "dtype", "") == "bfloat16"
+        limit = SAME_VECTOR[run.experiment.embedding_dtype] + (2e-2 if coarse else 0)
         away = np.abs(stored - alone).max(axis=1) > limit
         findings.counts[f"{split}: queries embedded again"] += len(rows)
         wrong = [items[rows[number]].key for number in np.flatnonzero(away)]
         findings.add(f"{split}: {part} query that is not of the {part} alone", len(wrong), wrong)
 
 
-def _audit_targets(experiment: Experiment, workdir: Workdir, split: Split, findings: Findings) -> None:
+def _audit_targets(run: Run, split: Split, findings: Findings) -> None:
     """A text asks for an image, an image for a text: nothing retrieved may be a copy of it."""
-    documents = open_documents(experiment, workdir, split)
-    opened = OpenMemory(experiment, workdir, recipes.memory_splits(experiment, split))
-    neighbors = read_neighbors(experiment, workdir, split)
+    documents, opened, neighbors = run.documents(split), run.memory(split), run.neighbors(split)
     columns = {"text": "image_hashes", "image": "text_hashes"}
-    theirs = {name: np.concatenate([store.column(name) for store in opened.stores]) for name in columns.values()}
+    theirs = {
+        name: np.concatenate([store.column(name) for store in (part.documents for part in opened.parts)])
+        for name in columns.values()
+    }
     for start in range(0, len(neighbors), DOCUMENTS_AT_ONCE):
         ids = neighbors[start : start + DOCUMENTS_AT_ONCE]
         for number, part in enumerate(PARTS):

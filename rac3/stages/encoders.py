@@ -1,81 +1,67 @@
-"""The frozen models: loaded, or fitted on the documents of `Data.fit_on`, then only read.
+"""Encoders: the frozen models, loaded, or fitted on the documents of `Data.fit_on`, then only read.
 
 Fitted models may see what the memory holds, as a public CLIP has seen the web; they never see held-out documents.
 """
 
 import shutil
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 from rac3 import recipes
-from rac3.artifacts.workdir import Workdir
+from rac3.artifacts.workdir import Draft
 from rac3.clip.checkpoints import load_clip
-from rac3.clip.encoder import Encoder
-from rac3.experiment import Experiment
+from rac3.clip.frozen import FrozenCLIP
+from rac3.documents.document import Document
+from rac3.run import Run
 from rac3.stages.fit.clip import fit_clip
 from rac3.stages.fit.encoder import fitting_documents
 from rac3.stages.fit.vqgan import fit_vqgan
-from rac3.tokens.text import Tokenizer
+from rac3.tokens.text import TextTokenizer
 from rac3.training.checkpoint import CHECKPOINTS
 from rac3.vqgan.checkpoints import load_vqgan
-from rac3.vqgan.codec import ImageTokenizer
-from rac3.vqgan.frozen import save_vqgan
+from rac3.vqgan.frozen import FrozenVQGAN, save_vqgan
 
 
-def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
-    """Makes what is missing of the text tokenizer, the VQGAN and CLIP; checkpoints first, since they fail quickly."""
+def fit_encoders(run: Run) -> None:
+    """Makes what is missing of the text tokenizer, the VQGAN and CLIP; checkpoints first, since they fail quickly.
+
+    An encoder that is an object of a user's own config is there already.
+    """
+    experiment = run.experiment
+    models = (recipes.text, experiment.text), (recipes.vqgan, experiment.vqgan), (recipes.clip, experiment.clip)
     missing = [
-        recipe
-        for recipe in (recipes.text(experiment), recipes.vqgan(experiment), recipes.clip(experiment))
-        if workdir.find(recipe) is None
+        (run.recipe(of), config)
+        for of, config in models
+        if isinstance(config, TextTokenizer | FrozenVQGAN | FrozenCLIP) and not run.workdir.find(run.recipe(of))
     ]
-    if not missing:
-        return
-    checkpoints = {stage: getattr(experiment, stage).checkpoint for stage in ("text", "vqgan", "clip")}
-    missing.sort(key=lambda recipe: checkpoints[recipe.stage] is None)
-    limits = {
-        "text": recipes.text_documents(experiment),
-        "vqgan": experiment.vqgan.fit.max_documents,
-        "clip": experiment.clip.fit.max_documents,
-    }
-    read = lru_cache(maxsize=1)(partial(fitting_documents, experiment))  # the limits are equal more often than not
-    for recipe in missing:
-        documents = read(limits[recipe.stage]) if checkpoints[recipe.stage] is None else []
-        with workdir.write(recipe) as draft:
-            if recipe.stage == "text":
-                if experiment.text.checkpoint is None:
-                    experiment.text.fit((document.text for document in documents if document.text), draft.folder)
-                tokenizer = experiment.text.load(draft.folder)
-                draft.counts["ids"] = tokenizer.size
-                if experiment.text.checkpoint is not None:
-                    print(f"text tokenizer {experiment.text.checkpoint}: {tokenizer.summary()}")
-            elif recipe.stage == "vqgan" and experiment.vqgan.checkpoint is not None:
-                _convert_vqgan(Path(experiment.vqgan.checkpoint), experiment.vqgan.resolution, draft.folder)
-            elif recipe.stage == "vqgan":
-                params = fit_vqgan(experiment, documents, draft.folder)
-                save_vqgan(draft.folder, experiment.vqgan.model, params)
-            elif experiment.clip.checkpoint is not None:
-                load_clip(experiment.clip.checkpoint).save(draft.folder)
-            else:
-                fit_clip(experiment, documents, draft.folder).save(draft.folder)
-            shutil.rmtree(draft.folder / CHECKPOINTS, ignore_errors=True)  # of the fitting: no more needed
+    missing.sort(key=lambda pair: pair[1].checkpoint is None)
+    read = lru_cache(maxsize=1)(lambda limit: fitting_documents(experiment, limit))  # most limits are equal
+    for recipe, config in missing:
+        limit = recipes.text_documents(experiment) if isinstance(config, TextTokenizer) else config.fit.max_documents
+        documents = read(limit) if config.checkpoint is None else []
+        with run.workdir.write(recipe) as draft:
+            _make(run, config, documents, draft)
+            shutil.rmtree(draft.folder / CHECKPOINTS, ignore_errors=True)  # of the fitting: no longer needed
 
 
-def open_text(experiment: Experiment, workdir: Workdir) -> Tokenizer:
-    return experiment.text.load(workdir.require(recipes.text(experiment), "rac3 encoders").folder)
-
-
-def open_vqgan(experiment: Experiment, workdir: Workdir) -> ImageTokenizer:
-    artifact = workdir.require(recipes.vqgan(experiment), "rac3 encoders")
-    return experiment.vqgan.open(artifact.folder)
-
-
-def open_clip(experiment: Experiment, workdir: Workdir) -> Encoder:
-    artifact = workdir.require(recipes.clip(experiment), "rac3 encoders")
-    return experiment.clip.open(artifact.folder)
-
-
-def _convert_vqgan(checkpoint: Path, resolution: int | None, folder: Path) -> None:
-    loaded = load_vqgan(checkpoint, resolution)
-    save_vqgan(folder, loaded.config, loaded.params)
-    print(f"VQGAN {checkpoint}: {loaded.summary()}")
+def _make(run: Run, config: TextTokenizer | FrozenVQGAN | FrozenCLIP, documents: list[Document], draft: Draft) -> None:
+    """Loads or fits one of the models, and saves it."""
+    experiment = run.experiment
+    if isinstance(config, TextTokenizer):
+        if config.checkpoint is None:
+            config.fit((document.text for document in documents if document.text), draft.folder)
+        tokenizer = config.load(draft.folder)
+        draft.counts["ids"] = tokenizer.size
+        if config.checkpoint is not None:
+            print(f"text tokenizer {config.checkpoint}: {tokenizer.summary()}")
+    elif isinstance(config, FrozenVQGAN):
+        if config.checkpoint is not None:
+            loaded = load_vqgan(Path(config.checkpoint), config.resolution)
+            save_vqgan(draft.folder, loaded.config, loaded.params)
+            print(f"VQGAN {config.checkpoint}: {loaded.summary()}")
+        else:
+            save_vqgan(draft.folder, config.model, fit_vqgan(experiment, documents, draft.folder))
+    elif config.checkpoint is not None:
+        load_clip(config.checkpoint).save(draft.folder)
+    else:
+        fit_clip(experiment, documents, draft.folder).save(draft.folder)

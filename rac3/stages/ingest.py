@@ -15,43 +15,40 @@ from typing import Any
 import numpy as np
 
 from rac3 import recipes
-from rac3.artifacts.workdir import Draft, Workdir, temporary_path
+from rac3.artifacts.workdir import Draft, temporary_path
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Source
 from rac3.documents.store import COLUMNS, TokenizedDocument, columns_of, id_type, write_columns, write_shard
-from rac3.execution.shards import Shard, Tally, clear, run
+from rac3.execution.shards import Shard, Tally, clear
+from rac3.execution.shards import run as run_shards
 from rac3.experiment import Experiment, Split
-from rac3.stages.encoders import open_text, open_vqgan
+from rac3.run import Run
 from rac3.tokens.text import Tokenizer
-from rac3.tokens.vocabulary import Vocabulary
 from rac3.vqgan.codec import ImageTokenizer
 
 REJECTS = "rejects.jsonl"
 DOCUMENTS_AT_ONCE = 512  # that a thread holds in memory
 
 
-def vocabulary_of(tokenizer: Tokenizer, codec: ImageTokenizer) -> Vocabulary:
-    return Vocabulary(tokenizer.size, codec.codebook_size)
-
-
-def ingest(experiment: Experiment, workdir: Workdir) -> None:
+def ingest(run: Run) -> None:
     """Makes the documents of every split that has none yet.
 
     Raises:
       InputError: a source gives no documents, or more rejects than `max_reject_fraction`.
     """
-    missing = [split for split in experiment.data.sources() if not workdir.find(recipes.documents(experiment, split))]
+    experiment, workdir = run.experiment, run.workdir
+    found = {split: run.recipe(recipes.documents, split) for split in experiment.data.sources()}
+    missing = {split: recipe for split, recipe in found.items() if not workdir.find(recipe)}
     if not missing:
         return
-    for recipe in (recipes.text(experiment), recipes.vqgan(experiment)):
-        workdir.require(recipe, "rac3 encoders")
+    run.require_encoders(recipes.text, recipes.vqgan)
     with ExitStack() as stack:
-        drafts = {split: stack.enter_context(workdir.write(recipes.documents(experiment, split))) for split in missing}
+        drafts = {split: stack.enter_context(workdir.write(recipe)) for split, recipe in missing.items()}
         shards = {split: _shards(experiment, split, draft.folder) for split, draft in drafts.items()}
         everything = [shard for part in shards.values() for shard in part]
-        throughput = run(experiment.executor, _Ingest(experiment, workdir), everything)
+        throughput = run_shards(experiment.executor, _Ingest(run), everything)
         for split, draft in drafts.items():
             _merge(experiment, split, shards[split], draft)
             draft.counts["throughput"] = throughput
@@ -68,26 +65,24 @@ def _shards(experiment: Experiment, split: Split, folder: Path) -> list[Shard]:
 class _Ingest:
     """The job."""
 
-    experiment: Experiment
-    workdir: Workdir
+    run: Run
     label: str = "ingest"
 
     def open(self) -> "_Ingester":
-        return _Ingester(
-            self.experiment, open_text(self.experiment, self.workdir), open_vqgan(self.experiment, self.workdir)
-        )
+        return _Ingester(self.run)
 
 
 class _Ingester:
     """Reads, filters and tokenizes the documents of a shard."""
 
-    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, codec: ImageTokenizer) -> None:
-        self.experiment, self.tokenizer, self.codec = experiment, tokenizer, codec
-        self.builder = GroupBuilder(vocabulary_of(tokenizer, codec), Masking("none"), 1.0)
+    def __init__(self, run: Run) -> None:
+        experiment = run.experiment
+        self.experiment, self.tokenizer, self.images = experiment, run.tokenizer, run.images
+        self.builder = GroupBuilder(run.vocabulary, Masking("none"), 1.0)
         self.sources: dict[str, Source] = {str(split): source for split, source in experiment.data.sources().items()}
 
     def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
-        kind = id_type(self.tokenizer.size, self.codec.codebook_size)
+        kind = id_type(self.tokenizer.size, self.images.codebook_size)
         summary = _Summary(ids=np.dtype(kind).name)
         items = iter(self.sources[shard.part].read(Path(self.experiment.data_dir), shard.name))
         path = shard.folder / f"{shard.number:06d}.array_record"
@@ -111,7 +106,7 @@ class _Ingester:
                 else:
                     documents.append(item)
             tally.add(len(block), sum(isinstance(item, Reject) for item in block))
-            for tokenized in tokenize(documents, self.tokenizer, self.codec, limit):
+            for tokenized in tokenize(documents, self.tokenizer, self.images, limit):
                 if not all(len(ids) for ids in tokenized.ids):  # a control character alone, for some tokenizers
                     summary.rejects.append(asdict(Reject(tokenized.document.key, "text without ids")))
                     continue
@@ -123,7 +118,7 @@ class _Ingester:
 
 @dataclass
 class _Summary:
-    """What is kept of a shard beside its records."""
+    """What is kept of a shard besides its records."""
 
     ids: str  # the type of the token ids on disk
     columns: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
@@ -133,10 +128,10 @@ class _Summary:
 
 
 def tokenize(
-    documents: Sequence[Document], tokenizer: Tokenizer, codec: ImageTokenizer, max_text_tokens: int
+    documents: Sequence[Document], tokenizer: Tokenizer, images: ImageTokenizer, max_text_tokens: int
 ) -> list[TokenizedDocument]:
     """Text ids and image codes of each document."""
-    codes = iter(codec.encode([image for document in documents for image in document.images]))
+    codes = iter(images.encode([image for document in documents for image in document.images]))
     tokenized = []
     for document in documents:
         ids = [
@@ -179,7 +174,7 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
     if rejects > experiment.max_reject_fraction * seen:
         raise InputError(
             f"{rejects} of {seen} documents of {split} are damaged, more than max_reject_fraction="
-            f"{experiment.max_reject_fraction}; see {draft.folder / REJECTS}, mend them or raise --max-reject-fraction"
+            f"{experiment.max_reject_fraction}; see {draft.folder / REJECTS}, fix them or raise --max-reject-fraction"
         )
     if documents == 0:
         raise InputError(
@@ -197,9 +192,9 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
     )
 
 
-def counts_line(experiment: Experiment, workdir: Workdir, split: Split) -> str:
+def counts_line(run: Run, split: Split) -> str:
     """The counts of an ingested split as one line."""
-    counts = workdir.require(recipes.documents(experiment, split), "rac3 ingest").manifest["counts"]
+    counts = run.artifact(recipes.documents, split).manifest["counts"]
     parts = [f"{counts['documents']} documents, {counts['tokens']} tokens"]
     for name in ("filtered", "rejects"):
         if counts[name]:

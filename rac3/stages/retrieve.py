@@ -3,65 +3,59 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from rac3 import recipes
-from rac3.artifacts.arrays import Rows, create_array, write_shard
-from rac3.artifacts.workdir import Workdir
+from rac3.artifacts.arrays import create_array, write_shard
 from rac3.execution.progress import Progress
-from rac3.execution.shards import Shard, Tally, clear, run
-from rac3.experiment import Experiment, Split
+from rac3.execution.shards import Shard, Tally, clear, document_rows, document_shards
+from rac3.execution.shards import run as run_shards
+from rac3.experiment import Split
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.selection import Dropped, Selected
-from rac3.stages.embed import document_rows, document_shards, open_documents, open_queries, query_arrays
-from rac3.stages.memory import OpenMemory, memory_part
+from rac3.run import Run
 
 NEIGHBORS_CHUNK = 16 * 2**10  # bytes: training reads the neighbors of documents in random order
 
 
-def index(experiment: Experiment, workdir: Workdir) -> None:
+def index(run: Run) -> None:
     """Makes the index of each part of the memory that has none yet."""
-    if not recipes.retrieves(experiment):
+    if not run.experiment.retrieves:
         return
-    for split in recipes.memory_splits(experiment, "test"):
-        recipe = recipes.index(experiment, split)
-        if workdir.find(recipe) is None:
-            part = memory_part(experiment, workdir, split)
-            with workdir.write(recipe) as draft, Progress(f"index {split}", 1, "parts") as bar:
-                experiment.retriever.build(part, draft.folder)
+    for split in run.experiment.data.memory_splits("test"):
+        recipe = run.recipe(recipes.index, split)
+        if run.workdir.find(recipe) is None:
+            part = run.memory_part(split)
+            with run.workdir.write(recipe) as draft, Progress(f"index {split}", 1, "parts") as bar:
+                run.experiment.retriever.build(part, draft.folder)
                 draft.counts["documents"] = len(part)
                 bar.update()
 
 
-def retrieve(
-    experiment: Experiment, workdir: Workdir, splits: Sequence[Split] = ("train", "validation", "test")
-) -> None:
+def retrieve(run: Run, splits: Sequence[Split] = ("train", "validation", "test")) -> None:
     """Makes the neighbors of each split. The documents of other parts of the memory are never queries."""
-    if not recipes.retrieves(experiment):
+    experiment, workdir = run.experiment, run.workdir
+    if not experiment.retrieves:
         return
-    missing = [
-        split
-        for split in experiment.data.sources()
-        if split in splits and not workdir.find(recipes.neighbors(experiment, split))
-    ]
+    found = {split: run.recipe(recipes.neighbors, split) for split in experiment.data.sources() if split in splits}
+    missing = {split: recipe for split, recipe in found.items() if not workdir.find(recipe)}
     for split in missing:
-        for part in recipes.memory_splits(experiment, split):
-            workdir.require(recipes.index(experiment, part), "rac3 index")
-        workdir.require(recipes.queries(experiment, split), "rac3 embed")
-    documents = {split: len(open_documents(experiment, workdir, split)) for split in missing}
+        for part in experiment.data.memory_splits(split):
+            run.artifact(recipes.index, part)
+        run.artifact(recipes.queries, split)
+    documents = {split: len(run.documents(split)) for split in missing}
     with ExitStack() as stack:
-        drafts = {split: stack.enter_context(workdir.write(recipes.neighbors(experiment, split))) for split in missing}
+        drafts = {split: stack.enter_context(workdir.write(recipe)) for split, recipe in missing.items()}
         shards = [
             shard
             for split, draft in drafts.items()
-            for shard in document_shards(experiment, split, documents[split], draft.folder)
+            for shard in document_shards(split, documents[split], experiment.documents_per_shard, draft.folder)
         ]
-        throughput = run(experiment.executor, _Retrieve(experiment, workdir), shards)
+        throughput = run_shards(experiment.executor, _Retrieve(run), shards)
         for split, draft in drafts.items():
             draft.counts.update(documents=documents[split], throughput=throughput)
             summaries = [shard.read_summary() for shard in shards if shard.part == split]
@@ -73,12 +67,11 @@ def retrieve(
 class _Retrieve:
     """The job."""
 
-    experiment: Experiment
-    workdir: Workdir
+    run: Run
     label: str = "retrieve"
 
     def open(self) -> "_Searcher":
-        return _Searcher(self.experiment, self.workdir)
+        return _Searcher(self.run)
 
 
 class _Searcher:
@@ -87,26 +80,25 @@ class _Searcher:
     One search runs at a time, since a retriever may take all cores, and its author need not think of threads.
     """
 
-    def __init__(self, experiment: Experiment, workdir: Workdir) -> None:
-        self.experiment, self.workdir = experiment, workdir
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self._searching = Lock()
-        self._open = lru_cache(maxsize=1)(partial(OpenMemory, experiment, workdir))  # the shards come split by split
 
     def __call__(self, shard: Shard, tally: Tally) -> dict[str, Any]:
-        experiment, split = self.experiment, cast(Split, shard.part)
-        store = open_documents(experiment, self.workdir, split)
-        rows = document_rows(experiment, shard, len(store))
+        experiment, split = self.run.experiment, shard.part
+        store = self.run.documents(split)
+        rows = document_rows(shard, len(store), experiment.documents_per_shard)
         documents = [item.document for item in store.many(rows)]
         keys, texts = [document.key for document in documents], [document.text for document in documents]
         del documents  # with their images
-        arrays = query_arrays(experiment, split)
+        arrays = self.run.query_arrays(split)
         shape = (len(rows), len(arrays), experiment.selection.depth)
         ids, scores = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
         queries, dropped = 0, np.zeros(len(Dropped._fields), np.int64)
         for number, name in enumerate(arrays):
-            vectors = open_queries(experiment, self.workdir, split, name)[rows.start : rows.stop]
+            vectors = self.run.queries(split, name)[rows.start : rows.stop]
             asked = np.flatnonzero(vectors.any(1))  # the others lack the part
-            # the query is that part alone: a text beside an image would lead a retriever that reads to its own words
+            # the query is that part alone: a text next to an image would lead a retriever that reads to its own words
             words = [texts[row] if name.startswith("text") else "" for row in asked]
             found = self._search(
                 split, Queries([keys[row] for row in asked], vectors[asked], words), rows.start + asked
@@ -133,9 +125,4 @@ class _Searcher:
         """In training, documents of the memory ask: never for themselves."""
         exclude = rows if split == "train" else np.full(len(rows), -1)
         with self._searching:
-            return self._open(tuple(recipes.memory_splits(self.experiment, split))).retrieve(queries, exclude)
-
-
-def read_neighbors(experiment: Experiment, workdir: Workdir, split: Split, name: str = "ids") -> Rows:
-    """Global memory ids [documents, queries, depth] of each of `query_arrays`, -1 is none; or their `scores`."""
-    return Rows(workdir.require(recipes.neighbors(experiment, split), "rac3 retrieve").folder / name)
+            return self.run.memory(split).retrieve(queries, exclude)
