@@ -10,7 +10,7 @@ from rac3.artifacts.arrays import VectorDtype
 from rac3.batches.loader import BatchConfig
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError
-from rac3.devices.cluster import Scale
+from rac3.devices.cluster import Cluster
 from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import Source
 from rac3.documents.filter import LaionFilter
@@ -137,7 +137,7 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    scale: Scale = field(default_factory=Scale)
+    cluster: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
         if self.seed < 0:

@@ -62,7 +62,7 @@ def plan(experiment: Experiment, workdir: Workdir) -> str:
 
 def _sizes(experiment: Experiment, workdir: Workdir) -> dict[Split, int]:
     """Documents of each part of the memory, the training documents first."""
-    told = {"train": experiment.scale.documents, "memory": experiment.scale.memory_documents, "held out": 0}
+    told = {"train": experiment.cluster.documents, "memory": experiment.cluster.memory_documents, "held out": 0}
     sizes: dict[Split, int] = {}
     for split, source in experiment.data.sources().items():
         role = experiment.data.role(split)
@@ -76,7 +76,7 @@ def _sizes(experiment: Experiment, workdir: Workdir) -> dict[Split, int]:
             sizes[split] = count
         else:
             option = "documents" if split == "train" else "memory-documents"
-            raise InputError(f"how many documents {split} has is known once it is ingested; say --scale.{option} N")
+            raise InputError(f"how many documents {split} has is known once it is ingested; say --cluster.{option} N")
     return sizes
 
 
@@ -89,12 +89,12 @@ def _ingested(experiment: Experiment, workdir: Workdir, split: Split) -> int | N
 
 
 def _ingest(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
-    config, scale, documents = experiment.vqgan.model, experiment.scale, sum(sizes.values())
+    config, cluster, documents = experiment.vqgan.model, experiment.cluster, sum(sizes.values())
     model = VQGAN(config, experiment.vqgan.dtype)
     pixels = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, config.in_channels), jnp.float32)
     flops = documents * _flops(model, "encode", pixels)
     id_bytes = 2 if max(config.n_embed, experiment.text.vocab_size) <= IDS_DTYPE_LIMIT else 4
-    record = 1e3 * scale.image_kilobytes + RECORD_BYTES + id_bytes * (config.tokens_per_image + TEXT_TOKENS)
+    record = 1e3 * cluster.image_kilobytes + RECORD_BYTES + id_bytes * (config.tokens_per_image + TEXT_TOKENS)
     return _encoding(experiment, "ingest", flops, documents, documents * record)
 
 
@@ -114,11 +114,11 @@ def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
 
 def _encoding(experiment: Experiment, stage: str, flops: float, pictures: int, disk_bytes: float) -> Line:
     """A stage that decodes pictures and runs a frozen model on them, side by side."""
-    scale = experiment.scale
+    cluster = experiment.cluster
     limits = {
-        "the model": flops / scale.device_flops,
-        "decoding": pictures / scale.decoded_per_second,
-        "disks": disk_bytes / (READ_BYTES * scale.hosts),
+        "the model": flops / cluster.device_flops,
+        "decoding": pictures / cluster.decoded_per_second,
+        "disks": disk_bytes / (READ_BYTES * cluster.hosts),
     }
     limit = max(limits, key=lambda name: limits[name])
     return Line(stage, flops, limits[limit], disk_bytes=disk_bytes, limit=limit)
@@ -126,7 +126,7 @@ def _encoding(experiment: Experiment, stage: str, flops: float, pictures: int, d
 
 def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> list[Line]:
     """The index of each part of the memory, and the search of the training queries in the training part."""
-    retriever, scale, width = experiment.retriever, experiment.scale, experiment.clip.model.projection_dim
+    retriever, cluster, width = experiment.retriever, experiment.cluster, experiment.clip.model.projection_dim
     if not recipes.retrieves(experiment):
         return []
     if not isinstance(retriever, Planned):
@@ -134,7 +134,7 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
     parts = [retriever.needs(count, width) for count in sizes.values()]
     train = retriever.needs(sizes["train"], width)
     queries = len(PARTS) * experiment.num_views * sizes["train"]
-    rate = scale.device_flops if train.on_devices else scale.cpu_flops
+    rate = cluster.device_flops if train.on_devices else cluster.cpu_flops
     build_flops = sum(needs.build_flops for needs in parts)
     searching = queries * train.query_flops
     neighbors = 12.0 * queries * experiment.selection.depth  # an id of 8 bytes and a score of 4
@@ -143,7 +143,7 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
         Line(
             "index",
             build_flops,
-            build_flops / (scale.cpu_flops / scale.hosts),
+            build_flops / (cluster.cpu_flops / cluster.hosts),
             host_bytes=max(needs.build_bytes for needs in parts),
             disk_bytes=sum(needs.disk_bytes for needs in parts),
             limit="one host's cores" if build_flops else "",
@@ -153,26 +153,26 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
             searching,
             searching / rate,
             host_bytes=sum(needs.search_bytes for needs in parts) + held,
-            gpu_bytes=max(needs.device_bytes for needs in parts) if scale.gpus else 0.0,
+            gpu_bytes=max(needs.device_bytes for needs in parts) if cluster.gpus else 0.0,
             disk_bytes=neighbors,
-            limit="GPUs" if train.on_devices and scale.gpus else "cores",
+            limit="GPUs" if train.on_devices and cluster.gpus else "cores",
         ),
     ]
 
 
 def _problem(experiment: Experiment, line: Line) -> str:
     """What does not fit, in one line with the fix; "" if all does."""
-    scale, name = experiment.scale, type(experiment.retriever).__name__
-    if line.host_bytes > scale.host_bytes:
+    cluster, name = experiment.cluster, type(experiment.retriever).__name__
+    if line.host_bytes > cluster.host_bytes:
         return (
             f"{line.stage}: {name} takes {_bytes(line.host_bytes)} of host memory, a host has "
-            f"{_bytes(scale.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
+            f"{_bytes(cluster.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
             "(--retriever.reorder-dtype int8 or none of scann), or a host with more"
         )
-    if scale.gpus and line.gpu_bytes > 1e9 * scale.gpu_memory_gb:
+    if cluster.gpus and line.gpu_bytes > 1e9 * cluster.gpu_memory_gb:
         return (
             f"{line.stage}: {name} takes {_bytes(line.gpu_bytes)} of each GPU's memory, which is "
-            f"{scale.gpu_memory_gb:g} GB; lower --retriever.block-rows"
+            f"{cluster.gpu_memory_gb:g} GB; lower --retriever.block-rows"
         )
     return ""
 
@@ -190,11 +190,11 @@ def _flops(model: Any, method: str, x: jax.ShapeDtypeStruct, *inputs: Any) -> fl
 
 
 def _table(experiment: Experiment, sizes: Mapping[Split, int], lines: list[Line]) -> str:
-    scale = experiment.scale
+    cluster = experiment.cluster
     counted = " + ".join(f"{count:,} {split}" for split, count in sizes.items())
-    machine = f"{scale.hosts} x {scale.host_cores} cores, {_bytes(scale.host_bytes)}"
-    if scale.gpus:
-        machine += f", {scale.gpus} GPUs of {scale.gpu_tflops:g} TFLOP/s"
+    machine = f"{cluster.hosts} x {cluster.host_cores} cores, {_bytes(cluster.host_bytes)}"
+    if cluster.gpus:
+        machine += f", {cluster.gpus} GPUs of {cluster.gpu_tflops:g} TFLOP/s"
     head = ["stage", "FLOP", "time", "limited by", "host memory", "GPU memory", "disk"]
     rows = [
         [
@@ -212,7 +212,7 @@ def _table(experiment: Experiment, sizes: Mapping[Split, int], lines: list[Line]
     rows[-1][-1] = _bytes(sum(line.disk_bytes for line in lines))
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-    title = f"{experiment.name}: {counted} documents on {machine}; {scale.utilization:.0%} of the peaks are reached"
+    title = f"{experiment.name}: {counted} documents on {machine}; {cluster.utilization:.0%} of the peaks are reached"
     return "\n".join([title, "", *(line.rstrip() for line in shown)])
 
 
