@@ -9,47 +9,13 @@ from jaxtyping import Int
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
-from rac3.documents.document import Document
-from rac3.documents.store import DocumentStore, TokenizedDocument, hash64
+from rac3.documents.store import DocumentStore, Keys, Texts, TokenizedDocument, hash64
 from rac3.experiment import Experiment, Split
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import Index, Queries, search_memory
 from rac3.retrieval.selection import Selected, Selection, select
 from rac3.stages.embed import document_embeddings, open_documents
-
-
-class Texts(Sequence[str]):
-    """The texts of the documents of a split, read when asked for."""
-
-    def __init__(self, documents: DocumentStore) -> None:
-        self.documents = documents
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __getitem__(self, row):  # int -> str, slice -> list, as of any sequence
-        if isinstance(row, slice):
-            return [self._of(item.document) for item in self.documents.many(range(*row.indices(len(self))))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)  # what ends a `for` over a sequence
-        return self._of(self.documents[row % len(self)].document)
-
-    def _of(self, document: Document) -> str:
-        return document.text
-
-
-class Keys(Texts):
-    """The keys of the documents of a split; `index` looks one up without reading the documents."""
-
-    def _of(self, document: Document) -> str:
-        return document.key
-
-    def index(self, value: str, *_: int) -> int:
-        row = self.documents.row_of(value)
-        if row is None:
-            raise ValueError(f"{value!r} is not a key of {self.documents.folder}")
-        return row
 
 
 class OpenMemory:
