@@ -7,7 +7,7 @@ tokens a picture. Nothing of this size has been run with this code: the plan say
 
 from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from rac3.devices.cluster import Scale
+from rac3.devices.cluster import Cluster
 from rac3.devices.mesh import MeshConfig
 from rac3.documents.webdataset import WebDataset
 from rac3.experiment import Data, Experiment
@@ -45,5 +45,5 @@ def get_config() -> Experiment:
         embedding_dtype="bfloat16",
         retriever=Exact(num_neighbors=32, dtype="bfloat16"),
         mesh=MeshConfig(fsdp=8),
-        scale=Scale(documents=150_000_000, hosts=32, gpus=8, cores=96, memory_gb=1000.0),
+        cluster=Cluster(documents=150_000_000, hosts=32, gpus=8, cores=96, memory_gb=1000.0),
     )

@@ -11,7 +11,7 @@ from rac3.batches.loader import BatchConfig
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError
-from rac3.devices.cluster import Scale
+from rac3.devices.cluster import Cluster
 from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import Source
 from rac3.documents.filter import LaionFilter
@@ -20,8 +20,7 @@ from rac3.execution.local import Local
 from rac3.execution.ray import Ray
 from rac3.model.transformer import TransformerConfig
 from rac3.retrieval.baselines import NoRetriever
-from rac3.retrieval.fixed import Fixed
-from rac3.retrieval.retriever import Retriever
+from rac3.retrieval.retriever import Chosen, Retriever
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.tokens.text import TextTokenizer
@@ -144,7 +143,7 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    scale: Scale = field(default_factory=Scale)
+    cluster: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
         _check_own("vqgan", self.vqgan, FrozenVQGAN, ImageTokenizer)
@@ -173,9 +172,9 @@ class Experiment:
                 f"batches.candidates={self.batches.candidates} exceeds selection.depth={self.selection.depth}, the "
                 "neighbors kept per document; raise selection.depth"
             )
-        if isinstance(self.retriever, Fixed) and len(self.retriever.keys) > self.selection.depth:
+        if isinstance(self.retriever, Chosen) and self.retriever.num_neighbors > self.selection.depth:
             raise InputError(
-                f"retriever.keys names {len(self.retriever.keys)} documents, more than the "
+                f"retriever names {self.retriever.num_neighbors} documents, more than the "
                 f"selection.depth={self.selection.depth} that a query keeps; raise selection.depth"
             )
 

@@ -312,7 +312,7 @@ OVERRIDES = {
     "--evaluation.image-sampling.top-p 0.5": {"evaluation": {"image_sampling": {"top_p": 0.5}}},
     "--evaluation.caption-sampling.top-p 0.75": {"evaluation": {"caption_sampling": {"top_p": 0.75}}},
     "--evaluation.no-control": {"evaluation": {"control": False}},
-    "--scale.gpus 8": {"scale": {"gpus": 8}},
+    "--cluster.gpus 8": {"cluster": {"gpus": 8}},
     "--local.threads 7": {"executor": {"threads": 7}},
 }
 

@@ -67,10 +67,10 @@ PAPER = {
     "clip.model.vision_config.image_size": 224,
     "clip.model.vision_config.patch_size": 14,
     "compare_with_cm3": True,
-    "scale.documents": 150_000_000,
-    "scale.hosts": 32,
-    "scale.gpus": 8,  # 256 in all
-    "scale.gpu_memory_gb": 80.0,
+    "cluster.documents": 150_000_000,
+    "cluster.hosts": 32,
+    "cluster.gpus": 8,  # 256 in all
+    "cluster.gpu_memory_gb": 80.0,
 }
 
 

@@ -247,7 +247,7 @@ FITTED: dict[str, Row] = {
     "evaluation.max_caption_tokens": (5, EVALUATION),
     "evaluation.control": (False, NOTHING),  # one evaluation more or less, and this one as it is
     **{
-        f"scale.{name}": (value, NOTHING)
+        f"cluster.{name}": (value, NOTHING)
         for value, names in (
             (3, ("documents", "memory_documents", "hosts", "cores", "gpus")),
             (0.5, ("image_kilobytes", "memory_gb", "gpu_memory_gb", "gpu_tflops", "core_gflops")),

@@ -1,4 +1,4 @@
-"""How much there is and on what it runs: what `rac3 plan` reckons with, and nothing else."""
+"""The cluster and the amount of data that `rac3 plan` assumes. Nothing else reads them."""
 
 import os
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from rac3.config import InputError
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Sizes of the data and of the cluster. They decide nothing that is computed. GB are 10^9 bytes.
+class Cluster:
+    """The cluster and how much data: what `rac3 plan` assumes. No result depends on it. GB are 10^9 bytes.
 
     Attributes:
-      documents: of the training source; 0 takes the number that is ingested.
-      memory_documents: of each part of `Data.memory`; 0 as above.
-      image_kilobytes: of an encoded picture, on average.
-      hosts: machines of the cluster.
-      cores: CPU cores of a host; 0 for those of this machine.
-      memory_gb: host memory of each; 0 for that of this machine.
-      gpus: of a host; 0 for a cluster of CPUs.
-      gpu_memory_gb: of each.
-      gpu_tflops: of each, for dense products in bfloat16: 312 of an A100, 989 of an H100.
-      core_gflops: of each core in float32.
-      decode_images_per_second: pictures that one core decodes and scales.
-      utilization: the share of those peaks that is reached.
+      documents: training documents; 0 takes the number ingested.
+      memory_documents: documents in each part of `Data.memory`; 0 takes the number ingested.
+      image_kilobytes: mean size of an encoded image.
+      hosts: machines in the cluster.
+      cores: CPU cores per host; 0 means as many as this machine has.
+      memory_gb: RAM per host; 0 means as much as this machine has.
+      gpus: GPUs per host; 0 for a CPU cluster.
+      gpu_memory_gb: memory per GPU.
+      gpu_tflops: peak TFLOP/s per GPU, dense bfloat16: 312 for an A100, 989 for an H100.
+      core_gflops: peak GFLOP/s per core in float32.
+      decode_images_per_second: images that one core decodes and resizes.
+      utilization: the share of these peaks that is reached.
     """
 
     documents: int = 0
@@ -41,12 +41,12 @@ class Scale:
     def __post_init__(self) -> None:
         for name in ("documents", "memory_documents", "cores", "memory_gb", "gpus"):
             if getattr(self, name) < 0:
-                raise InputError(f"scale.{name}={getattr(self, name)} is negative; use 0 or more")
+                raise InputError(f"cluster.{name}={getattr(self, name)} is negative; use 0 or more")
         for name in ("hosts", "gpu_memory_gb", "gpu_tflops", "core_gflops", "decode_images_per_second"):
             if getattr(self, name) <= 0:
-                raise InputError(f"scale.{name}={getattr(self, name)} must be above 0")
+                raise InputError(f"cluster.{name}={getattr(self, name)} is not above 0; use a positive number")
         if not 0 < self.utilization <= 1:
-            raise InputError(f"scale.utilization={self.utilization} is outside (0, 1]; 0.3 to 0.6 is usual")
+            raise InputError(f"cluster.utilization={self.utilization} is outside (0, 1]; 0.3 to 0.6 is usual")
 
     @property
     def host_cores(self) -> int:
@@ -54,20 +54,20 @@ class Scale:
 
     @property
     def host_bytes(self) -> float:
-        """Memory of one host."""
+        """RAM of one host."""
         return self.memory_gb * 1e9 or float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     @property
     def cpu_flops(self) -> float:
-        """FLOP/s of all cores of the cluster, as far as they are reached."""
+        """FLOP/s that all cores of the cluster reach."""
         return self.hosts * self.host_cores * self.core_gflops * 1e9 * self.utilization
 
     @property
     def device_flops(self) -> float:
-        """FLOP/s of all GPUs of the cluster, or of its cores if it has none, as far as they are reached."""
+        """FLOP/s that all GPUs of the cluster reach, or its cores if it has none."""
         return self.hosts * self.gpus * self.gpu_tflops * 1e12 * self.utilization or self.cpu_flops
 
     @property
     def decoded_per_second(self) -> float:
-        """Pictures that all cores of the cluster decode."""
+        """Images that all cores of the cluster decode in a second."""
         return self.hosts * self.host_cores * self.decode_images_per_second

@@ -183,3 +183,36 @@ class DocumentStore:
         if len(indices) == 0:
             return []  # the reader refuses to read nothing
         return [unpack_record(data) for data in self._source.__getitems__([int(i) for i in indices])]
+
+
+class Texts(Sequence[str]):
+    """The texts of the documents in a store, read on access."""
+
+    def __init__(self, documents: DocumentStore) -> None:
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, row):  # int -> str, slice -> list, as of any sequence
+        if isinstance(row, slice):
+            return [self._of(item.document) for item in self.documents.many(range(*row.indices(len(self))))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)  # what ends a `for` over a sequence
+        return self._of(self.documents[row % len(self)].document)
+
+    def _of(self, document: Document) -> str:
+        return document.text
+
+
+class Keys(Texts):
+    """The keys of the documents in a store. `index` looks one up by its hash, without reading every document."""
+
+    def _of(self, document: Document) -> str:
+        return document.key
+
+    def index(self, value: str, *_: int) -> int:
+        row = self.documents.row_of(value)
+        if row is None:
+            raise ValueError(f"{value!r} is not a key of {self.documents.folder}")
+        return row

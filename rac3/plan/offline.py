@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rac3 import recipes
+from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.model import CLIP
 from rac3.config import InputError
 from rac3.documents.world import World
@@ -21,6 +22,7 @@ from rac3.experiment import Experiment, Split
 from rac3.retrieval.retriever import Planned
 from rac3.retrieval.selection import HELD_BYTES
 from rac3.run import PARTS, Run
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN
 
 TEXT_TOKENS = 32  # of a caption, on average: LAION's have 20 to 30
@@ -62,7 +64,7 @@ def plan(run: Run) -> str:
 def _sizes(run: Run) -> dict[Split, int]:
     """Documents of each part of the memory, the training documents first."""
     experiment, folder = run.experiment, run.workdir.path
-    told = {"train": experiment.scale.documents, "memory": experiment.scale.memory_documents, "held out": 0}
+    told = {"train": experiment.cluster.documents, "memory": experiment.cluster.memory_documents, "held out": 0}
     sizes: dict[Split, int] = {}
     for split, source in experiment.data.sources().items():
         role = experiment.data.role(split)
@@ -76,7 +78,7 @@ def _sizes(run: Run) -> dict[Split, int]:
             sizes[split] = count
         else:
             option = "documents" if split == "train" else "memory-documents"
-            raise InputError(f"how many documents {split} has is known once it is ingested; say --scale.{option} N")
+            raise InputError(f"how many documents {split} has is known once it is ingested; say --cluster.{option} N")
     return sizes
 
 
@@ -89,36 +91,51 @@ def _ingested(run: Run, split: Split) -> int | None:
 
 
 def _ingest(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
-    config, scale, documents = experiment.vqgan.model, experiment.scale, sum(sizes.values())
-    model = VQGAN(config, experiment.vqgan.dtype)
-    pixels = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, config.in_channels), jnp.float32)
-    flops = documents * _flops(model, "encode", pixels)
-    id_bytes = 2 if max(config.n_embed, experiment.text.vocab_size) <= IDS_DTYPE_LIMIT else 4
-    record = 1e3 * scale.image_kilobytes + RECORD_BYTES + id_bytes * (config.tokens_per_image + TEXT_TOKENS)
+    vqgan, documents = experiment.vqgan, sum(sizes.values())
+    flops = None
+    if isinstance(vqgan, FrozenVQGAN):
+        config = vqgan.model
+        pixels = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, config.in_channels), jnp.float32)
+        flops = documents * _flops(VQGAN(config, vqgan.dtype), "encode", pixels)
+        codebook_size, tokens_per_image = config.n_embed, config.tokens_per_image
+    else:
+        codebook_size, tokens_per_image = vqgan.codebook_size, vqgan.tokens_per_image
+    id_bytes = 2 if max(codebook_size, experiment.text.vocab_size) <= IDS_DTYPE_LIMIT else 4
+    record = 1e3 * experiment.cluster.image_kilobytes + RECORD_BYTES + id_bytes * (tokens_per_image + TEXT_TOKENS)
     return _encoding(experiment, "ingest", flops, documents, documents * record)
 
 
 def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
     """Training documents go through CLIP as documents, and for each view as queries with dropout."""
-    config, documents, queries = experiment.clip.model, sum(sizes.values()), experiment.num_views * sizes["train"]
-    model = CLIP(config, experiment.clip.dtype)
-    vision, text = config.vision_config, config.text_config
-    pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, min(TEXT_TOKENS, text.max_position_embeddings)), jnp.int32)
-    both = ids, jax.ShapeDtypeStruct(ids.shape, bool), pixels
-    each = _flops(model, "encode_image", pixels, *both) + _flops(model, "encode_text", ids, *both)
+    clip, documents, queries = experiment.clip, sum(sizes.values()), experiment.num_views * sizes["train"]
+    flops = None
+    if isinstance(clip, FrozenCLIP):
+        model, vision, text = CLIP(clip.model, clip.dtype), clip.model.vision_config, clip.model.text_config
+        pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, min(TEXT_TOKENS, text.max_position_embeddings)), jnp.int32)
+        both = ids, jax.ShapeDtypeStruct(ids.shape, bool), pixels
+        each = _flops(model, "encode_image", pixels, *both) + _flops(model, "encode_text", ids, *both)
+        flops = each * (documents + queries)
     vectors = documents + len(PARTS) * queries
-    disk = float(vectors * config.projection_dim * VECTOR_BYTES[experiment.embedding_dtype])
-    return _encoding(experiment, "embed", each * (documents + queries), documents, disk)
+    disk = float(vectors * _width(experiment) * VECTOR_BYTES[experiment.embedding_dtype])
+    return _encoding(experiment, "embed", flops, documents, disk)
 
 
-def _encoding(experiment: Experiment, stage: str, flops: float, pictures: int, disk_bytes: float) -> Line:
-    """A stage that decodes pictures and runs a frozen model on them, side by side."""
-    scale = experiment.scale
+def _width(experiment: Experiment) -> int:
+    """Of the encoder's vectors."""
+    clip = experiment.clip
+    return clip.model.projection_dim if isinstance(clip, FrozenCLIP) else clip.width
+
+
+def _encoding(experiment: Experiment, stage: str, flops: float | None, pictures: int, disk_bytes: float) -> Line:
+    """A stage that decodes pictures and runs a frozen model on them at the same time."""
+    cluster = experiment.cluster
+    if flops is None:
+        return Line(stage, None, None, disk_bytes=disk_bytes, limit="not known of this encoder")
     limits = {
-        "the model": flops / scale.device_flops,
-        "decoding": pictures / scale.decoded_per_second,
-        "disks": disk_bytes / (READ_BYTES * scale.hosts),
+        "the model": flops / cluster.device_flops,
+        "decoding": pictures / cluster.decoded_per_second,
+        "disks": disk_bytes / (READ_BYTES * cluster.hosts),
     }
     limit = max(limits, key=lambda name: limits[name])
     return Line(stage, flops, limits[limit], disk_bytes=disk_bytes, limit=limit)
@@ -126,7 +143,7 @@ def _encoding(experiment: Experiment, stage: str, flops: float, pictures: int, d
 
 def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> list[Line]:
     """The index of each part of the memory, and the search of the training queries in the training part."""
-    retriever, scale, width = experiment.retriever, experiment.scale, experiment.clip.model.projection_dim
+    retriever, cluster, width = experiment.retriever, experiment.cluster, _width(experiment)
     if not experiment.retrieves:
         return []
     if not isinstance(retriever, Planned):
@@ -134,7 +151,7 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
     parts = [retriever.needs(count, width) for count in sizes.values()]
     train = retriever.needs(sizes["train"], width)
     queries = len(PARTS) * experiment.num_views * sizes["train"]
-    rate = scale.device_flops if train.on_devices else scale.cpu_flops
+    rate = cluster.device_flops if train.on_devices else cluster.cpu_flops
     build_flops = sum(needs.build_flops for needs in parts)
     searching = queries * train.query_flops
     neighbors = 12.0 * queries * experiment.selection.depth  # an id of 8 bytes and a score of 4
@@ -143,7 +160,7 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
         Line(
             "index",
             build_flops,
-            build_flops / (scale.cpu_flops / scale.hosts),
+            build_flops / (cluster.cpu_flops / cluster.hosts),
             host_bytes=max(needs.build_bytes for needs in parts),
             disk_bytes=sum(needs.disk_bytes for needs in parts),
             limit="one host's cores" if build_flops else "",
@@ -153,26 +170,26 @@ def _index_and_search(experiment: Experiment, sizes: Mapping[Split, int]) -> lis
             searching,
             searching / rate,
             host_bytes=sum(needs.search_bytes for needs in parts) + held,
-            gpu_bytes=max(needs.device_bytes for needs in parts) if scale.gpus else 0.0,
+            gpu_bytes=max(needs.device_bytes for needs in parts) if cluster.gpus else 0.0,
             disk_bytes=neighbors,
-            limit="GPUs" if train.on_devices and scale.gpus else "cores",
+            limit="GPUs" if train.on_devices and cluster.gpus else "cores",
         ),
     ]
 
 
 def _problem(experiment: Experiment, line: Line) -> str:
     """What does not fit, in one line with the fix; "" if all does."""
-    scale, name = experiment.scale, type(experiment.retriever).__name__
-    if line.host_bytes > scale.host_bytes:
+    cluster, name = experiment.cluster, type(experiment.retriever).__name__
+    if line.host_bytes > cluster.host_bytes:
         return (
             f"{line.stage}: {name} takes {_bytes(line.host_bytes)} of host memory, a host has "
-            f"{_bytes(scale.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
+            f"{_bytes(cluster.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
             "(--retriever.reorder-dtype int8 or none of scann), or a host with more"
         )
-    if scale.gpus and line.gpu_bytes > 1e9 * scale.gpu_memory_gb:
+    if cluster.gpus and line.gpu_bytes > 1e9 * cluster.gpu_memory_gb:
         return (
             f"{line.stage}: {name} takes {_bytes(line.gpu_bytes)} of each GPU's memory, which is "
-            f"{scale.gpu_memory_gb:g} GB; lower --retriever.block-rows"
+            f"{cluster.gpu_memory_gb:g} GB; lower --retriever.block-rows"
         )
     return ""
 
@@ -190,11 +207,11 @@ def _flops(model: Any, method: str, x: jax.ShapeDtypeStruct, *inputs: Any) -> fl
 
 
 def _table(experiment: Experiment, sizes: Mapping[Split, int], lines: list[Line]) -> str:
-    scale = experiment.scale
+    cluster = experiment.cluster
     counted = " + ".join(f"{count:,} {split}" for split, count in sizes.items())
-    machine = f"{scale.hosts} x {scale.host_cores} cores, {_bytes(scale.host_bytes)}"
-    if scale.gpus:
-        machine += f", {scale.gpus} GPUs of {scale.gpu_tflops:g} TFLOP/s"
+    machine = f"{cluster.hosts} x {cluster.host_cores} cores, {_bytes(cluster.host_bytes)}"
+    if cluster.gpus:
+        machine += f", {cluster.gpus} GPUs of {cluster.gpu_tflops:g} TFLOP/s"
     head = ["stage", "FLOP", "time", "limited by", "host memory", "GPU memory", "disk"]
     rows = [
         [
@@ -212,7 +229,7 @@ def _table(experiment: Experiment, sizes: Mapping[Split, int], lines: list[Line]
     rows[-1][-1] = _bytes(sum(line.disk_bytes for line in lines))
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-    title = f"{experiment.name}: {counted} documents on {machine}; {scale.utilization:.0%} of the peaks are reached"
+    title = f"{experiment.name}: {counted} documents on {machine}; {cluster.utilization:.0%} of the peaks are reached"
     return "\n".join([title, "", *(line.rstrip() for line in shown)])
 
 

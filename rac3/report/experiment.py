@@ -115,9 +115,7 @@ def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
             for split in splits
             if experiment.data.role(split) != role
         ],
-        "index": [
-            each.recipe(recipes.index, part) for each in retrieving for part in experiment.data.memory_splits("test")
-        ],
+        "index": [each.recipe(recipes.index, part) for each in retrieving for part in memory],
         "retrieve": [
             each.recipe(recipes.neighbors, split)
             for each in retrieving

@@ -129,6 +129,20 @@ class Tunable(Protocol):
         ...
 
 
+@runtime_checkable
+class Chosen(Protocol):
+    """A retriever whose documents a person has named: all of them are shown, however alike they are."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the documents, in the order in which they are shown."""
+        ...
+
+    def check(self, memory: Memory) -> None:
+        """Raises InputError: a key belongs to no document of the memory, or to several."""
+        ...
+
+
 def check_num_neighbors(num_neighbors: int) -> None:
     """Raises InputError unless a retriever's `num_neighbors` is at least 1."""
     if num_neighbors < 1:

@@ -14,6 +14,8 @@ from rac3.documents.store import (
     NARROW,
     WIDE,
     DocumentStore,
+    Keys,
+    Texts,
     TokenizedDocument,
     columns_of,
     hash64,
@@ -194,3 +196,17 @@ def test_the_length_of_what_is_shown_of_a_document(tmp_path: Path):
     assert store.shown_lengths("document").tolist() == [20, 6, 11]
     assert store.shown_lengths("text").tolist() == [10, 6, 0]
     assert store.shown_lengths("image").tolist() == [11, 0, 11]
+
+
+def test_texts_and_keys_are_those_of_the_documents(tmp_path: Path):
+    items = write(tmp_path, [3, 6])
+    np.save(tmp_path / "key_hashes.npy", np.array([hash64(each.document.key.encode()) for each in items], np.uint64))
+    texts, keys = Texts(DocumentStore(tmp_path)), Keys(DocumentStore(tmp_path))
+    assert list(texts) == [each.document.text for each in items]
+    assert keys[2:9:3] == ["shard/2", "shard/5", "shard/8"]
+    assert keys[-1] == "shard/8"
+    assert [keys.index(key) for key in ("shard/0", "shard/8")] == [0, 8]
+    with pytest.raises(ValueError, match="'shard/9' is not a key"):
+        keys.index("shard/9")
+    with pytest.raises(IndexError):
+        texts[9]

@@ -11,7 +11,7 @@ import tiny_config
 from rac3.artifacts.workdir import Workdir
 from rac3.cli import run
 from rac3.config import InputError, load_config_module
-from rac3.devices.cluster import Scale
+from rac3.devices.cluster import Cluster
 from rac3.plan.offline import _bytes, _seconds, plan
 from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.exact import Exact
@@ -43,7 +43,7 @@ def test_scann_of_the_papers_memory_and_what_does_not_fit(tmp_path, capsys):
     cells = [cell.strip() for cell in table(scann, tmp_path)["index"]]
     # the float array twice, once to build from and once to reorder with, and a quarter of a byte per dimension
     assert f"{(2 * 150e6 * 768 * 4 + 150e6 * 768 / 4) / 1e9:.3g} GB" in cells
-    small = replace(scann, scale=replace(scann.scale, memory_gb=400.0))
+    small = replace(scann, cluster=replace(scann.cluster, memory_gb=400.0))
     with pytest.raises(InputError, match=r"index: Scann takes 950 GB .* a host has 400 GB; use retriever:exact"):
         table(small, tmp_path)
     assert "ingest" in capsys.readouterr().out  # the table stands above the line
@@ -54,7 +54,7 @@ def test_blocks_that_no_gpu_holds(tmp_path):
     # a device holds two blocks of 2 bytes x 768 at least
     huge = replace(PAPER, retriever=Exact(dtype="bfloat16", block_rows=100_000_000))
     with pytest.raises(InputError, match=r"retrieve: Exact takes 307 GB of each GPU's memory, which is 80 GB; lower"):
-        table(replace(huge, scale=replace(huge.scale, memory_gb=1e4)), tmp_path)
+        table(replace(huge, cluster=replace(huge.cluster, memory_gb=1e4)), tmp_path)
 
 
 def test_documents_are_counted_or_asked_for(tmp_path):
@@ -62,8 +62,8 @@ def test_documents_are_counted_or_asked_for(tmp_path):
     # 12 seen entities of 3 documents; 4 unseen ones join the memory
     first = plan(tiny, Workdir(tmp_path / "work", "tiny")).splitlines()[0]
     assert "36 train + 12 memory documents" in first
-    unknown = replace(PAPER, scale=Scale())
-    with pytest.raises(InputError, match=r"train has is known once it is ingested; say --scale\.documents N"):
+    unknown = replace(PAPER, cluster=Cluster())
+    with pytest.raises(InputError, match=r"train has is known once it is ingested; say --cluster\.documents N"):
         table(unknown, tmp_path)
 
 
@@ -95,9 +95,9 @@ def test_a_retriever_that_does_not_say_what_it_needs(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"hosts": 0}, "hosts=0 must be above 0"),
-        ({"gpu_tflops": 0.0}, r"gpu_tflops=0.0 must be above 0"),
-        ({"decode_images_per_second": 0.0}, "decode_images_per_second=0.0 must be above 0"),
+        ({"hosts": 0}, "hosts=0 is not above 0; use a positive"),
+        ({"gpu_tflops": 0.0}, r"gpu_tflops=0.0 is not above 0"),
+        ({"decode_images_per_second": 0.0}, "decode_images_per_second=0.0 is not above 0"),
         ({"utilization": 1.5}, "outside"),
         ({"utilization": 0.0}, "outside"),
         ({"gpus": -1}, "gpus=-1 is neg"),
@@ -105,9 +105,9 @@ def test_a_retriever_that_does_not_say_what_it_needs(tmp_path):
         ({"memory_gb": -1.0}, r"memory_gb=-1.0 is neg"),
     ],
 )
-def test_bad_scale(wrong, message):
+def test_bad_cluster(wrong, message):
     with pytest.raises(InputError, match=message):
-        Scale(**wrong)
+        Cluster(**wrong)
 
 
 def cells(experiment, folder) -> dict[str, list[str]]:
@@ -167,14 +167,14 @@ def test_ids_beyond_two_bytes_take_four(tmp_path):
 def test_a_stage_is_as_slow_as_the_slowest_of_its_parts(tmp_path):
     """A tenth of a second for pictures on ten cores; with slow cores the model; with huge pictures the disks."""
     tiny = tiny_config.get_config()
-    base = Scale(cores=10, memory_gb=100.0, core_gflops=1e6, decode_images_per_second=48.0)
-    flops = float(cells(replace(tiny, scale=base), tmp_path)["ingest"][0])
-    for scale, limit, seconds in (
+    base = Cluster(cores=10, memory_gb=100.0, core_gflops=1e6, decode_images_per_second=48.0)
+    flops = float(cells(replace(tiny, cluster=base), tmp_path)["ingest"][0])
+    for cluster, limit, seconds in (
         (base, "decoding", 48 / (10 * 48)),
         (replace(base, core_gflops=1e-3), "the model", flops / (10 * 1e6 * 0.4)),
         (replace(base, image_kilobytes=1e9), "disks", 48 * 1e12 / 2e9),
     ):
-        row = cells(replace(tiny, scale=scale), tmp_path)["ingest"]
+        row = cells(replace(tiny, cluster=cluster), tmp_path)["ingest"]
         assert row[2] == limit
         number, unit = row[1].split()
         size = {"s": 1, "min": 60, "h": 3600, "days": 86_400}[unit]
@@ -184,10 +184,10 @@ def test_a_stage_is_as_slow_as_the_slowest_of_its_parts(tmp_path):
 def test_indexes_are_built_on_one_host_and_hold_all_parts(tmp_path):
     """Build memory is that of the largest part, search memory that of all; a cluster does not build any faster."""
     tiny = tiny_config.get_config()
-    scale = Scale(documents=3_000_000, memory_documents=1_000_000, cores=10, memory_gb=1000.0)
-    scann = replace(tiny, retriever=Scann(), scale=scale)
+    cluster = Cluster(documents=3_000_000, memory_documents=1_000_000, cores=10, memory_gb=1000.0)
+    scann = replace(tiny, retriever=Scann(), cluster=cluster)
     needs = [scann.retriever.needs(count, 64) for count in (3_000_000, 1_000_000)]
-    one, two = (cells(replace(scann, scale=replace(scale, hosts=hosts)), tmp_path) for hosts in (1, 2))
+    one, two = (cells(replace(scann, cluster=replace(cluster, hosts=hosts)), tmp_path) for hosts in (1, 2))
     assert one["index"][3] == f"{needs[0].build_bytes / 1e9:.3g} GB"
     assert one["index"][1] == two["index"][1]
     held = min(2**30, 4e6 * 64 * 4)
@@ -214,13 +214,15 @@ def test_times_have_a_unit(number, shown):
 
 
 def test_the_cluster_is_the_product_of_its_parts():
-    scale = Scale(hosts=3, cores=10, memory_gb=64.0, core_gflops=20.0, decode_images_per_second=7.0, utilization=0.5)
-    assert scale.cpu_flops == 3 * 10 * 20e9 * 0.5
-    assert scale.device_flops == scale.cpu_flops
-    assert scale.decoded_per_second == 3 * 10 * 7
-    assert scale.host_bytes == 64e9
-    gpus = replace(scale, gpus=8, gpu_tflops=100.0)
+    cluster = Cluster(
+        hosts=3, cores=10, memory_gb=64.0, core_gflops=20.0, decode_images_per_second=7.0, utilization=0.5
+    )
+    assert cluster.cpu_flops == 3 * 10 * 20e9 * 0.5
+    assert cluster.device_flops == cluster.cpu_flops
+    assert cluster.decoded_per_second == 3 * 10 * 7
+    assert cluster.host_bytes == 64e9
+    gpus = replace(cluster, gpus=8, gpu_tflops=100.0)
     assert gpus.device_flops == 3 * 8 * 100e12 * 0.5
-    assert gpus.cpu_flops == scale.cpu_flops
-    assert Scale().host_cores >= 1
-    assert Scale().host_bytes > 1e8
+    assert gpus.cpu_flops == cluster.cpu_flops
+    assert Cluster().host_cores >= 1
+    assert Cluster().host_bytes > 1e8

@@ -19,6 +19,7 @@ from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import Memory, MemoryPart
 from rac3.retrieval.retriever import (
+    Chosen,
     Index,
     Planned,
     Queries,
@@ -418,6 +419,13 @@ def test_fixed_gives_the_named_documents_in_their_order(tmp_path: Path):
         Fixed().open(memory.parts[0], tmp_path)
     with pytest.raises(InputError, match="twice"):
         Fixed(("a", "a"))
+
+
+@pytest.mark.parametrize(
+    "retriever", [Exact(), Faiss(), Fixed(("a",)), NoRetriever(), Random(), Scann(), WordOverlap()], ids=repr
+)
+def test_fixed_alone_has_documents_that_a_person_has_named(retriever: Retriever):
+    assert isinstance(retriever, Chosen) == isinstance(retriever, Fixed)
 
 
 def test_queries_have_one_key_vector_and_text_each():

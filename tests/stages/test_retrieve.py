@@ -22,7 +22,7 @@ from rac3.retrieval.retriever import Queries, ranked
 from rac3.retrieval.selection import Selection
 from rac3.stages.embed import document_embeddings, embed, open_documents, open_queries
 from rac3.stages.ingest import ingest
-from rac3.stages.memory import Keys, OpenMemory, Texts, withdrawn_rows
+from rac3.stages.memory import OpenMemory, withdrawn_rows
 from rac3.stages.retrieve import index, read_neighbors, retrieve
 
 PARTS = ("text", "image")
@@ -277,19 +277,6 @@ def test_two_keys_of_one_hash_are_told_apart(made: Made, monkeypatch: pytest.Mon
         type(store), "column", lambda self, name: np.repeat(column(self, name)[8:9], 13) if "key" in name else ...
     )
     assert withdrawn_rows(made.experiment, store, "train").tolist() == [8]
-
-
-def test_texts_and_keys_are_those_of_the_documents(made: Made):
-    store = open_documents(made.experiment, made.workdir, "train")
-    texts, keys = Texts(store), Keys(store)
-    assert list(texts) == [each.text for each in DOCUMENTS["train"]]
-    assert keys[2:9:3] == ["t2", "t5", "t8"]
-    assert keys[-1] == "t12"
-    assert [keys.index(key) for key in ("t0", "t9")] == [0, 9]
-    with pytest.raises(ValueError, match="'m0' is not a key"):
-        keys.index("m0")
-    with pytest.raises(IndexError):
-        texts[13]
 
 
 def test_a_document_is_found_by_its_global_id(made: Made):
