@@ -258,7 +258,7 @@ class Run:
     @property
     def params(self) -> PyTree:
         """The parameters that `train` ended with, laid out over this machine's mesh."""
-        return self._open(recipes.train(self.trained), self._restore)
+        return self._open(self.training_recipe, self._restore)
 
     def _restore(self, folder: Path) -> PyTree:
         config = self.experiment.mesh
@@ -298,9 +298,23 @@ class Run:
             self.withdrawn_rows("train"),
         )
 
+    @property
+    def training_recipe(self) -> Recipe:
+        """Of the model, which may have been trained with another retriever than this run has."""
+        return recipes.train(self.trained)
+
+    @property
+    def evaluation_recipe(self) -> Recipe:
+        """Of the evaluation of that model with this run's retriever."""
+        return recipes.evaluation(self.experiment, self.trained)
+
     def trained_model(self) -> Artifact:
         """The artifact of the model."""
-        return self._require(recipes.train(self.trained))
+        return self._require(self.training_recipe)
+
+    def evaluation(self) -> Artifact:
+        """The artifact of the evaluation."""
+        return self._require(self.evaluation_recipe)
 
     def training_metrics(self) -> list[dict[str, float]]:
         """One record for each logged step of the training: `step`, `loss`, `loss/main/image` (nats per token), ..."""
@@ -423,9 +437,9 @@ def describe(run: Run) -> None:
 
 def _with_absolute_paths(experiment: Experiment) -> Experiment:
     """A notebook runs in another folder than the command did."""
-    folders = {name: _absolute(getattr(experiment, name)) for name in ("data_dir", "takedowns")}
+    folders: dict[str, Any] = {name: _absolute(getattr(experiment, name)) for name in ("data_dir", "takedowns")}
     text = replace(experiment.text, checkpoint=_absolute(experiment.text.checkpoint))
-    frozen = {
+    frozen: dict[str, Any] = {
         name: replace(config, checkpoint=_absolute(config.checkpoint))
         for name, config in (("vqgan", experiment.vqgan), ("clip", experiment.clip))
         if isinstance(config, FrozenVQGAN | FrozenCLIP)

@@ -46,7 +46,7 @@ def collect(run: Run) -> dict[str, Any]:
     models, experiment = comparisons(run), run.experiment
     for compared in models.values():
         compared.trained_model()
-        compared.artifact(recipes.evaluation, compared.trained)
+        compared.evaluation()
     values = {name: evaluate(compared) for name, compared in models.items()}
     k = experiment.evaluation.num_retrieved
     recall = {split: entity_recall(run, split, k) for split in SPLITS}
@@ -122,8 +122,8 @@ def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
             for split in splits
             if experiment.data.role(split) != "memory"
         ],
-        **{f"train {each.trained.model_name}": [recipes.train(each.trained)] for each in models.values()},
-        "evaluate": [each.recipe(recipes.evaluation, each.trained) for each in models.values()],
+        **{f"train {each.trained.model_name}": [each.training_recipe] for each in models.values()},
+        "evaluate": [each.evaluation_recipe for each in models.values()],
     }
     seconds = {}
     for stage, needed in made.items():

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from rac3 import recipes
 from rac3.documents.document import Document, Image, prepare_image
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, nearest_entities
@@ -43,7 +42,7 @@ class Samples:
         items = documents.many(range(min(len(documents), run.experiment.evaluation.documents, SHOWN)))
         rows, images = {}, {}
         for name, model in models.items():
-            folder = model.artifact(recipes.evaluation, model.trained).folder
+            folder = model.evaluation().folder
             rows[name] = json.loads((folder / f"{split}.json").read_text())[: len(items)]
             images[name] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
         return cls(run, split, items, rows, images)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT
 from rac3.documents.document import Image, Text
@@ -56,7 +55,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     Raises:
       InputError: the model is not trained yet, or its checkpoint has another shape.
     """
-    recipe = run.recipe(recipes.evaluation, run.trained)
+    recipe = run.evaluation_recipe
     artifact = run.workdir.find(recipe)
     if artifact is None:
         with run.workdir.write(recipe) as draft:
@@ -65,7 +64,7 @@ def evaluate(run: Run) -> dict[str, Any]:
                 if split in run.experiment.data.sources():
                     metrics[split] = _evaluate_split(run, split, draft.folder)
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
-        artifact = run.artifact(recipes.evaluation, run.trained)
+        artifact = run.evaluation()
     return json.loads((artifact.folder / METRICS).read_text())
 
 
