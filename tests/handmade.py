@@ -19,6 +19,7 @@ from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
 from rac3.documents.document import Document, Image, Reject, Text
 from rac3.experiment import Experiment
+from rac3.run import Run
 from rac3.vqgan.codec import VQGANCodec
 
 WIDTH = 8
@@ -118,8 +119,6 @@ def plain_encoders(experiment: Experiment, folder: Path) -> Iterator[tuple[Workd
         with workdir.write(recipe):
             pass
     with pytest.MonkeyPatch.context() as patch:
-        for stage in ("embed", "audit"):
-            patch.setattr(f"rac3.stages.{stage}.open_clip", lambda *_: encoder)
-        for stage in ("ingest", "audit"):
-            patch.setattr(f"rac3.stages.{stage}.open_vqgan", lambda *_: PlainCodec())
+        patch.setattr(Run, "encoder", encoder)
+        patch.setattr(Run, "images", PlainCodec())
         yield workdir, encoder

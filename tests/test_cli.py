@@ -33,14 +33,13 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
-from rac3.stages.generate import Session
-from rac3.stages.memory import OpenMemory
+from rac3.run import Run
 
 TINY = str(ROOT / "tests" / "tiny_config.py")
 COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]
 
 Refused = Callable[..., str]
-Run = Callable[..., int]
+Command = Callable[..., int]
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -54,7 +53,7 @@ def tiny() -> Experiment:
 
 
 @pytest.fixture
-def refused(rac3: Run, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(rac3: Command, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Runs a command that must fail with one line and exit code 2, and leave `workdir` as it was; gives the line."""
 
     def run(*arguments: str, workdir: Path | None = None) -> str:
@@ -250,7 +249,7 @@ def test_the_real_command_says_one_line_too(tmp_path: Path):
     assert "rac3 encoders" in done.stderr
 
 
-def test_help_lists_what_can_be_set(rac3: Run, capsys: pytest.CaptureFixture[str]):
+def test_help_lists_what_can_be_set(rac3: Command, capsys: pytest.CaptureFixture[str]):
     assert rac3("--help") == 0
     assert "quickstart" in capsys.readouterr().out
     assert rac3("train", TINY, "--help") == 0
@@ -454,7 +453,7 @@ PREPARE = ["fit_encoders", "ingest", *["counts_line"] * 4, "embed", "index", "re
     ],
 )
 def test_a_stage_does_its_own_work_and_no_other(
-    stage: str, arguments: list[str], expected: list[str], called: Called, rac3: Run, tmp_path: Path
+    stage: str, arguments: list[str], expected: list[str], called: Called, rac3: Command, tmp_path: Path
 ):
     assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), "--seed", "3", *arguments) == 0
     assert [name for name, _ in called] == expected
@@ -465,7 +464,7 @@ def test_a_stage_does_its_own_work_and_no_other(
         assert experiments or name in ("summary", "retrieval_summary")
 
 
-def test_the_options_of_a_stage_reach_it(called: Called, rac3: Run, tmp_path: Path):
+def test_the_options_of_a_stage_reach_it(called: Called, rac3: Command, tmp_path: Path):
     place = ["--workdir", str(tmp_path / "new")]
     assert rac3("generate", TINY, *place, "--prompt", "a fox", "--samples", "3") == 0
     assert rac3("encoders", TINY, *place, "--report", "--report-images", "7") == 0
@@ -474,7 +473,7 @@ def test_the_options_of_a_stage_reach_it(called: Called, rac3: Run, tmp_path: Pa
     assert [given[2] for name, given in called if name == "encoders_report"] == [7]
 
 
-def test_the_quickstart_is_a_run_of_its_config(called: Called, rac3: Run, tmp_path: Path):
+def test_the_quickstart_is_a_run_of_its_config(called: Called, rac3: Command, tmp_path: Path):
     assert rac3("quickstart", "--seed", "3", "--workdir", str(tmp_path / "new")) == 0
     names = [name for name, _ in called]
     assert names == [*PREPARE, "train", "train", "evaluate_all", "collect", "summary", "report"]
@@ -483,7 +482,7 @@ def test_the_quickstart_is_a_run_of_its_config(called: Called, rac3: Run, tmp_pa
     )
 
 
-def test_training_makes_the_model_and_then_the_vanilla_one(called: Called, rac3: Run, tmp_path: Path):
+def test_training_makes_the_model_and_then_the_vanilla_one(called: Called, rac3: Command, tmp_path: Path):
     assert rac3("train", TINY, "--workdir", str(tmp_path / "new"), "--seed", "3") == 0
     experiments = [given[0] for _, given in called]
     own = replace(tiny(), seed=3, workdir=str(tmp_path / "new"))
@@ -493,7 +492,7 @@ def test_training_makes_the_model_and_then_the_vanilla_one(called: Called, rac3:
 
 @pytest.mark.parametrize("stage", ["evaluate", "generate", "report", "run"])
 def test_what_is_named_at_inference_is_not_what_the_model_was_trained_with(
-    stage: str, called: Called, rac3: Run, tmp_path: Path
+    stage: str, called: Called, rac3: Command, tmp_path: Path
 ):
     """But `run` trains with it. Everything else on the command line is of both."""
     (tmp_path / "keys.txt").write_text("a\n")
@@ -509,7 +508,9 @@ def test_what_is_named_at_inference_is_not_what_the_model_was_trained_with(
 
 
 @pytest.mark.parametrize("stage", ["run", "train", "prepare", "encoders"])
-def test_a_model_is_not_trained_on_codes_that_cannot_be_drawn(stage: str, called: Called, rac3: Run, tmp_path: Path):
+def test_a_model_is_not_trained_on_codes_that_cannot_be_drawn(
+    stage: str, called: Called, rac3: Command, tmp_path: Path
+):
     """The decoder is looked for before any work; encoding alone does without."""
     (tmp_path / "vqgan.ckpt").touch()
     arguments = ["--vqgan.checkpoint", str(tmp_path / "vqgan.ckpt"), "--workdir", str(tmp_path / "new")]
@@ -530,14 +531,16 @@ def test_a_mesh_of_other_devices_is_refused_before_any_work(
     assert called == []
 
 
-def test_debug_shows_the_traceback(rac3: Run):
+def test_debug_shows_the_traceback(rac3: Command):
     with pytest.raises(InputError, match="'pretrain' is unknown"):
         rac3("pretrain", TINY, "--debug")
     with pytest.raises(InputError, match="'pretrain' is unknown"):
         rac3("--debug", "pretrain", TINY)
 
 
-def test_an_error_of_ours_is_no_bad_input(rac3: Run, called: Called, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_an_error_of_ours_is_no_bad_input(
+    rac3: Command, called: Called, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     """It keeps its traceback."""
 
     def broken(*arguments: Any) -> None:
@@ -549,7 +552,7 @@ def test_an_error_of_ours_is_no_bad_input(rac3: Run, called: Called, monkeypatch
 
 
 def test_an_interrupt_has_its_own_exit_code(
-    rac3: Run, called: Called, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rac3: Command, called: Called, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -559,13 +562,13 @@ def test_an_interrupt_has_its_own_exit_code(
     assert capsys.readouterr().err == "rac3: interrupted; run the same command to go on\n"
 
 
-def test_a_second_run_makes_nothing(rac3: Run, workdir: Path):
+def test_a_second_run_makes_nothing(rac3: Command, workdir: Path):
     before = {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")}
     assert rac3("run", TINY, "--workdir", str(workdir)) == 0
     assert {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")} == before
 
 
-def test_the_retriever_is_swapped_on_the_command_line(rac3: Run, workdir: Path):
+def test_the_retriever_is_swapped_on_the_command_line(rac3: Command, workdir: Path):
     trained = tree(workdir / "train")
     for choice in ("exact", "random"):
         swap = ["--workdir", str(workdir), f"retriever:{choice}", "--retriever.num-neighbors", "16"]
@@ -583,7 +586,7 @@ def test_the_retriever_is_swapped_on_the_command_line(rac3: Run, workdir: Path):
 
 
 def test_documents_named_by_hand_are_all_in_context(
-    rac3: Run, refused: Refused, workdir: Path, capsys: pytest.CaptureFixture[str]
+    rac3: Command, refused: Refused, workdir: Path, capsys: pytest.CaptureFixture[str]
 ):
     keys = ["memory/000003", "train/000001", "train/000000"]
     prompt = ["--prompt", "a fox", "--samples", "1", "--workdir", str(workdir), "retriever:fixed", "--retriever.keys"]
@@ -594,7 +597,7 @@ def test_documents_named_by_hand_are_all_in_context(
     assert "selection.depth=" in refused("generate", TINY, *prompt, *map(str, range(9)))
     # Near-duplicates that redundancy avoidance would skip are kept too; but a training document is never its own.
     experiment = replace(tiny(), retriever=Fixed(tuple(keys)), selection=Selection(max_similarity=1e-6))
-    memory = OpenMemory(experiment, Workdir(workdir, "tiny"), ["train", "memory"])
+    memory = Run(experiment, Workdir(workdir, "tiny")).memory()
     queries = Queries(["a", "b"], memory.memory.parts[0].read(slice(0, 2)), ["", ""])
     ids = memory.retrieve(queries, np.array([-1, 1])).ids
     third = int(memory.memory.offsets[1]) + 3
@@ -604,7 +607,7 @@ def test_documents_named_by_hand_are_all_in_context(
 @pytest.mark.parametrize(("shown", "hidden"), [("text", "is_image"), ("image", "is_text")])
 def test_a_prompt_has_one_modality_of_what_is_retrieved(shown: str, hidden: str, workdir: Path):
     experiment = replace(tiny(), batches=replace(tiny().batches, retrieved=shown))
-    session = Session.open(experiment, Workdir(workdir, "tiny"), tiny())
+    session = Run(experiment, Workdir(workdir, "tiny"), tiny())
     found = session.retrieve("a fox", k=2)
     assert len(found) == 2
     sequences = session._sequences(found)
@@ -615,7 +618,7 @@ def test_a_prompt_has_one_modality_of_what_is_retrieved(shown: str, hidden: str,
         assert (vocabulary.is_text(sequence.ids) | vocabulary.is_image(sequence.ids)).any()
 
 
-def test_a_retriever_of_ones_own(rac3: Run, tmp_path: Path, workdir: Path):
+def test_a_retriever_of_ones_own(rac3: Command, tmp_path: Path, workdir: Path):
     """The example of the README, over the tiny config rather than the quickstart."""
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)]
     example = example.replace("from rac3.configs.quickstart import get_config as base", "base = lambda: tiny")
@@ -631,7 +634,9 @@ def test_a_retriever_of_ones_own(rac3: Run, tmp_path: Path, workdir: Path):
 
 
 @pytest.mark.shared_data
-def test_damaged_documents_are_counted(rac3: Run, refused: Refused, tmp_path: Path, workdir: Path, shared_data: Path):
+def test_damaged_documents_are_counted(
+    rac3: Command, refused: Refused, tmp_path: Path, workdir: Path, shared_data: Path
+):
     damaged = str(shared_data / "emoji-captions-corrupt")  # whole: with another data_dir encoders are fitted again
     body = (
         "from rac3.documents.webdataset import WebDataset\n"
@@ -653,7 +658,7 @@ def test_damaged_documents_are_counted(rac3: Run, refused: Refused, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")  # it restores onto the mesh that it was saved from
-def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, rac3: Run, finished_workdir: tuple[Path, Path]):
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, rac3: Command, finished_workdir: tuple[Path, Path]):
     """Bit for bit: the VQGAN, with all that its fitting carries along, and the model."""
     steps = {"--vqgan.fit.steps": "60", "--training.steps": "20", "--training.checkpoint-every": "5"}
     settings = [word for pair in steps.items() for word in pair] + ["--no-compare-with-cm3"]

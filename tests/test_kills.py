@@ -22,9 +22,7 @@ from rac3.clip.encoder import query_dropout_keys
 from rac3.config import InputError, load_config_module
 from rac3.documents.store import TokenizedDocument
 from rac3.experiment import Experiment
-from rac3.stages.embed import document_embeddings, open_documents, open_queries
-from rac3.stages.encoders import open_clip, open_text, open_vqgan
-from rac3.stages.retrieve import read_neighbors
+from rac3.run import Run
 
 STAGES = ("documents", "embeddings", "queries", "neighbors")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -182,13 +180,13 @@ def test_documents_are_those_of_the_source_in_its_order(split: str, opened: tupl
     experiment, workdir = opened
     source = experiment.data.sources()[split]
     expected = [document for shard in source.shards(Path()) for document in source.read(Path(), shard)]
-    store = open_documents(experiment, workdir, split)
+    store = Run(experiment, workdir).documents(split)
     found = store.many(range(len(store)))
     assert [item.document for item in found] == expected
-    tokenizer = open_text(experiment, workdir)
+    tokenizer = Run(experiment, workdir).tokenizer
     for item in found:
         assert item.ids[0].tolist() == tokenizer.encode(item.document.text)
-    codes = open_vqgan(experiment, workdir).encode([document.images[0] for document in expected])
+    codes = Run(experiment, workdir).images.encode([document.images[0] for document in expected])
     np.testing.assert_array_equal(np.stack([item.ids[1] for item in found]), codes)
 
 
@@ -196,9 +194,9 @@ def test_documents_are_those_of_the_source_in_its_order(split: str, opened: tupl
 def test_vectors_are_the_encoders_own_of_the_same_row(split: str, opened: tuple[Experiment, Workdir]):
     """Stored in int8: each number within half a 127th of the row's largest."""
     experiment, workdir = opened
-    store = open_documents(experiment, workdir, split)
+    store = Run(experiment, workdir).documents(split)
     documents = [item.document for item in store.many(range(len(store)))]
-    clip, texts = open_clip(experiment, workdir), [document.text for document in documents]
+    clip, texts = Run(experiment, workdir).encoder, [document.text for document in documents]
     images = [document.images[0] for document in documents]
     text, image = clip.embed_texts(texts), clip.embed_images(images)
     found = {}
@@ -212,8 +210,8 @@ def test_vectors_are_the_encoders_own_of_the_same_row(split: str, opened: tuple[
         dropout = {"drop_keys": keys, "drop_rate": experiment.query_dropout}
         text, image = clip.embed_texts(texts, **dropout), clip.embed_images(images, **dropout)
     if split != "memory":
-        found["text"] = open_queries(experiment, workdir, split, "text")[:], text
-        found["image"] = open_queries(experiment, workdir, split, "image")[:], image
+        found["text"] = Run(experiment, workdir).queries(split, "text")[:], text
+        found["image"] = Run(experiment, workdir).queries(split, "image")[:], image
     for stored, expected in found.values():
         assert stored.shape == expected.shape
         step = np.abs(expected).max(1, keepdims=True) / 127
@@ -228,15 +226,15 @@ def test_neighbors_are_the_best_that_the_rules_allow(split: str, opened: tuple[E
     parts = ["train"] if split == "train" else ["train", "memory"]
     vectors, documents = [], []
     for part in parts:
-        vectors.append(document_embeddings(workdir.require(recipes.embeddings(experiment, part), "").folder)[:])
-        store = open_documents(experiment, workdir, part)
+        vectors.append(Run(experiment, workdir).embeddings(part)[:])
+        store = Run(experiment, workdir).documents(part)
         documents += store.many(range(len(store)))
     memory = np.concatenate(vectors)
     to_each_other = memory @ memory.T
-    ids, scores = (read_neighbors(experiment, workdir, split, name)[:] for name in ("ids", "scores"))
-    assert ids.shape == (len(open_documents(experiment, workdir, split)), 2, depth)
+    ids, scores = (Run(experiment, workdir).neighbors(split, name)[:] for name in ("ids", "scores"))
+    assert ids.shape == (len(Run(experiment, workdir).documents(split)), 2, depth)
     for number, part in enumerate(("text", "image")):
-        queries = open_queries(experiment, workdir, split, part)[:]
+        queries = Run(experiment, workdir).queries(split, part)[:]
         for row, to_query in enumerate(queries @ memory.T):
             own = row if split == "train" else None
             taken = [each for each in ids[row, number].tolist() if each >= 0]

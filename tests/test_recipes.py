@@ -34,7 +34,6 @@ from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
-from rac3.stages.evaluate import vanilla
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.objective import VQGANObjective
 from rac3.vqgan.perceptual import PerceptualConfig
@@ -386,7 +385,7 @@ def made(experiment: Experiment, trained: Experiment | None = None) -> dict[str,
     ):
         found |= {f"{stage} {split}": getattr(recipes, stage)(experiment, split) for split in splits}
     found |= {"train": recipes.train(trained), "evaluation": recipes.evaluation(experiment, trained)}
-    plain = vanilla(trained)
+    plain = trained.vanilla()
     found |= {"train cm3": recipes.train(plain), "evaluation cm3": recipes.evaluation(plain, plain)}
     return {stage: recipe.fingerprint for stage, recipe in found.items()}
 
@@ -486,13 +485,13 @@ def test_withdrawn_documents_at_inference_do_not_train_again(fitted: Experiment)
 
 
 def test_the_vanilla_cm3_reads_no_neighbors(fitted: Experiment):
-    assert set(recipes.train(vanilla(fitted)).inputs) == {"documents"}
+    assert set(recipes.train(fitted.vanilla()).inputs) == {"documents"}
     assert set(recipes.train(fitted).inputs) == {"documents", "neighbors"}
 
 
 def test_training_retrieves_from_the_training_documents_alone(fitted: Experiment):
-    assert recipes.memory_splits(fitted, "train") == ["train"]
-    assert recipes.memory_splits(fitted, "validation") == recipes.memory_splits(fitted, "test") == ["train", "memory"]
+    assert fitted.data.memory_splits("train") == ["train"]
+    assert fitted.data.memory_splits("validation") == fitted.data.memory_splits("test") == ["train", "memory"]
 
 
 def test_a_split_that_is_not_there_is_not_evaluated(fitted: Experiment):

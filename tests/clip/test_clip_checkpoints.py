@@ -24,6 +24,7 @@ from rac3.clip.checkpoints import (
 from rac3.clip.images import OPENAI_MEAN, ClipImages
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.config import InputError
+from rac3.run import Run
 from rac3.tokens.text import TextTokenizer
 
 TEXTS = ["a", "A photo of a  RED cat!", "two\nblue squares, 3.5 km", "", "naïve café 世界", "a red cat " * 20]
@@ -656,7 +657,6 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     from rac3.artifacts.workdir import Workdir
     from rac3.cli import run
     from rac3.config import load_config_module
-    from rac3.stages.encoders import open_clip
 
     config, finished = finished_workdir
     folder = shutil.copytree(finished, tmp_path / "tiny")
@@ -672,7 +672,7 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     experiment = load_config_module(str(config)).get_config()
     experiment = replace(experiment, clip=replace(experiment.clip, checkpoint=str(copy)))
     workdir = Workdir(folder, "tiny")
-    np.testing.assert_array_equal(open_clip(experiment, workdir).embed_texts(TEXTS), expected)
+    np.testing.assert_array_equal(Run(experiment, workdir).encoder.embed_texts(TEXTS), expected)
     queries = workdir.require(recipes.queries(experiment, "test"), "")
     assert queries.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint
 
@@ -680,11 +680,11 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     faster = replace(experiment, clip=replace(experiment.clip, dtype="bfloat16"))
     assert recipes.clip(faster) == recipes.clip(experiment)
     assert recipes.queries(faster, "test") != recipes.queries(experiment, "test")
-    rounded = open_clip(faster, workdir).embed_texts(TEXTS)
+    rounded = Run(faster, workdir).encoder.embed_texts(TEXTS)
     assert 1e-4 < np.abs(rounded - expected).max() < 0.03
 
     refitted = replace(experiment, seed=1, clip=replace(experiment.clip, max_logit_scale=7.0))
     assert recipes.clip(refitted) == recipes.clip(experiment)
     (copy / "merges.txt").write_text("another size")
     with pytest.raises(InputError, match="clip is stale"):
-        open_clip(experiment, workdir)
+        assert Run(experiment, workdir).encoder

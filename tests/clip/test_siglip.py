@@ -18,6 +18,7 @@ from rac3.clip.encoder import Encoder, SiglipText, query_dropout_keys
 from rac3.clip.model import drop_patches, drop_text_tokens
 from rac3.clip.siglip import SigLIP, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from rac3.config import InputError
+from rac3.run import Run
 from rac3.tokens.text import load_siglip_tokenizer
 
 TEXTS = ["a", "A photo of a  RED cat!", "two\nblue squares, 3.5 km", "", "naïve café 世界", "a red cat " * 20]
@@ -447,7 +448,6 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     from rac3.artifacts.workdir import Workdir
     from rac3.cli import run
     from rac3.config import load_config_module
-    from rac3.stages.encoders import open_clip
 
     config, finished = finished_workdir
     folder = shutil.copytree(finished, tmp_path / "tiny")
@@ -461,6 +461,6 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     experiment = load_config_module(str(config)).get_config()
     experiment = replace(experiment, clip=replace(experiment.clip, checkpoint=str(copy)))
     workdir = Workdir(folder, "tiny")
-    np.testing.assert_array_equal(open_clip(experiment, workdir).embed_texts(TEXTS), expected)
+    np.testing.assert_array_equal(Run(experiment, workdir).encoder.embed_texts(TEXTS), expected)
     queries = workdir.require(recipes.queries(experiment, "test"), "")
     assert queries.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint

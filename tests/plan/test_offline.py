@@ -16,6 +16,7 @@ from rac3.plan.offline import _bytes, _seconds, plan
 from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.scann import Scann
+from rac3.run import Run
 from rac3.vqgan.model import VQGAN
 
 PAPER = load_config_module(str(Path(__file__).parents[2] / "configs" / "ra_cm3_2_7b.py")).get_config()
@@ -23,7 +24,7 @@ PAPER = load_config_module(str(Path(__file__).parents[2] / "configs" / "ra_cm3_2
 
 def table(experiment, folder) -> dict[str, list[str]]:
     """Cells by stage; two blanks part the columns."""
-    lines = plan(experiment, Workdir(folder / "work", experiment.name)).splitlines()[3:]
+    lines = plan(Run(experiment, Workdir(folder / "work", experiment.name))).splitlines()[3:]
     return {cells[0]: cells[1:] for cells in ([c for c in line.split("  ") if c] for line in lines)}
 
 
@@ -60,7 +61,7 @@ def test_blocks_that_no_gpu_holds(tmp_path):
 def test_documents_are_counted_or_asked_for(tmp_path):
     tiny = tiny_config.get_config()
     # 12 seen entities of 3 documents; 4 unseen ones join the memory
-    first = plan(tiny, Workdir(tmp_path / "work", "tiny")).splitlines()[0]
+    first = plan(Run(tiny, Workdir(tmp_path / "work", "tiny"))).splitlines()[0]
     assert "36 train + 12 memory documents" in first
     unknown = replace(PAPER, cluster=Cluster())
     with pytest.raises(InputError, match=r"train has is known once it is ingested; say --cluster\.documents N"):
@@ -112,7 +113,7 @@ def test_bad_cluster(wrong, message):
 
 def cells(experiment, folder) -> dict[str, list[str]]:
     """As `table`, with the empty cells: FLOP, time, limited by, host memory, GPU memory, disk."""
-    head, *lines = plan(experiment, Workdir(folder / "work", experiment.name)).splitlines()[2:]
+    head, *lines = plan(Run(experiment, Workdir(folder / "work", experiment.name))).splitlines()[2:]
     starts = [head.index(name) for name in ("FLOP", "time", "limited by", "host memory", "GPU memory", "disk")]
     ends = [*starts[1:], None]
     return {line.split()[0]: [line[a:b].strip() for a, b in zip(starts, ends, strict=True)] for line in lines if line}

@@ -15,7 +15,7 @@ from rac3.documents.document import prepare_image
 from rac3.evaluation.reconstruction import psnr, ssim
 from rac3.report import encoders as report_encoders
 from rac3.report.encoders import EncodersReport, Reconstructed
-from rac3.stages.encoders import open_vqgan
+from rac3.run import Run
 
 
 def test_report_of_the_image_tokenizer(finished_workdir, capsys):
@@ -27,7 +27,7 @@ def test_report_of_the_image_tokenizer(finished_workdir, capsys):
     metrics = json.loads((workdir / "report" / "encoders.json").read_text())
     assert list(metrics) == ["train", "memory", "validation", "test"]
     experiment = tiny_config.get_config()
-    codec = open_vqgan(experiment, Workdir(workdir, "tiny"))
+    codec = Run(experiment, Workdir(workdir, "tiny")).images
     source = experiment.data.sources()["test"]
     images = [item.images[0].pixels() for item in source.read(workdir, source.shards(workdir)[0])][:5]
     truth = np.stack([prepare_image(image, codec.resolution) for image in images]).astype(float)
@@ -101,7 +101,7 @@ def test_the_table_and_the_plots_have_each_split(found: Reconstructed, finished_
     some = Reconstructed(
         found.truth[:2], np.array([[3, 3], [3, 3]]), found.drawn[:2], np.array([7.0, 9.0]), found.ssim[:2]
     )
-    codec = open_vqgan(experiment, workdir)
+    codec = Run(experiment, workdir).images
     html = report_encoders._numbers(experiment, codec, {"train": found, "test": some}, metrics)
     (table,) = Page(html).tables
     assert table == [

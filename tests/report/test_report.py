@@ -30,11 +30,10 @@ from rac3.report.plots import Line
 from rac3.report.samples import Samples
 from rac3.report.table import margin, verdict
 from rac3.retrieval.baselines import NoRetriever, Random
-from rac3.stages.embed import open_documents
-from rac3.stages.encoders import open_clip, open_vqgan
-from rac3.stages.evaluate import comparisons, vanilla
+from rac3.run import Run
+from rac3.stages.evaluate import comparisons
 from rac3.stages.evaluate_retrieval import entity_recall
-from rac3.stages.train import build_model, initializer
+from rac3.stages.train import initializer
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.metrics import read_metrics
 
@@ -59,7 +58,7 @@ def workdir(
 
 @pytest.fixture(scope="module")
 def path(experiment: Experiment, workdir: Workdir) -> Path:
-    return report(experiment, workdir)
+    return report(Run(experiment, workdir))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def test_metrics_stand_under_their_model_and_split(
 
     monkeypatch.setattr(rac3.report.experiment, "evaluate", evaluated)
     monkeypatch.setattr(rac3.report.experiment, "evaluate_encoders", lambda *_: {})
-    found = collect(experiment, workdir)
+    found = collect(Run(experiment, workdir))
     for name, number in (("ra_cm3", 10), ("cm3", 20), ("ra_cm3_random", 30)):
         assert found[name] == {
             "perplexity": {"image": 201 + number, "text": 202 + number},
@@ -165,10 +164,10 @@ def test_another_retriever_is_reported_with_the_model_that_was_trained(
 
     monkeypatch.setattr(rac3.report.experiment, "evaluate", evaluated)
     monkeypatch.setattr(rac3.report.experiment, "evaluate_encoders", lambda *_: {})
-    found = collect(random, workdir, experiment)
+    found = collect(Run(random, workdir, experiment))
     assert list(found)[:2] == ["ra_cm3_random", "cm3"]
-    assert seen == [(random, experiment), (vanilla(experiment), vanilla(experiment))]
-    assert found["retrieval"]["recall_at_2"] == entity_recall(random, workdir, "test", 2)
+    assert seen == [(random, experiment), (experiment.vanilla(), experiment.vanilla())]
+    assert found["retrieval"]["recall_at_2"] == entity_recall(Run(random, workdir), "test", 2)
 
 
 def test_facts_are_of_each_model(experiment: Experiment, workdir: Workdir, made_up: dict[str, Any]):
@@ -188,12 +187,12 @@ def test_metrics_are_those_of_the_pictures_and_captions(
     metrics: dict[str, Any], experiment: Experiment, workdir: Workdir
 ):
     """Accuracies and CLIP scores computed again from what was generated."""
-    encoder, entities = open_clip(experiment, workdir), experiment.data.train.entities()
+    encoder, entities = Run(experiment, workdir).encoder, experiment.data.train.entities()
     emblems = np.stack([draw_emblem(entity) for entity in entities]).astype(float)
     for name, (inference, model) in comparisons(experiment, experiment).items():
         folder = workdir.require(recipes.evaluation(inference, model), "").folder
         for split, which in (("validation", "seen"), ("test", "unseen")):
-            documents = [item.document for item in open_documents(experiment, workdir, split).many(range(4))]
+            documents = [item.document for item in Run(experiment, workdir).documents(split).many(range(4))]
             wanted = [document.text.split()[0] for document in documents]
             pictures = np.load(folder / f"{split}.npy")
             captions = [row["caption"] for row in json.loads((folder / f"{split}.json").read_text())]
@@ -227,7 +226,7 @@ def test_recall_is_that_of_the_neighbors(metrics: dict[str, Any], experiment: Ex
     memory = [
         item.document.metadata["entity"]
         for split in ("train", "memory")
-        for item in map(open_documents(experiment, workdir, split).__getitem__, range(36 if split == "train" else 12))
+        for item in map(Run(experiment, workdir).documents(split).__getitem__, range(36 if split == "train" else 12))
     ]
     folder = workdir.require(recipes.evaluation(experiment, experiment), "").folder
     rows = json.loads((folder / "test.json").read_text())  # all 4 test documents
@@ -272,7 +271,7 @@ def test_the_pictures_are_those_of_the_artifacts(shown: Page, experiment: Experi
     folder = workdir.require(recipes.evaluation(experiment, experiment), "").folder
     np.testing.assert_array_equal(drawn, np.load(folder / "test.npy"))
     truths = [np.asarray(PIL.Image.open(io.BytesIO(data))) for alt, data in pictures if alt == "truth"]
-    documents = open_documents(experiment, workdir, "test")
+    documents = Run(experiment, workdir).documents("test")
     np.testing.assert_array_equal(
         truths, [prepare_image(documents[i].document.images[0].pixels(), 40) for i in range(4)]
     )
@@ -280,7 +279,7 @@ def test_the_pictures_are_those_of_the_artifacts(shown: Page, experiment: Experi
         assert row["text"] in shown.text
         for key in row["retrieved"]["text"]:
             split, number = key.split("/")
-            texts = [item.document.text for item in open_documents(experiment, workdir, split).many(range(12))]
+            texts = [item.document.text for item in Run(experiment, workdir).documents(split).many(range(12))]
             if int(number) < len(texts):
                 assert any(alt.startswith("found") and alt.endswith(texts[int(number)]) for alt, _ in pictures)
 
@@ -446,13 +445,13 @@ def test_plots_show_each_model(made_up: dict[str, Any], monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def memory(experiment: Experiment, workdir: Workdir) -> list[Document]:
     """All documents of the memory, by memory id."""
-    parts = [open_documents(experiment, workdir, split) for split in ("train", "memory")]
+    parts = [Run(experiment, workdir).documents(split) for split in ("train", "memory")]
     return [item.document for part in parts for item in part.many(range(len(part)))]
 
 
 def test_cards_show_what_was_found_and_made(shown: Page, experiment: Experiment, workdir: Workdir, memory):
     """For each caption: what it retrieved and how similar that is, what each model drew, the truth."""
-    documents = [item.document for item in open_documents(experiment, workdir, "test").many(range(4))]
+    documents = [item.document for item in Run(experiment, workdir).documents("test").many(range(4))]
     ids = read_array(workdir.require(recipes.neighbors(experiment, "test"), "").folder / "ids")
     asked = Vectors(workdir.require(recipes.queries(experiment, "test"), "").folder / "text")[:]
     folders = [workdir.require(recipes.embeddings(experiment, split), "").folder for split in ("train", "memory")]
@@ -491,7 +490,7 @@ def test_cards_show_what_was_found_and_made(shown: Page, experiment: Experiment,
 
 def test_marks_say_what_is_right(experiment: Experiment, workdir: Workdir, memory: list[Document]):
     """Of samples made by hand; the first document has no text, so that the pictures are those of the other three."""
-    items = open_documents(experiment, workdir, "test").many(range(4))
+    items = Run(experiment, workdir).documents("test").many(range(4))
     names = [str(item.document.metadata["entity"]) for item in items]
     truths = [item.document.images[0].pixels() for item in items]
     same = [[document.metadata["entity"] for document in memory].index(name) for name in names]
@@ -539,10 +538,10 @@ def test_marks_say_what_is_right(experiment: Experiment, workdir: Workdir, memor
 
 
 def test_reconstructions_are_of_the_stored_codes(experiment: Experiment, workdir: Workdir):
-    items = open_documents(experiment, workdir, "test").many(range(4))
+    items = Run(experiment, workdir).documents("test").many(range(4))
     recipe = recipes.evaluation(experiment, experiment)
     pairs = Samples.open(experiment, workdir, "test", {"ra_cm3": recipe}).reconstructions()
-    codec = open_vqgan(experiment, workdir)
+    codec = Run(experiment, workdir).images
     for item, (original, again) in zip(items, pairs, strict=True):
         np.testing.assert_array_equal(original.pixels, item.document.images[0].pixels())
         drawn = codec.decode(item.ids[1][None])[0]
@@ -569,7 +568,7 @@ def test_captions_are_escaped(metrics: dict[str, Any]):
 
 def test_a_vanilla_cm3_alone(experiment: Experiment, workdir: Workdir):
     alone = replace(experiment, retriever=NoRetriever())
-    shown = Page(report(alone, workdir).read_text())
+    shown = Page(report(Run(alone, workdir)).read_text())
     metrics = json.loads((workdir.path / "report" / "metrics.json").read_text())
     assert "ra_cm3" not in metrics
     assert metrics["retrieval"] == {"recall_at_2": None, "validation": {"recall_at_2": None}}
@@ -580,7 +579,7 @@ def test_a_vanilla_cm3_alone(experiment: Experiment, workdir: Workdir):
 def test_what_is_missing_is_named_with_its_command(experiment: Experiment, workdir: Workdir):
     other = replace(experiment, evaluation=replace(experiment.evaluation, image_samples=3))
     with pytest.raises(InputError, match="run `rac3 evaluate`"):
-        collect(other, workdir)
+        collect(Run(other, workdir))
 
 
 def test_summary_shows_models_as_columns_and_skips_what_has_no_meaning(made_up: dict[str, Any]):

@@ -16,7 +16,7 @@ from rac3.experiment import Experiment
 from rac3.report import retrieval as report
 from rac3.report.plots import Line
 from rac3.report.retrieval import retrieval_report, retrieval_summary
-from rac3.stages.embed import open_documents
+from rac3.run import Run
 
 WAYS = ("text_to_image", "image_to_text", "text_to_document", "image_to_document")
 RULES = ("withdrawn", "main_document", "duplicate", "similar_to_main", "similar_to_query", "redundant")
@@ -86,10 +86,10 @@ def cards(experiment: Experiment, store: Workdir) -> list[Card]:
 
 def test_each_query_is_shown_with_what_it_retrieved(cards: list[Card], experiment: Experiment, store: Workdir):
     """By text, then by image: the five nearest documents of a plain search, with their similarities."""
-    documents = [item.document for item in open_documents(experiment, store, "validation").many(range(12))]
+    documents = [item.document for item in Run(experiment, store).documents("validation").many(range(12))]
     memory: list[Document] = []
     for split in ("train", "memory"):
-        store_of_split = open_documents(experiment, store, split)
+        store_of_split = Run(experiment, store).documents(split)
         memory += [item.document for item in store_of_split.many(range(len(store_of_split)))]
     folders = [store.require(recipes.embeddings(experiment, split), "").folder for split in ("train", "memory")]
     vectors = np.concatenate([Vectors(folder / "document")[:] for folder in folders])
@@ -190,7 +190,7 @@ def test_the_page_has_the_queries_of_each_split(
 ):
     monkeypatch.setattr(report, "evaluate_retrieval", lambda *_: metrics)
     monkeypatch.setattr(report, "_queries", lambda _, __, split: f"<p>those of {split}</p>")
-    path = retrieval_report(replace(experiment, name="mine"), Workdir(tmp_path, "mine"))
+    path = retrieval_report(Run(replace(experiment, name="mine"), Workdir(tmp_path, "mine")))
     assert path == tmp_path / "report" / "retrieval.html"
     html = path.read_text()
     assert "<h1>mine: retrieval</h1>" in html

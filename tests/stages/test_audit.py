@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tensorstore
-from handmade import CODES, WIDTH, document, experiment_of, plain_encoders
+from handmade import WIDTH, document, experiment_of, plain_encoders
 
 from rac3 import recipes
 from rac3.artifacts.arrays import read_array
@@ -22,12 +22,11 @@ from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
+from rac3.run import Run
 from rac3.stages.audit import audit
-from rac3.stages.embed import embed, open_documents
+from rac3.stages.embed import embed
 from rac3.stages.ingest import ingest
 from rac3.stages.retrieve import index, retrieve
-from rac3.stages.train import training_stream
-from rac3.tokens.vocabulary import Vocabulary
 
 TRAIN, MEMORY, HELD_OUT = 12, 4, 7
 SPLITS = {
@@ -68,7 +67,7 @@ class Made(NamedTuple):
     def leaks(self, experiment: Experiment | None = None) -> tuple[dict[str, int], list[str]]:
         """What the audit finds, each kind of leak with its number, and by name. Its file says the same as its error."""
         with pytest.raises(InputError, match=r"^leaks: ") as error:
-            audit(experiment or self.experiment, self.workdir)
+            audit(Run(experiment or self.experiment, self.workdir))
         found = json.loads((self.workdir.path / "report" / "audit.json").read_text())
         assert all(f"{count} x {what}" in str(error.value) for what, count in found["leaks"].items())
         assert found["named"][0] in str(error.value)
@@ -98,7 +97,7 @@ def made(clean: Made, tmp_path: Path) -> Made:
 
 
 def test_a_clean_run_has_no_leak_and_everything_was_looked_at(made: Made):
-    lines = audit(made.experiment, made.workdir).splitlines()
+    lines = audit(Run(made.experiment, made.workdir)).splitlines()
     assert lines[-1] == "audit: no leak"
     found = json.loads((made.workdir.path / "report" / "audit.json").read_text())
     assert found["leaks"] == {}
@@ -164,7 +163,7 @@ def test_a_training_document_that_retrieves_what_is_withdrawn(made: Made, tmp_pa
 @pytest.mark.parametrize("segment", [0, 1])
 def test_a_group_of_training_that_has_a_copy_of_the_main_text_or_image(segment: int, made: Made):
     """The copy has the same ids and, as a broken column would have it, another hash."""
-    store = open_documents(made.experiment, made.workdir, "train")
+    store = Run(made.experiment, made.workdir).documents("train")
     items = store.many(range(TRAIN))
     ids = list(items[0].ids)
     ids[segment] = items[9].ids[segment]
@@ -176,7 +175,7 @@ def test_a_group_of_training_that_has_a_copy_of_the_main_text_or_image(segment: 
     what = "group of training whose main image or text is among the retrieved"
     leaks, named = made.leaks()
     assert set(leaks) == {what}
-    stream = training_stream(made.experiment, made.workdir, Vocabulary(256, CODES))
+    stream = Run(made.experiment, made.workdir).training_stream()
     plan = stream.plan(0)
     groups = list(zip(plan.main.tolist(), plan.neighbors.tolist(), strict=True))[: 10 * TRAIN]
     together = sum((main == 9 and 0 in others) or (main == 0 and 9 in others) for main, others in groups)
@@ -222,14 +221,14 @@ def test_what_is_not_there_is_no_copy_of_a_target(made: Made):
     made.rewrite("documents", "test", "image_hashes", lambda hashes: hashes.put([5, 6], [0, first]))
     made.neighbor("test", 5, 0, 0, 2)
     made.rewrite("neighbors", "test", "ids", lambda ids: ids[6].fill(-1))
-    assert audit(made.experiment, made.workdir).endswith("audit: no leak")
+    assert audit(Run(made.experiment, made.workdir)).endswith("audit: no leak")
 
 
 def test_documents_that_a_person_names_may_be_similar(made: Made):
     named = replace(made.experiment, retriever=Fixed(("t1", "t2", "t3")), selection=Selection(0.001, LAST + 1))
     for stage in (index, retrieve):
         stage(named, made.workdir)
-    assert audit(named, made.workdir).endswith("audit: no leak")
+    assert audit(Run(named, made.workdir)).endswith("audit: no leak")
 
 
 @pytest.mark.parametrize(("stored", "other"), [("int8", 100), ("bfloat16", 0.9)])
@@ -240,7 +239,7 @@ def test_vectors_of_a_byte_or_two_per_number_are_no_leak(stored: str, other: flo
         stage(small.experiment, small.workdir)
     for kind, array in (("embeddings", "document"), ("queries", "text"), ("queries", "image")):
         assert read_array(small.folder(kind, "train") / array).dtype.name == stored
-    assert audit(small.experiment, small.workdir).endswith("audit: no leak")
+    assert audit(Run(small.experiment, small.workdir)).endswith("audit: no leak")
     small.rewrite("queries", "test", "image", lambda numbers: numbers[5].fill(other))
     assert small.leaks()[0] == {"test: image query that is not of the image alone": 1}
 
@@ -257,7 +256,7 @@ def test_a_similarity_is_a_leak_only_beyond_rounding(made: Made):
         if leaks:
             assert "more similar than max_similarity" in next(iter(made.leaks(near)[0]))
         else:
-            assert audit(near, made.workdir).endswith("audit: no leak")
+            assert audit(Run(near, made.workdir)).endswith("audit: no leak")
 
 
 def test_a_query_may_differ_by_the_rounding_of_its_encoder(made: Made):
@@ -268,7 +267,7 @@ def test_a_query_may_differ_by_the_rounding_of_its_encoder(made: Made):
     for each in (made, coarse):
         each.rewrite("queries", "test", "text", lambda vectors: np.add(vectors, [0.01] + [0] * 7, out=vectors))
     assert made.leaks()[0] == {"test: text query that is not of the text alone": HELD_OUT}
-    assert audit(coarse.experiment, coarse.workdir).endswith("audit: no leak")
+    assert audit(Run(coarse.experiment, coarse.workdir)).endswith("audit: no leak")
 
 
 def test_of_many_leaks_the_first_are_named_and_all_are_counted(made: Made, monkeypatch: pytest.MonkeyPatch):
@@ -286,4 +285,4 @@ def test_of_many_leaks_the_first_are_named_and_all_are_counted(made: Made, monke
 
 def test_nothing_is_audited_of_a_model_without_retrieval(made: Made):
     vanilla = replace(made.experiment, retriever=NoRetriever())
-    assert audit(vanilla, made.workdir) == "audit: retriever:none retrieves nothing"
+    assert audit(Run(vanilla, made.workdir)) == "audit: retriever:none retrieves nothing"

@@ -13,8 +13,7 @@ from rac3.clip.encoder import mix, query_dropout_keys
 from rac3.config import load_config_module
 from rac3.experiment import Split
 from rac3.retrieval.memory import MemoryPart
-from rac3.stages.embed import document_embeddings, open_documents, open_queries
-from rac3.stages.encoders import open_clip
+from rac3.run import Run
 
 
 @pytest.mark.parametrize(
@@ -34,8 +33,8 @@ def test_each_split_has_the_vectors_that_it_is_asked_for(
     kinds = {"embeddings": recipes.embeddings, "queries": recipes.queries}
     folders = {name: found.folder for name, kind in kinds.items() if (found := workdir.find(kind(experiment, split)))}
     assert {path.name for folder in folders.values() for path in folder.iterdir() if path.is_dir()} == names
-    documents = [item.document for item in open_documents(experiment, workdir, split).many(range(4))]
-    encoder = open_clip(experiment, workdir)
+    documents = [item.document for item in Run(experiment, workdir).documents(split).many(range(4))]
+    encoder = Run(experiment, workdir).encoder
     texts, images = [document.text for document in documents], [document.images[0] for document in documents]
     text, image = encoder.embed_texts(texts), encoder.embed_images(images)
     if "document" in names:
@@ -48,8 +47,8 @@ def test_each_split_has_the_vectors_that_it_is_asked_for(
             keys = query_dropout_keys(experiment.seed, [document.key for document in documents])
             dropout = {"drop_keys": keys, "drop_rate": experiment.query_dropout}
             text, image = encoder.embed_texts(texts, **dropout), encoder.embed_images(images, **dropout)
-        np.testing.assert_allclose(open_queries(experiment, workdir, split, "text")[:4], text, atol=1e-5, rtol=0)
-        np.testing.assert_allclose(open_queries(experiment, workdir, split, "image")[:4], image, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(Run(experiment, workdir).queries(split, "text")[:4], text, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(Run(experiment, workdir).queries(split, "image")[:4], image, atol=1e-5, rtol=0)
 
 
 def test_a_large_memory_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

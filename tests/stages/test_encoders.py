@@ -22,8 +22,9 @@ from rac3.documents.document import Document, Image, Picture, pixels_of, prepare
 from rac3.documents.world import World
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.experiment import Experiment
+from rac3.run import Run
 from rac3.stages import encoders
-from rac3.stages.encoders import fit_encoders, open_clip, open_text, open_vqgan
+from rac3.stages.encoders import fit_encoders
 from rac3.stages.fit.clip import IMAGES, clip_config
 from rac3.tokens.text import TextTokenizer
 from rac3.vqgan.checkpoints import VQGANCheckpoint
@@ -145,7 +146,7 @@ def test_each_encoder_reads_its_own_number_of_documents_evenly(
         with Workdir(tmp_path, "tiny").write(getattr(encoders.recipes, name)(experiment)):
             pass
     with pytest.raises(SeenError):
-        encoders.fit_encoders(experiment, Workdir(tmp_path, "tiny"))
+        encoders.fit_encoders(Run(experiment, Workdir(tmp_path, "tiny")))
     shards = [(source, shard) for source in (world, memory) for shard in source.shards(tmp_path)]
     assert len(shards) == 6
     expected = [document for source, shard in shards for document in list(source.read(tmp_path, shard))[:each]]
@@ -155,7 +156,7 @@ def test_each_encoder_reads_its_own_number_of_documents_evenly(
 @pytest.mark.parametrize("fit_on", [("train", "memory"), ("train",)])
 def test_no_held_out_document_is_read_while_encoders_are_fitted(fits: Fits, tmp_path: Path, fit_on: tuple[str, ...]):
     experiment = replace(TINY, data=replace(TINY.data, fit_on=fit_on))
-    fit_encoders(experiment, Workdir(tmp_path / "runs", "tiny"))
+    fit_encoders(Run(experiment, Workdir(tmp_path / "runs", "tiny")))
     assert fits.read == set(fit_on)
     held_out = {
         item.text
@@ -167,13 +168,13 @@ def test_no_held_out_document_is_read_while_encoders_are_fitted(fits: Fits, tmp_
 
 def test_only_what_is_missing_is_fitted(fits: Fits, tmp_path: Path):
     workdir = Workdir(tmp_path / "runs", "tiny")
-    fit_encoders(TINY, workdir)
+    fit_encoders(Run(TINY, workdir))
     assert not list((tmp_path / "runs").rglob("checkpoints"))
     fits.given, fits.read = {}, set()
-    fit_encoders(TINY, workdir)
+    fit_encoders(Run(TINY, workdir))
     assert (fits.given, fits.read) == ({}, set())
     other = replace(TINY, clip=replace(TINY.clip, max_logit_scale=7.0))
-    fit_encoders(other, workdir)
+    fit_encoders(Run(other, workdir))
     assert list(fits.given) == ["clip"]
 
 
@@ -181,7 +182,7 @@ def test_a_checkpoint_that_is_broken_fails_before_anything_is_fitted(fits: Fits,
     (tmp_path / "clip").mkdir()
     experiment = replace(TINY, clip=replace(TINY.clip, checkpoint=str(tmp_path / "clip")))
     with pytest.raises(InputError, match=r"clip' has no config\.json"):
-        fit_encoders(experiment, Workdir(tmp_path / "runs", "tiny"))
+        fit_encoders(Run(experiment, Workdir(tmp_path / "runs", "tiny")))
     assert (fits.given, fits.read) == ({}, set())
 
 
@@ -194,13 +195,13 @@ def test_what_is_opened_is_what_was_fitted_in_the_dtype_of_the_config(fits: Fits
         clip=replace(experiment.clip, dtype="bfloat16"),
     )
     workdir = Workdir(tmp_path / "runs", "tiny")
-    fit_encoders(experiment, workdir)
-    assert open_text(experiment, workdir).decode(open_text(experiment, workdir).encode(TEXTS[0])) == TEXTS[0]
+    fit_encoders(Run(experiment, workdir))
+    assert Run(experiment, workdir).tokenizer.decode(Run(experiment, workdir).tokenizer.encode(TEXTS[0])) == TEXTS[0]
 
     codes = np.random.default_rng(0).integers(0, model.n_embed, (3, model.tokens_per_image))
     drawn_in = {}
     for dtype, one in (("float32", experiment), ("bfloat16", half)):
-        codec = open_vqgan(one, workdir)
+        codec = Run(one, workdir).images
         assert codec.config == model
         assert (codec.codebook_size, codec.tokens_per_image, codec.resolution) == (24, 100, 40)
         decode = jax.jit(partial(VQGAN(model, dtype).apply, method="decode"))
@@ -211,7 +212,7 @@ def test_what_is_opened_is_what_was_fitted_in_the_dtype_of_the_config(fits: Fits
         assert error.max() < 0.51 if dtype == "float32" else error.mean() < 0.51
     assert np.mean(drawn_in["float32"] != drawn_in["bfloat16"]) > 0.1
 
-    exact, rough = (open_clip(one, workdir).embed_texts(TEXTS) for one in (experiment, half))
+    exact, rough = (Run(one, workdir).encoder.embed_texts(TEXTS) for one in (experiment, half))
     assert 1e-4 < np.abs(exact - rough).max() < 0.05
 
 
@@ -230,10 +231,10 @@ def test_a_checkpoint_is_converted_at_the_resolution_of_the_config(
     monkeypatch.setattr(encoders, "load_vqgan", load)
     experiment = replace(TINY, vqgan=replace(TINY.vqgan, checkpoint=str(path), resolution=24))
     workdir = Workdir(tmp_path / "runs", "tiny")
-    fit_encoders(experiment, workdir)
+    fit_encoders(Run(experiment, workdir))
     assert loaded == [(path, 24)]
     assert "vqgan" not in fits.given
-    assert open_vqgan(experiment, workdir).config == config
+    assert Run(experiment, workdir).images.config == config
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,9 @@ from rac3.experiment import Experiment, Split
 from rac3.generation.sampling import Sampling
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
+from rac3.retrieval.open_memory import OpenMemory
+from rac3.run import Run
 from rac3.stages import evaluate as stage
-from rac3.stages.embed import open_documents
 from rac3.stages.evaluate import (
     _accuracies,
     _captions,
@@ -43,10 +44,7 @@ from rac3.stages.evaluate import (
     evaluate,
     evaluate_all,
     evaluate_encoders,
-    vanilla,
 )
-from rac3.stages.memory import OpenMemory
-from rac3.stages.train import build_model, open_params
 
 TEXT, IMAGE = 0, 1  # the parts of a query
 FIRST_TEXT, FIRST_CODE, FIRST_MASK = 8, 308, 324  # of the tiny vocabulary: 8 specials, 300 text ids, 16 codes
@@ -77,7 +75,7 @@ def held_out(experiment: Experiment, store: Workdir) -> _HeldOut:
 @pytest.fixture(scope="module")
 def items(experiment: Experiment, store: Workdir) -> list[TokenizedDocument]:
     """The test documents, a caption and a picture each."""
-    return open_documents(experiment, store, "test").many(range(4))
+    return Run(experiment, store).documents("test").many(range(4))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ def neighbors(experiment: Experiment, store: Workdir) -> np.ndarray:
 @pytest.fixture(scope="module")
 def memory(experiment: Experiment, store: Workdir) -> list[TokenizedDocument]:
     """All documents of the memory, by memory id: the training documents, then the part of the unseen entities."""
-    parts = [open_documents(experiment, store, split) for split in ("train", "memory")]
+    parts = [Run(experiment, store).documents(split) for split in ("train", "memory")]
     assert [len(part) for part in parts] == [36, 12]
     return [item for part in parts for item in part.many(range(len(part)))]
 
@@ -311,7 +309,7 @@ def test_fewer_documents_in_context(
     held_out: _HeldOut, experiment: Experiment, store: Workdir, memory, calls, tmp_path: Path, split: Split, k: int
 ):
     """`num_retrieved` is how many are in the prompts and rows of either split, and the last of the perplexities."""
-    items = open_documents(experiment, store, split).many(range(2))
+    items = Run(experiment, store).documents(split).many(range(2))
     neighbors = read_array(store.require(recipes.neighbors(experiment, split), "").folder / "ids")
     few = replace(SETTINGS, num_retrieved=k, documents=2)
     metrics = _evaluate_split(replace(held_out, experiment=replace(experiment, evaluation=few)), split, tmp_path)
@@ -330,7 +328,7 @@ def test_fewer_documents_in_context(
 
 @pytest.mark.usefixtures("no_perplexity")
 def test_a_model_that_does_not_retrieve_has_nothing_in_context(experiment: Experiment, store: Workdir, calls, tmp_path):
-    alone = vanilla(experiment)
+    alone = experiment.vanilla()
     held_out = _HeldOut.open(alone, alone, store)
     assert held_out.memory is None
     metrics = _evaluate_split(replace(held_out, experiment=replace(alone, seed=0)), "test", tmp_path)
@@ -500,7 +498,7 @@ def test_a_document_longer_than_the_context_has_no_perplexity(
 def test_each_comparison_is_of_the_right_model_and_retriever(experiment: Experiment):
     cm3 = replace(experiment, retriever=NoRetriever())
     random = replace(experiment, retriever=Random(num_neighbors=16))
-    assert vanilla(experiment) == cm3
+    assert experiment.vanilla() == cm3
     assert comparisons(experiment, experiment) == {
         "ra_cm3": (experiment, experiment),
         "cm3": (cm3, cm3),
@@ -559,8 +557,7 @@ def test_the_control_has_the_trained_model_and_its_own_retriever(experiment: Exp
     assert _HeldOut.open(texts, experiment, store).builder.retrieved == "text"
     model = build_model(experiment, control.generator.vocabulary, 25)
     ours, theirs = (
-        jax.tree.leaves(open_params(each, store, model))
-        for each in (experiment, replace(random, retriever=NoRetriever()))
+        jax.tree.leaves(Run(each, store).params) for each in (experiment, replace(random, retriever=NoRetriever()))
     )
     held = jax.tree.leaves(control.generator.params)
     assert all(np.array_equal(a, b) for a, b in zip(held, ours, strict=True))
@@ -582,12 +579,12 @@ def test_an_evaluation_is_made_once_for_the_splits_that_there_are(
     random = replace(experiment, retriever=Random(num_neighbors=16))
     workdir = Workdir(tmp_path / "new", "tiny")
     for _ in range(2):
-        found = evaluate(random, experiment, workdir)
+        found = evaluate(Run(random, workdir, experiment))
         assert found == {"validation": {"documents": 1}, "test": {"documents": 2}}
     assert opened == [(random, experiment)]
     assert splits == [("held out", "validation"), ("held out", "test")]
     only = replace(experiment, data=replace(experiment.data, validation=None))
-    assert evaluate(only, only, workdir) == {"test": {"documents": 3}}
+    assert evaluate(Run(only, workdir)) == {"test": {"documents": 3}}
     folder = workdir.require(recipes.evaluation(only, only), "").folder
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "test.json", "manifest.json"}
 
@@ -596,10 +593,10 @@ def test_encoders_are_judged_on_the_first_held_out_documents(
     experiment: Experiment, store: Workdir, held_out: _HeldOut
 ):
     """PSNR of the pictures drawn again from their codes, and ranks among as many documents as are evaluated."""
-    found = evaluate_encoders(experiment, store)
+    found = evaluate_encoders(Run(experiment, store))
     assert list(found) == ["validation", "test"]
     for split in found:
-        documents = [item.document for item in open_documents(experiment, store, split).many(range(4))]
+        documents = [item.document for item in Run(experiment, store).documents(split).many(range(4))]
         pixels = np.stack([document.images[0].pixels() for document in documents])  # of the size of the VQGAN's
         codes = held_out.codec.encode(list(pixels))
         errors = ((held_out.codec.decode(codes) - pixels.astype(float)) ** 2).mean((1, 2, 3))

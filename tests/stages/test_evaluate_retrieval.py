@@ -15,10 +15,11 @@ from rac3.documents.document import Document, Image, Text
 from rac3.experiment import Experiment
 from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.memory import Memory, MemoryPart
+from rac3.retrieval.open_memory import OpenMemory
 from rac3.retrieval.retriever import Queries, Retriever, Tunable, no_candidates
 from rac3.retrieval.selection import Dropped
+from rac3.run import Run
 from rac3.stages import evaluate_retrieval as stage
-from rac3.stages.embed import open_documents
 from rac3.stages.evaluate_retrieval import (
     Questions,
     _entity_recalls,
@@ -29,12 +30,11 @@ from rac3.stages.evaluate_retrieval import (
     entity_recall,
     evaluate_retrieval,
 )
-from rac3.stages.memory import OpenMemory
 
 
 @pytest.fixture(scope="module")
 def opened(experiment: Experiment, store: Workdir) -> OpenMemory:
-    return OpenMemory(experiment, store, ["train", "memory"])
+    return Run(experiment, store).memory()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def vectors(experiment: Experiment, store: Workdir) -> np.ndarray:
 
 
 def entities(experiment: Experiment, store: Workdir, *splits: str) -> list[str]:
-    parts = [open_documents(experiment, store, split) for split in splits]
+    parts = [Run(experiment, store).documents(split) for split in splits]
     return [str(item.document.metadata["entity"]) for part in parts for item in part.many(range(len(part)))]
 
 
@@ -60,7 +60,7 @@ def test_entity_recall_is_that_of_the_selected_neighbors(experiment: Experiment,
     assert len(asked) == {"validation": 12, "test": 4}[split]
     shares = []
     for k in range(1, 9):
-        found = entity_recall(experiment, store, split, k)
+        found = entity_recall(Run(experiment, store), split, k)
         for number, part in enumerate(("text", "image")):
             hits = [
                 wanted in [remembered[i] for i in row[number, :k] if i >= 0]
@@ -72,9 +72,12 @@ def test_entity_recall_is_that_of_the_selected_neighbors(experiment: Experiment,
 
 
 def test_entity_recall_without_meaning_is_none(experiment: Experiment, store: Workdir):
-    assert entity_recall(replace(experiment, retriever=NoRetriever()), store, "test", 1) is None
-    assert entity_recall(replace(experiment, data=replace(experiment.data, test=None)), store, "test", 1) is None
-    assert entity_recall(replace(experiment, data=replace(experiment.data, entity_field="")), store, "test", 1) is None
+    assert entity_recall(Run(replace(experiment, retriever=NoRetriever()), store), "test", 1) is None
+    assert entity_recall(Run(replace(experiment, data=replace(experiment.data, test=None)), store), "test", 1) is None
+    assert (
+        entity_recall(Run(replace(experiment, data=replace(experiment.data, entity_field="")), store), "test", 1)
+        is None
+    )
 
 
 def test_recall_before_selection_is_that_of_a_plain_ranking(
@@ -275,7 +278,7 @@ def test_each_held_out_split_is_judged_by_its_own_vectors(
 ):
     store = Workdir(workdir, "tiny")
     monkeypatch.setattr(stage, "_search", lambda *_: {"points": []})
-    metrics = evaluate_retrieval(experiment, store)
+    metrics = evaluate_retrieval(Run(experiment, store))
     assert list(metrics["splits"]) == ["validation", "test"]
     assert list(metrics["selection"]) == ["train", "validation", "test"]
     for split, values in metrics["splits"].items():
@@ -288,4 +291,4 @@ def test_each_held_out_split_is_judged_by_its_own_vectors(
     counts = store.require(recipes.neighbors(experiment, "test"), "").manifest["counts"]
     assert metrics["selection"]["test"]["neighbors_per_query"] == counts["neighbors"] / 8
     monkeypatch.setattr(stage, "Questions", None)
-    assert evaluate_retrieval(experiment, store) == metrics  # read, not made again
+    assert evaluate_retrieval(Run(experiment, store)) == metrics  # read, not made again

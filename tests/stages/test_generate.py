@@ -21,24 +21,23 @@ from rac3.documents.store import TokenizedDocument
 from rac3.experiment import Experiment
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.fixed import Fixed
+from rac3.retrieval.open_memory import OpenMemory
 from rac3.retrieval.selection import Dropped, Selected
-from rac3.stages.embed import open_documents
-from rac3.stages.generate import GenerateConfig, Session, generate
-from rac3.stages.memory import OpenMemory
-from rac3.stages.train import open_params
+from rac3.run import Run
+from rac3.stages.generate import GenerateOptions, generate
 
 FIRST_TEXT, FIRST_CODE, FIRST_MASK = 8, 308, 324  # of the tiny vocabulary: 8 specials, 300 text ids, 16 codes
 PROMPT = "a fox on water in night"
 
 
 @pytest.fixture(scope="module")
-def session(experiment: Experiment, store: Workdir) -> Session:
-    return Session.open(experiment, store)
+def session(experiment: Experiment, store: Workdir) -> Run:
+    return Run(experiment, store)
 
 
 @pytest.fixture(scope="module")
 def memory(experiment: Experiment, store: Workdir) -> list[TokenizedDocument]:
-    parts = [open_documents(experiment, store, split) for split in ("train", "memory")]
+    parts = [Run(experiment, store).documents(split) for split in ("train", "memory")]
     return [item for part in parts for item in part.many(range(len(part)))]
 
 
@@ -52,7 +51,7 @@ def vectors(experiment: Experiment, store: Workdir) -> np.ndarray:
 @pytest.fixture(scope="module")
 def pixels(experiment: Experiment, store: Workdir) -> np.ndarray:
     """A picture that the memory does not hold."""
-    return open_documents(experiment, store, "test")[0].document.images[0].pixels()
+    return Run(experiment, store).documents("test")[0].document.images[0].pixels()
 
 
 @pytest.fixture
@@ -61,9 +60,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch, session: Session) -> None:
-    """`Session.open` gives the session that is open, whatever the experiment."""
-    monkeypatch.setattr(Session, "open", lambda *_: session)
+def opened(monkeypatch: pytest.MonkeyPatch, session: Run) -> None:
+    """`Run.open` gives the session that is open, whatever the experiment."""
+    monkeypatch.setattr(Run, "open", lambda *_: session)
 
 
 def nearest(query: np.ndarray, vectors: np.ndarray, k: int) -> list[tuple[int, float]]:
@@ -85,7 +84,7 @@ def before(memory: list[TokenizedDocument], found: list[tuple[int, float]]) -> l
     return [1, *(id for i, _ in found for id in spelled(memory[i]))]
 
 
-def drawn(session: Session, call: Call) -> list[np.ndarray]:
+def drawn(session: Run, call: Call) -> list[np.ndarray]:
     """The pictures of a call of one prompt, in the order of their samples."""
     return list(session.codec.decode(np.stack(call.out.ids) - FIRST_CODE))
 
@@ -94,7 +93,7 @@ def same_pictures(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return len(a) == len(b) and all(np.abs(x.astype(int) - y).max() <= 1 for x, y in zip(a, b, strict=True))
 
 
-def test_a_text_retrieves_the_nearest_documents(session: Session, memory, vectors: np.ndarray):
+def test_a_text_retrieves_the_nearest_documents(session: Run, memory, vectors: np.ndarray):
     query = session.encoder.embed_texts([PROMPT])[0]
     for k in (0, 1, 3):
         found = session.retrieve(PROMPT, k=k)
@@ -104,24 +103,24 @@ def test_a_text_retrieves_the_nearest_documents(session: Session, memory, vector
         assert [spelled(item.tokens) for item in found] == [spelled(memory[i]) for i, _ in wanted]
 
 
-def test_an_image_retrieves_the_nearest_documents(session: Session, memory, vectors: np.ndarray, pixels: np.ndarray):
+def test_an_image_retrieves_the_nearest_documents(session: Run, memory, vectors: np.ndarray, pixels: np.ndarray):
     wanted = nearest(session.encoder.embed_images([pixels])[0], vectors, 2)
     found = session.retrieve(image=pixels, k=2)
     assert [item.document.key for item in found] == [memory[i].document.key for i, _ in wanted]
     assert [i for i, _ in wanted] != [i for i, _ in nearest(session.encoder.embed_texts([PROMPT])[0], vectors, 2)]
 
 
-def test_spaces_around_a_prompt_change_nothing(session: Session, calls: list[Call]):
+def test_spaces_around_a_prompt_change_nothing(session: Run, calls: list[Call]):
     """Texts of documents have none."""
     bare, spaced = (
         [(found.document.key, found.score) for found in session.retrieve(text)] for text in ("a fox", " a fox\n")
     )
     assert spaced == bare
-    assert same_pictures(session.image("a fox", samples=3), session.image(" a fox\n", samples=3))
+    assert same_pictures(session.draw("a fox", samples=3), session.draw(" a fox\n", samples=3))
     assert calls[0].prompts == calls[1].prompts
 
 
-def test_a_query_is_a_text_or_an_image(session: Session, pixels: np.ndarray):
+def test_a_query_is_a_text_or_an_image(session: Run, pixels: np.ndarray):
     for text, image in (("", None), ("  ", None), ("a fox", pixels)):
         with pytest.raises(InputError, match="no text and no image, or both"):
             session.retrieve(text, image)
@@ -144,7 +143,7 @@ class Remembered(OpenMemory):
         return self.items[number]
 
 
-def test_what_has_nothing_to_show_is_passed_over(session: Session, memory):
+def test_what_has_nothing_to_show_is_passed_over(session: Run, memory):
     remembered = Remembered(memory[:4])
     whole = replace(session, memory=remembered)
     assert [(found.tokens, round(found.score, 2)) for found in whole.retrieve("a fox", k=3)] == [
@@ -166,9 +165,9 @@ def test_what_has_nothing_to_show_is_passed_over(session: Session, memory):
     ]
 
 
-def test_images_come_best_first(session: Session, calls: list[Call]):
+def test_images_come_best_first(session: Run, calls: list[Call]):
     """By the inner product of their CLIP vectors with that of the prompt."""
-    images = session.image(PROMPT, k=2, samples=6, seed=3)
+    images = session.draw(PROMPT, k=2, samples=6, seed=3)
     made = drawn(session, calls[0])
     scores = session.encoder.embed_images(made) @ session.encoder.embed_texts([PROMPT])[0]
     order = sorted(range(6), key=lambda number: -scores[number])
@@ -176,19 +175,19 @@ def test_images_come_best_first(session: Session, calls: list[Call]):
     assert same_pictures(images, [made[number] for number in order])
 
 
-def test_an_image_follows_what_its_caption_retrieved(session: Session, memory, vectors, calls: list[Call]):
+def test_an_image_follows_what_its_caption_retrieved(session: Run, memory, vectors, calls: list[Call]):
     wanted = nearest(session.encoder.embed_texts([PROMPT])[0], vectors, 2)
     text = [FIRST_TEXT + id for id in session.tokenizer.encode(PROMPT)]
     for k in (0, 1, 2):
         calls.clear()
-        session.image(PROMPT, k, samples=2)
+        session.draw(PROMPT, k, samples=2)
         ((prompt, samples, _),) = calls[0].samples(2)
         assert prompt == [*before(memory, wanted[:k]), 2, *text, 3]
         assert [len(sample) for sample in samples] == [25, 25]
         assert calls[0].sampling == session.experiment.evaluation.image_sampling
 
 
-def test_a_caption_follows_its_image(session: Session, memory, vectors, pixels, calls: list[Call]):
+def test_a_caption_follows_its_image(session: Run, memory, vectors, pixels, calls: list[Call]):
     """The most probable one, behind what the image retrieved."""
     sampling = replace(session.experiment.evaluation.caption_sampling, temperature=0.7)
     settings = replace(session.experiment.evaluation, caption_sampling=sampling, max_caption_tokens=5)
@@ -205,18 +204,18 @@ def test_a_caption_follows_its_image(session: Session, memory, vectors, pixels, 
         assert (calls[0].sampling, calls[0].grammar.count) == (sampling, 5)
 
 
-def test_samples_are_a_function_of_the_seed(session: Session, pixels: np.ndarray, calls: list[Call]):
+def test_samples_are_a_function_of_the_seed(session: Run, pixels: np.ndarray, calls: list[Call]):
     for seed in (0, 0, 1):
-        session.image(PROMPT, 0, 2, seed)
+        session.draw(PROMPT, 0, 2, seed)
         session.caption(pixels, 0, 2, seed)
     for first, again, other in (calls[::2], calls[1::2]):
         assert first.keys == again.keys
         assert not set(first.keys) & set(other.keys)
 
 
-def test_the_retriever_is_swapped_and_the_model_stays(experiment: Experiment, store: Workdir, session: Session):
+def test_the_retriever_is_swapped_and_the_model_stays(experiment: Experiment, store: Workdir, session: Run):
     random = replace(experiment, retriever=Random(num_neighbors=16))
-    swapped = Session.open(replace(random, batches=replace(experiment.batches, retrieved="text")), store, experiment)
+    swapped = Run(replace(random, batches=replace(experiment.batches, retrieved="text")), store, experiment)
     assert swapped.memory is not None
     assert (session.builder.retrieved, swapped.builder.retrieved) == ("document", "text")
     assert len(swapped.memory.memory) == 48
@@ -228,25 +227,25 @@ def test_the_retriever_is_swapped_and_the_model_stays(experiment: Experiment, st
     )
     assert first == again
     assert set(first) != set(other)  # each prompt has a draw of its own
-    alone = Session.open(replace(experiment, retriever=NoRetriever()), store)
+    alone = Run(replace(experiment, retriever=NoRetriever()), store)
     assert alone.memory is None
     assert alone.retrieve(PROMPT) == []
 
-    def table(session: Session) -> np.ndarray:
+    def table(session: Run) -> np.ndarray:
         return np.asarray(session.generator.params["params"]["token_embedding"])
 
-    trained = open_params(experiment, store, session.generator.model)["params"]["token_embedding"]
+    trained = Run(experiment, store).params["params"]["token_embedding"]
     for each, same in ((session, True), (swapped, True), (alone, False)):
         assert np.array_equal(table(each), trained) is same
 
 
 @pytest.mark.usefixtures("opened")
 def test_pictures_are_written_in_their_order(
-    experiment: Experiment, store: Workdir, session: Session, memory, vectors, calls: list[Call], tmp_path: Path
+    experiment: Experiment, store: Workdir, session: Run, memory, vectors, calls: list[Call], tmp_path: Path
 ):
     seeded = replace(experiment, seed=7)
-    config = GenerateConfig(prompt=" A fox, 2! ", samples=5, num_retrieved=1, out=str(tmp_path / "new" / "folder"))
-    said = generate(seeded, seeded, store, config).splitlines()
+    config = GenerateOptions(prompt=" A fox, 2! ", samples=5, num_retrieved=1, out=str(tmp_path / "new" / "folder"))
+    said = generate(Run(seeded, store), config).splitlines()
     ((found, score),) = nearest(session.encoder.embed_texts(["A fox, 2!"])[0], vectors, 1)
     document = memory[found].document
     files = [tmp_path / "new" / "folder" / f"a-fox--2--{rank}.png" for rank in range(5)]
@@ -257,8 +256,8 @@ def test_pictures_are_written_in_their_order(
     assert len(calls[0].prompts) == 5
     assert calls[0].prompts[0][: len(spelled(memory[found])) + 1] == [1, *spelled(memory[found])]
     pictures = [np.asarray(PIL.Image.open(path)) for path in files]
-    assert same_pictures(pictures, session.image(" A fox, 2! ", 1, 5, seed=7))
-    assert not same_pictures(pictures, session.image(" A fox, 2! ", 1, 5, seed=0))
+    assert same_pictures(pictures, session.draw(" A fox, 2! ", 1, 5, seed=7))
+    assert not same_pictures(pictures, session.draw(" A fox, 2! ", 1, 5, seed=0))
 
 
 @pytest.mark.usefixtures("opened")
@@ -269,8 +268,8 @@ def test_how_many_documents_are_in_context(
     """Two, or all that are named by hand, unless a number is given."""
     if retriever:
         experiment = replace(experiment, retriever=Fixed(tuple(f"train/{number:06d}" for number in range(retriever))))
-    config = GenerateConfig(prompt=PROMPT, samples=1, num_retrieved=asked, out=str(tmp_path))
-    said = generate(experiment, experiment, store, config)
+    config = GenerateOptions(prompt=PROMPT, samples=1, num_retrieved=asked, out=str(tmp_path))
+    said = generate(Run(experiment, store), config)
     assert said.count("retrieved ") == k
     assert calls[0].prompts[0].count(1) == k + 1  # <eod> before all, and after each
 
@@ -278,7 +277,7 @@ def test_how_many_documents_are_in_context(
 def test_an_image_of_ones_own_is_captioned(
     rac3: Callable[..., int],
     workdir: Path,
-    session: Session,
+    session: Run,
     memory,
     vectors: np.ndarray,
     pixels: np.ndarray,
@@ -308,13 +307,13 @@ def test_an_image_of_ones_own_is_captioned(
 
 @pytest.mark.usefixtures("opened")
 def test_the_seed_of_a_caption_is_that_of_the_experiment(
-    experiment: Experiment, store: Workdir, session: Session, pixels: np.ndarray, calls: list[Call], tmp_path: Path
+    experiment: Experiment, store: Workdir, session: Run, pixels: np.ndarray, calls: list[Call], tmp_path: Path
 ):
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, "PNG")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    config = GenerateConfig(image=str(tmp_path / "a.png"), samples=4, num_retrieved=1)
-    generate(replace(experiment, seed=7), experiment, store, config)
+    config = GenerateOptions(image=str(tmp_path / "a.png"), samples=4, num_retrieved=1)
+    generate(Run(replace(experiment, seed=7), store, experiment), config)
     session.caption(pixels, 1, 4, seed=7)
     assert calls[0].keys == calls[1].keys
     assert calls[0].prompts == calls[1].prompts
@@ -322,9 +321,9 @@ def test_the_seed_of_a_caption_is_that_of_the_experiment(
 
 @pytest.mark.usefixtures("opened")
 def test_more_documents_than_the_context_holds_are_refused(experiment: Experiment, store: Workdir, tmp_path: Path):
-    config = GenerateConfig(prompt=PROMPT, num_retrieved=6, out=str(tmp_path))
+    config = GenerateOptions(prompt=PROMPT, num_retrieved=6, out=str(tmp_path))
     with pytest.raises(InputError, match=r"a prompt of \d+ tokens and 25 to generate exceed the 192 positions"):
-        generate(experiment, experiment, store, config)
+        generate(Run(experiment, store), config)
     assert not list(tmp_path.iterdir())
 
 
@@ -332,5 +331,5 @@ def test_more_documents_than_the_context_holds_are_refused(experiment: Experimen
 def test_numbers_are_checked(fields: dict[str, int]):
     ((name, value),) = fields.items()
     with pytest.raises(InputError, match=f"{name}={value}"):
-        GenerateConfig(prompt="a fox", **fields)
-    assert GenerateConfig(num_retrieved=0, samples=1).num_retrieved == 0
+        GenerateOptions(prompt="a fox", **fields)
+    assert GenerateOptions(num_retrieved=0, samples=1).num_retrieved == 0

@@ -14,7 +14,7 @@ from rac3.artifacts.workdir import Artifact
 from rac3.config import InputError
 from rac3.documents.document import Document, Reject
 from rac3.experiment import Experiment
-from rac3.stages.embed import open_documents
+from rac3.run import Run
 from rac3.stages.ingest import counts_line, ingest
 from rac3.tokens.text import Tokenizer
 
@@ -49,9 +49,9 @@ def ingested(tmp_path: Path) -> Iterator[Ingested]:
         def run(shards: Sequence[Sequence[Document | Reject]] = SHARDS, **fields: object):
             experiment = experiment_of({"train": shards}, max_text_tokens=LIMIT, **fields)
             workdir, _ = stack.enter_context(plain_encoders(experiment, tmp_path / "workdir"))
-            ingest(experiment, workdir)
+            ingest(Run(experiment, workdir))
             artifact = workdir.require(recipes.documents(experiment, "train"), "")
-            store = open_documents(experiment, workdir, "train")
+            store = Run(experiment, workdir).documents("train")
             return experiment, artifact, store.many(range(len(store)))
 
         yield run
@@ -161,7 +161,7 @@ def test_counts_line(ingested: Ingested, tmp_path: Path):
 
     experiment, artifact, _ = ingested(max_reject_fraction=0.5)
     tokens = artifact.manifest["counts"]["tokens"]
-    line = counts_line(experiment, Workdir(tmp_path / "workdir", experiment.name), "train")
+    line = counts_line(Run(experiment, Workdir(tmp_path / "workdir", experiment.name)), "train")
     assert line == (
         f"5 documents, {tokens} tokens; filtered: 1 watermark, 1 unsafe, 2 small; "
         "rejects: 2 truncated image, 1 missing text"

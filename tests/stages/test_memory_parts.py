@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_config
+from rac3.stages.memory import withdrawn_rows
 
 from rac3 import recipes
 from rac3.artifacts.workdir import MANIFEST, Workdir
@@ -21,16 +22,13 @@ from rac3.documents.document import Document
 from rac3.documents.webdataset import WebDataset
 from rac3.documents.world import World
 from rac3.experiment import Data, Experiment
-from rac3.stages.embed import embed, open_documents, open_queries
-from rac3.stages.encoders import open_clip, open_text, open_vqgan
+from rac3.run import Run
+from rac3.stages.embed import embed
 from rac3.stages.evaluate_retrieval import evaluate_retrieval
-from rac3.stages.ingest import vocabulary_of
-from rac3.stages.memory import OpenMemory, withdrawn_rows
-from rac3.stages.retrieve import read_neighbors, retrieve
-from rac3.stages.train import training_stream
+from rac3.stages.retrieve import retrieve
 
 TINY = tiny_config.__file__
-Run = Callable[..., int]
+Command = Callable[..., int]
 
 pytestmark = pytest.mark.slow
 
@@ -55,10 +53,10 @@ def without_memory(experiment: Experiment) -> Experiment:
     return replace(experiment, data=replace(experiment.data, memory={}, fit_on=("train",)))
 
 
-def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path, rac3: Run, tmp_path: Path, capsys):
+def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path, rac3: Command, tmp_path: Path, capsys):
     """The test documents themselves, so that it shows in recall; nothing that was there is made again."""
     experiment = tiny_config.get_config()
-    tests = [item.document for item in open_documents(experiment, Workdir(workdir, "tiny"), "test").many(range(4))]
+    tests = [item.document for item in Run(experiment, Workdir(workdir, "tiny")).documents("test").many(range(4))]
     write_shard(tmp_path / "shards" / "00000.tar", tests)
     place, before = ["--workdir", str(workdir)], artifacts(workdir)
     added = ["--add-memory", f"news={tmp_path / 'shards'}"]
@@ -68,15 +66,15 @@ def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path,
     assert rac3("evaluate", TINY, *place, *added, "--task", "retrieval") == 0
     more, _ = parse("evaluate", experiment, [*added, *place])
     assert list(more.data.memory) == ["memory", "news"]
-    opened = OpenMemory(more, Workdir(workdir, "tiny"), recipes.memory_splits(more, "test"))
+    opened = Run(more, Workdir(workdir, "tiny")).memory("test")
     assert [part.name for part in opened.memory.parts] == ["train", "memory", "news"]
-    assert recipes.memory_splits(more, "train") == ["train"]
-    neighbors = read_neighbors(more, Workdir(workdir, "tiny"), "test")[:]
+    assert more.data.memory_splits("train") == ["train"]
+    neighbors = Run(more, Workdir(workdir, "tiny")).neighbors("test")[:]
     joined = neighbors >= opened.memory.offsets[2]
     assert joined.any()
     assert {opened.document(int(i)).document.text for i in neighbors[joined]} <= {each.text for each in tests}
     before_and_after = [
-        evaluate_retrieval(each, Workdir(workdir, "tiny"))["splits"]["test"]["entities"]["both"]["1"]
+        evaluate_retrieval(Run(each, Workdir(workdir, "tiny")))["splits"]["test"]["entities"]["both"]["1"]
         for each in (experiment, more)
     ]
     assert before_and_after[0] < before_and_after[1] == 1
@@ -92,7 +90,7 @@ def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path,
     assert sorted(path.split("/")[0] for path in artifacts(workdir) - made) == ["neighbors", "neighbors"]
 
 
-def test_retrieval_is_evaluated_with_any_retriever(workdir: Path, rac3: Run, capsys):
+def test_retrieval_is_evaluated_with_any_retriever(workdir: Path, rac3: Command, capsys):
     command = ["evaluate", TINY, "--workdir", str(workdir), "--task", "retrieval"]
     assert rac3(*command, "retriever:random", "--retriever.num-neighbors", "16") == 0
     assert "Random, as configured: " in capsys.readouterr().out
@@ -127,13 +125,13 @@ def test_encoders_depend_on_what_they_are_fitted_on_alone():
     assert recipes.train(grown) == recipes.train(experiment)
     left = replace(experiment, data=replace(experiment.data, withdrawn=("memory",)))
     assert recipes.clip(left) == recipes.clip(experiment)
-    assert recipes.memory_splits(left, "test") == ["train"]
+    assert left.data.memory_splits("test") == ["train"]
     assert recipes.clip(without_memory(experiment)) != recipes.clip(experiment)
 
 
-def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, rac3: Run, tmp_path: Path, capsys):
+def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, rac3: Command, tmp_path: Path, capsys):
     experiment, store = tiny_config.get_config(), Workdir(workdir, "tiny")
-    documents = open_documents(experiment, store, "train")
+    documents = Run(experiment, store).documents("train")
     gone = np.array([1, 5, 17])
     keys = [item.document.key for item in documents.many(gone.tolist())]
     takedowns = tmp_path / "keys.txt"
@@ -141,14 +139,12 @@ def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, r
     experiment = replace(experiment, takedowns=str(takedowns))
     np.testing.assert_array_equal(withdrawn_rows(experiment, documents, "train"), gone)
     assert rac3("retrieve", TINY, "--workdir", str(workdir), "--takedowns", str(takedowns)) == 0
-    before = {split: read_neighbors(tiny_config.get_config(), store, split)[:] for split in ("train", "test")}
-    after = {split: read_neighbors(experiment, store, split)[:] for split in ("train", "test")}
+    before = {split: Command(tiny_config.get_config(), store).neighbors(split)[:] for split in ("train", "test")}
+    after = {split: Command(experiment, store).neighbors(split)[:] for split in ("train", "test")}
     for split in before:
         assert np.isin(before[split], gone).any()
         assert not np.isin(after[split], gone).any()
-    stream = training_stream(
-        experiment, store, vocabulary_of(open_text(experiment, store), open_vqgan(experiment, store))
-    )
+    stream = Run(experiment, store).training_stream()
     plan = stream.plan(0)
     assert set(plan.main[: len(documents) - 3].tolist()) == set(range(len(documents))) - set(gone.tolist())
     next(stream.batches(StreamState()))
@@ -161,23 +157,22 @@ def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, r
 def test_each_view_of_a_query_has_a_dropout_of_its_own(workdir: Path):
     experiment, store = replace(tiny_config.get_config(), num_views=3, query_dropout=0.5), Workdir(workdir, "tiny")
     before = artifacts(workdir)
-    embed(experiment, store)
-    retrieve(experiment, store)
+    embed(Run(experiment, store))
+    retrieve(Run(experiment, store))
     assert sorted(path.split("/")[0] for path in artifacts(workdir) - before) == ["neighbors", "queries"]
-    documents = [item.document for item in open_documents(experiment, store, "train").many(range(4))]
-    encoder, vectors = open_clip(experiment, store), []
+    documents = [item.document for item in Run(experiment, store).documents("train").many(range(4))]
+    encoder, vectors = Run(experiment, store).encoder, []
     for view in range(3):
         keys = query_dropout_keys(experiment.seed, [document.key for document in documents], view)
         text = encoder.embed_texts([document.text for document in documents], drop_keys=keys, drop_rate=0.5)
-        vectors.append(open_queries(experiment, store, "train", f"text-{view}" if view else "text")[:4])
+        vectors.append(Run(experiment, store).queries("train", f"text-{view}" if view else "text")[:4])
         np.testing.assert_allclose(vectors[-1], text, atol=1e-5)
     assert not np.allclose(vectors[0], vectors[1], atol=1e-3)
     assert not np.allclose(vectors[1], vectors[2], atol=1e-3)
-    neighbors = read_neighbors(experiment, store, "train")[:]
+    neighbors = Run(experiment, store).neighbors("train")[:]
     assert neighbors.shape == (36, 6, experiment.selection.depth)
-    assert read_neighbors(experiment, store, "test").shape == (4, 2, experiment.selection.depth)
-    vocabulary = vocabulary_of(open_text(experiment, store), open_vqgan(experiment, store))
-    plan = training_stream(experiment, store, vocabulary).plan(0)
+    assert Run(experiment, store).neighbors("test").shape == (4, 2, experiment.selection.depth)
+    plan = Run(experiment, store).training_stream().plan(0)
     candidates = experiment.batches.candidates
     used = set()
     for document, drawn in zip(plan.main.tolist(), plan.neighbors.tolist(), strict=True):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from handmade import PlainEncoder, document, experiment_of, plain_encoders, unit, vector
+from rac3.stages.memory import withdrawn_rows
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
@@ -20,10 +21,10 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Queries, ranked
 from rac3.retrieval.selection import Selection
-from rac3.stages.embed import document_embeddings, embed, open_documents, open_queries
+from rac3.run import Run
+from rac3.stages.embed import embed
 from rac3.stages.ingest import ingest
-from rac3.stages.memory import OpenMemory, withdrawn_rows
-from rac3.stages.retrieve import index, read_neighbors, retrieve
+from rac3.stages.retrieve import index, retrieve
 
 PARTS = ("text", "image")
 RATE = 0.3
@@ -150,7 +151,7 @@ def test_a_document_has_the_vector_of_all_its_parts(split: Split, made: Made):
 def test_a_query_has_the_vector_of_one_part_alone(split: Split, made: Made):
     """Zeros where a document lacks it. Of two images the first asks, and all of the texts; in training with dropout."""
     for name in NAMES[split]:
-        stored = open_queries(made.experiment, made.workdir, split, name)[:]
+        stored = Run(made.experiment, made.workdir).queries(split, name)[:]
         np.testing.assert_allclose(stored, query_vectors(made, split, name), atol=1e-6, err_msg=name)
 
 
@@ -203,8 +204,8 @@ def neighbors_by_hand(made: Made, split: Split, row: int, query: np.ndarray) -> 
 @pytest.mark.parametrize("split", NAMES)
 def test_each_query_has_the_neighbors_of_a_walk_by_hand(split: Split, made: Made):
     """Over three shards of training documents, each of which knows the global ids of its own."""
-    ids = read_neighbors(made.experiment, made.workdir, split)[:]
-    scores = read_neighbors(made.experiment, made.workdir, split, "scores")[:]
+    ids = Run(made.experiment, made.workdir).neighbors(split)[:]
+    scores = Run(made.experiment, made.workdir).neighbors(split, "scores")[:]
     assert ids.shape == scores.shape == (len(DOCUMENTS[split]), len(NAMES[split]), 4)
     kept = nothing = 0
     for number, name in enumerate(NAMES[split]):
@@ -223,9 +224,9 @@ def test_each_query_has_the_neighbors_of_a_walk_by_hand(split: Split, made: Made
 def test_a_training_document_never_retrieves_itself_or_its_copies_in_any_shard(made: Made):
     """Whatever the similarity allows: the walk above drops it by that too."""
     loose = replace(made.experiment, selection=Selection(max_similarity=1.0, depth=4))
-    retrieve(loose, made.workdir, ["train"])
+    retrieve(Run(loose, made.workdir), ["train"])
     assert made.workdir.find(recipes.neighbors(loose, "test")) is None  # which was not asked for
-    ids = read_neighbors(loose, made.workdir, "train")[:]
+    ids = Run(loose, made.workdir).neighbors("train")[:]
     assert not (ids == np.arange(len(ids))[:, None, None]).any()
     assert not set(ids[0].ravel().tolist() + ids[4].ravel().tolist()) & {0, 4}
     assert not set(ids[1].ravel().tolist() + ids[5].ravel().tolist()) & {1, 5}
@@ -239,8 +240,8 @@ def test_a_retriever_sees_of_a_query_what_asks_and_nothing_else(made: Made):
     """Its key, its vector, and the words of a text; never the words that stand beside an image."""
     ASKED.clear()
     again = replace(made.experiment, retriever=Ranked(num_neighbors=7))
-    index(again, made.workdir)
-    retrieve(again, made.workdir)
+    index(Run(again, made.workdir))
+    retrieve(Run(again, made.workdir))
     texts = {split: {each.key: each.text for each in DOCUMENTS[split]} for split in NAMES}
     parts = {"train": {"train"}, "validation": {"train", "memory", "news"}, "test": {"train", "memory", "news"}}
     searched: dict[str, set[str]] = {split: set() for split in NAMES}
@@ -258,7 +259,7 @@ def test_a_retriever_sees_of_a_query_what_asks_and_nothing_else(made: Made):
 
 
 def test_a_view_is_another_query_with_neighbors_of_its_own(made: Made):
-    ids = read_neighbors(made.experiment, made.workdir, "train")[:]
+    ids = Run(made.experiment, made.workdir).neighbors("train")[:]
     assert (ids[:, 0] != ids[:, 2]).any()
     assert (ids[:, 1] != ids[:, 3]).any()
 
@@ -266,12 +267,12 @@ def test_a_view_is_another_query_with_neighbors_of_its_own(made: Made):
 @pytest.mark.parametrize(("split", "gone"), [("train", [8]), ("memory", [3]), ("news", [1])])
 def test_a_takedown_of_one_split_leaves_the_others(split: Split, gone: list[int], made: Made):
     """`t8` is of any split, `news:t1` leaves t1 of train, and `train:m4` names nothing."""
-    store = open_documents(made.experiment, made.workdir, split)
+    store = Run(made.experiment, made.workdir).documents(split)
     assert withdrawn_rows(made.experiment, store, split).tolist() == gone
 
 
 def test_two_keys_of_one_hash_are_told_apart(made: Made, monkeypatch: pytest.MonkeyPatch):
-    store = open_documents(made.experiment, made.workdir, "train")
+    store = Run(made.experiment, made.workdir).documents("train")
     column = type(store).column
     monkeypatch.setattr(
         type(store), "column", lambda self, name: np.repeat(column(self, name)[8:9], 13) if "key" in name else ...
@@ -280,7 +281,7 @@ def test_two_keys_of_one_hash_are_told_apart(made: Made, monkeypatch: pytest.Mon
 
 
 def test_a_document_is_found_by_its_global_id(made: Made):
-    opened = OpenMemory(made.experiment, made.workdir, recipes.memory_splits(made.experiment, "test"))
+    opened = Run(made.experiment, made.workdir).memory()
     everything = [*DOCUMENTS["train"], *DOCUMENTS["memory"], *DOCUMENTS["news"]]
     assert [opened.document(number).document for number in range(len(opened.memory))] == everything
 
@@ -288,11 +289,11 @@ def test_a_document_is_found_by_its_global_id(made: Made):
 def test_documents_that_a_person_names_are_never_redundant(made: Made):
     """But a document of training is not its own neighbor, nor is one that is withdrawn."""
     fixed = replace(made.experiment, retriever=Fixed(("t4", "train:t1", "m3", "n2")), selection=Selection(0.01, 4))
-    index(fixed, made.workdir)
-    retrieve(fixed, made.workdir, ["test"])
-    ids = read_neighbors(fixed, made.workdir, "test")[:]
+    index(Run(fixed, made.workdir))
+    retrieve(Run(fixed, made.workdir), ["test"])
+    ids = Run(fixed, made.workdir).neighbors("test")[:]
     assert (ids == [4, 1, 13 + 6 + 2, -1]).all()
     unknown = replace(fixed, retriever=Fixed(("nobody",)))
-    index(unknown, made.workdir)
+    index(Run(unknown, made.workdir))
     with pytest.raises(InputError, match="has the key 'nobody'"):
-        retrieve(unknown, made.workdir, ["test"])
+        retrieve(Run(unknown, made.workdir), ["test"])

@@ -16,9 +16,9 @@ from rac3.batches.loader import StreamState
 from rac3.batches.masking import Masking
 from rac3.devices.mesh import MeshConfig
 from rac3.retrieval.baselines import NoRetriever
+from rac3.run import Run
 from rac3.stages import train as stage
-from rac3.stages.embed import open_documents
-from rac3.stages.train import build_model, open_params, train, training_stream
+from rac3.stages.train import train
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.optimizer import OptimizerConfig
 
@@ -43,16 +43,16 @@ def test_the_stream_is_that_of_the_experiment(
     masking = Masking(mean_spans=2.0)
     batches = replace(TINY.batches, masking=masking, retrieved_weight=0.3, retrieved="image")
     vocabulary = Vocabulary(300, 16)
-    stream = training_stream(replace(TINY, batches=batches), workdir, vocabulary)
+    stream = Run(replace(TINY, batches=batches), workdir).training_stream()
     assert (stream.hosts, stream.host, stream.seed, stream.config) == (2, 1, TINY.seed, batches)
-    assert stream.documents.folder == open_documents(TINY, workdir, "train").folder
+    assert stream.documents.folder == Run(TINY, workdir).documents("train").folder
     assert stream.neighbors.path == workdir.require(recipes.neighbors(TINY, "train"), "").folder / "ids"
     assert (stream.builder.vocabulary, stream.builder.masking) == (vocabulary, masking)
     assert (stream.builder.retrieved_weight, stream.builder.retrieved) == (0.3, "image")
     takedowns = tmp_path / "keys.txt"
     takedowns.write_text(stream.documents[3].document.key)
     vanilla = replace(TINY, retriever=NoRetriever(), takedowns=str(takedowns))
-    stream = training_stream(vanilla, workdir, vocabulary)
+    stream = Run(vanilla, workdir).training_stream()
     assert stream.neighbors is None
     plan = stream.plan(0)
     assert set(plan.main[plan.epoch == 0].tolist()) == set(range(len(stream.documents))) - {3}
@@ -80,7 +80,7 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
     training = replace(TINY.training, checkpoint_every=5, keep=2, loss_chunk=TINY.batches.row)
     experiment = replace(TINY, seed=TINY.seed + 7, training=training)
     store = Workdir(workdir, "tiny")
-    train(experiment, store)
+    train(Run(experiment, store))
 
     model = calls["make_train_step"][0]
     assert model == build_model(experiment, results["training_stream"].builder.vocabulary, 16)
@@ -96,15 +96,15 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in (made.folder / "checkpoints").iterdir()) == ["5", "6"]
     state = results["fit"]
     assert made.manifest["counts"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    params = open_params(experiment, store, model)
+    params = Run(experiment, store).params
     assert jax.tree.structure(params) == jax.tree.structure(state.params)
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(one, other)
 
-    sharded = open_params(replace(experiment, mesh=MeshConfig(fsdp=2, tensor=2)), store, model)
+    sharded = Run(replace(experiment, mesh=MeshConfig(fsdp=2, tensor=2)), store).params
     kernel = sharded["params"]["blocks"]["mlp_in"]["kernel"]
     assert (kernel.shape, kernel.sharding.shard_shape(kernel.shape)) == ((2, 32, 64), (2, 16, 32))
 
     del calls["fit"]
-    train(experiment, store)
+    train(Run(experiment, store))
     assert "fit" not in calls  # that is done

@@ -19,8 +19,7 @@ from rac3.artifacts.workdir import Workdir
 from rac3.cli import run
 from rac3.config import InputError, load_config_module
 from rac3.documents.document import Image
-from rac3.stages.embed import open_documents
-from rac3.stages.encoders import open_vqgan
+from rac3.run import Run
 from rac3.vqgan.checkpoints import VQGANCheckpoint, load_vqgan
 from rac3.vqgan.codec import VQGANCodec
 from rac3.vqgan.configs import chameleon_config, diffusers_config, read_settings, taming_config, taming_model
@@ -515,8 +514,8 @@ def test_a_checkpoint_takes_the_place_of_fitting(
     experiment = load_config_module(str(config)).get_config()
     experiment = replace(experiment, vqgan=replace(experiment.vqgan, checkpoint=str(path)))
     opened = Workdir(Path(workdir), "tiny")
-    codec = open_vqgan(experiment, opened)
-    documents = open_documents(experiment, opened, "train")
+    codec = Run(experiment, opened).images
+    documents = Run(experiment, opened).documents("train")
     image = documents.many([0])[0]
     codes = next(ids for part, ids in zip(image.document.segments, image.ids, strict=True) if isinstance(part, Image))
     np.testing.assert_array_equal(codes, codec.encode([image.document.images[0].pixels()])[0])
