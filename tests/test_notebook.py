@@ -29,17 +29,26 @@ def test_it_is_valid_and_holds_no_outputs(notebook: nbformat.NotebookNode):
 def test_it_is_short_and_defines_nothing(notebook: nbformat.NotebookNode):
     sources = [cell.source for cell in code_cells(notebook)]
     lines = [line for source in sources for line in source.splitlines() if line.strip()]
-    assert len(lines) <= 90
+    assert len(lines) <= 60
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     assert not [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, definitions)]
+
+
+def test_it_needs_nothing_of_rac3_but_the_package(notebook: nbformat.NotebookNode):
+    imported = [
+        name
+        for cell in code_cells(notebook)
+        for node in ast.walk(ast.parse(cell.source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    ]
+    assert [name for name in imported if name.split(".")[0] == "rac3"] == ["rac3"]
 
 
 def test_it_runs(notebook: nbformat.NotebookNode, finished_workdir: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
     from nbclient import NotebookClient
 
-    config, workdir = finished_workdir
-    monkeypatch.setenv("RAC3_CONFIG", str(config))
-    monkeypatch.setenv("RAC3_WORKDIR", str(workdir))
+    monkeypatch.setenv("RAC3_WORKDIR", str(finished_workdir[1]))
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a reader of it has
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
