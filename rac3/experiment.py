@@ -146,8 +146,8 @@ class Experiment:
     cluster: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
-        _check_own("vqgan", self.vqgan, FrozenVQGAN, ImageTokenizer)
-        _check_own("clip", self.clip, FrozenCLIP, Encoder)
+        check_own_part("vqgan", self.vqgan, FrozenVQGAN, ImageTokenizer)
+        check_own_part("clip", self.clip, FrozenCLIP, Encoder)
         if self.seed < 0:
             raise InputError(f"seed={self.seed} is negative; use 0 or more")
         if self.max_text_tokens < 1:
@@ -196,7 +196,7 @@ class Experiment:
         return replace(self, retriever=NoRetriever())
 
 
-def _check_own(name: str, value: object, built_in: type, protocol: type) -> None:
+def check_own_part(name: str, value: object, built_in: type, protocol: type) -> None:
     """Refuses an object of a user's own config that cannot stand in for the built-in one.
 
     Raises:
