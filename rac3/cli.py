@@ -272,7 +272,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-    """A stage without options of its own."""
+    """A stage that adds no options."""
 
 
 def _encoders(run: Run, options: Any) -> None:

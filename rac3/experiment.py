@@ -76,10 +76,10 @@ class Data:
         named = self.sources()
         equal = [(a, b) for a in named for b in named if a < b and named[a] == named[b]]
         if equal:
-            raise InputError(f"{' and '.join(equal[0])} are one source; give each documents of its own")
+            raise InputError(f"{' and '.join(equal[0])} are the same source; give each its own documents")
 
     def sources(self) -> dict[Split, Source]:
-        """The splits that there are, in the order in which they are prepared; none that is withdrawn."""
+        """All splits but withdrawn ones, in the order in which they are prepared."""
         memory = {name: source for name, source in self.memory.items() if name not in self.withdrawn}
         named = {"train": self.train, **memory, "validation": self.validation, "test": self.test}
         return {split: source for split, source in named.items() if source is not None}
@@ -104,17 +104,17 @@ class Experiment:
       workdir: where artifacts go; "" is `runs/<name>`.
       data_dir: the folder that relative paths of sources start from.
       max_reject_fraction: a source with a larger share of damaged documents stops the run.
-      max_text_tokens: longer texts are cut, and counted.
+      max_text_tokens: longer texts are truncated, and counted.
       query_dropout: share of a training query's tokens (text, or image patches) that is dropped (paper, section 3.2).
-      num_views: training queries of each document and part, with dropout of their own each; an epoch takes the
+      num_views: training queries of each document and part, each with its own dropout; an epoch takes the
         neighbors of one. The embedding and the search of the training queries take as many times as long.
       takedowns: a file of keys, one per line (KEY, or SPLIT:KEY for one split alone), of documents that are not
         retrieved and not trained on. They are on disk until their split is ingested without them.
       embedding_dtype: of the vectors on disk; 768 of them take 3 kB in float32, 1.5 in bfloat16, 0.8 in int8.
-      documents_per_shard: whose vectors, or neighbors, are made at a time and are in one file. A worker holds the
+      documents_per_shard: whose vectors, or neighbors, are made at a time and stored in one file. A worker holds the
         vectors of a shard in memory for each of its threads.
       executor: where `ingest`, `embed` and `retrieve` run: `Local()`, this process, or `Ray()`, a cluster.
-      compare_with_cm3: train and evaluate the vanilla CM3 of the same size, data and compute beside the model.
+      compare_with_cm3: also train and evaluate the vanilla CM3 of the same size, data and compute.
     """
 
     name: str
@@ -197,7 +197,7 @@ class Experiment:
 
 
 def check_own_part(name: str, value: object, built_in: type, protocol: type) -> None:
-    """Refuses an object of a user's own config that cannot stand in for the built-in one.
+    """Refuses an object that can't replace the built-in encoder.
 
     Raises:
       InputError: it lacks a member of the protocol, or is no dataclass, whose fields tell one encoder from another.

@@ -1,4 +1,4 @@
-"""The recipe of each artifact: which part of the config and which inputs decide its content."""
+"""The recipe of each artifact: the part of the config and the inputs that determine its content."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rac3.vqgan.files import checkpoint_files
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.weights.fitting import FitConfig
 
-OWN = "object"  # in the recipe of an encoder that is an object of a user's own config, and has no artifact
+OWN = "object"  # in the recipe of an encoder that the user's config defines; it has no artifact
 COMMANDS = {
     "text": "rac3 encoders",
     "vqgan": "rac3 encoders",
@@ -34,7 +34,7 @@ COMMANDS = {
 
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
-    """What a split's documents depend on: its source, the folder it reads, its shards, and the filter."""
+    """What the documents of a split depend on: the source, its folder and shards, and the filter."""
     data = experiment.data
     source = data.memory[split] if split in data.memory else data.sources()[split]  # a withdrawn part was fitted on
     data_dir = str(Path(experiment.data_dir).resolve()) if experiment.data_dir else ""
@@ -65,7 +65,7 @@ def text_documents(experiment: Experiment) -> int:
 
 
 def vqgan(experiment: Experiment) -> Recipe:
-    """Of a checkpoint: its path and resolution, and the names and sizes of its files; no documents are looked at.
+    """A checkpoint's recipe holds its path, its resolution, and the names and sizes of its files; no documents.
 
     Raises:
       InputError: the checkpoint, or a file of it, does not exist; or weights of the perceptual loss don't.
@@ -102,7 +102,7 @@ def _fitted(config: FrozenVQGAN | FrozenCLIP) -> dict[str, Any]:
 
 
 def _dtype(config: FrozenVQGAN | FrozenCLIP | ImageTokenizer | Encoder) -> str | None:
-    """How the encoder is run; the object of a user's own config has this among its fields, if at all."""
+    """The compute dtype of a built-in encoder; one that the user's config defines keeps such settings in its fields."""
     return config.dtype if isinstance(config, FrozenVQGAN | FrozenCLIP) else None
 
 
@@ -116,12 +116,12 @@ def documents(experiment: Experiment, split: Split) -> Recipe:
 
 
 def embeddings(experiment: Experiment, split: Split) -> Recipe:
-    """Of the vectors of documents, which are retrieved."""
+    """Of the document vectors, which are retrieved."""
     return Recipe("embeddings", _embedding(experiment), _embedded(experiment, split))
 
 
 def queries(experiment: Experiment, split: Split) -> Recipe:
-    """Of the vectors of queries: what is asked for has no part in what is retrieved, and may change without it."""
+    """Of the query vectors, which may change without those of the documents."""
     config = _embedding(experiment)
     if split == "train":
         dropout = {"query_dropout": experiment.query_dropout, "num_views": experiment.num_views}
@@ -194,7 +194,7 @@ def train(experiment: Experiment) -> Recipe:
 
 
 def retrieval(experiment: Experiment) -> Recipe:
-    """The evaluation of what is retrieved, without a model."""
+    """The evaluation of the retriever, without a model."""
     config = {"documents": experiment.evaluation.documents, "entity_field": experiment.data.entity_field}
     asking = [split for split in experiment.data.sources() if experiment.data.role(split) != "memory"]
     return Recipe("retrieval", config, {f"neighbors {split}": neighbors(experiment, split) for split in asking})

@@ -144,7 +144,7 @@ class Run:
         return self.workdir.require(recipe, recipes.COMMANDS[recipe.stage])
 
     def require_encoders(self, *of: Callable[..., Recipe]) -> None:
-        """Raises InputError unless these are made; an object of a user's own config needs no artifact."""
+        """Raises InputError unless these exist; an encoder defined in the user's config needs no artifact."""
         for each in of:
             if recipes.OWN not in self.recipe(each).config:
                 self.artifact(each)
@@ -458,11 +458,11 @@ def load(workdir: str | os.PathLike[str], config: str | os.PathLike[str] | None 
         run = rac3.load("runs/quickstart")
 
     Args:
-      config: the config file, needed only if its experiment has classes of its own (a retriever, an encoder, a source):
+      config: the config file, needed only if the experiment uses classes defined in it (a retriever, an encoder):
         a workdir holds plain data, and no code is run out of it.
 
     Raises:
-      InputError: the folder holds no experiment, or one with classes of its own and no `config` that has them.
+      InputError: the folder holds no experiment, or one that uses classes of a config that is not given.
     """
     folder = Path(workdir)
     record = folder / EXPERIMENT
@@ -478,7 +478,7 @@ def load(workdir: str | os.PathLike[str], config: str | os.PathLike[str] | None 
         experiment = from_plain(stored, module)
     except KeyError as error:
         raise InputError(
-            f"{folder} was made with {error.args[0].rpartition('.')[2]}, a class of its own config; give the file: "
+            f"{folder} was made with {error.args[0].rpartition('.')[2]}, a class defined in its config; give the file: "
             f"rac3.load({str(folder)!r}, config={(shlex.split(arguments) or ['config.py'])[0]!r})"
         ) from error
     except (TypeError, InputError) as error:

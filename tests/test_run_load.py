@@ -167,7 +167,7 @@ def test_classes_of_a_config_need_that_config(tmp_path: Path):
     with pytest.raises(InputError) as refused:
         rac3.load(folder)
     assert str(refused.value) == (
-        f"{folder} was made with First, a class of its own config; give the file: "
+        f"{folder} was made with First, a class defined in its config; give the file: "
         f"rac3.load({str(folder)!r}, config={str(config)!r})"
     )
     loaded = rac3.load(folder, config=config).experiment
@@ -196,11 +196,11 @@ def test_no_code_is_run_out_of_a_workdir(name: str, class_name: str, tmp_path: P
     plain = json.loads((folder / EXPERIMENT).read_text())
     plain["experiment"]["retriever"] = {"class": class_name}
     (folder / EXPERIMENT).write_text(json.dumps(plain))
-    with pytest.raises(InputError, match="a class of its own config"):
+    with pytest.raises(InputError, match="a class defined in its config"):
         rac3.load(folder)
     config = tmp_path / "mine.py"
     config.write_text(OWN_RETRIEVER)
-    with pytest.raises(InputError, match="a class of its own config"):
+    with pytest.raises(InputError, match="a class defined in its config"):
         rac3.load(folder, config=config)
 
 

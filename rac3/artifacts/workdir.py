@@ -73,7 +73,7 @@ class Workdir:
             if other != owner:
                 raise InputError(f"workdir {path} was made by config {other!r}, not {owner!r}; give another --workdir")
         elif path.is_dir() and any(path.iterdir()):
-            raise InputError(f"workdir {path} holds files that are not of rac3; give an empty or new --workdir")
+            raise InputError(f"workdir {path} holds files that rac3 did not write; give an empty or new --workdir")
         self.arguments = arguments
         self._owner = owner
         self._writing: list[Recipe] = []
@@ -93,8 +93,8 @@ class Workdir:
         if self._writing and not any(recipe.fingerprint in writing.reads for writing in self._writing):
             written = " and ".join(sorted({writing.stage for writing in self._writing}))
             raise RuntimeError(
-                f"the {written} artifact is made from a {recipe.stage} artifact that is not among the inputs of its "
-                f"recipe, and would be taken for current when that one changes; add it to rac3.recipes"
+                f"the {written} artifact reads a {recipe.stage} artifact that is not among the inputs of its recipe, "
+                f"so that it would pass as current when that one changes; add the input in rac3.recipes"
             )
         artifact = self.find(recipe)
         if artifact is None:
@@ -154,7 +154,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside `path` that no other process uses, to write to and then rename."""
+    """A unique name next to `path`, to write to and then rename."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
 
 

@@ -2,7 +2,7 @@
 
 FLOPs of the encoders are those that XLA counts in their programs; those of an index are what its retriever `needs`.
 A time is FLOPs over the reached share of the cluster's peak, or what the host's work takes (decoding pictures, reading
-the memory once more) where that is longer. Everything is in one unit: documents, bytes, FLOPs, seconds.
+the memory again) where that takes longer. Units: documents, bytes, FLOPs, seconds.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN
 
 TEXT_TOKENS = 32  # of a caption, on average: LAION's have 20 to 30
-RECORD_BYTES = 400  # of a document beside its picture and its ids: key, caption, metadata
+RECORD_BYTES = 400  # of a document besides its picture and ids: key, caption, metadata
 IDS_DTYPE_LIMIT = 65_536  # ids below it take two bytes
 READ_BYTES = 2e9  # per second and host, from disks or the network
 VECTOR_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}

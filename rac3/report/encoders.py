@@ -31,7 +31,7 @@ class EncodersReport:
     """What `rac3 encoders` shows.
 
     Attributes:
-      report: write report/encoders.html: originals beside reconstructions, PSNR, SSIM and the use of the codebook.
+      report: write report/encoders.html: originals next to reconstructions, PSNR, SSIM and codebook use.
       report_images: at most this many images of each split, evenly from all shards.
     """
 

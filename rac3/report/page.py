@@ -74,7 +74,7 @@ article.caption dl { font-size: .86rem; margin: 0; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 5px 12px; align-items: center;
   font-size: .92rem; max-width: 760px; font-variant-numeric: tabular-nums; }
 .bars i { display: block; height: 14px; min-width: 2px; border-radius: 3px; background: #1f5fbf; }
-@media (min-width: 900px) { .beside { display: grid; grid-template-columns: 5fr 3fr; gap: 28px; align-items: end; } }
+@media (min-width: 900px) { .split { display: grid; grid-template-columns: 5fr 3fr; gap: 28px; align-items: end; } }
 @media (max-width: 560px) { main { padding: 14px 10px 40px; } section { padding: 14px 12px; }
   th, td { padding-right: 10px; } td:first-child { white-space: normal; }
   .pictures { grid-template-columns: repeat(3, 1fr); } figure img { max-width: none; }
@@ -92,7 +92,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with what stands above (`label`) and below it; without pixels, only the words."""
+    """A picture with the words above (`label`) and below it; without pixels, only the words."""
 
     label: str
     pixels: UInt8[np.ndarray, "height width 3"] | None
@@ -118,7 +118,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Content:
-    """What the page shows beside the metrics.
+    """What the page shows besides the metrics.
 
     Attributes:
       facts: what was run, as name and value.
@@ -188,7 +188,7 @@ def _models(metrics: Mapping[str, Any]) -> str:
         return ""
     head = "".join(f"<th>{escape(model_label(name))}</th>" for name in names)
     return (
-        f'<p class="verdict">{escape(verdict(metrics))}</p><div class="beside"><div class="scroll"><table class="wide">'
+        f'<p class="verdict">{escape(verdict(metrics))}</p><div class="split"><div class="scroll"><table class="wide">'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         f"{_legend(shown, held_out)}</div>"
     )
@@ -350,7 +350,9 @@ def _run(content: Content) -> str:
             for kind in ("filtered", "rejects")
         ]
         rows.append([split, f"{counts['documents']:,}", f"{counts['tokens']:,}", *lost, f"{counts['texts_cut']:,}"])
-    return f"<dl>{facts}</dl>" + table(["split", "documents", "tokens", "filtered", "rejected", "texts cut"], rows)
+    return f"<dl>{facts}</dl>" + table(
+        ["split", "documents", "tokens", "filtered", "rejected", "texts truncated"], rows
+    )
 
 
 def _time(seconds: Mapping[str, float]) -> str:

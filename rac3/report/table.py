@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """A row: where its value stands in the metrics of a model, and how it reads.
+    """A row: the path of its value in a model's metrics, and how to show it.
 
     Attributes:
       form: the format of its values; "%" for a share (0 to 1) of the documents of `split`.
@@ -44,7 +44,7 @@ def model_names(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def model_label(name: str) -> str:
-    """`ra_cm3_random` as people say it."""
+    """`ra_cm3_random` for people to read."""
     model = "RA-CM3" if name.startswith("ra_cm3") else "CM3"
     swapped = name.removeprefix("ra_").removeprefix("cm3").removeprefix("_")
     if not swapped:
@@ -53,7 +53,7 @@ def model_label(name: str) -> str:
 
 
 def lookup(values: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """What stands at a path; None if there is nothing."""
+    """The value at a path; None if there is none."""
     found: Any = values
     for name in path:
         found = found.get(name) if isinstance(found, Mapping) else None
@@ -111,7 +111,7 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def recall_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
-    """The recalls of retrieval that there are: split, k, and recall by query part."""
+    """All recalls of retrieval: split, k, and recall by query part."""
     retrieval = metrics["retrieval"]
     return [
         (split, key.removeprefix("recall_at_"), recalls)

@@ -2,9 +2,9 @@
 
 neighbors   of training documents: none is the document itself, repeats its text or its image, is more similar to it
             than selection allows, or is withdrawn
-groups      as training packs them: no document beside the main one has its ids of the image, or of the text
+groups      as training packs them: no other document has the image ids, or the text ids, of the main one
 held out    queries: the vector of a text is that of the text alone, and of an image that of the image alone, so that
-            the target had no part in what was retrieved; and nothing retrieved is a copy of the target
+            the target could not influence the retrieval; and nothing retrieved is a copy of the target
 """
 
 import json
@@ -46,7 +46,7 @@ class Findings:
 
 
 def audit(run: Run) -> str:
-    """Looks for leaks, and writes what it found to `report/audit.json`; the report for a terminal.
+    """Looks for leaks and writes `report/audit.json`; returns a summary for the terminal.
 
     Raises:
       InputError: something leaks, or is not made yet.
@@ -114,7 +114,7 @@ def _name_leaks(
 
 
 def _audit_groups(run: Run, findings: Findings) -> None:
-    """The documents that stand together in the first groups that training packs, by their ids."""
+    """Compares the ids of the documents in the first groups that training packs."""
     stream = run.training_stream()
     plan, leaks = stream.plan(0), []
     for group in range(min(GROUPS, len(plan.main))):

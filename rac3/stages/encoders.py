@@ -25,7 +25,7 @@ from rac3.vqgan.frozen import FrozenVQGAN, save_vqgan
 def fit_encoders(run: Run) -> None:
     """Makes what is missing of the text tokenizer, the VQGAN and CLIP; checkpoints first, since they fail quickly.
 
-    An encoder that is an object of a user's own config is there already.
+    An encoder defined in the user's config needs nothing made.
     """
     experiment = run.experiment
     models = (recipes.text, experiment.text), (recipes.vqgan, experiment.vqgan), (recipes.clip, experiment.clip)

@@ -69,7 +69,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def comparisons(run: Run) -> dict[str, Run]:
-    """What is evaluated side by side, by name: the run, the vanilla CM3, and the model with random documents."""
+    """The runs to evaluate, by name: this one, the vanilla CM3, and the model with random documents."""
     experiment, trained = run.experiment, run.trained
     name = trained.model_name
     swapped = type(experiment.retriever).__name__.lower()
@@ -166,7 +166,7 @@ def _perplexities(
 
 
 def _too_long(run: Run, items: list[TokenizedDocument]) -> dict[str, int]:
-    """By modality, the documents that exceed the context by themselves, as they stand when that modality is scored."""
+    """By modality, how many documents exceed the context by themselves, in the form that is scored."""
     builder, most = run.builder, run.model.max_positions
     mains = [builder.sequence(item) for item in items]
     return {
@@ -184,7 +184,7 @@ def _segment_ids(item: TokenizedDocument, kind: type[Text] | type[Image]) -> np.
 def _images(
     run: Run, split: Split, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
 ) -> tuple[UInt8[np.ndarray, "images height width 3"], np.ndarray]:
-    """The best image of each document's text by CLIP, and its score; none of a document without a text."""
+    """For each document with a text, the image that CLIP scores best, and its score."""
     settings, codec = run.experiment.evaluation, run.images
     captions = {row: ids for row, item in enumerate(items) if (ids := _segment_ids(item, Text)) is not None}
     chosen = list(captions)

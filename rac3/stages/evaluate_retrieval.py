@@ -1,4 +1,4 @@
-"""Evaluate retrieval, without a model: does what was asked for come back, and what does approximation cost?"""
+"""Evaluate retrieval, without a model: does the right document come back, and what does approximation cost?"""
 
 import json
 import time
@@ -147,7 +147,7 @@ def _histogram(values: Float[np.ndarray, " n"]) -> list[float]:
 
 
 def _search(experiment: Experiment, opened: OpenMemory, questions: Sequence[Questions]) -> dict[str, Any]:
-    """Recall against exact search and queries per second: as configured, and with more and less effort."""
+    """Recall against exact search, and queries per second, as configured and with more and less effort."""
     parts = [
         _queries(asked, part, np.flatnonzero(asked.vectors[part].any(1)).tolist())
         for asked in questions

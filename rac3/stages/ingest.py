@@ -56,7 +56,7 @@ def ingest(run: Run) -> None:
 
 
 def _shards(experiment: Experiment, split: Split, folder: Path) -> list[Shard]:
-    """Those of the source, under its names."""
+    """The shards of the source, by its names."""
     names = experiment.data.sources()[split].shards(Path(experiment.data_dir))
     return [Shard(split, number, name, folder) for number, name in enumerate(names)]
 
@@ -94,7 +94,7 @@ class _Ingester:
     def _kept(
         self, items: Iterator[Document | Reject], summary: "_Summary", tally: Tally
     ) -> Iterator[TokenizedDocument]:
-        """The tokenized documents; what else there is to say goes into `summary`."""
+        """The tokenized documents; counts and rejects go into `summary`."""
         limit = self.experiment.max_text_tokens
         while block := list(islice(items, DOCUMENTS_AT_ONCE)):
             documents = []

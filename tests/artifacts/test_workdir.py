@@ -94,7 +94,7 @@ def test_a_workdir_of_another_config_is_refused(workdir: Workdir):
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="not of rac3"):
+    with pytest.raises(InputError, match="did not write"):
         Workdir(tmp_path, "quickstart")
     with pytest.raises(InputError, match="is a file"):
         Workdir(tmp_path / "thesis.tex", "quickstart")

@@ -395,7 +395,7 @@ def test_other_tables_have_each_split_in_its_place(made_up: dict[str, Any]):
         ["CLIP: own text of an image, recall at 10", "20.0%", "70.0%"],
     ]
     assert shown.tables[3] == [
-        ["split", "documents", "tokens", "filtered", "rejected", "texts cut"],
+        ["split", "documents", "tokens", "filtered", "rejected", "texts truncated"],
         ["train", "1,000", "50,000", "3 small", "2 no image", "8"],
         ["test", "1,001", "50,001", "4 small", "0", "9"],
     ]

@@ -106,7 +106,7 @@ def test_a_wrong_memory_is_refused():
         (["--add-memory", "=folder"], "is not NAME=FOLDER"),
         (["--add-memory", "memory=x"], "has a part 'memory' already"),
         (["--add-memory", "test=x"], "names a part 'test'; use another name"),
-        (["--add-memory", "a=x", "b=x"], "a and b are one source"),
+        (["--add-memory", "a=x", "b=x"], "a and b are the same source"),
         (["--withdraw-memory", "x"], "'x', which is no part of the memory; there are: memory"),
     ):
         with pytest.raises(InputError, match=says):
