@@ -87,7 +87,7 @@ def write_config(path: Path, body: str) -> str:
         (["pretrain", TINY], "'pretrain' is unknown"),
         (["train"], "needs a config"),
         (["train", "nowhere.py"], "'nowhere.py' does not exist"),
-        (["train", "slowstart"], "shipped: emoji_captions, quickstart"),
+        (["train", "slowstart"], "shipped config; use one of: emoji_captions, quickstart"),
         (["train", TINY, "--modle.num-layers", "2"], "--modle.num-layers"),
         (["train", TINY, "--model.num-layers", "two"], "two"),
         (["train", TINY, "--model.dtype", "float31"], "float31"),
