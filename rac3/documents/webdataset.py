@@ -76,8 +76,8 @@ class WebDataset:
                 key = f"{shard}/{sample.key}"
                 yield Reject(key, "duplicate key") if sample.key in seen else self._document(key, sample, table)
                 seen.add(sample.key)
-        except _TruncatedTarError as cut:
-            yield from _lost(shard, cut, seen, table)
+        except _TruncatedTarError as truncated:
+            yield from _lost(shard, truncated, seen, table)
         if table.defect:
             yield Reject(f"{shard}.parquet", table.defect)
 
@@ -203,12 +203,12 @@ def _metadata(sample: _Sample, table: _Table) -> Mapping[str, JSON]:
     return {key: plain_json(value) for key, value in metadata.items()}
 
 
-def _lost(shard: str, cut: _TruncatedTarError, seen: set[str], table: _Table) -> Iterator[Reject]:
+def _lost(shard: str, truncated: _TruncatedTarError, seen: set[str], table: _Table) -> Iterator[Reject]:
     """Rejects for the samples lost to a truncated tar; without a table, one reject for the shard."""
-    if cut.key is not None:
-        yield Reject(f"{shard}/{cut.key}", f"truncated tar: {cut}")
+    if truncated.key is not None:
+        yield Reject(f"{shard}/{truncated.key}", f"truncated tar: {truncated}")
     elif not table.rows:
-        yield Reject(shard, f"truncated tar: {cut}")
+        yield Reject(shard, f"truncated tar: {truncated}")
     for key, row in table.rows.items():
-        if key not in seen and key != cut.key and row.get("status", "success") == "success":
+        if key not in seen and key != truncated.key and row.get("status", "success") == "success":
             yield Reject(f"{shard}/{key}", "lost after truncated tar")

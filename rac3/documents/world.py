@@ -115,12 +115,12 @@ class World:
         """The (entity, setting) of each document, shuffled."""
         rng = np.random.default_rng([self.seed, 1])
         settings = [Setting(g, w, f) for g in GROUNDS for w in WEATHERS for f in FRAMES]
-        told = self.documents_per_entity
+        shown = self.documents_per_entity
         plan = []
         for index, entity in enumerate(self.entities()):
             order = [settings[i] for i in rng.permutation(len(settings))]
             group = (
-                order[:told] if self.split in ("train", "memory") else order[told : told + self.questions_per_entity]
+                order[:shown] if self.split in ("train", "memory") else order[shown : shown + self.questions_per_entity]
             )
             if (index < self.seen) == (self.split in ("train", "validation")):
                 plan += [(entity, setting) for setting in group]

@@ -148,7 +148,8 @@ def run(executor: Executor, job: Job, shards: Sequence[Shard]) -> dict[str, int 
       Statistics of this run for the manifest: documents, seconds, documents_per_second, workers.
 
     Raises:
-      InputError: a worker raised one, or shards failed `ATTEMPTS` times; the others are made first.
+      InputError: a worker raised one, or shards failed `ATTEMPTS` times; the others are still made, unless
+        `MAX_POISONED` fail.
     """
     missing = deque(shard for shard in shards if not shard.summary.exists())
     ledger = _Ledger(missing, time.monotonic())

@@ -253,7 +253,7 @@ def _search_tile(
 
     Args:
       first: position of the tile in its block.
-      size: number of documents in the block; later positions are padding.
+      size: documents of the part from the start of the block on; later positions are padding.
     """
     products = jax.lax.dot_general(
         queries, tile, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from rac3.config import InputError
 from rac3.retrieval.memory import Memory
 
-HELD_BYTES = 2**30  # of embeddings held at once; each is read from disk once for all queries
+HELD_BYTES = 2**30  # of embeddings held at once; each is read once for all queries of a chunk
 _QUERIES_AT_ONCE = 256  # per thread: 13 MB of embeddings for 16 candidates of 768 dimensions
 
 
