@@ -2,10 +2,10 @@
 
     python benchmarks/encoders.py [--threads 1 2] [--rounds 7] [--dtype float32] [--json FILE] [--small]
 
-Needs the extra `parity`. For each number of threads a process of its own, pinned to as many cores; in it, rounds that
-run ours and torch's in turn. Prints the median ratio (above 1: ours is faster) with its extremes, and how far ours is
-from the limit: the rate of a large matrix product by the same library on the same cores. On a GPU, torch runs there
-too, compiled by torch.compile. `--small` is for trying the script out.
+Needs the extra `parity`. Each number of threads gets its own process, pinned to as many cores, which runs ours and
+torch's alternately. Prints the median ratio (above 1: ours is faster) with its extremes, and our share of the rate of a
+large matrix product by JAX on the same cores. On a GPU, torch runs there too, compiled by torch.compile. `--small` is
+for trying the script.
 """
 
 import argparse
@@ -24,11 +24,11 @@ PACKAGES = ("rac3", "jax", "jaxlib", "flax", "torch", "transformers", "diffusers
 
 
 class Case(NamedTuple):
-    """Something measured: one call of `ours` or `theirs` goes through `items` images or texts."""
+    """A measurement: one call of `ours` or `theirs` processes `items` images or texts."""
 
     name: str
     items: int
-    flops: float | None  # of one call of ours, as XLA counts them
+    flops: float | None  # of one call of `ours`, counted by XLA
     ours: Callable[[], Any]
     theirs: Callable[[], Any]
 
@@ -74,7 +74,7 @@ def clip_cases(small: bool, dtype: str) -> Iterator[Case]:
 
 
 def vqgan_cases(small: bool, dtype: str) -> Iterator[Case]:
-    """A VQGAN of the shape of taming's f8: 256 x 256 pixels to 1,024 tokens."""
+    """A VQGAN with the shape of taming's f8: 256 x 256 pixels to 1,024 tokens."""
     import tempfile
 
     import diffusers
@@ -118,13 +118,13 @@ def vqgan_cases(small: bool, dtype: str) -> Iterator[Case]:
         return theirs.decode(vectors, force_not_quantize=True).sample
 
     same = np.mean(np.asarray(their_encode(their_pixels).cpu()).reshape(codes.shape) == codes)
-    print(f"VQGAN: {same:.2%} of the codes are those of diffusers", flush=True)
+    print(f"VQGAN: {same:.2%} of the codes equal those of diffusers", flush=True)
     yield Case("VQGAN f8 encode", images, *encode, torch_call(their_encode, their_pixels))
     yield Case("VQGAN f8 decode", images, *decode, torch_call(their_decode, flat))
 
 
 def pipeline_case(small: bool, dtype: str) -> Case:
-    """JPEG files of 512 x 512 to vectors: decoding, scaling and ViT-B/32, ours ahead of the device by threads."""
+    """512 x 512 JPEG files to vectors: decode, resize, ViT-B/32. Ours prepares in threads, ahead of the device."""
     import jax
     import numpy as np
     import PIL.Image
@@ -179,7 +179,7 @@ def pipeline_case(small: bool, dtype: str) -> Case:
 
 
 def compiled(function: Callable[..., Any], params: Any, x: Any) -> tuple[float, Callable[[], Any]]:
-    """The FLOPs and a call of a function whose arguments are on the device."""
+    """The FLOPs of a function, and a call of it with its arguments on the device."""
     import jax
 
     x = jax.device_put(x)
@@ -211,7 +211,7 @@ def to_device(module: Any, dtype: str) -> tuple[Any, str]:
 
 
 def limit(dtype: str) -> float:
-    """FLOP/s of a large matrix product: the best that a network can hope for here."""
+    """FLOP/s of a large matrix product: the most that a network can reach here."""
     import jax
     import jax.numpy as jnp
 
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # where a child process leaves what it measured
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # where a child process writes its results
     arguments = parser.parse_args()
     if arguments.rows:
         rows = measure(arguments.threads[0], arguments.rounds, arguments.dtype, arguments.small)

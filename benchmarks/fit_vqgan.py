@@ -1,15 +1,15 @@
-"""How well a VQGAN that is fitted in a given time keeps held-out pictures.
+"""The reconstruction of held-out images by a VQGAN that is fitted in a given time.
 
     python benchmarks/fit_vqgan.py --data-dir DIR [--config emoji_captions] [--budget-minutes 10] [--factor 8]
         [--json FILE] [overrides of the config, as for `rac3 encoders`]
 
 Fits the config's VQGAN on its training and memory documents as `rac3 encoders` does, then encodes and decodes all
-validation pictures with the parameters that it would keep. `--factor` is what height and width are divided by: the
-config's levels, or fewer of them.
+validation images with the parameters that the fit would keep. `--factor` is the downsampling factor of height and
+width: that of the config, or a smaller one by dropping levels.
 
-The budget is for fitting; reading documents and measuring are not in it. A trial of 60 steps tells how long a step
-takes, and what compiling does; the fit that follows has as many steps as the rest of the budget holds, so that its
-learning rate falls to 0 as in any other. `--json` adds the result to the file, in the place of one with the same name.
+The budget covers the fit, but not reading documents and measuring. A trial of 60 steps measures the time of a step and
+of compiling; the fit then has as many steps as the rest of the budget allows, so that its learning rate falls to 0 as
+usual. `--json` adds the result to the file, replacing one with the same name.
 """
 
 import argparse
@@ -39,14 +39,14 @@ from rac3.training.metrics import read_metrics
 from rac3.vqgan.codec import VQGANCodec
 from rac3.vqgan.model import VQGAN
 
-TRIAL = 60  # steps; the time of the last 40 is taken
+TRIAL = 60  # steps, of which the last 40 are timed
 
 
 def with_factor(experiment: Experiment, factor: int) -> Experiment:
     model = experiment.vqgan.model
     levels = factor.bit_length()
     if 2 ** (levels - 1) != factor or levels > len(model.ch_mult):
-        raise InputError(f"--factor {factor} is not a power of 2 up to {2 ** (len(model.ch_mult) - 1)}")
+        raise InputError(f"--factor {factor} is not a power of 2 up to {2 ** (len(model.ch_mult) - 1)}; use one")
     return replace(experiment, vqgan=replace(experiment.vqgan, model=replace(model, ch_mult=model.ch_mult[:levels])))
 
 
@@ -55,7 +55,7 @@ def with_steps(experiment: Experiment, steps: int) -> Experiment:
 
 
 def fit_within(experiment: Experiment, seconds: float) -> dict[str, Any]:
-    """Fits and measures; times in seconds."""
+    """Fit and measure; times are in seconds."""
     limit = experiment.vqgan.fit.max_documents
     documents = fitting_documents(experiment, limit)
     held_out = read_documents(experiment, ["validation"], limit)
@@ -66,7 +66,7 @@ def fit_within(experiment: Experiment, seconds: float) -> dict[str, Any]:
     trial = time.monotonic() - started
     steps = int((seconds - trial - (trial - TRIAL * step_seconds)) / step_seconds)
     if steps < 1:
-        raise InputError(f"--budget-minutes {seconds / 60:g} ends while the fit compiles; give more")
+        raise InputError(f"--budget-minutes {seconds / 60:g} ends while the fit compiles; use more")
     cpu = time.process_time()
     experiment = with_steps(experiment, steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,12 +93,12 @@ def fit_within(experiment: Experiment, seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--config", default="emoji_captions", help="a shipped config or the path of one")
+    parser.add_argument("--config", default="emoji_captions", help="a shipped config, or the path of a config")
     parser.add_argument("--budget-minutes", type=float, default=10)
     parser.add_argument("--factor", type=int, default=8)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--name", help="of the result in the file; f8, say, if it is left out")
-    parser.add_argument("--note", default="", help="kept with the result")
+    parser.add_argument("--name", help="of the result in the file; default: f8, for example")
+    parser.add_argument("--note", default="", help="stored with the result")
     arguments, overrides = parser.parse_known_args()
     try:
         configured = with_factor(load_config_module(arguments.config).get_config(), arguments.factor)

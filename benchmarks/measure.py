@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: rounds that interleave the things compared, and the record of a run."""
+"""Shared by the benchmarks: interleaved timing, and the record of a run."""
 
 import datetime
 import json
@@ -19,9 +19,9 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after one call of each that is not counted.
+    """Seconds of each function in each round, after one warm-up call of each.
 
-    What else the machine does falls on neighbors alike, so that ratios within a round can be trusted more than times.
+    Interleaved calls see the same load on the machine, so ratios within a round are more reliable than times.
     """
     for function in functions.values():
         function()
@@ -34,7 +34,7 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """How many times faster the second is: the median over the rounds, and the extremes."""
+    """How many times as fast the second is: median, minimum and maximum over the rounds."""
     each = [a / b for a, b in zip(slow, fast, strict=True)]
     return {"median": round(statistics.median(each), 3), "min": round(min(each), 3), "max": round(max(each), 3)}
 
@@ -45,7 +45,7 @@ def hardware() -> str:
 
 
 def record(command: str, packages: tuple[str, ...], results: Any, **more: Any) -> str:
-    """The JSON of a run: the command, when, on what, with which versions."""
+    """The JSON of a run: command, date, hardware, versions, results."""
     found = {package: metadata.version(package) for package in packages}
     head = {"command": command, "date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": found}
     return json.dumps({**head, **more, "results": results}, indent=2) + "\n"

@@ -1,12 +1,12 @@
-"""Plants mistakes in a copy of rac3, one at a time, and runs the tests that mirror them. None may survive.
+"""Plants mistakes in a copy of rac3, one at a time, and runs the tests that must catch each. None may survive.
 
     python benchmarks/mutants.py                    # all
-    python benchmarks/mutants.py --quick            # those marked `quick`, as in CI
-    python benchmarks/mutants.py --only evaluation  # one file of benchmarks/mistakes/, or names that hold the word
-    python benchmarks/mutants.py --check            # only see that each can still be planted; runs no test
+    python benchmarks/mutants.py --quick            # only those marked `quick`, as in CI
+    python benchmarks/mutants.py --only evaluation  # one file of benchmarks/mistakes/, or names that contain the word
+    python benchmarks/mutants.py --check            # only check that each can be planted; runs no tests
 
-`benchmarks/mistakes/AREA.toml` lists the mistakes. Each is a small edit of one file, found by its text, which must
-occur exactly once: a line that was moved or changed makes the mistake fail here instead of vanishing.
+`benchmarks/mistakes/AREA.toml` lists the mistakes. Each is a small edit of one file. The text in `find` must occur in
+it exactly once, so that a mistake whose line has moved or changed is an error and does not go unnoticed.
 
     [[mistake]]
     name = "alpha is applied to the main document"
@@ -16,8 +16,8 @@ occur exactly once: a line that was moved or changed makes the mistake fail here
     tests = ["tests/batches/test_groups.py::test_weights"]
     quick = true
 
-The tests run first without any mistake and must pass. A mistake is killed when its tests then fail, or run ten times as
-long as all of them did. Exit code 0: all killed; 1: some survived; 2: a mistake or its tests can't be run.
+All tests first run without any mistake and must pass. A mistake is killed if its tests then fail, or take ten times as
+long as that whole run. Exit code 0: all killed; 1: some survived; 2: a mistake or its tests cannot be run.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from typing import Any
 from measure import record
 
 ROOT = Path(__file__).parents[1]
-LIST = "benchmarks/mistakes"  # below the root of the project
+LIST = "benchmarks/mistakes"  # relative to the project root
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 PASSED, FAILED = 0, 1  # exit codes of pytest
 LEAST_PATIENCE = 60.0  # seconds
@@ -52,7 +52,7 @@ LIBRARIES = ("jax", "flax.linen", "optax", "orbax.checkpoint", "grain", "tensors
 
 
 class MistakeError(Exception):
-    """A mistake that can't be planted, or tests that can't tell anything. The message is one line."""
+    """A mistake that cannot be planted, or tests that cannot judge it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Mistake:
         """The text of `file` with the mistake in it.
 
         Raises:
-          MistakeError: `find` does not occur exactly once, or the result is no other Python.
+          MistakeError: `find` does not occur exactly once, or the result is not valid, different Python.
         """
         count = text.count(self.find)
         if count != 1:
@@ -80,7 +80,7 @@ class Mistake:
         try:
             same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(text))
         except SyntaxError as error:
-            raise MistakeError(f"{self.area}: {self.name!r} is no Python: {error}") from error
+            raise MistakeError(f"{self.area}: {self.name!r} is not valid Python: {error}") from error
         if same:
             raise MistakeError(f"{self.area}: {self.name!r} changes nothing")
         return changed
@@ -88,7 +88,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mistake: `killed`, or `survived`; `detail` is the first test that failed."""
+    """The fate of a mistake: killed or survived; `detail` is the first test that failed."""
 
     mistake: Mistake
     killed: bool
@@ -100,7 +100,7 @@ def read_mistakes(root: Path) -> list[Mistake]:
     """All mistakes, by area.
 
     Raises:
-      MistakeError: an entry lacks a field or has an unknown one, or a name stands twice.
+      MistakeError: an entry lacks a field or has an unknown one, or two have the same name.
     """
     mistakes = []
     for path in sorted((root / LIST).glob("*.toml")):
@@ -116,10 +116,10 @@ def read_mistakes(root: Path) -> list[Mistake]:
 
 
 def check(mistakes: Sequence[Mistake], root: Path) -> None:
-    """Sees that each mistake can be planted and that the functions of its tests exist; takes no second.
+    """Check that each mistake can be planted and that its test functions exist; takes less than a second.
 
     Raises:
-      MistakeError: with all that is wrong, a line each.
+      MistakeError: the message has one line per problem.
     """
     wrong = []
     for mistake in mistakes:
@@ -142,7 +142,7 @@ def check(mistakes: Sequence[Mistake], root: Path) -> None:
 
 @contextmanager
 def scratch(root: Path) -> Iterator[Path]:
-    """A copy of the project to plant mistakes in, importable by PYTHONPATH."""
+    """A copy of the project to plant mistakes in."""
     with tempfile.TemporaryDirectory(prefix="mistakes-") as folder:
         copy = Path(shutil.copytree(root, Path(folder) / "copy", ignore=LEFT_OUT))
         if (copy / "configs").is_dir() and not (copy / "rac3" / "configs").exists():
@@ -153,12 +153,12 @@ def scratch(root: Path) -> Iterator[Path]:
 def run_tests(
     copy: Path, tests: Sequence[str], patience: float | None = None, workers: int = 1
 ) -> tuple[int | None, str]:
-    """Exit code (None: it ran out of patience) and output of pytest in a copy, up to the first failure.
+    """Run pytest in a copy up to the first failure; returns its exit code (None: out of patience) and output.
 
-    The process is forked from one that has imported the libraries, which takes as long as many of the tests.
+    The process is forked from one that has imported the libraries, since importing takes as long as many of the tests.
     """
     options = ["-q", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "-rfE"]
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that are imported already
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # about plugins that are imported already
     options += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
     context: Any = multiprocessing.get_context(START_METHOD)
     context.set_forkserver_preload(["pytest", *LIBRARIES])
@@ -174,8 +174,8 @@ def run_tests(
 
 
 def _pytest_in(copy: Path, output: str, arguments: list[str]) -> None:
-    """What a forked process does: pytest in a copy, its output into a file."""
-    os.setsid()  # so that it can be killed with the processes that tests start
+    """Run pytest in a copy, its output to a file. Called in a forked process."""
+    os.setsid()  # so that it can be killed together with the processes that tests start
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     os.environ |= {"PYTHONPATH": str(copy), "PY_COLORS": "0"}
@@ -189,10 +189,10 @@ def _pytest_in(copy: Path, output: str, arguments: list[str]) -> None:
 
 
 def check_tests(copy: Path, mistakes: Sequence[Mistake], workers: int) -> float:
-    """Runs the tests of all mistakes without any mistake; the seconds that it took.
+    """Run the tests of all mistakes without any mistake; returns the seconds it took.
 
     Raises:
-      MistakeError: a test fails or is skipped, so that it can't tell anything.
+      MistakeError: a test fails or is skipped, so it cannot judge a mistake.
     """
     started = time.monotonic()
     tests = sorted({test for mistake in mistakes for test in mistake.tests})
@@ -206,7 +206,7 @@ def check_tests(copy: Path, mistakes: Sequence[Mistake], workers: int) -> float:
 
 
 def plant(mistake: Mistake, copy: Path, patience: float) -> Outcome:
-    """Plants a mistake in a copy, runs its tests, and takes the mistake out again.
+    """Plant a mistake in a copy, run its tests, and remove the mistake.
 
     Raises:
       MistakeError: the tests could not be collected or run.
@@ -226,25 +226,25 @@ def plant(mistake: Mistake, copy: Path, patience: float) -> Outcome:
 
 
 def write_newer(path: Path, text: str) -> None:
-    """Writes a file a second newer than it was: Python takes compiled code of equal time and size for current."""
+    """Write a file, with a time one second later: Python reuses compiled code if time and size are unchanged."""
     after = int(path.stat().st_mtime) + 1
     path.write_text(text)
     os.utime(path, (after, after))
 
 
 def plant_all(mistakes: Sequence[Mistake], root: Path, workers: int) -> list[Outcome]:
-    """The outcomes, in the order in which they come; a line each as they do.
+    """Plant all mistakes; returns the outcomes as they finish, and prints a line for each.
 
     Raises:
-      MistakeError: a mistake or its tests can't be run.
+      MistakeError: a mistake or its tests cannot be run.
     """
     outcomes: list[Outcome] = []
     with ExitStack() as stack:
         shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mistakes-shared-")))
-        # The copies share compiled programs, and one finished run that tests read.
+        # The copies share compiled programs, and one finished run that the tests read.
         os.environ.setdefault("RAC3_TEST_WORKDIR", str(shared / "tiny"))
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / ".jax_cache"))
-        # JAX reads these when it is imported, which is before tests/conftest.py sets them
+        # JAX reads these on import, before tests/conftest.py sets them
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -260,13 +260,13 @@ def plant_all(mistakes: Sequence[Mistake], root: Path, workers: int) -> list[Out
             finally:
                 copies.put(copy)
 
-        print(f"{len(mistakes)} mistakes; first their tests without any", flush=True)
+        print(f"{len(mistakes)} mistakes; running their tests without any first", flush=True)
         spent = check_tests(made[0], mistakes, workers)
         patience = max(LEAST_PATIENCE, 10 * spent)
         print(f"they pass ({spent:.0f} s)", flush=True)
         started = time.monotonic()
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        stack.callback(pool.shutdown, cancel_futures=True)  # after an error; before the copies go
+        stack.callback(pool.shutdown, cancel_futures=True)  # after an error; before the copies are removed
         for number, future in enumerate(as_completed([pool.submit(one, each) for each in mistakes]), 1):
             outcome = future.result()
             outcomes.append(outcome)
@@ -278,7 +278,7 @@ def plant_all(mistakes: Sequence[Mistake], root: Path, workers: int) -> list[Out
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Planted, killed and survived by area, and in all."""
+    """A table of mistakes planted, killed and survived, by area and in total."""
     areas = sorted({outcome.mistake.area for outcome in outcomes})
     lines = [f"{'area':<12} {'planted':>8} {'killed':>8} {'survived':>8}"]
     for area in [*areas, "all"]:
@@ -291,9 +291,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only those marked `quick`")
     parser.add_argument("--only", default="", help="an area, or a word of the names")
-    parser.add_argument("--check", action="store_true", help="only see that each can be planted")
+    parser.add_argument("--check", action="store_true", help="only check that each can be planted")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
-    parser.add_argument("--out", type=Path, help="a JSON file for the outcomes")
+    parser.add_argument("--out", type=Path, help="write the outcomes to this JSON file")
     options = parser.parse_args(arguments)
     try:
         mistakes = read_mistakes(root)
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             and (mistake.area == options.only or options.only.lower() in mistake.name.lower())
         ]
         if not chosen:
-            raise MistakeError(f"no mistake of {len(mistakes)} is chosen; --only takes an area or a word of a name")
+            raise MistakeError(f"none of {len(mistakes)} mistakes is selected; give --only an area or a word of a name")
         check(chosen, root)
         if options.check:
             print(f"{len(chosen)} mistakes can be planted")

@@ -1,10 +1,9 @@
-"""The quickstart with several seeds, each with a world of its own, against what it claims to show.
+"""The quickstart's claims, checked with several seeds, each with its own world.
 
     python benchmarks/quickstart_seeds.py --workdir DIR [--seeds 0 1 2 3] [--out FILE.json]
 
-Runs `rac3 run` once per seed in a fresh process, prints a table, and writes every figure with the date, the hardware
-and the versions. Exit code 1 if a claim fails for a seed. Seven minutes a seed on two cores; times are of an idle
-machine only if nothing else runs on it.
+Runs `rac3 run` once per seed in a new process, prints a table, and writes all figures with the date, the hardware and
+the versions. Exit code 1 if a claim fails for any seed. Takes seven minutes per seed on two idle cores.
 """
 
 import argparse
@@ -55,7 +54,7 @@ FIGURES = [
 
 
 def run(seed: int, workdir: Path) -> dict[str, Any]:
-    """The figures of one seed; wall time and memory only if the run starts from nothing."""
+    """The figures of one seed; wall time and memory only if the run starts from scratch."""
     workdir.mkdir(parents=True, exist_ok=True)
     config, folder = workdir / f"seed_{seed}.py", workdir / f"seed_{seed}"
     fresh = not folder.exists()

@@ -1,27 +1,27 @@
-"""The retrievers against FAISS: the same vectors, the same queries, the same cores, in turn.
+"""The retrievers against FAISS: the same vectors, queries and cores, in interleaved runs.
 
     python benchmarks/retrieval.py [--only PART ...] [--rounds 5] [--kinds clip clusters] [--json FILE] [--small]
 
-Needs the extra `faiss`. The parts, each of which can run alone:
+Needs the extra `faiss`. The parts, which can run separately:
 
-    exact        `exact` in float32 and bfloat16 against FAISS Flat; beside them NumPy's product of the same matrices
-    approximate  `scann`, and FAISS's IVF of 4-bit codes with refining, each at the cheapest setting of a grid that
-                 finds 99% of the true ten nearest, against one another and FAISS Flat
-    memory       what a `scann` index takes beside the float32 vectors, by `reorder_dtype`, and how fast it is
-    selection    `select`: 16 candidates of each document, depth 8, with the vectors in memory and on disk
+    exact        `exact` in float32 and bfloat16 against FAISS Flat, and NumPy's product of the same matrices
+    approximate  `scann`, and FAISS's IVF of 4-bit codes with refinement, each at the cheapest setting of a grid that
+                 finds 99% of the true ten nearest, against each other and FAISS Flat
+    memory       size of a `scann` index relative to the float32 vectors, by `reorder_dtype`, and its speed
+    selection    `select`: 16 candidates per document, depth 8, with the vectors in memory and on disk
     growth       `exact`, `scann` and FAISS Flat over 10,000, 100,000 and 1,000,000 documents (`--growth-sizes`)
 
-Ours goes the way of the product: `build` into a folder, `open`, `Index.search`. FAISS's IVF is our `faiss` retriever;
-FAISS Flat is `IndexFlatIP.search` itself. All threads of all libraries run on the cores of this process; no process
-but this one should be busy. Prints medians over rounds that interleave what is compared, with the extremes.
+Our retrievers run as in rac3: `build` into a folder, `open`, `Index.search`. FAISS's IVF is our `faiss` retriever;
+FAISS Flat is `IndexFlatIP.search` itself. All threads of all libraries run on the cores of this process; the machine
+should be otherwise idle. Prints medians over interleaved rounds, with the extremes.
 
-The vectors are synthetic, 768 wide, of norm 1, drawn anew from a fixed seed:
+The vectors are synthetic, 768 wide, of norm 1, drawn from a fixed seed:
 
-    clusters  a mixture of 1,000 Gaussians; queries are of the same mixture
-    clip      made to look like CLIP's images with texts as queries: all in a narrow cone around a common mean (the
-              cosine of two documents is about 0.5, of two in one of 1,000 clusters 0.9); they differ along few
-              directions (the deviation along the i-th falls as i**-0.5), rotated at random; a query has the content
-              of a document, blurred, in a cone of its own (the cosine to a document is about 0.15)
+    clusters  a mixture of 1,000 Gaussians, for documents and queries
+    clip      like CLIP images with texts as queries: all in a narrow cone around a common mean (the cosine of two
+              documents is about 0.5, of two in the same of 1,000 clusters 0.9), mostly along few directions (the
+              deviation along the i-th falls as i**-0.5), randomly rotated; a query is a document with noise, in its own
+              cone (the cosine to a document is about 0.15)
 """
 
 import argparse
@@ -115,12 +115,12 @@ def clip_like(rng: np.random.Generator, documents: int, queries: int, width: int
     deviations = np.arange(1, width + 1, dtype=np.float32) ** -0.5
     deviations /= np.linalg.norm(deviations)
     rotation = np.linalg.qr(rng.standard_normal((width, width)))[0].astype(np.float32)
-    document_mean = rotation[-1]  # hardly any content lies along the means, or a few documents were near all queries
+    document_mean = rotation[-1]  # almost no content lies along it; else a few documents would be near all queries
     query_mean = 0.35 * document_mean + 0.94 * rotation[-2]
     centers = rng.standard_normal((1000, width), np.float32) * (deviations * np.float32(0.75**0.5))
 
     def draw(size: int) -> np.ndarray:
-        """What the documents or queries are about: a vector of norm about 1."""
+        """The content of documents or queries: vectors of norm about 1."""
         rows = rng.standard_normal((size, width), np.float32) * (deviations * np.float32(0.25**0.5))
         rows += centers[rng.integers(0, len(centers), size)]
         return rows
@@ -128,14 +128,14 @@ def clip_like(rng: np.random.Generator, documents: int, queries: int, width: int
     content = draw(documents)
     about = content[rng.integers(0, documents, queries)] + 0.5 * draw(queries)
     found = np.empty_like(content)
-    for start in range(0, documents, 65_536):  # a million rows at once would be held three times
+    for start in range(0, documents, 65_536):  # all at once would hold a million rows three times
         found[start : start + 65_536] = content[start : start + 65_536] @ rotation
     found += document_mean
     return unit(found), unit(about @ rotation + query_mean)
 
 
 def built(retriever: Retriever, part: MemoryPart, folder: Path) -> tuple[Path, float]:
-    """A new folder with the index, and the seconds that took."""
+    """Build an index into a new folder; returns the folder and the seconds it took."""
     folder = Path(tempfile.mkdtemp(dir=folder))
     return folder, seconds(lambda: retriever.build(part, folder))
 
@@ -157,7 +157,7 @@ def flat_search_of(flat: Any, queries: np.ndarray) -> Callable[[], tuple[np.ndar
 
 
 def product_of(data: Data) -> Callable[[], None]:
-    """All scores, in blocks that stay in the cache; nothing is chosen from them."""
+    """Computes all scores, in blocks that stay in the cache, without selecting any."""
     scores = np.empty((len(data.queries), 1024), np.float32)
 
     def product() -> None:
@@ -169,12 +169,12 @@ def product_of(data: Data) -> Callable[[], None]:
 
 
 def recall(found: tuple[np.ndarray, np.ndarray], true: tuple[np.ndarray, np.ndarray]) -> float:
-    """The share of the true neighbors among those found."""
+    """The share of the true neighbors that were found."""
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found[1], true[1], strict=True)]))
 
 
 def rate_row(name: str, data: Data, times: dict[str, list[float]], case: str, **more: Any) -> Row:
-    """Queries per second of a case, and how many times faster than FAISS Flat it is."""
+    """Queries per second of a case, and its speed relative to FAISS Flat."""
     size = len(data.queries)
     row = {"row": name, "case": case, "documents": len(data.documents), "kind": data.kind}
     row["queries_per_second"] = {
@@ -188,7 +188,7 @@ def rate_row(name: str, data: Data, times: dict[str, list[float]], case: str, **
 
 
 def show(row: Row) -> Row:
-    """Prints a row of the table as soon as it is there."""
+    """Print a row of the table, and return it."""
 
     def text(value: Any) -> str:
         if isinstance(value, dict) and "median" in value:
@@ -219,7 +219,7 @@ def exact(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> Iter
 
 
 class Grid(NamedTuple):
-    """A retriever that is built once, and searched with every pair of two efforts."""
+    """A retriever that is built once and searched with every pair of two efforts."""
 
     retriever: Any
     setting: Callable[[int, int], dict[str, Any]]  # the fields of the retriever: leaves searched, candidates reordered
@@ -261,7 +261,7 @@ def grids(sizes: Sizes) -> dict[str, Grid]:
 
 
 def cheapest(grid: Grid, data: Data, folder: Path, true: np.ndarray) -> Found | None:
-    """By the best of three calls; None if no setting reaches the recall."""
+    """The setting that is fastest, by the best of three calls; None if none reaches the recall."""
     part, best = data.part, None
 
     def tried(searched: int, reordered: int) -> Found:
@@ -305,9 +305,9 @@ def approximate(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -
 
 
 def memory(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> Iterator[Row]:
-    """One index for each `reorder_dtype`, and one over four times the documents: what is as much there does not grow.
+    """One index per `reorder_dtype`, and one over four times as many documents, which shows what does not grow.
 
-    Resident memory is of a process that opens the index over vectors on disk.
+    Resident memory is that of a process that opens the index over vectors on disk.
     """
     data = data_of(kinds[0], sizes.documents, sizes.queries, sizes.width)
     flat = flat_search_of(flat_of(data.documents), data.queries)
@@ -334,7 +334,7 @@ def memory(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> Ite
 
 
 def stored(data: Data, dtype: Any, sizes: Sizes, folder: Path) -> tuple[Path, dict[str, float], Scann]:
-    """A `scann` index beside its vectors on disk, and what it takes as shares of these."""
+    """A `scann` index next to its vectors on disk, and its sizes as shares of theirs."""
     folder = Path(tempfile.mkdtemp(dir=folder))
     on_disk(data.documents, folder / "vectors", sizes.shard_rows)
     np.save(folder / "queries.npy", data.queries)
@@ -355,7 +355,7 @@ def on_disk(vectors: np.ndarray, path: Path, shard_rows: int) -> Vectors:
 
 
 def resident(dtype: str, leaves: int, index: Path, folder: Path) -> tuple[int, int]:
-    """Bytes by which the resident memory of a fresh process grows when it opens an index, and when it then searches."""
+    """Growth of a new process's resident memory, in bytes, when it opens an index, and when it has searched."""
     arguments = ["--opened", str(folder), str(index), dtype, str(leaves)]
     output = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     opened, searched = output.stdout.split()
@@ -363,7 +363,7 @@ def resident(dtype: str, leaves: int, index: Path, folder: Path) -> tuple[int, i
 
 
 def report_resident(folder: Path, index: Path, dtype: str, leaves: int) -> None:
-    """In the fresh process: a search of a small part first, so that no library starts up while it counts."""
+    """Measure and print it, in the new process. Searches a small part first, so that all libraries are initialized."""
     part = part_of(Vectors(folder / "vectors"))
     asked = np.load(folder / "queries.npy")
     queries = Queries([""] * len(asked), asked, [""] * len(asked))
@@ -402,7 +402,7 @@ def selection(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> 
 
 
 def select_of(queries: np.ndarray, ids: np.ndarray, memory: Memory) -> Callable[[], Selected]:
-    """The second best candidate is taken for the query's own document, so that there is one to skip."""
+    """Treats the second best candidate as the main document, so that there is one to skip."""
     return lambda: select(Selection(depth=8), queries, ids, memory, ids[:, 1])
 
 
@@ -423,7 +423,7 @@ def growth(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> Ite
         for case in times:
             more: Row = {"recall": round(recall(calls[case](), flat()), 4)} if case in calls else {}
             yield rate_row("growth", data, times, case, **more, build_seconds=round(build.get(case, 0.0), 2))
-        del data, flat, calls  # before the next size is drawn
+        del data, flat, calls  # free them before the next size
         gc.collect()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     yield show({"row": "growth", "case": "peak", "kind": kinds[0], "resident_gb": round(peak, 1)})

@@ -1,8 +1,8 @@
 """rac3 run configs/emoji_captions.py --data-dir DIR
 
-The chain over img2dataset shards: DIR holds the folders `train`, `unseen-memory`, `validation` and `unseen-test`, of
-64x64 image-caption pairs (any captioned pictures in this layout do). Sized for two CPU cores and a short training. For
-one GPU: `--model.num-layers 12 --model.embed 768 --model.num-heads 12 --model.mlp 3072 --model.dtype bfloat16
+The whole chain on img2dataset shards of 64x64 image-caption pairs: DIR holds the folders `train`, `unseen-memory`,
+`validation` and `unseen-test`. Any captioned images in this layout work. Sized for two CPU cores and a short training.
+For one GPU: `--model.num-layers 12 --model.embed 768 --model.num-heads 12 --model.mlp 3072 --model.dtype bfloat16
 --batches.rows 64 --training.steps 20000 --optimizer.peak-lr 6e-4 --optimizer.warmup-steps 500`, a VQGAN of
 `--vqgan.model.ch 64 --vqgan.model.n-embed 1024 --vqgan.fit.steps 20000` and `--clip.fit.steps 5000`.
 An image is 64 tokens, 256 with `--vqgan.model.ch-mult 1 2 4 --batches.context-length 1024 --batches.row-length 1024`.
@@ -66,9 +66,7 @@ def get_config() -> Experiment:
             fit=FitConfig(steps=800, batch=128, peak_lr=1e-3),
         ),
         retriever=Scann(num_neighbors=32),
-        selection=Selection(
-            max_similarity=0.98
-        ),  # 0.9 would drop most pictures of the same subject, as this CLIP sees them
+        selection=Selection(max_similarity=0.98),  # to this CLIP, most images of one subject are above 0.9
         batches=BatchConfig(context_length=448, row_length=512, rows=8, candidates=4, read_threads=1),
         model=TransformerConfig(
             num_layers=4, embed=192, num_heads=6, mlp=768, dtype="float32", remat="none", init_std=0.02

@@ -1,7 +1,7 @@
 """rac3 run configs/quickstart.py
 
-The whole chain on two CPU cores in minutes, offline: a procedural world, encoders fitted on it, RA-CM3 and the vanilla
-CM3 trained with equal compute, and both compared on entities that neither has seen in training.
+The whole chain offline on two CPU cores in minutes: a procedural world, encoders fitted on it, and RA-CM3 against
+vanilla CM3, trained with equal compute and compared on entities that neither has seen in training.
 """
 
 from rac3.batches.loader import BatchConfig
@@ -25,21 +25,21 @@ from rac3.weights.fitting import FitConfig
 
 
 def get_config(seed: int = 0) -> Experiment:
-    """`seed` draws the world too; `--seed` on the command line leaves the world and draws all the rest."""
+    """`seed` also changes the world; `--seed` on the command line changes everything else."""
     tower = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4)
     return Experiment(
         name="quickstart",
         seed=seed,
-        query_dropout=0.1,  # of captions of ten tokens; 0.2 loses the name, and with it the entity, too often
+        query_dropout=0.1,  # captions have ten tokens; 0.2 drops the name, and with it the entity, too often
         data=Data(
             train=World("train", seed),
             memory={"memory": World("memory", seed)},
             validation=World("validation", seed),
             test=World("test", seed),
-            fit_on=("train", "memory"),  # as a public CLIP has seen much of what it is asked for
+            fit_on=("train", "memory"),  # as a public CLIP has seen many of the things it is queried for
             entity_field="entity",
         ),
-        text=TextTokenizer(vocab_size=320),  # spells names by letters, so that one never seen is of known ids
+        text=TextTokenizer(vocab_size=320),  # spells names by letters, so that new names have known ids
         vqgan=FrozenVQGAN(
             model=VQGANConfig(
                 ch=8,
@@ -64,14 +64,14 @@ def get_config(seed: int = 0) -> Experiment:
                 vision_config=CLIPVisionConfig(**tower, image_size=40, patch_size=8),
                 projection_dim=64,
             ),
-            tokenizer=TextTokenizer(vocab_size=1024),  # has most names whole
+            tokenizer=TextTokenizer(vocab_size=1024),  # most names are one token
             max_logit_scale=3.0,
             text_crop=1.0,
             image_crop=0.4,
             fit=FitConfig(steps=700, batch=128, peak_lr=3e-3),
         ),
         retriever=Scann(num_neighbors=16),
-        selection=Selection(max_similarity=0.999),  # vectors of a CLIP fitted on one small world lie close together
+        selection=Selection(max_similarity=0.999),  # all vectors of a CLIP fitted on a small world are similar
         batches=BatchConfig(
             context_length=192, rows=10, candidates=2, masking=Masking(whole_segments=0.7), read_threads=1
         ),

@@ -1,8 +1,8 @@
 """rac3 plan configs/ra_cm3_2_7b.py
 
 The paper's setting (section 4.1): 2.7B parameters, 4,096 tokens, 150M documents of LAION, CLIP ViT-L/14, 256 GPUs of
-80 GB. `--data-dir` holds shards as img2dataset writes them; the VQGAN is taming's Gumbel f8, 1,024
-tokens a picture. Nothing of this size has been run with this code: the plan says what its offline stages would take.
+80 GB. `--data-dir` holds img2dataset shards; the VQGAN is taming's Gumbel f8 with 1,024 tokens per image. Nothing of
+this size has been run with this code: the plan estimates what its offline stages would take.
 """
 
 from rac3.clip.frozen import FrozenCLIP

@@ -1,4 +1,4 @@
-"""Configs: Python files that return an Experiment, the fingerprint of a config, and the error that bad input raises."""
+"""Loading config files, the canonical form and fingerprint of a config, and the error that bad input raises."""
 
 import contextlib
 import dataclasses
@@ -11,18 +11,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-CONFIG_MODULE = "rac3_config_"  # begins the module name of a config file
+CONFIG_MODULE = "rac3_config_"  # prefix of the module names of config files
 
 
 class InputError(ValueError):
-    """Bad input from the user: one line with the value, the limit and the fix. The command exits with code 2."""
+    """Bad user input. The message is one line: the value, the limit and the fix. The command exits with code 2."""
 
 
 def canonical(value: Any) -> Any:
-    """`value` as plain JSON data. A dataclass becomes its class name and fields, so that equal configs are equal JSON.
+    """`value` as plain JSON data, the same for equal configs. A dataclass becomes its class name and fields.
 
     Raises:
-      TypeError: for a value that has no canonical form (a function, an open file).
+      TypeError: a value has no canonical form (a function, an open file).
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -34,14 +34,14 @@ def canonical(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and value.is_integer():
-        return int(value)  # 1 and 1.0 are equal, whichever of them a config or the command line says
+        return int(value)  # 1 and 1.0 are equal values
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a config holds plain data only, not {type(value).__name__}: {value!r}")
 
 
 def fingerprint(value: Any) -> str:
-    """12 hex digits that change exactly when the canonical form of `value` changes."""
+    """12 hex digits of a hash of the canonical form of `value`."""
     text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -118,16 +118,16 @@ def load_config_module(name_or_path: str) -> ModuleType:
         shipped = shipped_configs()
         if name_or_path not in shipped:
             raise InputError(
-                f"config {name_or_path!r} is neither a .py file nor a shipped config; shipped: {', '.join(shipped)}"
+                f"config {name_or_path!r} is neither a .py file nor a shipped config; use one of: {', '.join(shipped)}"
             )
         path = shipped[name_or_path]
     if not path.is_file():
         raise InputError(f"config {name_or_path!r} does not exist; give a path to a .py file with get_config()")
     spec = importlib.util.spec_from_file_location(f"{CONFIG_MODULE}{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise InputError(f"config {name_or_path!r} is not a Python file")
+        raise InputError(f"config {name_or_path!r} is not a Python file; give a .py file with get_config()")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up while they are defined
+    sys.modules[spec.name] = module  # dataclasses look up their module while they are defined
     try:
         spec.loader.exec_module(module)
     except InputError:

@@ -87,12 +87,12 @@ def write_config(path: Path, body: str) -> str:
         (["pretrain", TINY], "'pretrain' is unknown"),
         (["train"], "needs a config"),
         (["train", "nowhere.py"], "'nowhere.py' does not exist"),
-        (["train", "slowstart"], "shipped: emoji_captions, quickstart"),
+        (["train", "slowstart"], "shipped config; use one of: emoji_captions, quickstart"),
         (["train", TINY, "--modle.num-layers", "2"], "--modle.num-layers"),
         (["train", TINY, "--model.num-layers", "two"], "two"),
         (["train", TINY, "--model.dtype", "float31"], "float31"),
         (["train", TINY, "retriever:bm42"], "bm42"),
-        (["train", TINY, "--mesh.fsdp", "3"], "does not divide the 8 devices"),
+        (["train", TINY, "--mesh.fsdp", "3"], "does not fit the 8 devices"),
         (["generate", TINY, "--samples", "0"], "samples=0"),
         (["encoders", TINY, "--clip.checkpoint", "/nowhere"], "clip checkpoint '/nowhere' is not a folder"),
         (["ingest", "emoji_captions", "--data-dir", "/nowhere"], "'/nowhere/train' does not exist"),
@@ -527,7 +527,7 @@ def test_a_mesh_of_other_devices_is_refused_before_any_work(
 ):
     own = ["--prompt", "a fox"] if stage == "generate" else []
     line = refused(stage, TINY, *own, "--mesh.fsdp", "3", "--workdir", str(tmp_path / "new"))
-    assert "does not divide the 8 devices" in line
+    assert "does not fit the 8 devices" in line
     assert called == []
 
 

@@ -1,4 +1,4 @@
-"""The configs that ship: the paper's numbers, and what the small ones promise."""
+"""The shipped configs: the paper's numbers, and the promises of the small ones."""
 
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def test_the_papers_numbers(path: str, paper: Experiment):
 
 
 def test_the_paper_searches_its_training_documents_whole(paper: Experiment):
-    """FAISS Flat there, the same inner products here; nothing but LAION is in the memory, and COCO is held out."""
+    """The paper uses FAISS Flat, which is the same search. The memory is LAION alone, and COCO is held out."""
     assert isinstance(paper.retriever, Exact)
     assert paper.retriever.num_neighbors >= paper.selection.depth >= paper.batches.candidates >= 2
     assert paper.data.sources() == {
@@ -102,13 +102,13 @@ def test_the_papers_learning_rate_rises_for_1500_steps_and_falls_linearly_to_0(p
 
 
 def test_the_papers_model_has_2_7_billion_parameters_and_room_for_three_documents(paper: Experiment):
-    """2.52 in the layers: 32 of 4 x 2560^2 in attention and 2 x 2560 x 10240 in the MLP; the rest are embeddings."""
+    """2.52 in 32 layers of 4 x 2560^2 in attention and 2 x 2560 x 10240 in the MLP; the rest in embeddings."""
     images = paper.vqgan.model.n_embed
     model = paper.model.build(paper.text.vocab_size + images, paper.batches.context_length, 1024)
     shapes = nn.unbox(jax.eval_shape(initializer(model), jax.random.key(0)))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     layers = 32 * (4 * 2560**2 + 2 * 2560 * 10240)
-    embeddings = (50_272 + 8192 + 4096 + 1024) * 2560  # of ids, positions, and places in an image
+    embeddings = (50_272 + 8192 + 4096 + 1024) * 2560  # of ids, positions, and offsets in an image
     assert parameters == pytest.approx(layers + embeddings, rel=1e-3)  # norms and biases are left out
     assert 2.6e9 < parameters < 2.8e9
     caption, markup = 64, 16
@@ -122,7 +122,7 @@ def test_the_shipped_configs_have_the_names_of_their_files():
 
 
 def test_the_quickstart_asks_for_entities_that_only_the_memory_shows(tmp_path: Path):
-    """Validation asks for those of training; and a seed draws all four splits from one other world."""
+    """Validation asks for the training entities. A seed draws all four splits from one other world."""
     module = load_config_module("quickstart")
     data = module.get_config().data
     shown = {}
@@ -155,7 +155,7 @@ def test_emoji_captions_asks_for_what_only_the_memory_shows():
 
 @pytest.mark.parametrize("name", ["quickstart", "emoji_captions"])
 def test_the_small_configs_differ_from_the_paper_in_size_alone(name: str):
-    """The objective, K, alpha and the comparison are the paper's, so that the small run proves the large one."""
+    """The objective, K, alpha and the comparison are the paper's, so that a small run tests the large one."""
     experiment = load_config_module(name).get_config()
     assert experiment.batches.num_retrieved == (0, 1, 2)
     assert experiment.batches.retrieved_weight == 0.1

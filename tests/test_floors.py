@@ -1,4 +1,4 @@
-"""The ladder of imports: a module imports from floors below its own, or from an earlier module of its own package."""
+"""The ladder of imports: a module imports from lower floors, or from earlier modules of its own package."""
 
 import ast
 import subprocess
@@ -25,7 +25,7 @@ FLOORS = (
     ("plan", "report"),
     ("cli",),
 )
-# The order inside a package. Modules that are not listed come after those that are, in any order without a cycle.
+# The order inside a package. Modules that are not listed come after the listed ones, in any order without a cycle.
 ORDER = {
     "": ("recipes", "run"),
     "artifacts": ("recipe", "workdir", "arrays"),
@@ -60,13 +60,13 @@ TAKE_AN_EXPERIMENT = ("recipes", "run", "stages", "plan", "report", "cli")
 
 
 def modules() -> list[tuple[str, ...]]:
-    """Every module by its parts below `rac3`: ("batches", "masking")."""
+    """Every module by its path below `rac3`: ("batches", "masking")."""
     paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
     return sorted(path.parts for path in paths if path.name != "__init__")
 
 
 def imports(module: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The modules of rac3 that `module` imports, anywhere in it."""
+    """The modules of rac3 that `module` imports, at the top or inside functions."""
     names: list[str] = []
     for node in ast.walk(ast.parse((PACKAGE.joinpath(*module).with_suffix(".py")).read_text())):
         if isinstance(node, ast.Import):
@@ -111,7 +111,7 @@ def violation(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
         if module[0] in names and imported[0] in names:
             return None if names.index(imported[0]) < names.index(module[0]) else f"{text}, which comes later"
         return f"{text}, another package of the same floor"
-    if len(module) > 2 and module[:2] == imported[:2]:  # of one package inside a package
+    if len(module) > 2 and module[:2] == imported[:2]:  # in one subpackage
         return None
     later = place(imported) > place(module) or (place(imported) == place(module) < len(ORDER.get(module[0], ())))
     return f"{text}, which comes later in its package" if later else None
@@ -156,7 +156,7 @@ def test_the_rules_find_what_they_forbid(module: tuple[str, ...], imported: tupl
     assert violation(module, imported)
 
 
-def test_nothing_imports_what_stands_outside_the_package():
+def test_nothing_imports_from_outside_the_package():
     for module in modules():
         source = PACKAGE.joinpath(*module).with_suffix(".py").read_text()
         for node in ast.walk(ast.parse(source)):
@@ -166,7 +166,7 @@ def test_nothing_imports_what_stands_outside_the_package():
 
 
 def test_reading_a_config_loads_nothing_heavy():
-    """Not even for one that swaps the retriever."""
+    """Whichever retriever it uses."""
     heavy = ("scann", "torch", "ray", "tensorflow", "tensorflow_datasets", "transformers", "grain", "faiss")
     code = f"import sys, rac3.experiment; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What `launch/` starts is a command that rac3 takes. No cluster is started here."""
+"""The scripts of `launch/` start valid rac3 commands. No cluster is started here."""
 
 import os
 import shlex
@@ -24,7 +24,7 @@ def parsed(words: list[str], config: str) -> Experiment:
 
 
 def test_slurm_starts_one_ray_cluster_and_the_command(tmp_path: Path):
-    """Slurm's own commands stand in: `srun` shows what it is told to run on each node."""
+    """Slurm's commands are replaced: `srun` prints what it would run on each node."""
     for name, body in (("scontrol", "printf 'node7\\nnode8\\n'"), ("srun", 'printf "%s\\n" "$@"'), ("ray", "exit 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -42,8 +42,8 @@ def test_slurm_starts_one_ray_cluster_and_the_command(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("knows_tokens", "mode"), [(True, "token"), (False, "")])
-def test_workers_need_a_token_where_this_ray_knows_them(knows_tokens: bool, mode: str, tmp_path: Path):
-    """Else anyone on the network of the cluster could run code as its user."""
+def test_workers_need_a_token_if_this_ray_supports_them(knows_tokens: bool, mode: str, tmp_path: Path):
+    """Otherwise anyone on the cluster's network could run code as its user."""
     said = tmp_path / "said"
     for name, body in (
         ("scontrol", "echo node7"),
@@ -61,7 +61,7 @@ def test_workers_need_a_token_where_this_ray_knows_them(knows_tokens: bool, mode
 
 
 def test_slurm_gives_each_node_to_one_ray():
-    """Whose workers take its GPUs, one each."""
+    """The workers of that Ray share the node's GPUs, one each."""
     text = (LAUNCH / "slurm.sh").read_text()
     asked = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
     assert {"--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive"} <= asked
@@ -89,7 +89,7 @@ def test_kubernetes_starts_the_command_with_as_many_workers_as_pods(job: dict[st
 
 
 def test_the_head_runs_the_command_and_no_workers(job: dict[str, Any]):
-    """A job that ends gives its pods back, and one that fails goes on in a new cluster."""
+    """A job that ends releases its pods, and one that fails resumes in a new cluster."""
     spec = job["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["backoffLimit"] >= 1
@@ -97,7 +97,7 @@ def test_the_head_runs_the_command_and_no_workers(job: dict[str, Any]):
     assert head["rayStartParams"]["num-cpus"] == "0"
     containers = [pods["template"]["spec"]["containers"][0] for pods in (head, group)]
     assert containers[0]["image"] == containers[1]["image"]
-    for container in containers:  # what is asked for is kept, so that no pod is evicted
+    for container in containers:  # requests equal limits, so that no pod is evicted
         assert container["resources"]["requests"] == container["resources"]["limits"]
     assert "nvidia.com/gpu" not in containers[0]["resources"]["limits"]
 

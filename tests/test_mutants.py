@@ -1,4 +1,4 @@
-"""The list of planted mistakes fits the code, and what plants them can tell killed from survived."""
+"""All listed mistakes can be planted, and benchmarks/mutants.py tells killed from survived ones."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -35,13 +35,13 @@ def mutants() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         module = importlib.import_module("mutants")
-        patch.setattr(module, "START_METHOD", "spawn")  # a server that other tests have started has imported rac3
+        patch.setattr(module, "START_METHOD", "spawn")  # a fork server started by another test has imported rac3
         yield module
 
 
 @pytest.fixture
 def plant(mutants: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
-    """Plants mistakes, each (name, find, replace, test), in a project of one function; gives the exit code."""
+    """Plants mistakes, each (name, find, replace, test), in a project of one function; returns the exit code."""
     for name in ("JAX_COMPILATION_CACHE_DIR", "RAC3_TEST_WORKDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
 
@@ -88,7 +88,7 @@ def test_all_are_killed(plant: Plant, capsys: pytest.CaptureFixture[str]):
         (("moved", "part // whole", "part", "test_half"), "its text occurs 0 times in rac3/shop.py, not once"),
         (("ambiguous", "whole", "part", "test_half"), "its text occurs 3 times"),
         (("empty", "part / whole", "part  /  whole", "test_half"), "changes nothing"),
-        (("broken", "part / whole", "part / / whole", "test_half"), "is no Python"),
+        (("broken", "part / whole", "part / / whole", "test_half"), "is not valid Python"),
         (("untested", "part / whole", "whole / part", "test_third"), "there is no test tests/test_shop.py::test_third"),
         (("hopeless", "part / whole", "whole / part", "test_none"), "the tests fail without any mistake"),
         (("skipped", "else 0.0", "else 1.0", "test_skipped"), "tests are skipped"),

@@ -1,8 +1,8 @@
-"""Arrays on disk: tensorstore zarr3, one file for each shard of rows, in chunks that are read alone.
+"""Arrays on disk: zarr3 by tensorstore, one file per shard of rows, in chunks that are read separately.
 
 rows   0 ........ 65535 | 65536 ........ 131071 | 131072 ...
-files  c/0/0            | c/1/0                 | c/2/0         each written whole, by one process
-chunks ||||||||||||||||   ||||||||||||||||||||    |||||         128 KiB: what a read of one row costs
+files  c/0/0            | c/1/0                 | c/2/0         each written at once, by one process
+chunks ||||||||||||||||   ||||||||||||||||||||    |||||         128 KiB: the cost of reading one row
 """
 
 from functools import cached_property
@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-CHUNK_BYTES = 128 * 2**10  # sequential reads want it larger, random rows smaller
-_ROWS_AT_ONCE = 256  # of those asked for one by one, each of which may lie in a chunk of its own: 32 MB
-SCALES = ".scales"  # of int8 vectors, beside them
+CHUNK_BYTES = 128 * 2**10  # sequential reads want larger ones, random rows smaller ones
+_ROWS_AT_ONCE = 256  # of scattered rows, each perhaps in its own chunk: 32 MB
+SCALES = ".scales"  # of int8 vectors, next to them
 
 VectorDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -27,17 +27,17 @@ def create_array(
     fill: int | float = 0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Any:
-    """The tensorstore at `path`: made anew, or opened if it is there with this shape and type.
+    """Create the tensorstore at `path`, or open it if it exists with this shape and type.
 
     Args:
-      shard_rows: rows of a file. Write with `write_shard`.
-      chunk_bytes: at most this much is read for a row, but for larger rows.
+      shard_rows: rows per file. Write with `write_shard`.
+      chunk_bytes: at most this many bytes per chunk, unless one row is larger.
     """
     import tensorstore
 
     row_bytes = max(1, int(np.prod(shape[1:], initial=1)) * tensorstore.dtype(dtype).numpy_dtype.itemsize)
     limit = max(1, min(chunk_bytes // row_bytes, shard_rows))
-    rows = next(rows for rows in range(limit, 0, -1) if shard_rows % rows == 0)  # chunks fill a shard
+    rows = next(rows for rows in range(limit, 0, -1) if shard_rows % rows == 0)  # chunks fill a shard exactly
     rest = [max(n, 1) for n in shape[1:]]
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
@@ -56,34 +56,34 @@ def create_array(
 
 
 def write_shard(array: Any, number: int, rows: np.ndarray) -> None:
-    """Writes all rows of shard `number`, which is one file, in one go.
+    """Write all rows of shard `number`, which is one file, at once.
 
     Raises:
-      ValueError: `rows` are more or fewer than the shard has. To write a part would read and write the whole file, and
-        two processes that do so lose what one of them wrote.
+      ValueError: `rows` are more or fewer than the shard has. A partial write would rewrite the whole file, and two
+        processes that do so would lose each other's rows.
     """
     import tensorstore
 
     size = array.chunk_layout.write_chunk.shape[0]
     start, stop = number * size, min((number + 1) * size, array.shape[0])
     if len(rows) != stop - start:
-        raise ValueError(f"shard {number} has {stop - start} rows, and {len(rows)} are to be written; write it whole")
+        raise ValueError(f"shard {number} has {stop - start} rows, but {len(rows)} are given; give all of them")
     with tensorstore.Transaction() as transaction:
         array.with_transaction(transaction)[start:stop].write(rows).result()
 
 
 def open_array(path: Path) -> Any:
-    """The tensorstore at `path`, for reading: index it, then `.read().result()`."""
+    """Open the tensorstore at `path` for reading: index it, then `.read().result()`."""
     return _open(_spec(path) | {"open": True})
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The whole array."""
+    """Read the whole array."""
     return np.asarray(open_array(path).read().result())
 
 
 class Rows:
-    """An array on disk that is indexed by its rows, and reads those alone."""
+    """An array on disk. Indexing with rows reads only those."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,14 +104,14 @@ class Rows:
 
 
 class Vectors(Rows):
-    """Vectors on disk: float32 when they are read, whatever they are stored as.
+    """Vectors on disk: stored in any `VectorDtype`, read as float32.
 
-    int8 keeps, of each row, the numbers -127..127 and what 1 stands for, its largest absolute value / 127.
+    int8 stores each row as codes -127..127 and a scale, the row's largest absolute value / 127.
     """
 
     @classmethod
     def create(cls, path: Path, shape: tuple[int, int], dtype: VectorDtype, shard_rows: int) -> "Vectors":
-        """Makes them, or opens them if they are there with this shape and type."""
+        """Create them, or open them if they exist with this shape and type."""
         create_array(path, shape, dtype, shard_rows)
         if dtype == "int8":
             create_array(_scales(path), shape[:1], "float32", shard_rows)
@@ -122,7 +122,7 @@ class Vectors(Rows):
         return open_array(_scales(self.path)) if self._array.dtype.name == "int8" else None
 
     def write_shard(self, number: int, vectors: Float[np.ndarray, "rows embed"]) -> None:
-        """Writes all rows of shard `number`; see `arrays.write_shard`."""
+        """Write all rows of shard `number`, as `arrays.write_shard` does."""
         if self._scales is None:
             write_shard(self._array, number, vectors.astype(self._array.dtype.numpy_dtype))
             return
@@ -141,11 +141,11 @@ def _scales(path: Path) -> Path:
 
 
 def _read(array: Any, rows: slice | np.ndarray) -> np.ndarray:
-    """As numpy indexes: tensorstore takes no negative numbers and no stop behind the end."""
+    """Index as NumPy does. In tensorstore, negative numbers and a stop past the end are errors."""
     if isinstance(rows, slice):
         start, stop, step = rows.indices(array.shape[0])
         if step != 1:
-            raise ValueError(f"rows are read in steps of 1, not {step}")
+            raise ValueError(f"rows cannot be read in steps of {step}; use a step of 1")
         return np.asarray(array[start : max(start, stop)].read().result())
     distinct, places = np.unique(rows, return_inverse=True)
     found = np.empty((len(distinct), *array.shape[1:]), array.dtype.numpy_dtype)

@@ -1,23 +1,23 @@
 """Random numbers as a pure function of (seed, epoch, document, stream).
 
-A counter-based generator (the splitmix64 finalizer over the mixed-in words) needs no state: any host draws the numbers
+A counter-based generator (the splitmix64 finalizer over the mixed-in words) has no state: any host can draw the numbers
 of any document at any time, and a restart draws the same ones.
 """
 
 import numpy as np
 from jaxtyping import Float, Int
 
-NUM_RETRIEVED = 0  # the streams: what a number is drawn for
+NUM_RETRIEVED = 0  # the streams: the purpose of a draw
 QUERY = 1
 NEIGHBOR = 2
-MASK = 64  # and above: a document's position in its group is part of the stream
+MASK = 64  # and above: one stream per position of a document in its group
 ORDER = 1 << 20
 
 
 def uniform(
     seed: int, epoch: Int[np.ndarray, " n"] | int, document: Int[np.ndarray, " n"] | int, stream: int, count: int = 1
 ) -> Float[np.ndarray, "n {count}"]:
-    """`count` doubles in [0, 1) for each document, from 53 random bits each."""
+    """`count` doubles in [0, 1) per document, from 53 random bits each."""
     document = np.atleast_1d(np.asarray(document)).astype(np.uint64)
     with np.errstate(over="ignore"):
         state = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64) + np.uint64(0x9E3779B97F4A7C15))

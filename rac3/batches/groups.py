@@ -1,4 +1,4 @@
-"""A main document and its retrieved ones as one training sequence."""
+"""Groups: a main document and its retrieved documents as one training sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +24,14 @@ from rac3.tokens.vocabulary import EOD, Vocabulary
 
 @dataclass(frozen=True)
 class GroupBuilder:
-    """Builds groups with one vocabulary, masking and weight of retrieved documents (paper, eq. 2-3).
+    """Builds groups (paper, eq. 2-3).
 
-    `retrieved` is what a group holds of a retrieved document: all of it, or its images or texts alone (appendix C.3).
+    Attributes:
+      vocabulary: the joint vocabulary.
+      masking: how documents are masked.
+      retrieved_weight: loss weight of retrieved documents, the paper's alpha.
+      retrieved: the part of a retrieved document that a group shows: all of it, only its images or only its texts
+        (appendix C.3).
     """
 
     vocabulary: Vocabulary
@@ -35,12 +40,12 @@ class GroupBuilder:
     retrieved: Shown = "document"
 
     def sequence(self, item: TokenizedDocument) -> Sequenced:
-        """A document as ids, `<eod>` last."""
+        """A document as ids, with a final `<eod>`."""
         pairs = zip(item.document.segments, item.ids, strict=True)
         return encode(self.vocabulary, [Segment(isinstance(segment, Image), ids) for segment, ids in pairs])
 
     def shown(self, item: TokenizedDocument) -> TokenizedDocument | None:
-        """What a group holds of a retrieved document; None if that is nothing. Texts that come together are one."""
+        """The part of a retrieved document that a group shows, texts joined into one; None if it has no such part."""
         if self.retrieved == "document":
             return item
         wanted = Image if self.retrieved == "image" else Text
@@ -53,13 +58,13 @@ class GroupBuilder:
         return TokenizedDocument(Document(item.document.key, segments, item.document.metadata), ids)
 
     def retrieved_sequences(self, items: Sequence[TokenizedDocument]) -> list[Sequenced]:
-        """What a group holds of each of the retrieved documents, as ids; those that have nothing of it are left out."""
+        """The shown parts of retrieved documents, as ids; leaves out documents without one."""
         return [self.sequence(item) for item in map(self.shown, items) if item is not None]
 
     def build(self, documents: Sequence[TokenizedDocument], draws: Float[np.ndarray, "documents draws"]) -> Group:
-        """The group of `documents`, the main one last; `draws` are the masking draws of each.
+        """Build the group of `documents`, the main one last; `draws` are the masking draws of each.
 
-        Each retrieved document has something to show.
+        Every retrieved document must have a part to show.
         """
         sequences = [*self.retrieved_sequences(documents[:-1]), self.sequence(documents[-1])]
         masked = [
@@ -69,7 +74,7 @@ class GroupBuilder:
         return self.join(masked)
 
     def join(self, masked: Sequence[Masked]) -> Group:
-        """Retrieved documents and the main one (last), masked already, as one group."""
+        """Join masked documents, the main one last, into one group."""
         ids = np.concatenate([[EOD], *[part.ids for part in masked]]).astype(np.int32)
         offsets = np.concatenate([[0], *[part.offsets for part in masked]]).astype(np.int32)
         scored = np.concatenate([part.scored for part in masked])

@@ -1,10 +1,10 @@
-"""CM3 masking: spans of a document move to its end, behind sentinels.
+"""CM3 masking: spans of a document move to its end, after sentinels.
 
     in : <img alt=" a red fox "  src=" I0 I1 I2 I3 "> <eod>
     out: <img alt=" a <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> red fox <eoi> <eod>
 
-Sources: CM3 (arXiv 2201.07520, section 3.1); RA-CM3 (section 3.3). We draw the number of spans from 0, keep a span
-inside one text or one image, and give sentinels no loss.
+Sources: CM3 (arXiv 2201.07520, section 3.1); RA-CM3 (section 3.3). By default the number of spans may be 0, a span
+stays inside one text or one image, and sentinels carry no loss.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ TOKENS_PER_SPAN = 3  # a span adds two sentinels and an <eoi>
 
 @dataclass(frozen=True)
 class Masking:
-    """How documents are masked.
+    """Config of the masking.
 
     Attributes:
-      preset: `ra_cm3` (number of spans clamped from 0, spans inside one text or image), `cm3` (from 1, spans anywhere
-        in the document, as in the CM3 paper), `cm3leon` (from 1, no span across a modality; the ids of our markup do
-        the work of its `<break>`) or `none`.
+      preset: `ra_cm3` (at least 0 spans, each inside one text or image), `cm3` (at least 1, anywhere in the document,
+        as in the CM3 paper), `cm3leon` (at least 1, each inside one text or image; our markup ids replace its
+        `<break>`) or `none`.
       mean_spans: mean of the Poisson draw before clamping.
       max_spans: the largest number of spans in one document.
-      whole_segments: share of the spans that grow to the whole text or image they are in. Drawn by its ends alone, a
-        span is a whole caption in a few percent of small documents, and hardly ever beside an image of 1024 tokens;
-        yet a whole caption behind its image is what captioning asks for. The papers have 0.
+      whole_segments: share of spans that grow to the whole text or image they are in. Uniformly drawn ends mask a whole
+        caption in a few percent of small documents, and almost never next to an image of 1,024 tokens; yet captioning
+        asks for a whole caption after its image. The papers use 0.
     """
 
     preset: Literal["ra_cm3", "cm3", "cm3leon", "none"] = "ra_cm3"
@@ -44,18 +44,18 @@ class Masking:
     def __post_init__(self) -> None:
         if self.mean_spans <= 0:
             raise InputError(
-                f"masking.mean_spans={self.mean_spans} is not positive; use 1.0, or preset none for no mask"
+                f"masking.mean_spans={self.mean_spans} is not positive; use 1.0, or preset none to mask nothing"
             )
         if not 1 <= self.max_spans <= NUM_MASKS:
             raise InputError(
-                f"masking.max_spans={self.max_spans} is outside 1 to {NUM_MASKS}, the mask sentinels that there are; "
+                f"masking.max_spans={self.max_spans} is outside 1 to {NUM_MASKS}, the number of mask sentinels; "
                 f"use {NUM_MASKS}, as the papers do"
             )
         if not 0 <= self.whole_segments <= 1:
-            raise InputError(f"masking.whole_segments={self.whole_segments} is outside 0 to 1; the papers have 0")
+            raise InputError(f"masking.whole_segments={self.whole_segments} is outside 0 to 1; the papers use 0")
         if self.whole_segments and self.preset == "cm3":
             raise InputError(
-                f"masking.whole_segments={self.whole_segments} has no meaning for preset cm3, whose spans know no "
+                f"masking.whole_segments={self.whole_segments} has no meaning for preset cm3, whose spans cross "
                 "segments; use 0, or preset ra_cm3"
             )
 
@@ -64,7 +64,7 @@ class Masking:
         return 1 + 3 * self.max_spans
 
     def num_spans(self, draws: Float[np.ndarray, "documents draws"]) -> Int[np.ndarray, " documents"]:
-        """How many spans each document asks for; it gets fewer where two would overlap."""
+        """The number of spans to draw for each document; overlapping spans are dropped later."""
         if self.preset == "none":
             return np.zeros(len(draws), np.int64)
         k = np.arange(self.max_spans)
@@ -75,7 +75,7 @@ class Masking:
 
 
 class Masked(NamedTuple):
-    """A masked document. `scored` is False where the id, as a target, carries no loss: at sentinels."""
+    """A masked document. `scored` is False for ids without loss as targets: the sentinels."""
 
     ids: Int[np.ndarray, " seq"]
     offsets: Int[np.ndarray, " seq"]
@@ -85,7 +85,7 @@ class Masked(NamedTuple):
 def mask_document(
     masking: Masking, vocabulary: Vocabulary, document: Sequenced, draws: Float[np.ndarray, " draws"]
 ) -> Masked:
-    """Masks one document (`<eod>` last) with `masking.draws_per_document` uniform draws.
+    """Mask one document, which ends with `<eod>`, with `masking.draws_per_document` uniform draws.
 
     The result is at most `TOKENS_PER_SPAN * masking.num_spans(draws)` longer.
     """
@@ -93,7 +93,7 @@ def mask_document(
 
 
 def move_spans(vocabulary: Vocabulary, document: Sequenced, spans: Sequence[tuple[int, int]]) -> Masked:
-    """The document with each of the sorted [start, end) `spans` behind a sentinel at its end."""
+    """Move each of the sorted [start, end) `spans` to the end of the document, after its sentinel."""
     ids, offsets = document
     pieces, all_offsets, scored = [], [], []
 
@@ -122,11 +122,11 @@ def move_spans(vocabulary: Vocabulary, document: Sequenced, spans: Sequence[tupl
 def choose_spans(
     masking: Masking, vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"], draws: Float[np.ndarray, " draws"]
 ) -> list[tuple[int, int]]:
-    """Sorted, non-overlapping [start, end) spans; never the final `<eod>`.
+    """Draw sorted, non-overlapping [start, end) spans, which never include the final `<eod>`.
 
-    A span is two uniform draws over the document. Inside segments, the first draw is over text and image ids and
-    names the segment; the second is clipped to it. A third draw decides whether the span grows to the whole segment.
-    A span that would overlap an earlier one is left out.
+    The ends of a span are two uniform draws over the document. For spans inside segments, the first end is drawn from
+    text and image ids, and its segment clips the second end. A third draw decides whether the span grows to the whole
+    segment. A span that would overlap an earlier one is dropped.
     """
     wanted = int(masking.num_spans(draws[None])[0])
     if wanted == 0:
@@ -154,7 +154,7 @@ def choose_spans(
 
 
 def _segment_around(vocabulary: Vocabulary, ids: np.ndarray, place: int) -> tuple[int, int]:
-    """The [start, end) of the text or image that `place` is in."""
+    """The [start, end) of the text or image around `place`."""
     image = vocabulary.is_image(ids)
     same = image if image[place] else vocabulary.is_text(ids)
     others = np.flatnonzero(~same)

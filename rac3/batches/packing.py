@@ -1,4 +1,4 @@
-"""Groups into rows: which group goes where, and the arrays of a packed batch.
+"""Packing: which row each group goes into, and the arrays of a packed batch.
 
 group: <eod> retrieved <eod> retrieved <eod> main <eod>      (the last id is a target only)
 row  : group 1 | group 2 | ... | padding
@@ -10,23 +10,23 @@ import flax.struct
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# What a target is; the loss is reported by kind. Markup and <eoi> are learned but reported under none.
+# The kind of a target, by which the loss is reported. Markup and <eoi> are trained on, but not reported.
 IGNORED, MAIN_TEXT, MAIN_IMAGE, RETRIEVED_TEXT, RETRIEVED_IMAGE, MARKUP = range(6)
 KIND_NAMES = {1: "main/text", 2: "main/image", 3: "retrieved/text", 4: "retrieved/image"}
 
 
-@no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind
+@no_type_check  # of the constructor: JAX rebuilds pytrees with leaves of any type
 class PackedBatch(flax.struct.PyTreeNode):
-    """Rows of packed groups; all fields are aligned. One row alone has no `rows` axis.
+    """Rows of packed groups; all fields are aligned. A single row has no `rows` axis.
 
     Attributes:
       tokens: input ids.
-      targets: the id after each; 0 at padding.
-      segments: the group of a token, from 1 within its row; 0 is padding.
-      positions: its place in the group, from 0.
-      offsets: 1 + the place of a token in its text or image, 0 at markup.
-      loss_weight: of the target: 1 main, alpha retrieved, 0 sentinel targets and padding.
-      kind: what the target is, see `KIND_NAMES`.
+      targets: the id after each token; 0 at padding.
+      segments: the number of the token's group in its row, from 1; 0 at padding.
+      positions: the token's position in its group, from 0.
+      offsets: 1 + the token's position in its text or image; 0 at markup.
+      loss_weight: of the target: 1 in main documents, alpha in retrieved ones, 0 for sentinels and padding.
+      kind: of the target, see `KIND_NAMES`.
     """
 
     tokens: Int[Array | np.ndarray, "*rows seq"]
@@ -39,7 +39,7 @@ class PackedBatch(flax.struct.PyTreeNode):
 
 
 class Group(NamedTuple):
-    """One main document behind its retrieved ones; arrays over the input positions."""
+    """One main document after its retrieved ones; arrays over the input positions."""
 
     tokens: Int[np.ndarray, " seq"]
     targets: Int[np.ndarray, " seq"]
@@ -49,17 +49,17 @@ class Group(NamedTuple):
 
 
 def pack(lengths: Int[np.ndarray, " groups"], row_length: int, open_rows: int = 64) -> list[list[int]]:
-    """Group numbers of each row: best fit among the last `open_rows` rows that still have room.
+    """Assign groups to rows by best fit over `open_rows` open rows; returns the group numbers of each row.
 
-    Deterministic; every group lands in exactly one row.
+    Deterministic; every group is in exactly one row. If no open row has room, the fullest one is closed.
 
     Raises:
-      ValueError: a group longer than a row.
+      ValueError: a group is longer than a row.
     """
     if len(lengths) and lengths.max() > row_length:
-        raise ValueError(f"a group of {lengths.max()} tokens exceeds the row of {row_length}")
+        raise ValueError(f"a group of {lengths.max()} tokens exceeds the row length of {row_length}; use longer rows")
     rows: list[list[int]] = []
-    room = np.zeros(open_rows, np.int64)  # -1 would be a closed slot; 0 fits nothing, as lengths are positive
+    room = np.zeros(open_rows, np.int64)  # 0 fits nothing, since lengths are positive
     slot_row = np.zeros(open_rows, np.int64)
     for group, length in enumerate(lengths):
         left = room - length
@@ -75,7 +75,7 @@ def pack(lengths: Int[np.ndarray, " groups"], row_length: int, open_rows: int = 
 
 
 def packed_row(groups: list[Group], row_length: int) -> PackedBatch:
-    """The groups side by side, padded to `row_length`: a batch without its rows axis."""
+    """Concatenate groups and pad to `row_length`: a batch without its rows axis."""
 
     def join(parts: list[np.ndarray], dtype: type) -> np.ndarray:
         row: np.ndarray = np.zeros(row_length, dtype)

@@ -1,4 +1,4 @@
-"""A jitted function over many rows: prepared by threads ahead of the devices, in batches of few shapes."""
+"""Jitted functions over many rows, in batches of few shapes; threads prepare batches ahead of the devices."""
 
 import os
 from collections import deque
@@ -16,17 +16,17 @@ from rac3.config import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")
-AHEAD = 2  # batches that are prepared while the devices work on one
+AHEAD = 2  # batches prepared while the devices work on one
 
 
 class DeviceBatches:
-    """Runs functions over rows, on all of this process's devices.
+    """Runs functions over rows on all of this process's devices.
 
         threads:  prepare 0 | prepare 1 | prepare 2 | ...
         devices:            | apply 0   | apply 1   | ...
 
-    A batch has `size` rows, rounded up to a multiple of the devices; a last or lone small one is padded to a power of
-    two per device. So each jitted function compiles for a handful of shapes, however many rows come at a time.
+    A batch has `size` rows, rounded up to a multiple of the device count; a smaller last batch is padded to a power of
+    two per device. So each jitted function compiles for only a few shapes, for any number of rows.
 
     Raises:
       InputError: `size` is below 1.
@@ -34,7 +34,7 @@ class DeviceBatches:
 
     def __init__(self, size: int) -> None:
         if size < 1:
-            raise InputError(f"encoder batch_size={size} is below 1; use at least 1, or hundreds to be fast")
+            raise InputError(f"encoder batch_size={size} is below 1; use at least 1, and hundreds for speed")
         devices = jax.local_devices()
         mesh = Mesh(np.array(devices), ("batch",), axis_types=(AxisType.Auto,))
         self.devices = len(devices)
@@ -45,7 +45,7 @@ class DeviceBatches:
         self._rows = ThreadPoolExecutor(min(32, os.cpu_count() or 1), "prepare-row")
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """`function` of each item, on the threads: for work that leaves Python, such as decoding and scaling."""
+        """Map `function` over the items in threads: for work that releases the GIL, such as decoding and resizing."""
         return list(self._rows.map(function, items))
 
     def run(
@@ -54,16 +54,16 @@ class DeviceBatches:
         prepare: Callable[[Int[np.ndarray, " batch"]], PyTree],
         apply: Callable[[PyTree], Array],
     ) -> Iterator[np.ndarray]:
-        """The results of `apply`, batch by batch in the order of `rows`, without what padding added.
+        """Yield the results of `apply` for each batch, in the order of `rows`, without padding.
 
         Args:
-          rows: numbers of rows; they are cut into batches in this order.
-          prepare: some of the numbers -> arrays of that many rows. Runs in another thread.
-          apply: such arrays, padded and sharded by row -> an array of as many rows. Must not wait for its result.
+          rows: row numbers, split into batches in this order.
+          prepare: row numbers -> arrays with that many rows. Runs in another thread.
+          apply: these arrays, padded and sharded by row -> an array with as many rows. Must not wait for its result.
         """
         running: tuple[Array, int] | None = None
         for arrays, count in self._prepared(rows, prepare):
-            with self._applying:  # of threads that ask for one shape, the first compiles it
+            with self._applying:  # of threads with the same new shape, only the first compiles it
                 started = apply(arrays), count
             if running is not None:
                 yield _take(*running)
@@ -72,7 +72,7 @@ class DeviceBatches:
             yield _take(*running)
 
     def _prepared(self, rows: np.ndarray, prepare: Callable[[np.ndarray], PyTree]) -> Iterator[tuple[PyTree, int]]:
-        """The batches on the devices, and how many of their rows are not padding."""
+        """Yield the batches, on the devices, and how many of their rows are not padding."""
         waiting: deque[Future[tuple[PyTree, int]]] = deque()
         with ThreadPoolExecutor(1, "prepare-batch") as thread:
             for start in range(0, len(rows), self.size):

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that maps the logical axes of every array to it."""
+"""The device mesh, and the table that maps logical axes to mesh axes."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -16,8 +16,8 @@ from rac3.config import InputError
 AXES = ("data", "fsdp", "tensor")
 Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 
-# Logical axis -> mesh axes. Parameters: `embed` is cut by FSDP; heads, mlp and vocab by tensor parallelism (Megatron's
-# column and row cuts). Activations name `batch` and `heads` or `mlp`, and leave `seq` and their `embed` whole.
+# Logical axis -> mesh axes. Parameters: FSDP shards `embed`; tensor parallelism shards heads, mlp and vocab (Megatron's
+# column and row splits). Activations name `batch` and `heads` or `mlp`; their `seq` and `embed` are not sharded.
 DEFAULT_RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("seq", None),
@@ -33,7 +33,7 @@ DEFAULT_RULES: Rules = (
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each mesh axis has; `data=-1` takes all that the two others leave."""
+    """The number of devices along each mesh axis; `data=-1` takes all that the other two leave."""
 
     data: int = -1
     fsdp: int = 1
@@ -58,32 +58,32 @@ class MeshConfig:
         data = len(devices) // inner if self.data == -1 else self.data
         if data * inner != len(devices):
             raise InputError(
-                f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not divide the "
+                f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not fit the "
                 f"{len(devices)} devices; make the product {len(devices)}"
             )
         return Mesh(np.array(devices).reshape(data, self.fsdp, self.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
     def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
-        """The mesh axes of an array with the logical axes `names`; None is an axis that is not cut.
+        """The mesh axes of an array with the logical axes `names`; None is an axis that is not sharded.
 
         Raises:
-          InputError: a name that has no rule.
+          InputError: a name has no rule.
         """
         return _spec(self.rules, names)
 
 
 @contextlib.contextmanager
 def use_mesh(config: MeshConfig, mesh: Mesh) -> Iterator[Mesh]:
-    """Sets `mesh` and the axis rules for everything that is traced inside."""
+    """Set `mesh` and the axis rules for everything traced inside."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(config.rules):
         yield mesh
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks for the layout of an activation by its logical axes. Without a mesh it is the identity.
+    """Constrain the sharding of an activation by its logical axes. Without a mesh, the identity.
 
     Raises:
-      InputError: a name that has no rule.
+      InputError: a name has no rule.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -91,7 +91,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def shardings_of(config: MeshConfig, mesh: Mesh, abstract: Any) -> Any:
-    """The sharding of each leaf of an abstract state whose leaves may be boxed with logical axis names."""
+    """The sharding of each leaf of an abstract state; boxed leaves name their logical axes, others are replicated."""
 
     def one(leaf: Any) -> NamedSharding:
         names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
@@ -101,7 +101,7 @@ def shardings_of(config: MeshConfig, mesh: Mesh, abstract: Any) -> Any:
 
 
 def _spec(rules: Iterable[tuple[str, str | tuple[str, ...] | None]], names: tuple[str | None, ...]) -> PartitionSpec:
-    """As `MeshConfig.spec`. Flax's own lookup would leave an axis without a rule whole, and say nothing."""
+    """As `MeshConfig.spec`. Flax's own lookup silently leaves an axis without a rule unsharded."""
     table = dict(rules)
     for name in names:
         if name is not None and name not in table:

@@ -1,4 +1,4 @@
-"""The document, a sequence of texts and images (paper, section 3.1), and what a source of documents is."""
+"""Documents, which are sequences of texts and images (paper, section 3.1), and the protocol of their sources."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 JSON = str | int | float | bool | list | dict | None  # not recursive: run-time type checkers cannot follow it
 
-MAX_PIXELS = 89_478_485  # 1 GiB of memory at 12 bytes a pixel (decoded, oriented, composited); Pillow's limit too
+MAX_PIXELS = 89_478_485  # 1 GiB at 12 bytes per pixel (decoded, oriented, composited); also Pillow's limit
 
 _DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (b"\x89PNG\r\n\x1a\n", PngImageFile),
@@ -43,16 +43,16 @@ _WARNING_FILTERS = threading.Lock()
 
 
 class SampleError(ValueError):
-    """Why a sample cannot become a document. The message is one line that starts with the category, then a colon."""
+    """A sample that cannot become a document. The message is one line: a category, a colon, the details."""
 
 
 class ImageError(SampleError):
-    """Why bytes are not a usable image: empty, not an image, truncated, or a decompression bomb."""
+    """Bytes that are not a usable image: empty, not an image, truncated, or a decompression bomb."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A stretch of text.
+    """A text segment.
 
     Raises:
       ValueError: the text is empty.
@@ -62,12 +62,12 @@ class Text:
 
     def __post_init__(self) -> None:
         if not self.text:
-            raise ValueError("a Text holds at least one character; leave the segment out instead")
+            raise ValueError("a Text needs at least one character; leave the segment out instead")
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image as it was stored: `data` is a png, jpeg or webp file."""
+    """An image segment: `data` is a PNG, JPEG or WebP file."""
 
     data: bytes
 
@@ -77,20 +77,20 @@ class Image:
 
 
 Picture = Image | np.ndarray
-"""An image as it was stored, or its pixels: uint8 RGB of shape (height, width, 3)."""
+"""An encoded image, or its pixels: uint8 RGB of shape (height, width, 3)."""
 
 
 def pixels_of(picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
-    """Raises `ImageError` as `decode_image` does."""
+    """RGB in 0..255. Raises `ImageError` as `decode_image` does."""
     return picture.pixels() if isinstance(picture, Image) else picture
 
 
 @dataclass(frozen=True)
 class Document:
-    """A sequence of texts and images. `key` names it within its source, `metadata` is what the source says of it.
+    """A sequence of texts and images. `key` is unique within its source; `metadata` comes from the source.
 
     Raises:
-      ValueError: no segments, or two texts side by side (they are one text).
+      ValueError: no segments, or two adjacent texts (they are one text).
     """
 
     key: str
@@ -99,14 +99,14 @@ class Document:
 
     def __post_init__(self) -> None:
         if not self.segments:
-            raise ValueError(f"document {self.key!r} has no segments; a document holds at least one text or image")
+            raise ValueError(f"document {self.key!r} has no segments; give it at least one text or image")
         for left, right in zip(self.segments, self.segments[1:], strict=False):
             if isinstance(left, Text) and isinstance(right, Text):
-                raise ValueError(f"document {self.key!r} has two texts side by side; join them into one")
+                raise ValueError(f"document {self.key!r} has two adjacent texts; join them into one")
 
     @property
     def text(self) -> str:
-        """All its texts, joined by a space; empty if there are none."""
+        """All texts joined by spaces; empty if there are none."""
         return " ".join(segment.text for segment in self.segments if isinstance(segment, Text))
 
     @property
@@ -116,7 +116,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample that was dropped. `reason` is a fixed category, then maybe a colon and the details."""
+    """A sample that was dropped. `reason` is a fixed category, or a category, a colon and the details."""
 
     key: str
     reason: str
@@ -124,23 +124,23 @@ class Reject:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where documents come from: a frozen dataclass with these two methods. Keys are unique over all of its shards."""
+    """A source of documents: a frozen dataclass with these two methods. Keys are unique across its shards."""
 
     def shards(self, data_dir: Path) -> Sequence[str]:
-        """The names of the shards, sorted, the same on every call.
+        """The names of the shards, sorted; the same on every call.
 
         Raises:
-          InputError: the data is not there, or has no shards.
+          InputError: the data is missing, or has no shards.
         """
         ...
 
     def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
-        """The samples of one shard, good and bad, in the same order on every call."""
+        """All samples of one shard, usable or rejected, in the same order on every call."""
         ...
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 text without white space (or a byte order mark) around it.
+    """Decode UTF-8 and strip white space and the byte order mark.
 
     Raises:
       SampleError: `undecodable text` or `empty text`.
@@ -155,23 +155,23 @@ def decode_text(data: bytes) -> str:
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "height width 3"]:
-    """Decode a whole png, jpeg or webp file to RGB in 0..255, upright by its EXIF orientation, on white if transparent.
+    """Decode a PNG, JPEG or WebP file to RGB in 0..255: upright by its EXIF orientation, transparency on white.
 
-    The size that the header claims is checked first, so that a small file cannot claim gigabytes of memory. Of an
-    animation, the first frame.
+    Checks the size in the header first, so that a small file cannot claim gigabytes of memory. Takes the first frame
+    of an animation.
 
     Raises:
-      ImageError: `empty image`, `not an image`, `truncated image` (cut short or damaged: decoders cannot tell these
-        apart) or `decompression bomb`.
+      ImageError: `empty image`, `not an image`, `truncated image` (or otherwise damaged: decoders cannot tell) or
+        `decompression bomb`.
     """
     if not data:
         raise ImageError("empty image")
     decoder = next((decoder for magic, decoder in _DECODERS if data.startswith(magic)), None)
     if decoder is None:
-        raise ImageError(f"not an image: png, jpeg and webp do not start with {data[:12]!r}")
+        raise ImageError(f"not an image: PNG, JPEG and WebP files do not start with {data[:12]!r}")
     try:
         with _no_warnings():
-            image: PIL.Image.Image = decoder(io.BytesIO(data))  # PIL.Image.open would apply a limit of its own
+            image: PIL.Image.Image = decoder(io.BytesIO(data))  # PIL.Image.open would apply its own limit
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(f"decompression bomb: {width}x{height} exceeds {max_pixels} pixels")
@@ -189,9 +189,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray,
 
 
 def prepare_image(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Scale the shorter side to `size` pixels (bicubic, antialiased) and keep the middle square.
+    """Resize the shorter side to `size` pixels (bicubic, antialiased) and keep the center square.
 
-    The square is cut out first, which gives the same pixels and keeps a very long strip from growing huge.
+    Crops first: the pixels are the same, and a very long strip never becomes a huge image.
     """
     height, width, _ = pixels.shape
     side = min(height, width)
@@ -203,8 +203,11 @@ def prepare_image(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UIn
 
 
 def plain_json(value: object) -> JSON:
-    """`value` as data that any JSON writer takes: numpy scalars and arrays become numbers and lists, NaN and infinity
-    None, what has no JSON form (a date) its string. Text that UTF-8 cannot carry loses the offending characters."""
+    """Convert `value` to plain JSON data.
+
+    NumPy scalars and arrays become numbers and lists; NaN and infinity become None; anything without a JSON form (a
+    date) becomes its string. Characters that UTF-8 cannot encode become "?".
+    """
     if value is None or isinstance(value, bool | np.bool_):
         return None if value is None else bool(value)
     if isinstance(value, int | np.integer):
@@ -222,23 +225,23 @@ def plain_json(value: object) -> JSON:
 
 @contextlib.contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Silence what Pillow warns of in damaged headers. The filters belong to the whole process, hence the lock."""
+    """Silence Pillow's warnings about damaged headers. Warning filters are global to the process, hence the lock."""
     with _WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8. Damaged EXIF counts as none: the picture itself is whole."""
+    """The EXIF orientation, 1 (upright) to 8. Damaged EXIF counts as upright: the image itself is fine."""
     with _no_warnings():
         try:
             return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-        except Exception:  # as many types as there are ways to damage it
+        except Exception:  # damaged EXIF raises many types
             return 1
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any mode to RGB: 16-bit gray by its high byte (Pillow would clip it), transparency on white."""
+    """Convert any mode to RGB: 16-bit gray by its high byte (Pillow would clip it), transparency on white."""
     if image.mode.startswith("I"):
         image = PIL.Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     if not image.has_transparency_data:

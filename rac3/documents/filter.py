@@ -1,4 +1,4 @@
-"""Which samples of LAION the paper trains on (section 4.1)."""
+"""The paper's filter of LAION samples (section 4.1)."""
 
 import math
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from rac3.documents.document import JSON
 
 @dataclass(frozen=True)
 class LaionFilter:
-    """Drop likely watermarks, likely unsafe pictures and small ones, by the columns that LAION and img2dataset write:
-    `pwatermark`, `punsafe`, and `original_width`, `original_height` (else `width`, `height`).
+    """Drops images that are probably watermarked, probably unsafe, or small.
 
-    A sample without a value, or with NaN, passes that check: LAION left the scores of some samples out.
+    Reads the columns that LAION and img2dataset write: `pwatermark`, `punsafe`, and `original_width`,
+    `original_height` (or else `width`, `height`). A missing value or NaN passes its check: LAION lacks some scores.
     """
 
     max_watermark: float = 0.5  # probability
     max_unsafe: float = 0.5  # probability
-    min_side: int = 256  # pixels, of the picture as downloaded
+    min_side: int = 256  # pixels, of the downloaded image
 
     def __post_init__(self) -> None:
         for name in ("max_watermark", "max_unsafe"):
@@ -28,7 +28,7 @@ class LaionFilter:
             raise InputError(f"filter.min_side={self.min_side} is negative; use 0 to keep every size")
 
     def reason(self, metadata: Mapping[str, JSON]) -> str | None:
-        """Why the sample is dropped, "watermark", "unsafe" or "small"; None keeps it."""
+        """Why to drop the sample: "watermark", "unsafe" or "small"; None to keep it."""
         if _number(metadata, "pwatermark", default=0.0) > self.max_watermark:
             return "watermark"
         if _number(metadata, "punsafe", default=0.0) > self.max_unsafe:
@@ -39,7 +39,7 @@ class LaionFilter:
 
 
 def _number(metadata: Mapping[str, JSON], *names: str, default: float) -> float:
-    """The first of the fields that holds a number."""
+    """The first of the named fields that holds a number."""
     for name in names:
         value = metadata.get(name)
         if isinstance(value, int | float) and not math.isnan(value):

@@ -1,8 +1,8 @@
-"""Tokenized documents on disk: `array_record` shards of msgpack records, read at random.
+"""Tokenized documents on disk: `array_record` shards of msgpack records, with random access.
 
-A record is {"key", "ids": "<u2" | "<u4", "segments": [{"text" | "image", "ids"}, ...], "metadata"}; `image` holds the
-encoded picture, a segment's `ids` the bytes of its text ids or image codes, in the record's type: little-endian, of 2
-or 4 bytes. Nothing in it is executable.
+A record is {"key", "ids": "<u2" | "<u4", "segments": [{"text" | "image", "ids"}, ...], "metadata"}. `image` holds the
+encoded image. A segment's `ids` are the bytes of its text ids or image codes, in the type that the record's `ids`
+names: little-endian, 2 or 4 bytes each. Nothing in a record is executable.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 
 NARROW, WIDE = "<u2", "<u4"
-COLUMNS: dict[str, type[np.integer[Any]]] = {  # NAME.npy: a number per document, for which no document need be read
+COLUMNS: dict[str, type[np.integer[Any]]] = {  # NAME.npy: one number per document, readable without the documents
     "lengths": np.int32,
     "text_lengths": np.int32,
     "key_hashes": np.uint64,
@@ -29,27 +29,27 @@ COLUMNS: dict[str, type[np.integer[Any]]] = {  # NAME.npy: a number per document
 }
 
 Shown = Literal["document", "image", "text"]
-"""What a model sees of a document: all of it, or its images or texts alone."""
+"""The part of a document that a model sees: all of it, only its images, or only its texts."""
 
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """A document with the ids of each of its segments, in the same order."""
+    """A document with the ids of each segment, in the same order."""
 
     document: Document
     ids: tuple[Int[np.ndarray, " _"], ...]
 
 
 def id_type(text_size: int, image_size: int) -> str:
-    """The type of all ids of a store: 2 bytes if those of both tokenizers, each in a range of its own, fit, else 4."""
+    """The type of a store's ids: 2 bytes if the ids of each tokenizer fit into them, else 4."""
     return NARROW if max(text_size, image_size) <= 2**16 else WIDE
 
 
 def pack_record(item: TokenizedDocument, kind: str) -> bytes:
-    """The record of a document, its ids as `kind`.
+    """Serialize a document, its ids as type `kind`.
 
     Raises:
-      InputError: an id that `kind` cannot hold.
+      InputError: `kind` cannot hold an id.
     """
     limit = np.iinfo(kind).max
     segments: list[dict[str, Any]] = []
@@ -57,8 +57,8 @@ def pack_record(item: TokenizedDocument, kind: str) -> bytes:
         if ids.size and (ids.min() < 0 or ids.max() > limit):
             bad, what = (ids.min() if ids.min() < 0 else ids.max()), type(segment).__name__.lower()
             raise InputError(
-                f"document {item.document.key!r} has the {what} id {bad}, outside [0, {limit}] that its store of "
-                f"{np.dtype(kind).name} holds; use a tokenizer that gives ids below its size only"
+                f"document {item.document.key!r} has the {what} id {bad}, outside the range [0, {limit}] of the "
+                f"store's {np.dtype(kind).name}; use a tokenizer whose ids are all below its size"
             )
         content = {"text": segment.text} if isinstance(segment, Text) else {"image": segment.data}
         segments.append({**content, "ids": ids.astype(kind).tobytes()})
@@ -74,13 +74,13 @@ def unpack_record(data: bytes) -> TokenizedDocument:
 
 
 def write_shard(path: Path, items: Iterable[TokenizedDocument], kind: str) -> None:
-    """Writes one shard, each document as it comes, its ids as `kind`.
+    """Stream documents into one shard, their ids as type `kind`.
 
-    The caller makes it atomic (a temporary name, then a rename).
+    Not atomic: the caller writes to a temporary name and renames.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    # Groups of one record make every random read one record's decompression.
+    # With groups of one record, a random read decompresses only that record.
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         for item in items:
@@ -90,18 +90,18 @@ def write_shard(path: Path, items: Iterable[TokenizedDocument], kind: str) -> No
 
 
 def hash64(data: bytes) -> int:
-    """64 bits that are the same everywhere, and never 0."""
+    """A 64-bit hash: the same on every machine, and never 0."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 
 def columns_of(item: TokenizedDocument, length: int) -> dict[str, int]:
-    """The numbers of a document, by column.
+    """The value of each of `COLUMNS` for a document.
 
-    Equal `text_hashes` are equal texts but for case and spacing; equal `image_hashes` are first images of equal codes,
-    which are the same picture to a model; 0 is none.
+    Equal `text_hashes` mean equal texts up to case and spacing. Equal `image_hashes` mean first images with equal
+    codes, which look the same to a model. 0 means no text, or no image.
 
     Args:
-      length: of the document as one sequence of ids, its final `<eod>` included.
+      length: ids in the document's sequence, including the final `<eod>`.
     """
     pairs = list(zip(item.document.segments, item.ids, strict=True))
     text = " ".join(item.document.text.casefold().split())
@@ -116,27 +116,27 @@ def columns_of(item: TokenizedDocument, length: int) -> dict[str, int]:
 
 
 def write_columns(folder: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Writes the columns, each in pieces in the order of the documents."""
+    """Write each column from its pieces, which are in the order of the documents."""
     for name, dtype in COLUMNS.items():
         np.save(folder / f"{name}.npy", np.concatenate([np.zeros(0, dtype), *columns[name]]))
 
 
 class DocumentStore:
-    """The documents of one ingested split, in shard order. Safe to send to another process."""
+    """The documents of one ingested split, in shard order. Pickles as its folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " documents"]:
-        """Ids of each document as one sequence, its final `<eod>` included."""
+        """The number of ids in each document's sequence, including the final `<eod>`."""
         return np.asarray(self.column("lengths"))
 
     def column(self, name: str) -> Integer[np.ndarray, " documents"]:
-        """One of `COLUMNS`, mapped into memory.
+        """One of `COLUMNS`, memory-mapped.
 
         Raises:
-          InputError: the documents were ingested before this column was kept.
+          InputError: the file is missing: the documents come from a version that did not write this column.
         """
         path = self.folder / f"{name}.npy"
         if not path.is_file():
@@ -144,15 +144,15 @@ class DocumentStore:
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def shown_lengths(self, shown: Shown) -> Int[np.ndarray, " documents"]:
-        """As `lengths`, of each document or of its images or texts alone; 0 where it has none.
+        """As `lengths`, but for the shown part of each document; 0 where it has no such part.
 
         Raises:
-          InputError: the documents were ingested before the lengths of their texts were kept.
+          InputError: as `column`.
         """
         if shown == "document":
             return self.lengths
         texts = self.column("text_lengths")
-        lengths = texts + 1 if shown == "text" else self.lengths - texts  # the <eod> is in both
+        lengths = texts + 1 if shown == "text" else self.lengths - texts  # each has an <eod>
         return np.where(lengths > 1, lengths, 0)
 
     @cached_property
@@ -171,17 +171,17 @@ class DocumentStore:
         return unpack_record(self._source[int(index)])
 
     def row_of(self, key: str) -> int | None:
-        """The number of the document with this key, if there is one; reads 8 bytes per document, not the documents.
+        """The row of the document with this key, or None. Scans 8 bytes per document, not the documents.
 
         Raises:
-          InputError: the documents were ingested before their keys were kept.
+          InputError: as `column`.
         """
         same = np.flatnonzero(self.column("key_hashes") == np.uint64(hash64(key.encode())))
         return next((row for row in same.tolist() if self[row].document.key == key), None)
 
     def many(self, indices: Sequence[int]) -> list[TokenizedDocument]:
         if len(indices) == 0:
-            return []  # the reader refuses to read nothing
+            return []  # the reader rejects an empty list
         return [unpack_record(data) for data in self._source.__getitems__([int(i) for i in indices])]
 
 
@@ -194,11 +194,11 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, row):  # int -> str, slice -> list, as of any sequence
+    def __getitem__(self, row):  # int -> str, slice -> list of str
         if isinstance(row, slice):
             return [self._of(item.document) for item in self.documents.many(range(*row.indices(len(self))))]
         if not -len(self) <= row < len(self):
-            raise IndexError(row)  # what ends a `for` over a sequence
+            raise IndexError(row)  # ends a `for` over the sequence
         return self._of(self.documents[row % len(self)].document)
 
     def _of(self, document: Document) -> str:

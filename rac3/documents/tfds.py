@@ -1,6 +1,6 @@
-"""Documents from a dataset of TensorFlow Datasets, prepared in a random-access format. TensorFlow is not needed.
+"""Documents from TensorFlow Datasets, prepared in a random-access format. TensorFlow is not needed.
 
-An example becomes a document of a caption and an image; its other texts, labels and numbers become the metadata.
+An example becomes a document of a caption and an image; its texts, labels and numbers become the metadata.
 """
 
 import io
@@ -29,29 +29,31 @@ from rac3.documents.document import (
 
 @dataclass(frozen=True)
 class Tfds:
-    """One split of a dataset that `tfds` has prepared. The key of a document is `split/index`.
+    """One split of a dataset that `tfds` has prepared. A document's key is `split/index`.
 
-    `image` and `text` name features, a nested one by its path: `captions/text`. `image` is an Image, which stays in
-    its stored encoding, or a uint8 Tensor. `text` is a string or a ClassLabel, whose name is then the text. Of a
-    sequence the first is taken; all of its texts are in the metadata.
+    `image` and `text` name features; a nested feature is named by its path, such as `captions/text`. `image` is an
+    Image, which keeps its encoding, or a uint8 Tensor. `text` is a string, or a ClassLabel, whose name becomes the
+    text. A sequence gives its first element; the metadata keeps all its texts.
     """
 
     name: str  # "coco_captions", "my_data/config:1.0.0"
-    split: str = "train"  # slices as tfds has them: "train[:10%]"
-    image: str | None = "image"  # None: the documents are texts
-    text: str | None = None  # None: the documents are images
-    folder: str = ""  # below the data folder; the dataset's own folder is in it
+    split: str = "train"  # or a slice in tfds's syntax: "train[:10%]"
+    image: str | None = "image"  # None: documents are text only
+    text: str | None = None  # None: documents are images only
+    folder: str = ""  # relative to the data folder; holds the dataset's own folder
     shard_size: int = 2000  # examples
     max_pixels: int = MAX_PIXELS  # of the decoded image
 
     def __post_init__(self) -> None:
         if self.image is None and self.text is None:
-            raise InputError("source.image and source.text are both None; name the feature of at least one")
+            raise InputError("source.image and source.text are both None; name at least one feature")
         if self.shard_size < 1 or self.max_pixels < 1:
-            raise InputError(f"source.shard_size={self.shard_size} and max_pixels={self.max_pixels} must be at least 1")
+            raise InputError(
+                f"source.shard_size={self.shard_size} and source.max_pixels={self.max_pixels} must be at least 1"
+            )
 
     def shards(self, data_dir: Path) -> Sequence[str]:
-        """Ranges of `shard_size` examples, `000000000-000002000` and so on: zeros in front, so that they sort.
+        """Ranges of `shard_size` examples, such as `000000000-000002000`; zero-padded, so that they sort.
 
         Raises:
           InputError: no such dataset, split or feature, an empty slice, or a format that needs TensorFlow.
@@ -61,7 +63,7 @@ class Tfds:
         return [f"{start:09d}-{min(start + self.shard_size, count):09d}" for start in starts]
 
     def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
-        """The examples of one range, each by itself: a damaged one costs none of the others."""
+        """The examples of one range. A damaged example does not affect the others."""
         features, examples = self._open(data_dir)
         start, stop = map(int, shard.split("-"))
         for index in range(start, stop):
@@ -75,7 +77,7 @@ class Tfds:
             yield Document(key, segments, _metadata(features, example))
 
     def _open(self, data_dir: Path) -> tuple[Any, Any]:
-        """The dataset's features, and its examples: a sequence with random access, the images left encoded."""
+        """The dataset's features, and its examples with random access and encoded images."""
         builder = _builder(self.name, data_dir / self.folder)
         features = builder.info.features
         self._check(features)
@@ -83,7 +85,7 @@ class Tfds:
             return features, builder.as_data_source(split=self.split, decoders=_leave_images_encoded(features))
         except NotImplementedError as error:
             raise InputError(
-                f"tfds dataset {self.name!r} is stored as {builder.info.file_format.value}, read by TensorFlow alone;"
+                f"tfds dataset {self.name!r} is stored as {builder.info.file_format.value}; only TensorFlow reads that;"
                 " write it with file_format='array_record', or convert it with `tfds convert_format`"
             ) from error
         except ValueError as error:
@@ -114,7 +116,7 @@ class Tfds:
             return
         value = _first(_value(example, self.text), element_rank=0)
         if not isinstance(value, bytes):
-            value = _plain(_find(features, self.text), value)  # a label, by its name
+            value = _plain(_find(features, self.text), value)  # the name of a label
         if value is None:
             raise SampleError("missing text")
         yield Text(decode_text(value if isinstance(value, bytes) else str(value).encode()))
@@ -125,16 +127,16 @@ class Tfds:
         data = _first(_value(example, self.image), element_rank=3)
         if data is None:
             raise SampleError("missing image")
-        if isinstance(data, np.ndarray):  # tfds kept no encoded file: the feature is a Tensor, or stood in a sequence
+        if isinstance(data, np.ndarray):  # decoded by tfds: a Tensor, or an Image inside a sequence
             png = io.BytesIO()
             PIL.Image.fromarray(data.squeeze(-1) if data.shape[-1] == 1 else data).save(png, "PNG")
             data = png.getvalue()
-        decode_image(data, self.max_pixels)  # now, when a bad image can still be dropped
+        decode_image(data, self.max_pixels)  # here, where a bad image can still be dropped
         yield Image(data)
 
 
 def _builder(name: str, folder: Path) -> Any:
-    """The reader of a prepared dataset, made from its files alone: the code that wrote it is not needed.
+    """The reader of a prepared dataset, from its files alone: the code that wrote it is not needed.
 
     Raises:
       InputError: no such dataset in the folder.
@@ -156,7 +158,7 @@ def _example(examples: Any, index: int) -> Mapping[str, Any]:
         return examples[index]
     except MemoryError:
         raise
-    except Exception as error:  # of array_record, protobuf or tfds, by where the damage is
+    except Exception as error:  # from array_record, protobuf or tfds, depending on the damage
         raise SampleError(f"unreadable example: {_line(error)}") from error
 
 
@@ -165,7 +167,7 @@ def _line(error: Exception) -> str:
 
 
 def _leave_images_encoded(features: Any) -> dict[str, Any]:
-    """The decoders that hand an Image over as its file. Inside a sequence tfds needs TensorFlow to do so."""
+    """Decoders that return an Image as its encoded file. Inside a sequence, tfds would need TensorFlow for this."""
     import tensorflow_datasets as tfds
 
     decoders: dict[str, Any] = {}
@@ -178,21 +180,21 @@ def _leave_images_encoded(features: Any) -> dict[str, Any]:
 
 
 def _unwrap(feature: Any) -> Any:
-    """What a sequence, or a sequence of sequences, is of."""
+    """The element feature of a (nested) sequence; any other feature as it is."""
     from tensorflow_datasets import features as kinds
 
-    # A Dataset is a Sequence too, but its examples come as an iterator.
+    # A Dataset is a Sequence too, but yields its examples from an iterator.
     while isinstance(feature, kinds.Sequence) and not isinstance(feature, kinds.Dataset):
         feature = feature.feature
     return feature
 
 
 def _children(feature: Any) -> Mapping[str, Any]:
-    """The named features inside of one: none for a leaf. A sequence of dicts is stored as a dict of sequences."""
+    """The named features inside this one; none for a leaf. tfds stores a sequence of dicts as a dict of sequences."""
     from tensorflow_datasets import features as kinds
 
     inner = _unwrap(feature)
-    # Sorted: tfds reads them from a map without an order of its own.
+    # Sorted: tfds reads them from an unordered map.
     return dict(sorted(inner.items())) if isinstance(inner, kinds.FeaturesDict) else {}
 
 
@@ -204,7 +206,7 @@ def _names(features: Any) -> Iterator[str]:
 
 
 def _find(features: Any, path: str) -> Any:
-    """The feature at a path, None if there is none."""
+    """The feature at a path, or None."""
     for name in path.split("/"):
         features = _children(features).get(name)
     return features
@@ -217,7 +219,7 @@ def _value(example: Any, path: str) -> Any:
 
 
 def _first(value: Any, element_rank: int) -> Any:
-    """The first element of nested sequences whose elements have `element_rank` axes; None if there is no element."""
+    """The first element of (nested) sequences of elements with `element_rank` axes; None if there is none."""
     while isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim > element_rank):
         if len(value) == 0:
             return None
@@ -229,7 +231,7 @@ def _holds_images(feature: Any) -> bool:
     from tensorflow_datasets import features as kinds
 
     feature = _unwrap(feature)
-    if isinstance(feature, kinds.Image):  # float32 is stored as the bits of the floats, which is no picture
+    if isinstance(feature, kinds.Image):  # float32 images are stored as raw float bits
         return feature.np_dtype != np.float32
     is_pixels = isinstance(feature, kinds.Tensor) and feature.np_dtype == np.uint8
     return is_pixels and len(feature.shape) == 3 and feature.shape[-1] in (1, 3, 4)
@@ -244,7 +246,7 @@ def _holds_texts(feature: Any) -> bool:
 
 
 def _is_plain(feature: Any) -> bool:
-    """Whether a feature is, or has inside, a text, a label or a number: what metadata is made of."""
+    """Whether a feature is or contains a text, a label or a number, which metadata keeps."""
     from tensorflow_datasets import features as kinds
 
     children = _children(feature)
@@ -257,7 +259,7 @@ def _metadata(features: Any, example: Any) -> dict[str, JSON]:
 
 
 def _plain(feature: Any, value: Any) -> JSON:
-    """The value of a feature as JSON data: labels by name, None for a label that is not set."""
+    """A feature's value as JSON data: labels by name, None for a label that is not set."""
     if _children(feature):
         return _metadata(feature, value)
     if isinstance(value, list | np.ndarray):

@@ -1,7 +1,7 @@
-"""Documents from webdataset shards, as img2dataset writes them.
+"""Documents from webdataset shards in img2dataset's layout.
 
 00000.tar       000000000.jpg 000000000.txt 000000000.json 000000001.jpg ...
-00000.parquet   one row per sample, the failed downloads (not in the tar) too
+00000.parquet   one row per sample, including failed downloads, which are not in the tar
 """
 
 import json
@@ -31,23 +31,23 @@ _KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt
 
 @dataclass(frozen=True)
 class WebDataset:
-    """The shards `*.tar` of one folder. A sample is an image, a caption and, if there is one, a json object.
+    """The shards `*.tar` of one folder. A sample is an image, a caption and optionally a JSON object.
 
-    What a sample has must be whole: it is a `Reject` if its image or caption is missing, if its image does not decode,
-    its caption is not UTF-8, or its json does not parse, even where the same words stand in another file. Without a
-    json its metadata is its row of the table, without a table it is empty. The key of a document is `shard/sample`.
+    A sample is a `Reject` if its image or caption is missing, its image does not decode, its caption is not UTF-8, or
+    its JSON does not parse, even where another file repeats the caption. Without JSON, its metadata is its row of the
+    table, or empty if there is no table. A document's key is `shard/sample`.
     """
 
-    folder: str = ""  # below the data folder
-    caption_field: str | None = None  # take the caption from this field of the metadata; None takes the .txt
+    folder: str = ""  # relative to the data folder
+    caption_field: str | None = None  # the metadata field that holds the caption; None takes the .txt file
     max_pixels: int = MAX_PIXELS  # of the decoded image
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
-            raise InputError(f"source.max_pixels={self.max_pixels} admits no image; use 1 or more")
+            raise InputError(f"source.max_pixels={self.max_pixels} allows no image; use 1 or more")
 
     def shards(self, data_dir: Path) -> Sequence[str]:
-        """The names of the tars without `.tar`, sorted.
+        """The names of the tar files without `.tar`, sorted.
 
         Raises:
           InputError: the folder does not exist or holds no tar.
@@ -58,15 +58,15 @@ class WebDataset:
         names = sorted(path.stem for path in folder.glob("[!.]*.tar"))
         if not names:
             below = sorted({path.parent.name for path in folder.glob("*/*.tar")})
-            hint = f"; the folders below it that do: {', '.join(below)}" if below else "; give a folder of .tar shards"
+            hint = f"; its subfolders that do: {', '.join(below)}" if below else "; give a folder of .tar shards"
             raise InputError(f"data folder {str(folder)!r} holds no .tar file{hint}")
         return names
 
     def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
-        """The samples of `shard` in the order of the tar. One that is damaged costs none of the others.
+        """The samples of `shard` in the order of the tar. A damaged sample does not affect the others.
 
-        A tar that ends early gives its whole samples, a `truncated tar` for the one at the cut and, where the table
-        knows them, a `lost after truncated tar` for each that was behind it.
+        A truncated tar gives its complete samples, then a `truncated tar` reject for the sample in which it ends and,
+        if there is a table, a `lost after truncated tar` reject for each later one.
         """
         path = data_dir / self.folder / f"{shard}.tar"
         table = _Table(path.with_suffix(".parquet"))
@@ -76,8 +76,8 @@ class WebDataset:
                 key = f"{shard}/{sample.key}"
                 yield Reject(key, "duplicate key") if sample.key in seen else self._document(key, sample, table)
                 seen.add(sample.key)
-        except _TruncatedTarError as cut:
-            yield from _lost(shard, cut, seen, table)
+        except _TruncatedTarError as truncated:
+            yield from _lost(shard, truncated, seen, table)
         if table.defect:
             yield Reject(f"{shard}.parquet", table.defect)
 
@@ -88,7 +88,7 @@ class WebDataset:
                 raise SampleError("missing image")
             metadata = _metadata(sample, table)
             text = self._caption(sample, metadata)
-            decode_image(image, self.max_pixels)  # now, when a bad image can still be dropped; kept encoded
+            decode_image(image, self.max_pixels)  # here, where a bad image can still be dropped; kept encoded
         except SampleError as error:
             return Reject(key, str(error))
         return Document(key, (Text(text), Image(image)), metadata)
@@ -112,7 +112,7 @@ class _Sample(NamedTuple):
 
 
 class _TruncatedTarError(Exception):
-    """A tar that ended early or cannot be read on; `key` is the sample that it broke off in, None if between two."""
+    """A tar that ends early or becomes unreadable; `key` is the sample where it does, None if between two."""
 
     def __init__(self, key: str | None, reason: str):
         super().__init__(reason)
@@ -120,15 +120,15 @@ class _TruncatedTarError(Exception):
 
 
 class _Table:
-    """The parquet table beside a tar, read when first asked for: of most shards it is never needed."""
+    """The parquet table next to a tar. Read on first use: most shards never need it."""
 
     def __init__(self, path: Path):
         self._path = path
-        self.defect: str | None = None  # set once a damaged table was asked for
+        self.defect: str | None = None  # set once a damaged table was read
 
     @cached_property
     def rows(self) -> dict[str, dict[str, JSON]]:
-        """By sample key; empty if there is no table, or none that can be read."""
+        """Rows by sample key; empty if the table is missing or unreadable."""
         import pyarrow
         import pyarrow.parquet
 
@@ -143,10 +143,10 @@ class _Table:
 
 
 def _samples(path: Path) -> Iterator[_Sample]:
-    """Consecutive files of one key are a sample; a second file of one kind begins a new one.
+    """Group consecutive files with the same key into samples; a second file of a kind starts a new sample.
 
     Raises:
-      _TruncatedTarError: after the last whole sample, if the tar does not end with its end-of-archive mark.
+      _TruncatedTarError: after the last complete sample, if the tar does not end with an end-of-archive mark.
     """
     sample: _Sample | None = None
     try:
@@ -154,7 +154,7 @@ def _samples(path: Path) -> Iterator[_Sample]:
             for member in tar:
                 key, kind = _key_and_kind(member.name)
                 content = tar.extractfile(member) if key and kind and member.isfile() else None
-                if content is None:  # a folder, a link, a file of no interest
+                if content is None:  # a folder, a link, a file of another kind
                     continue
                 if sample is not None and (key != sample.key or kind in sample.files):
                     yield sample
@@ -162,8 +162,8 @@ def _samples(path: Path) -> Iterator[_Sample]:
                 sample = sample or _Sample(key, {})
                 sample.files[kind] = content.read()
             _check_end(file.seek(tar.offset), file.read(tarfile.BLOCKSIZE))
-    except (tarfile.TarError, ValueError) as error:  # ValueError: numbers in a damaged header
-        if sample is not None and len(sample.files) == 3:  # the cut came behind its image, caption and json
+    except (tarfile.TarError, ValueError) as error:  # ValueError: from numbers in a damaged header
+        if sample is not None and len(sample.files) == 3:  # truncated after its image, caption and JSON
             yield sample
             sample = None
         raise _TruncatedTarError(sample.key if sample else None, str(error)) from error
@@ -172,7 +172,7 @@ def _samples(path: Path) -> Iterator[_Sample]:
 
 
 def _check_end(offset: int, block: bytes) -> None:
-    """`tarfile` takes a missing end mark, or a header that it cannot read, for the end. Tell them apart."""
+    """Raise unless the tar ended properly: `tarfile` also stops silently at a missing end mark or a damaged header."""
     if len(block) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError(f"no end-of-archive mark at byte {offset}")
     if any(block):
@@ -180,12 +180,14 @@ def _check_end(offset: int, block: bytes) -> None:
 
 
 def _key_and_kind(name: str) -> tuple[str, str]:
-    """'./a/000.JPG' -> ('a/000', 'image'). As in webdataset, the key ends at the first dot of the file's name; one of
-    the two is empty for files that belong to no sample."""
+    """Parse a member's name: './a/000.JPG' -> ('a/000', 'image').
+
+    As in webdataset, the key ends at the first dot of the file name. Key or kind is empty for a file of no sample.
+    """
     path = PurePosixPath(name.lstrip("/"))
     stem, _, extension = path.name.partition(".")
     key = str(path.with_name(stem)) if stem else ""
-    # Names that are not UTF-8 come with surrogates, which no manifest could be written with.
+    # Names that are not UTF-8 contain surrogates, which cannot be written to a manifest.
     return key.encode("utf-8", "replace").decode(), _KINDS.get(extension.lower(), "")
 
 
@@ -197,16 +199,16 @@ def _metadata(sample: _Sample, table: _Table) -> Mapping[str, JSON]:
     except (ValueError, RecursionError) as error:
         raise SampleError(f"broken json: {' '.join(str(error).split())}") from error
     if not isinstance(metadata, dict):
-        raise SampleError(f"broken json: {type(metadata).__name__} where an object should be")
+        raise SampleError(f"broken json: expected an object, found {type(metadata).__name__}")
     return {key: plain_json(value) for key, value in metadata.items()}
 
 
-def _lost(shard: str, cut: _TruncatedTarError, seen: set[str], table: _Table) -> Iterator[Reject]:
-    """What a tar that ended early takes away. Without a table, only that it did."""
-    if cut.key is not None:
-        yield Reject(f"{shard}/{cut.key}", f"truncated tar: {cut}")
+def _lost(shard: str, truncated: _TruncatedTarError, seen: set[str], table: _Table) -> Iterator[Reject]:
+    """Rejects for the samples lost to a truncated tar; without a table, one reject for the shard."""
+    if truncated.key is not None:
+        yield Reject(f"{shard}/{truncated.key}", f"truncated tar: {truncated}")
     elif not table.rows:
-        yield Reject(shard, f"truncated tar: {cut}")
+        yield Reject(shard, f"truncated tar: {truncated}")
     for key, row in table.rows.items():
-        if key not in seen and key != cut.key and row.get("status", "success") == "success":
+        if key not in seen and key != truncated.key and row.get("status", "success") == "success":
             yield Reject(f"{shard}/{key}", "lost after truncated tar")

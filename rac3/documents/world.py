@@ -1,13 +1,12 @@
-"""A small world that is drawn rather than collected: entities with an emblem that their name does not give away.
+"""A procedurally drawn world: entities whose emblems cannot be guessed from their names.
 
-A picture shows one entity's emblem in a setting; its caption names the entity and the setting:
+An image shows an entity's emblem in a setting; its caption names the entity and the setting:
 
     "vormika on grass in rain with a gold frame"
 
-The setting can be drawn from the caption. The emblem (layout, colors, charge) can only be known from other pictures of
-the entity: from training on them, or from retrieving them. Unseen entities are never trained on; the memory shows
-them in other settings than the test asks for. This is the knowledge-intensive generation of the paper (section 5.1) in
-a form that pixels can score.
+The setting can be drawn from the caption. The emblem (layout, colors, charge) can only be known from other images of
+the entity, seen in training or retrieved. Unseen entities are never trained on; the memory shows them in other settings
+than the test asks for. This is the paper's knowledge-intensive generation (section 5.1), scored by pixels.
 """
 
 import io
@@ -25,7 +24,7 @@ from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Text
 
 SIZE = 40  # pixels a side
-EMBLEM = slice(8, 32)  # its rows and columns: whole 8x8 patches, so that none mixes emblem and setting
+EMBLEM = slice(8, 32)  # its rows and columns: aligned to 8x8 patches, so that no patch mixes emblem and setting
 COLORS = {
     "red": (214, 40, 40),
     "blue": (36, 72, 200),
@@ -42,18 +41,18 @@ CHARGES = ("disc", "square", "diamond", "ring", "plus", "bars")
 
 @dataclass(frozen=True)
 class Entity:
-    """A coined name, and an emblem that is independent of it."""
+    """A made-up name, and an emblem that is independent of it."""
 
     name: str
-    layout: tuple[int, ...]  # which of the colors each of the 3x3 fields has, row by row
+    layout: tuple[int, ...]  # index of the color of each of the 3x3 fields, row by row
     colors: tuple[str, str, str]
-    charge: str  # drawn on the middle field, in a color that it does not have
+    charge: str  # drawn on the center field, in another color
     charge_color: str
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the caption tells beside the name."""
+    """The ground, weather and frame, which the caption states."""
 
     ground: str
     weather: str
@@ -69,12 +68,14 @@ class World:
     """A split of the world as a document source.
 
     Attributes:
-      split: `train` and `validation` show the seen entities, `memory` and `test` the unseen ones; no setting of an
-        entity stands in two splits.
-      seed: draws the entities and their settings.
-      seen, unseen: number of entities.
-      documents_per_entity: pictures of each entity in `train` (seen) or in `memory` (unseen).
-      questions_per_entity: pictures of each entity in `validation` (seen) or `test` (unseen).
+      split: `train` and `validation` show the seen entities, `memory` and `test` the unseen ones. An entity is never
+        in the same setting in two splits.
+      seed: of the entities and their settings.
+      seen: number of seen entities.
+      unseen: number of unseen entities.
+      documents_per_entity: images of each entity in `train` (seen) or `memory` (unseen).
+      questions_per_entity: images of each entity in `validation` (seen) or `test` (unseen).
+      documents_per_shard: documents in each shard but the last.
     """
 
     split: Literal["train", "memory", "validation", "test"] = "train"
@@ -89,7 +90,7 @@ class World:
         settings = len(GROUNDS) * len(WEATHERS) * len(FRAMES)
         wanted = self.documents_per_entity + self.questions_per_entity
         if wanted > settings:
-            raise InputError(f"{wanted} documents of an entity exceed the {settings} settings of the world; use fewer")
+            raise InputError(f"world: {wanted} documents per entity exceed the {settings} settings; use fewer")
         for name in ("seen", "unseen", "documents_per_entity", "questions_per_entity", "documents_per_shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"world: {name}={getattr(self, name)} is below 1; use at least 1")
@@ -107,19 +108,19 @@ class World:
             )
 
     def entities(self) -> tuple[Entity, ...]:
-        """All entities: the seen ones first."""
+        """All entities, the seen ones first."""
         return _entities(self.seed, self.seen + self.unseen)
 
     def _plan(self) -> list[tuple[Entity, Setting]]:
         """The (entity, setting) of each document, shuffled."""
         rng = np.random.default_rng([self.seed, 1])
         settings = [Setting(g, w, f) for g in GROUNDS for w in WEATHERS for f in FRAMES]
-        told = self.documents_per_entity
+        shown = self.documents_per_entity
         plan = []
         for index, entity in enumerate(self.entities()):
             order = [settings[i] for i in rng.permutation(len(settings))]
             group = (
-                order[:told] if self.split in ("train", "memory") else order[told : told + self.questions_per_entity]
+                order[:shown] if self.split in ("train", "memory") else order[shown : shown + self.questions_per_entity]
             )
             if (index < self.seen) == (self.split in ("train", "validation")):
                 plan += [(entity, setting) for setting in group]
@@ -128,7 +129,7 @@ class World:
 
 @lru_cache(maxsize=8)
 def _entities(seed: int, count: int) -> tuple[Entity, ...]:
-    """`count` entities with names and emblems that are all different; any two emblems differ clearly in pixels."""
+    """Draw `count` entities with distinct names, and emblems that differ clearly in pixels."""
     rng = np.random.default_rng([seed, 0])
     names: dict[str, None] = {}
     while len(names) < count:
@@ -156,7 +157,7 @@ def _entities(seed: int, count: int) -> tuple[Entity, ...]:
 
 
 def draw_emblem(entity: Entity) -> UInt8[np.ndarray, "24 24 3"]:
-    """The emblem alone."""
+    """Draw the emblem alone."""
     y, x = np.mgrid[0:24, 0:24] - 11.5
     charge = {
         "disc": np.hypot(x, y) < 3.6,
@@ -173,7 +174,7 @@ def draw_emblem(entity: Entity) -> UInt8[np.ndarray, "24 24 3"]:
 
 
 def draw(entity: Entity, setting: Setting) -> UInt8[np.ndarray, "40 40 3"]:
-    """The emblem in its setting: sky with weather, ground below, a frame around all."""
+    """Draw the emblem in its setting: sky with weather, ground below, a frame around everything."""
     y, x = np.mgrid[0:SIZE, 0:SIZE]
     picture = np.empty((SIZE, SIZE, 3), np.uint8)
     picture[:] = WEATHERS[setting.weather]
@@ -202,12 +203,12 @@ def nearest_entities(
     """The entity whose emblem is nearest to each image's emblem region, and all mean absolute distances (0 to 255).
 
     Raises:
-      InputError: the images have another size than the world's, which the VQGAN's resolution decides.
+      InputError: the images, which have the VQGAN's resolution, are not of the world's size.
     """
     if images.shape[1:3] != (SIZE, SIZE):
         height, width = images.shape[1:3]
         raise InputError(
-            f"images of {height} x {width} can't be compared with the world's of {SIZE} x {SIZE}; set vqgan.resolution "
+            f"images of {height} x {width} cannot be compared with the world's {SIZE} x {SIZE}; set vqgan.resolution "
             f"(with a checkpoint) or vqgan.model.resolution to {SIZE}"
         )
     emblems = np.stack([draw_emblem(entity) for entity in entities]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Maps over shards in this process."""
+"""The executor of one process."""
 
 import threading
 from collections import deque
@@ -10,10 +10,10 @@ from rac3.execution.shards import BEAT, Beat, Events, Job, Outcome, Shard, Tally
 
 @dataclass(frozen=True)
 class Local:
-    """The shards in this process, on all of its devices.
+    """Makes shards in this process, on all of its devices.
 
     Attributes:
-      threads: shards under way at once. While the devices compute for one, others are read, decoded and written.
+      threads: shards in progress at once. While the devices compute for one, others are read, decoded and written.
     """
 
     threads: int = 4

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, plain lines elsewhere."""
+"""Progress of long stages: a bar with rate and ETA on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ LINE_EVERY = 15.0  # seconds between plain lines
 
 
 class Progress:
-    """Counts `total` units of work under a label; use as a context manager. Writes to standard error."""
+    """A context manager that reports progress through `total` units of work on standard error."""
 
     def __init__(self, label: str, total: int, unit: str, initial: int = 0) -> None:
         self.label, self.total, self.unit, self.initial = label, total, unit, initial
@@ -25,7 +25,7 @@ class Progress:
         self.bar = tqdm(dynamic_ncols=True, **options) if terminal else None
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """Adds `count` units, or none; `note` is shown behind the rate."""
+        """Add `count` units (or none); `note` appears after the rate."""
         self.done += count
         self.note = note or self.note
         if self.bar is not None:
@@ -33,7 +33,7 @@ class Progress:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
             if not count:
-                self.bar.refresh()  # a note alone
+                self.bar.refresh()  # only a new note
         elif time.monotonic() - self.last_line > LINE_EVERY:
             self.last_line = time.monotonic()
             self._line()
@@ -62,7 +62,7 @@ class Progress:
 
 
 def progress(items: Iterable[T], label: str, total: int, unit: str) -> Iterator[T]:
-    """The items, counted as they are taken."""
+    """Yield the items, reporting progress."""
     with Progress(label, total, unit) as bar:
         for item in items:
             yield item

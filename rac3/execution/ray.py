@@ -1,6 +1,6 @@
-"""Maps over shards on a Ray cluster: actors that hold the models, and a driver that keeps them busy.
+"""The executor of a Ray cluster: actors that hold the models, and a driver that keeps them busy.
 
-See `executors.py` for what a job and a shard are. Ray is imported when an executor runs, not before.
+`shards.py` defines jobs and shards. Ray is imported only when the executor runs.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ from typing import Any
 from rac3.config import CONFIG_MODULE, InputError
 from rac3.execution.shards import BEAT, Beat, Events, Job, Outcome, Shard, Tally, Worker, attempt, check_counts
 
-MAX_LOST = 3  # workers that die one after another before they are open
-OBJECT_STORE = 100 * 2**20  # bytes, of a cluster of one's own: only jobs and counts are sent
+MAX_LOST = 3  # consecutive workers that die before they are open
+OBJECT_STORE = 100 * 2**20  # bytes, for a cluster that we start: only jobs and counts are sent
 
 
 @dataclass(frozen=True)
 class Ray:
-    """The shards in the workers of a Ray cluster, whose machines share the file system of the workdir and the data.
+    """Makes shards in the workers of a Ray cluster, whose machines must share the workdir and the data.
 
     Attributes:
-      workers: processes, each with models of its own; 0 is one for each `gpus_per_worker` GPUs of the cluster, or one
-        for each machine if it has no GPUs, for XLA and ScaNN use all cores of a machine.
-      gpus_per_worker: over which a worker spreads its batches; None is 1 if the cluster has GPUs, else 0.
+      workers: processes, each with its own models. 0 means one per `gpus_per_worker` GPUs, or one per machine in a
+        cluster without GPUs, since XLA and ScaNN use all cores of a machine.
+      gpus_per_worker: GPUs over which a worker shards its batches; None means 1 if the cluster has GPUs, else 0.
       cpus_per_worker: cores that a worker reserves.
-      threads: shards that a worker has under way at once, as of `Local`.
-      address: of a cluster that runs, "auto" or host:port; "" is what RAY_ADDRESS says, else this machine alone.
+      threads: shards in progress at once per worker, as in `Local`.
+      address: of a running cluster, "auto" or host:port; "" means RAY_ADDRESS if set, else only this machine.
     """
 
     workers: int = 0
@@ -46,7 +46,7 @@ class Ray:
             )
 
     def outcomes(self, job: Job, missing: deque[Shard]) -> Events:
-        """A worker that dies is replaced."""
+        """As `Executor.outcomes`. Replaces workers that die."""
         with self._cluster() as ray:
             workers, gpus = self._room(ray.nodes(), len(missing))
             remote = ray.remote(_RayWorker).options(
@@ -59,14 +59,14 @@ class Ray:
 
     @contextlib.contextmanager
     def _cluster(self) -> Iterator[Any]:
-        """The ray module, connected."""
+        """The ray module, connected to the cluster."""
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         own: dict[str, Any] = {}
         if address == "local":
             own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
-            if "ray" not in sys.modules:  # which reads these when it is imported
+            if "ray" not in sys.modules:  # it reads these on import
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-                os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default there, without its notice
+                os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for this case, without its notice
         try:
             import ray
         except ImportError as error:
@@ -76,8 +76,8 @@ class Ray:
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                f"no Ray cluster can be used at {address!r} ({reason}); give another --ray.address, or set "
-                "RAY_AUTH_MODE=token if the cluster asks for a token"
+                f"cannot connect to a Ray cluster at {address!r} ({reason}); give another --ray.address, or set "
+                "RAY_AUTH_MODE=token if the cluster requires a token"
             ) from error
         try:
             yield ray
@@ -85,10 +85,10 @@ class Ray:
             ray.shutdown()
 
     def _room(self, nodes: Sequence[Mapping[str, Any]], shards: int) -> tuple[int, int]:
-        """How many workers, and the GPUs of each.
+        """The number of workers, and GPUs per worker.
 
         Raises:
-          InputError: no machine has room for one.
+          InputError: no machine has room for a worker.
         """
         machines = [node["Resources"] for node in nodes if node["Alive"]]
         gpus = self.gpus_per_worker
@@ -109,7 +109,7 @@ class Ray:
 
 
 def _put(ray: Any, job: Job) -> Any:
-    """The job as an object of the cluster. Classes of a config file go by value: workers cannot import that file."""
+    """Put the job into Ray's object store, classes of a config file by value: workers cannot import that file."""
     for name, module in list(sys.modules.items()):
         if name.startswith(CONFIG_MODULE):
             ray.cloudpickle.register_pickle_by_value(module)
@@ -120,22 +120,22 @@ def _put(ray: Any, job: Job) -> Any:
 
 
 class _RayWorker:
-    """The process of a worker."""
+    """The actor: one worker process."""
 
     def __init__(self, folder: str, path: list[str]) -> None:
         self._folder = folder
         self._worker: Worker | None = None
-        sys.path += [entry for entry in path if entry not in sys.path]  # a config imports what is beside it
+        sys.path += [entry for entry in path if entry not in sys.path]  # for a config that imports files next to it
 
     def open(self, job: Job) -> str | None:
-        """Why it cannot be opened; None if it is."""
+        """Open the worker. Returns the reason if that fails, else None."""
         try:
-            os.chdir(self._folder)  # relative paths of the config start where the command was given
+            os.chdir(self._folder)  # relative paths in the config start where the command ran
             self._worker = job.open()
         except InputError as error:
             return str(error)
         except Exception as error:
-            return f"a Ray worker cannot be opened: {type(error).__name__}: {' '.join(str(error).split())}"
+            return f"a Ray worker cannot start: {type(error).__name__}: {' '.join(str(error).split())}"
         return None
 
     def make(self, shard: Shard) -> Outcome:
@@ -144,7 +144,7 @@ class _RayWorker:
         if not shard.folder.is_dir():
             return Outcome(
                 shard,
-                error=f"a Ray worker on {os.uname().nodename} does not see {shard.folder.absolute()}; give a --workdir "
+                error=f"a Ray worker on {os.uname().nodename} cannot see {shard.folder.absolute()}; give a --workdir "
                 "on a file system that all machines share",
                 stops=True,
             )
@@ -153,20 +153,20 @@ class _RayWorker:
 
 @dataclass(eq=False)
 class _Seat:
-    """A worker that the driver knows of."""
+    """A worker, as the driver tracks it."""
 
     actor: Any
     open: bool = False
     lost: bool = False
-    shards: set[Shard] = field(default_factory=set)  # under way
+    shards: set[Shard] = field(default_factory=set)  # in progress
 
 
 class _RayPool:
-    """The workers of one run: keeps each busy with `threads` shards, and replaces those that die."""
+    """The workers of one run. Keeps each busy with `threads` shards and replaces those that die."""
 
     def __init__(self, ray: Any, remote: Any, job: Any, workers: int, threads: int) -> None:
         self._ray, self._remote, self._job, self._threads = ray, remote, job, threads
-        self._running: dict[Any, tuple[_Seat, Shard | None]] = {}  # by what ray waits for; None: it is being opened
+        self._running: dict[Any, tuple[_Seat, Shard | None]] = {}  # by Ray reference; None: the worker is opening
         self._failed: defaultdict[Shard, list[_Seat]] = defaultdict(list)
         self._lost_unopened = 0
         self._seats = [self._seat() for _ in range(workers)]
@@ -193,10 +193,10 @@ class _RayPool:
         return seat
 
     def _takes(self, seat: _Seat, missing: deque[Shard]) -> bool:
-        """Whether it is given the next shard now.
+        """Whether to give the next shard to this worker now.
 
-        One that has failed before has a worker to itself, so that it is not held against others if the worker dies, and
-        another worker than before if there is one. Where few are left, each worker takes its share.
+        A shard that has failed before gets a worker to itself, so that no other shard fails with it, and a worker that
+        has not tried it if there is one. When few shards are left, each worker takes its share.
         """
         shard = missing[0]
         if not seat.open or any(other in self._failed for other in seat.shards):
@@ -208,10 +208,10 @@ class _RayPool:
         return not seat.shards and (seat in untried or not untried)
 
     def _result(self, ref: Any, seat: _Seat, shard: Shard | None) -> Outcome | None:
-        """What has come back: an attempt, or None for a worker that is open now, or lost before.
+        """The attempt that has finished; None for a worker that has opened, or has died before it was open.
 
         Raises:
-          InputError: a worker cannot be opened.
+          InputError: a worker cannot start.
         """
         try:
             result = self._ray.get(ref)
@@ -220,7 +220,7 @@ class _RayPool:
                 self._lost_unopened += 1
                 if self._lost_unopened == MAX_LOST or not isinstance(error, self._ray.exceptions.RayActorError):
                     reason = str(error).strip().splitlines()[-1]
-                    raise InputError(f"a Ray worker cannot be opened: {reason}") from error
+                    raise InputError(f"a Ray worker cannot start: {reason}") from error
             self._replace(seat)
             if shard is None:
                 return None

@@ -1,10 +1,10 @@
-"""Maps over shards. A job is opened once in each worker, which then makes one shard after another.
+"""Maps over shards: an executor opens a job once per worker, and each worker makes one shard after another.
 
     run(executor, job, shards)   Local: one worker, this process
-                                 Ray:   workers on all machines of a cluster, each with models and devices of its own
+                                 Ray:   workers on all machines of a cluster, each with its own models and devices
 
-A shard is done when its summary is there, which is written last. A run makes the shards that are not done, in any
-order. Nothing that an executor decides changes what is made.
+A shard's summary is written last: a shard is done when it has one. A run makes the missing shards, in any order. The
+results do not depend on the executor.
 """
 
 import contextlib
@@ -22,21 +22,22 @@ from rac3.artifacts.workdir import TEMPORARY, write_atomic
 from rac3.config import InputError
 from rac3.execution.progress import Progress
 
-ATTEMPTS = 3  # at a shard, before it is left and the others go on
-MAX_POISONED = 20  # shards that are left before the run stops: something is wrong with more than shards
-BEAT = 1.0  # seconds between signs of life
-TENSORSTORE_TEMPORARY = ".__lock"  # what is left of a write that was killed
+ATTEMPTS = 3  # per shard, before the run goes on without it
+MAX_POISONED = 20  # failed shards that stop the run: the cause is not the shards
+BEAT = 1.0  # seconds between `Beat`s
+TENSORSTORE_TEMPORARY = ".__lock"  # left over from a killed write
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A piece of a stage's work, and of what it writes into `folder`. No two shards write one file.
+    """A piece of a stage's work. Writes its own files into `folder`, which it may share with other shards.
 
     Attributes:
       part: the split.
-      number: of the shard within its part.
-      name: within its part, for messages.
-      kind: what is made of it, where a stage makes several things.
+      number: index within the part.
+      name: within the part, for messages.
+      folder: where its files and summary go.
+      kind: what the stage makes in it, if it makes several things.
     """
 
     part: str
@@ -53,25 +54,25 @@ class Shard:
         return " ".join(filter(None, (self.part, self.kind, self.name)))
 
     def read_summary(self) -> dict[str, Any]:
-        """What the worker returned for this shard."""
+        """The worker's result for this shard."""
         return json.loads(self.summary.read_text())
 
 
 def document_shards(part: str, documents: int, per_shard: int, folder: Path, kind: str = "") -> list[Shard]:
-    """Ranges of documents, each of which is one file of every array that is made from them."""
+    """Split documents into ranges; a range is one file in each array that a stage makes of them."""
     starts = range(0, documents, per_shard)
     names = [f"documents {start} to {min(start + per_shard, documents) - 1}" for start in starts]
     return [Shard(part, number, name, folder, kind) for number, name in enumerate(names)]
 
 
 def document_rows(shard: Shard, documents: int, per_shard: int) -> range:
-    """The documents of a shard of `document_shards`."""
+    """The rows of the documents in a shard of `document_shards`."""
     start = shard.number * per_shard
     return range(start, min(start + per_shard, documents))
 
 
 class Tally:
-    """What a worker has done of a shard so far. To count is also where a run that is interrupted stops."""
+    """A worker's progress in a shard. An interrupted run stops at the next call of `add`."""
 
     def __init__(self, stopped: threading.Event | None = None) -> None:
         self.documents = self.rejects = 0
@@ -85,43 +86,43 @@ class Tally:
 
 
 class _StoppedError(BaseException):
-    """Ends a thread of a run that is interrupted: not an Exception, which a source might swallow."""
+    """Ends a thread of an interrupted run. Not an Exception, which a source might swallow."""
 
 
 @runtime_checkable
 class Worker(Protocol):
-    """Makes a shard: writes its files, and returns what is worth keeping of it, as JSON. Called from many threads."""
+    """Makes a shard: writes its files and returns its summary, JSON data. Called from many threads."""
 
     def __call__(self, shard: Shard, tally: Tally) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable
 class Job(Protocol):
-    """A stage, as it is sent to the workers: small, picklable, and opened where it runs."""
+    """A stage as sent to the workers: small and picklable."""
 
     @property
     def label(self) -> str: ...
 
     def open(self) -> Worker:
-        """Loads the models onto the devices of this process."""
+        """Load the models onto the devices of this process."""
         ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """An attempt at a shard, which is done if `error` is None."""
+    """An attempt at a shard; it succeeded if `error` is None."""
 
     shard: Shard
     documents: int = 0
     rejects: int = 0
     error: str | None = None
     trace: str = ""
-    stops: bool = False  # an InputError: neither another attempt nor another shard would do better
+    stops: bool = False  # an InputError: other attempts and shards would fail, too
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A sign of life: the workers that are open, and what they have done of shards that are not done yet."""
+    """A sign of life: the number of open workers, and their progress in unfinished shards."""
 
     workers: int
     documents: int = 0
@@ -133,21 +134,22 @@ Events = Generator[Outcome | Beat, None, None]
 
 @runtime_checkable
 class Executor(Protocol):
-    """Makes shards somewhere."""
+    """Makes shards, here or elsewhere."""
 
     def outcomes(self, job: Job, missing: deque[Shard]) -> Events:
-        """Takes shards from `missing` until there are none; the reader may append what is to be tried again."""
+        """Take shards from `missing` until it is empty; the caller may append shards to try again."""
         ...
 
 
 def run(executor: Executor, job: Job, shards: Sequence[Shard]) -> dict[str, int | float]:
-    """Makes the shards that are not done.
+    """Make the missing shards.
 
     Returns:
-      What this run did, for the manifest: documents, seconds, documents_per_second, workers.
+      Statistics of this run for the manifest: documents, seconds, documents_per_second, workers.
 
     Raises:
-      InputError: a worker raised one; or shards failed `ATTEMPTS` times, which stops none of the others.
+      InputError: a worker raised one, or shards failed `ATTEMPTS` times; the others are still made, unless
+        `MAX_POISONED` fail.
     """
     missing = deque(shard for shard in shards if not shard.summary.exists())
     ledger = _Ledger(missing, time.monotonic())
@@ -165,20 +167,20 @@ def run(executor: Executor, job: Job, shards: Sequence[Shard]) -> dict[str, int 
         raise InputError(_poisoned(job.label, ledger.poisoned, left)) from _trace(ledger.poisoned)
     for folder in {shard.folder for shard in shards}:
         for path in folder.rglob("*"):
-            if path.suffix in (TEMPORARY, TENSORSTORE_TEMPORARY):  # of writes that were killed
+            if path.suffix in (TEMPORARY, TENSORSTORE_TEMPORARY):  # of killed writes
                 path.unlink()
     return ledger.throughput()
 
 
 def clear(shards: Sequence[Shard]) -> None:
-    """Removes the summaries, once nothing more is to be read from them: the artifact is complete."""
+    """Remove the summaries; call when the artifact is complete."""
     for shard in shards:
         shard.summary.unlink()
 
 
 @dataclass
 class _Ledger:
-    """What has happened in a run."""
+    """The state of a run: counts, attempts and failures."""
 
     missing: deque[Shard]
     started: float
@@ -190,10 +192,10 @@ class _Ledger:
     poisoned: list[Outcome] = field(default_factory=list)
 
     def take(self, event: Outcome | Beat) -> int:
-        """How many shards are done by it: 1 or 0. A shard that failed goes to the end of the line.
+        """Record an event. Returns how many shards it completes, 0 or 1. A failed shard goes to the end of the queue.
 
         Raises:
-          InputError: of a worker.
+          InputError: a worker raised it.
         """
         if isinstance(event, Beat):
             self.beat, self.workers = event, max(self.workers, event.workers)
@@ -234,24 +236,24 @@ def _count(number: int, thing: str) -> str:
 
 
 def _poisoned(label: str, outcomes: Sequence[Outcome], left: int) -> str:
-    """The one line about shards that cannot be made."""
+    """The error message for failed shards."""
     named = "; ".join(f"{outcome.shard} ({outcome.error})" for outcome in outcomes[:5])
     more = f"; and {len(outcomes) - 5} more" if len(outcomes) > 5 else ""
     rest = f"{left} others are not done" if left else "all others are done"
     return (
-        f"{label}: {_count(len(outcomes), 'shard')} failed {ATTEMPTS} times each: {named}{more}; {rest}; mend what "
-        "they name and run the same command again, which makes only what is not done"
+        f"{label}: {_count(len(outcomes), 'shard')} failed {ATTEMPTS} times each: {named}{more}; {rest}; fix "
+        "the causes and run the same command again, which makes only the missing shards"
     )
 
 
 def _trace(outcomes: Sequence[Outcome]) -> RuntimeError | None:
-    """What `--debug` shows."""
+    """The workers' tracebacks, which `--debug` shows."""
     traces = [f"{outcome.shard}:\n{outcome.trace}" for outcome in outcomes if outcome.trace]
     return RuntimeError("\n".join(["in a worker", *traces])) if traces else None
 
 
 def attempt(worker: Worker, shard: Shard, tally: Tally) -> Outcome:
-    """Makes a shard, wherever this runs; its summary comes last."""
+    """Make a shard in this process, and write its summary last."""
     try:
         summary = worker(shard, tally)
         write_atomic(shard.summary, json.dumps(summary))

@@ -1,4 +1,4 @@
-"""Retrievers to compare against: random documents, and none."""
+"""Baseline retrievers: random documents, and none."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_can
 
 @dataclass(frozen=True)
 class Random:
-    """Documents drawn uniformly from the memory, without replacement, whatever the query says (the ablation of C.3).
+    """Uniformly random documents, without replacement, for any query (the ablation of C.3).
 
-    The draw is a pure function of (seed, part name, query key), and costs the same for any size of memory.
+    The draw is a pure function of (seed, part name, query key). Its cost does not depend on the size of the memory.
 
-    It is sound over several parts. Picture that each document rings at a time of its own, independent and Exp(1)
-    distributed: the k that ring first are a uniform draw, and their order is a uniform permutation. A part simulates
-    its k first rings, and the score is minus the time, so that merging parts by score takes the k first rings of
-    the whole memory: a uniform draw from the union, however unequal the parts.
+    It is uniform over several parts, too. Suppose that each document rings after an independent Exp(1) time: the first
+    k to ring are a uniform draw, in uniformly random order. Each part simulates its first k rings, and the score is
+    minus the time, so merging parts by score takes the first k rings of the whole memory: a uniform draw from the
+    union, however unequal the parts.
     """
 
     num_neighbors: int = search_only(16)
@@ -31,10 +31,10 @@ class Random:
         check_num_neighbors(self.num_neighbors)
 
     def build(self, part: MemoryPart, folder: Path) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
     def needs(self, documents: int, width: int) -> Needs:
-        """Nothing to speak of."""
+        """Next to nothing."""
         return Needs()
 
     def open(self, part: MemoryPart, folder: Path) -> "RandomIndex":
@@ -48,8 +48,10 @@ class RandomIndex:
     size: int  # documents in the part
 
     def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-        """Minus the ring times (see `Random`; not similarities) and the rows that ring. The first j of k neighbors
-        are those that a search for j gives."""
+        """Minus the ring times (see `Random`; not similarities), and the rows that ring.
+
+        The first j of k neighbors are the result of a search for j.
+        """
         scores, rows = no_candidates(len(queries), k)
         drawn = min(k, self.size)
         if len(queries) == 0 or drawn == 0:
@@ -57,18 +59,18 @@ class RandomIndex:
         uniform = self._uniform(queries, drawn)
         taken = rows[:, :drawn]
         for i in range(drawn):
-            # The t-th of the rows not yet taken, t uniform: step over the taken ones, in ascending order.
+            # The t-th row not taken yet, t uniform: step over the taken ones in ascending order.
             t = (uniform[:, i, 0] * (self.size - i)).astype(np.int64)
             for earlier in np.sort(taken[:, :i], axis=1).T:
                 t += t >= earlier
             taken[:, i] = t
-        # The gap before the next of n documents rings is Exp(n).
+        # The gap until the next of n documents rings is Exp(n).
         gaps = -np.log1p(-uniform[:, :, 1]) / (self.size - np.arange(drawn))
         scores[:, :drawn] = -np.cumsum(gaps, axis=1)
         return scores, rows
 
     def _uniform(self, queries: Queries, count: int) -> Float[np.ndarray, "queries count 2"]:
-        """Numbers in [0, 1) from a hash of (seed, part, key): the same on every machine and in every batch."""
+        """Numbers in [0, 1) from a hash of (seed, part, key): equal on every machine and in every batch."""
         digests = (
             hashlib.shake_128(f"{self.seed}\0{self.part_name}\0{key}".encode()).digest(16 * count)
             for key in queries.keys
@@ -91,7 +93,7 @@ class NoRetriever:
             )
 
     def build(self, part: MemoryPart, folder: Path) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
     def open(self, part: MemoryPart, folder: Path) -> "NoIndex":
         return NoIndex()
@@ -100,5 +102,5 @@ class NoRetriever:
 @dataclass(frozen=True)
 class NoIndex:
     def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-        """Nothing: `k` is 0 where it comes from `NoRetriever.num_neighbors`."""
+        """An empty result. `k` is 0 if it is `NoRetriever.num_neighbors`."""
         return no_candidates(len(queries), k)

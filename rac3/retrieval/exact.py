@@ -1,4 +1,4 @@
-"""Exact maximum inner product search, on all devices that JAX has."""
+"""Exact maximum inner product search on all of JAX's devices."""
 
 import functools
 import threading
@@ -20,55 +20,55 @@ from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates, search_only
 
-_GROUP = 32  # documents whose best score decides whether the others are looked at
-_TILE_ON_CPU = 512, 16_384  # queries x documents that are scored at once: 32 MiB of scores
+_GROUP = 32  # documents per group; a group is examined only if its best score is high enough
+_TILE_ON_CPU = 512, 16_384  # queries x documents scored at once: 32 MiB of scores
 _TILE = 1024, 65_536
-_HOST_BYTES = 2**30  # of a part's embeddings that stay in memory between searches, where the device is the host
-_SEARCHING = threading.Lock()  # programs of all devices must reach each of them in one order
+_HOST_BYTES = 2**30  # of a part's embeddings kept between searches, if the device is the host
+_SEARCHING = threading.Lock()  # multi-device programs must reach every device in one order
 _BY_DEVICE, _WHOLE = PartitionSpec("device"), PartitionSpec()
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Every inner product is computed: the paper's search (section 3.2), and the reference for the rest.
+    """Computes every inner product: the paper's search (section 3.2), and the reference for the other retrievers.
 
-    The memory streams through the devices in blocks, a share of the documents to each, so it may be larger than all of
-    them together, and is read once per call of `search`: ask many queries at a time. Blocks stay on the devices as
-    long as half of their memory is free (1 GiB in all on CPU), so that the next call reads only the rest. Beside them
-    a device holds two blocks, `query_rows` queries, and the scores of a tile (0.3 GB; 34 MB on CPU).
+    The memory streams through the devices in blocks, each device taking a share of the documents, so it may be larger
+    than all device memory. Each call of `search` reads it once: batch many queries. Blocks stay on the devices while
+    half of their memory is free (1 GiB in total on CPU), and the next call reads only the others. A device also holds
+    two blocks, `query_rows` queries, and the scores of a tile (0.3 GB; 34 MB on CPU).
 
-    In a run of several processes (`jax.distributed`) each reads and searches its share of the documents only: all
-    processes must call `search`, with the same queries and in the same order, and all get the same result.
+    With several processes (`jax.distributed`), each reads and searches only its share of the documents. All processes
+    must call `search` with the same queries in the same order, and all get the same result.
 
-    `dtype="bfloat16"` scores in bfloat16 with float32 sums, and then computes the scores of the best
-    `num_neighbors + overscan` documents of each block in float32: faster where the hardware multiplies bfloat16 faster,
-    and equal to float32 unless rounding puts a neighbor behind `overscan` documents that are none.
+    `dtype="bfloat16"` scores in bfloat16 with float32 sums, then rescores the best `num_neighbors + overscan` documents
+    of each block in float32. It is faster where the hardware multiplies bfloat16 faster, and equal to float32 unless
+    rounding ranks a neighbor below `overscan` other documents.
     """
 
     num_neighbors: int = search_only(16)
     dtype: Literal["float32", "bfloat16"] = search_only("float32")
     overscan: int = search_only(8)
-    block_rows: int = search_only(65_536)  # documents that a device reads, and searches, at once
-    query_rows: int = search_only(1024)  # queries that meet a block at once
+    block_rows: int = search_only(65_536)  # documents that a device reads and searches at once
+    query_rows: int = search_only(1024)  # queries searched at once
 
     def __post_init__(self) -> None:
         check_num_neighbors(self.num_neighbors)
         if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"retriever.dtype={self.dtype!r} is not float32 or bfloat16")
+            raise InputError(f"retriever.dtype={self.dtype!r} is unknown; use float32 or bfloat16")
         if self.overscan < 0:
             raise InputError(f"retriever.overscan={self.overscan} is negative; use 0 or more, such as 8")
         for field, value in (("block_rows", self.block_rows), ("query_rows", self.query_rows)):
             if value < 1:
-                raise InputError(f"retriever.{field}={value} is below 1; use at least 1, or thousands to be fast")
+                raise InputError(f"retriever.{field}={value} is below 1; use at least 1, and thousands for speed")
 
     def build(self, part: MemoryPart, folder: Path) -> None:
-        """Writes nothing: the embeddings are the index."""
+        """Write nothing: the embeddings are the index."""
 
     def open(self, part: MemoryPart, folder: Path) -> "ExactIndex":
         return ExactIndex(self, part)
 
     def needs(self, documents: int, width: int) -> Needs:
-        """The memory streams: a process and each of its devices hold two blocks at least."""
+        """The memory streams: a process and each of its devices hold at least two blocks."""
         rows = min(self.block_rows, documents)
         bytes_each = {"float32": 4.0, "bfloat16": 2.0}[self.dtype]
         return Needs(
@@ -79,19 +79,19 @@ class Exact:
         )
 
 
-Best = tuple[Array, Array]  # scores and rows, [devices, queries, k], each device's own
+Best = tuple[Array, Array]  # scores and rows of each device, [devices, queries, k]
 
 
 class ExactIndex:
-    """A part, cut into blocks of `mesh.size * block_rows` documents; a block is cut into equal runs, one per device."""
+    """A part in blocks of `mesh.size * block_rows` documents; each device gets an equal run of each block."""
 
     def __init__(self, config: Exact, part: MemoryPart) -> None:
         self.config, self.part = config, part
         devices = jax.devices()
         self.mesh = Mesh(np.array(devices), ("device",), axis_types=(AxisType.Auto,))
         self.tile_queries, tile_rows = _TILE_ON_CPU if devices[0].platform == "cpu" else _TILE
-        # Blocks of equal size, in steps of a 32nd or less: little padding, and parts of many sizes share what is
-        # compiled.
+        # Equal blocks whose size is rounded up by at most 1/32: little padding, and parts of similar sizes share
+        # compiled programs.
         each = max(1, -(-len(part) // len(devices)))
         rows = -(-each // -(-each // config.block_rows))
         rows = min(_round_up(rows, 1 << max(0, rows.bit_length() - 6)), config.block_rows)
@@ -100,13 +100,13 @@ class ExactIndex:
         self._kept: dict[int, Array] = {}  # blocks that stay on the devices, by number
 
     def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-        """Inner products (float32, descending; of equal ones the lower row first) and rows; see `Index.search`.
+        """Inner products (float32, descending; ties by the lower row) and rows; see `Index.search`.
 
-        Compiled once per size of a part and k, for full batches of queries; a smaller batch is padded to a power of
-        two, so that the calls of a session compile a handful of shapes rather than one each.
+        Compiles once per block size and k for full batches of queries. Smaller batches are padded to powers of two, to
+        compile few shapes.
 
         Raises:
-          InputError: an embedding holds NaN or infinity; or the processes of a run do not search for the same.
+          InputError: an embedding contains NaN or infinity, or the processes of a run search for different queries.
         """
         total = len(queries)
         if total == 0 or k == 0 or len(self.part) == 0:
@@ -128,7 +128,7 @@ class ExactIndex:
         return scores, rows.astype(np.int64)
 
     def _search_own_rows(self, queries: Float[np.ndarray, "queries embed"], k: int) -> list[Best]:
-        """The best of each device's documents, by batch of queries; the last batch is padded."""
+        """The best of each device's documents, per batch of queries; the last batch is padded."""
         wanted = min(self.config.query_rows, 1 << (len(queries) - 1).bit_length())
         tile = min(wanted, self.tile_queries)
         rows = _round_up(wanted, tile)
@@ -148,12 +148,12 @@ class ExactIndex:
                 )
                 for each, batch in zip(best, batches, strict=True)
             ]  # fmt: skip
-            # Dispatch runs ahead of the devices: without a wait, the queue would hold the whole memory.
+            # Dispatch runs ahead of the devices: without this wait, the queue would hold the whole memory.
             jax.block_until_ready(waiting)
         return best
 
     def _blocks(self) -> Iterator[Float[Array, "documents embed"]]:
-        """The blocks on the devices; one is read while the devices work on the one before."""
+        """The blocks, on the devices; the next one is read while the devices search this one."""
         kept = dict(self._kept)
         missing = [number for number in range(self._num_blocks) if number not in kept]
         with ThreadPoolExecutor(1, "read-block") as thread:
@@ -174,7 +174,7 @@ class ExactIndex:
         return -(-len(self.part) // (self.mesh.size * self.block_rows))
 
     def _load(self, number: int) -> Float[Array, "documents embed"]:
-        """A block, each process its own devices' documents; behind the last, copies of it."""
+        """A block; each process reads its own devices' documents. Padded with copies of the last document."""
         start = number * self.mesh.size * self.block_rows
 
         def read(index: Any) -> np.ndarray:
@@ -205,7 +205,7 @@ def _search_block(
     dtype: str,
     overscan: int,
 ) -> tuple[Float[Array, "devices queries k"], Int[Array, "devices queries k"]]:
-    """The best k of those found so far and of a block, whose rows begin at `start`, of a part of `size` documents."""
+    """Merge the best k so far with those of a block, which begins at row `start` of a part of `size` documents."""
 
     def on_device(best_scores, best_rows, queries, block, start, size):
         start = start + jax.lax.axis_index("device") * len(block)
@@ -227,7 +227,7 @@ def _search_block(
             found = jax.lax.map(lambda x: _rescore(x[0], x[1], x[2], block), (*found, by_tile))
         scores, places = (x.reshape(-1, k + overscan) for x in found)
         rows = jnp.where(scores > -jnp.inf, start + places, -1)
-        # top_k keeps the first of equal scores, and what was found in earlier blocks has the lower rows.
+        # top_k keeps the first of equal scores; earlier blocks have the lower rows.
         merged = _top(jnp.concatenate([best_scores[0], scores], 1), jnp.concatenate([best_rows[0], rows], 1), k)
         return merged[0][None], merged[1][None]
 
@@ -244,16 +244,16 @@ def _search_tile(
     first: Int[Array, ""],
     size: Int[Array, ""],
 ) -> tuple[Float[Array, "queries candidates"], Int[Array, "queries candidates"]]:
-    """The best of the candidates so far and of a tile, by score and then by place in the block.
+    """Merge the best candidates so far with those of a tile, by score and then by position in the block.
 
-    A sort of every row of scores would cost more than the scores. The best c documents of a tile are in the c groups
-    whose maxima are highest: c others would be above any that is not. So two short sorts do: of the groups' maxima,
-    and of the documents of c groups. Groups are runs of the memory, hence this holds for ties as well. Padding copies
-    the last document, so that it raises no maximum of a group that has documents.
+    Sorting every row of scores would cost more than computing them. The best c documents of a tile are in the c groups
+    with the highest maxima: for a document in any other group, these c maxima rank above it. So two short sorts are
+    enough: of the groups' maxima, and of the documents in c groups. Groups are contiguous, so this holds for ties, too.
+    Padding copies the last document, so it never raises the maximum of a group with documents.
 
     Args:
-      first: place of the tile in its block.
-      size: documents in the block from its first on; places from there on are padding.
+      first: position of the tile in its block.
+      size: documents of the part from the start of the block on; later positions are padding.
     """
     products = jax.lax.dot_general(
         queries, tile, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
@@ -275,7 +275,7 @@ def _rescore(
     queries: Float[Array, "queries embed"],
     block: Float[Array, "documents embed"],
 ) -> tuple[Float[Array, "queries candidates"], Int[Array, "queries candidates"]]:
-    """Float32 scores of candidates, in the order of their places."""
+    """Float32 scores of the candidates, sorted by position."""
     order = jnp.argsort(places, axis=1)
     scores, places = (jnp.take_along_axis(x, order, axis=1) for x in (scores, places))
     exact = jnp.einsum("qe,qce->qc", queries, block[places], precision="highest")
@@ -293,14 +293,14 @@ def _top(
 def _merge_devices(
     scores: Float[Array, "devices queries k"], rows: Int[Array, "devices queries k"], *, mesh: Mesh
 ) -> tuple[Float[Array, "queries k"], Int[Array, "queries k"]]:
-    """The best of what the devices, of all processes, have found; on each of them."""
+    """Merge the best of all devices of all processes; the result is replicated."""
     k = scores.shape[-1]
     everywhere = NamedSharding(mesh, _WHOLE)
     scores, rows = (jax.lax.with_sharding_constraint(x, everywhere) for x in (scores, rows))
     if mesh.size == 1:
         return scores[0], rows[0]
     scores, rows = (x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (scores, rows))
-    below, rows = jax.lax.sort((-scores, rows), num_keys=2)  # runs of one block lie on all devices: rows decide ties
+    below, rows = jax.lax.sort((-scores, rows), num_keys=2)  # each block spans all devices, so ties need the rows
     return -below[:, :k], rows[:, :k]
 
 
@@ -309,7 +309,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _has_room(block: Array, kept: int) -> bool:
-    """Whether a block may stay on its devices, beside `kept` others of this part."""
+    """Whether a block may stay on its devices, in addition to `kept` others of this part."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats:
         return (kept + 1) * block.nbytes <= _HOST_BYTES
@@ -324,21 +324,21 @@ def _everywhere(value: int) -> Int[np.ndarray, " processes"]:
 
 
 def _check_that_all_search_for(queries: Queries, k: int) -> None:
-    """Raises InputError in all processes of a run if they differ in their queries: their results would be mixed."""
+    """Raise InputError in every process if their queries differ: the results would be mixed up."""
     if jax.process_count() > 1:
         embeddings = np.ascontiguousarray(queries.embeddings, np.float32)
         digest = zlib.crc32(f"{embeddings.shape} {k}".encode(), zlib.crc32(embeddings.tobytes()))
         if len(set(_everywhere(digest >> 1).tolist())) > 1:
             raise InputError(
-                "the processes of this run search for different queries; retriever:exact searches a share of the "
-                "memory in each, so give all of them the same queries"
+                "the processes of this run search for different queries, but with retriever:exact each searches only "
+                "its share of the memory; give all of them the same queries"
             )
 
 
 def _check_that_none_failed(failure: InputError | None) -> None:
-    """Raises this process's failure; and in the others one that names it, which would else wait for it forever."""
+    """Raise this process's failure, or an error that names the failed process: else the others would wait forever."""
     failed = _everywhere(failure is not None) if jax.process_count() > 1 else np.zeros(0)
     if failure is not None:
         raise failure
     if failed.any():
-        raise InputError(f"the search failed in process {int(np.argmax(failed))}; its own message says why")
+        raise InputError(f"the search failed in process {int(np.argmax(failed))}; see the error of that process")

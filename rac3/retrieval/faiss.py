@@ -1,4 +1,4 @@
-"""Maximum inner product search with FAISS, on CPU: any index that its factory can name."""
+"""Maximum inner product search with FAISS on CPU: any index that its factory can build."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,21 +12,20 @@ from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Queries, check_num_neighbors, no_candidates, ranked, search_only
 
 _FILE = "index.faiss"
-_BLOCK = 65_536  # documents that are added at once
+_BLOCK = 65_536  # documents added at once
 _KEEP_VECTORS = ("IndexFlat", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWFlat", "IndexRefineFlat")
 
 
 @dataclass(frozen=True)
 class Faiss:
-    """An index by its factory string: "Flat" (brute force), "HNSW32", "IVF4096,Flat", "OPQ64,IVF16384,PQ64", ...
+    """An index given by its factory string: "Flat" (brute force), "HNSW32", "IVF4096,Flat", "OPQ64,IVF16384,PQ64", ...
 
-    `search` sets parameters of the search in the syntax of FAISS's ParameterSpace: "nprobe=16" for IVF, "efSearch=64"
-    for HNSW, several with commas between them. They take no part in building.
+    `search` sets search parameters in the syntax of FAISS's ParameterSpace, separated by commas: "nprobe=16" for IVF,
+    "efSearch=64" for HNSW. It does not affect the build.
 
-    Building holds one index in host memory at a time, and a sample of the embeddings to train it on. A finished index
-    is mapped from its file rather than read. The scores are inner products in float32: an index that keeps whole
-    vectors gives them, and of one that keeps codes (PQ, SQ, ...) the first `reorder_num_neighbors` are scored anew
-    with the embeddings of the part.
+    A build holds one index in host memory, and a sample of the embeddings to train it on. An open index is mapped from
+    its file. Scores are float32 inner products: an index of full vectors gives them; for an index of codes (PQ, SQ,
+    ...), the first `reorder_num_neighbors` are rescored with the embeddings of the part.
 
     Reference: Douze et al., The Faiss library (arXiv 2401.08281).
     """
@@ -34,8 +33,8 @@ class Faiss:
     num_neighbors: int = search_only(16)
     factory: str = "Flat"
     search: str = search_only("")
-    reorder_num_neighbors: int = search_only(128)  # candidates by code whose exact scores decide
-    seed: int = 0  # draws the documents that the index is trained on
+    reorder_num_neighbors: int = search_only(128)  # candidates by code that get exact scores
+    seed: int = 0  # of the sample that trains the index
 
     def __post_init__(self) -> None:
         check_num_neighbors(self.num_neighbors)
@@ -48,10 +47,10 @@ class Faiss:
             raise InputError(f"retriever.seed={self.seed} is negative; use 0 or more")
 
     def build(self, part: MemoryPart, folder: Path) -> None:
-        """Writes the index; nothing for a part without documents.
+        """Write the index; nothing for an empty part.
 
         Raises:
-          InputError: FAISS cannot make, train or search such an index, or is not installed.
+          InputError: FAISS cannot build or train the index or set `search`, or it is not installed.
         """
         if len(part) == 0:
             return
@@ -71,7 +70,7 @@ class Faiss:
         faiss.write_index(index, str(folder / _FILE))
 
     def open(self, part: MemoryPart, folder: Path) -> "FaissIndex":
-        """Raises InputError: `search` names what the index does not have, or FAISS is not installed."""
+        """Raises InputError: the index has no such parameter as `search` sets, or FAISS is not installed."""
         if len(part) == 0:
             return FaissIndex(self, part, None, True)
         faiss = _import_faiss()
@@ -80,7 +79,7 @@ class Faiss:
         return FaissIndex(self, part, index, type(faiss.downcast_index(index)).__name__ in _KEEP_VECTORS)
 
     def efforts(self, documents: int) -> dict[str, "Faiss"]:
-        """By the cells (IVF), or the candidates of the graph (HNSW), that are looked at; other indexes have none."""
+        """Cells to probe (IVF) or graph candidates to visit (HNSW), doubling; none for other indexes."""
         knob = "nprobe" if "IVF" in self.factory else "efSearch" if "HNSW" in self.factory else None
         if knob is None:
             return {}
@@ -95,12 +94,12 @@ class Faiss:
             _import_faiss().ParameterSpace().set_index_parameters(index, self.search)
         except RuntimeError as error:
             raise InputError(
-                f"retriever.search={self.search!r} is refused by retriever.factory={self.factory!r}: "
-                f"FAISS says {_reason(error)!r}; use nprobe=16 for IVF, efSearch=64 for HNSW, nothing for Flat"
+                f"retriever.search={self.search!r} does not fit retriever.factory={self.factory!r}: "
+                f"FAISS says {_reason(error)!r}; use nprobe=16 for IVF, efSearch=64 for HNSW, '' for Flat"
             ) from error
 
     def _training_rows(self, size: int, index: Any) -> Int[np.ndarray, " rows"]:
-        """A uniform sample in the order of the memory. FAISS asks for tens of documents per cell and per code word."""
+        """A uniform sample, in the order of the memory. FAISS needs tens of documents per cell and per code word."""
         ivf = _import_faiss().try_extract_index_ivf(index)
         wanted = max(100_000, 64 * ivf.nlist if ivf is not None else 0)
         if wanted >= size:
@@ -112,13 +111,13 @@ class Faiss:
 class FaissIndex:
     config: Faiss
     part: MemoryPart
-    index: Any  # None for a part without documents
+    index: Any  # None for an empty part
     keeps_vectors: bool  # its scores are exact
 
     def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-        """Inner products (float32, descending) and rows; see `Index.search`. On all CPU cores.
+        """Inner products (float32, descending) and rows; see `Index.search`. Uses all CPU cores.
 
-        Of documents with equal scores, some may be missing rather than those with the highest rows.
+        Of documents that tie for the last place, any may be dropped.
         """
         wanted = min(k, len(self.part))
         scores, rows = no_candidates(len(queries), k)
@@ -128,7 +127,7 @@ class FaissIndex:
         ask = wanted if self.keeps_vectors else min(max(wanted, self.config.reorder_num_neighbors), len(self.part))
         products, found = self.index.search(embeddings, ask)
         if self.keeps_vectors:
-            products = np.where(found < 0, np.float32(-np.inf), products)  # FAISS gives the lowest number
+            products = np.where(found < 0, np.float32(-np.inf), products)  # FAISS gives the lowest float
         else:
             products = self.part.inner_products(embeddings, found)
         scores[:, :wanted], rows[:, :wanted] = ranked(products, found, wanted)
@@ -136,12 +135,12 @@ class FaissIndex:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What is wrong, without FAISS's place in its source."""
+    """FAISS's reason, without its source location."""
     return " ".join(str(error).split("failed: ")[-1].split(".cpp:")[-1].split(": ", 1)[-1].split())
 
 
 def _import_faiss() -> Any:
-    """The faiss package. Raises InputError where it does not import."""
+    """Import faiss. Raises InputError: it does not import."""
     try:
         import faiss
     except ImportError as error:

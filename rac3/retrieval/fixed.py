@@ -1,4 +1,4 @@
-"""Documents that a person names, in place of retrieved ones (paper, sections 5.2 and 5.3)."""
+"""Documents named by a person instead of retrieved ones (paper, sections 5.2 and 5.3)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +13,23 @@ from rac3.retrieval.retriever import Queries, no_candidates
 
 @dataclass(frozen=True)
 class Fixed:
-    """The documents with these keys, in this order, whatever the query says.
+    """The documents with these keys, in this order, for every query.
 
-    A key is looked for in every part of the memory; "PART:KEY" looks in one, such as memory:00000/000000017.
+    A key is looked up in every part of the memory, "PART:KEY" only in that part: memory:00000/000000017.
     """
 
     keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.keys)) < len(self.keys):
-            raise InputError(f"retriever.keys={' '.join(self.keys)} names a document twice; name each once")
+            raise InputError(f"retriever.keys={' '.join(self.keys)} names a document twice; name each one once")
 
     @property
     def num_neighbors(self) -> int:
         return len(self.keys)
 
     def build(self, part: MemoryPart, folder: Path) -> None:
-        """Writes nothing: documents are looked up by their keys. Raises InputError: there are no keys."""
+        """Write nothing: documents are looked up by key. Raises InputError: there are no keys."""
         self._require_keys()
 
     def open(self, part: MemoryPart, folder: Path) -> "FixedIndex":
@@ -42,15 +42,15 @@ class Fixed:
             raise InputError("retriever.keys names no document; give --retriever.keys KEY ..., or use retriever:none")
 
     def check(self, memory: Memory) -> None:
-        """Raises InputError unless each key is that of one document."""
+        """Raise InputError unless each key belongs to exactly one document."""
         for key in self.keys:
             names = [part.name for part in memory.parts if _row(part, key) >= 0]
             parts = " and ".join(part.name for part in memory.parts)
             if not names:
-                raise InputError(f"retriever.keys: no document of {parts} has the key {key!r}; give keys of these")
+                raise InputError(f"retriever.keys: no document of {parts} has the key {key!r}; use one of theirs")
             if len(names) > 1:
                 raise InputError(
-                    f"retriever.keys: {' and '.join(names)} both have a {key!r}; give {names[0]}:{key}, say"
+                    f"retriever.keys: {' and '.join(names)} have a document {key!r}; use {names[0]}:{key}, for example"
                 )
 
 
@@ -59,7 +59,7 @@ class FixedIndex:
     rows: Int[np.ndarray, " keys"]  # -1 for the documents of other parts
 
     def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-        """Minus the place of each document among the keys (not a similarity), and its row."""
+        """Minus the index of each document in the keys (not a similarity), and its row."""
         scores, rows = no_candidates(len(queries), k)
         places = np.flatnonzero(self.rows >= 0)[:k]
         scores[:, : len(places)], rows[:, : len(places)] = -places, self.rows[places]

@@ -1,4 +1,4 @@
-"""The memory: the documents that a retriever searches, in parts that are appended and never rebuilt."""
+"""The memory: the documents that a retriever searches, in parts. Adding a part rebuilds no other."""
 
 import os
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from numpy.typing import ArrayLike
 
 from rac3.config import InputError
 
-_GATHERED_BYTES = 2**24  # of embeddings that a thread of `inner_products` holds at once
+_GATHERED_BYTES = 2**24  # of embeddings that each thread of `inner_products` holds
 
 
 @runtime_checkable
 class EmbeddingRows(Protocol):
-    """float [documents, embed], sliced or gathered by row: a numpy array, a memory map or a tensorstore."""
+    """float [documents, embed], indexed by a slice or array of rows: a NumPy array, a memory map or a tensorstore."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -28,18 +28,18 @@ class EmbeddingRows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MemoryPart:
-    """The documents of one split. A row of `embeddings` and the same item of `texts` and `keys` are one document.
+    """The documents of one split: row i of `embeddings`, `texts` and `keys` is document i.
 
     Raises:
-      InputError: `embeddings` is not a matrix, or has more or fewer rows than `texts` or `keys` has items.
+      InputError: `embeddings` is not a matrix, or the fields differ in length.
     """
 
-    name: str  # the split; distinct within a memory
-    embeddings: EmbeddingRows  # [documents, embed]: mixed-modal document embeddings of norm 1 (or 0: matches nothing)
-    texts: Sequence[str]  # may read each document only when it is asked for
-    keys: Sequence[str] = ()  # names within the part, distinct; may be left out where no retriever asks for them
-    hashes: tuple[UInt64[np.ndarray, " documents"], ...] = ()  # of the texts, and of the images: equal for copies, or 0
-    withdrawn: Int[np.ndarray, " rows"] | None = None  # documents that are not to be retrieved
+    name: str  # of the split; unique within a memory
+    embeddings: EmbeddingRows  # [documents, embed]: mixed-modal embeddings of norm 1 (or 0, to match nothing)
+    texts: Sequence[str]  # may be lazy: read on access
+    keys: Sequence[str] = ()  # unique within the part; may be left out if no retriever needs them
+    hashes: tuple[UInt64[np.ndarray, " documents"], ...] = ()  # of texts, and of images: equal for copies; 0 is none
+    withdrawn: Int[np.ndarray, " rows"] | None = None  # documents that must not be retrieved
 
     def __post_init__(self) -> None:
         if len(self.embeddings.shape) != 2:
@@ -56,7 +56,9 @@ class MemoryPart:
                 f"memory part {self.name!r} has {len(self)} embeddings but {len(self.keys)} keys; give one each"
             )
         if any(len(column) != len(self) for column in self.hashes):
-            raise InputError(f"memory part {self.name!r} has {len(self)} embeddings, and hashes of more or fewer")
+            raise InputError(
+                f"memory part {self.name!r} has {len(self)} embeddings but more or fewer hashes; give one each"
+            )
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
@@ -66,21 +68,23 @@ class MemoryPart:
         return self.embeddings.shape[1]
 
     def read(self, rows: slice | Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows embed"]:
-        """Rows of the embeddings as float32, in host memory. Every retriever reads them here, so that none can
-        search a NaN: it would outrank every score, or silently lose the document, depending on the index.
+        """Read rows of the embeddings as float32 into host memory.
+
+        Every retriever reads them here, so none can search a NaN: depending on the index, it would outrank every score
+        or silently lose the document.
 
         Args:
           rows: a slice with step 1, or row ids in [0, len(self)).
 
         Raises:
-          InputError: a row holds NaN or infinity.
+          InputError: a row contains NaN or infinity.
         """
         block = np.ascontiguousarray(self.embeddings[rows], dtype=np.float32)
         if not np.isfinite(block.sum(axis=1)).all() and not (finite := np.isfinite(block).all(axis=1)).all():
             bad = int(np.argmin(finite))
             row = (rows.start or 0) + bad if isinstance(rows, slice) else rows[bad]
             raise InputError(
-                f"memory part {self.name!r}: the embedding of document {row} holds NaN or infinity; "
+                f"memory part {self.name!r}: the embedding of document {row} contains NaN or infinity; "
                 "embed that document again, or reject it"
             )
         return block
@@ -88,10 +92,10 @@ class MemoryPart:
     def inner_products(
         self, queries: Float[np.ndarray, "queries embed"], rows: Int[np.ndarray, "queries candidates"]
     ) -> Float[np.ndarray, "queries candidates"]:
-        """Of each query with documents of its own, in float32; -inf for the row -1.
+        """Inner products of each query with its own documents, in float32; -inf for the row -1.
 
         Raises:
-          InputError: an embedding holds NaN or infinity.
+          InputError: an embedding contains NaN or infinity.
         """
         products = np.empty(rows.shape, np.float32)
         at_once = max(1, _GATHERED_BYTES // max(4 * rows.shape[1] * self.embed_dim, 1))
@@ -102,18 +106,19 @@ class MemoryPart:
             for found, own, query in zip(products[some], places, queries[some], strict=True):
                 np.vecdot(held[own], query, out=found)
 
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy gathers and multiplies outside of Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy gathers and multiplies without the GIL
             list(threads.map(fill, range(0, len(rows), at_once)))
         return np.where(rows < 0, np.float32(-np.inf), products)
 
     def held(
         self, rows: Int[np.ndarray, "*rows"]
     ) -> tuple[Float[np.ndarray, "documents embed"], Int[np.ndarray, "*rows"]]:
-        """Embeddings in host memory, those of `rows` among them, and the place of each: of the whole part if it lies
-        there as float32, else read, each document once.
+        """Embeddings in host memory that include those of `rows`, and the index of each row in them.
+
+        The whole part if its embeddings are a float32 array in memory; else the distinct rows, read from disk.
 
         Raises:
-          InputError: one of the embeddings in the result holds NaN or infinity.
+          InputError: one of the returned embeddings contains NaN or infinity.
         """
         if type(self.embeddings) is np.ndarray and self.embeddings.dtype == np.float32:  # a memory map is on disk
             return self._all, rows
@@ -127,11 +132,12 @@ class MemoryPart:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Parts in the order they were added. The global id of a document is its part's offset plus its row, so that
-    appending a part leaves every earlier id and index as it was.
+    """The parts of a memory, in the order they were added.
+
+    The global id of a document is its part's offset plus its row, so adding a part changes no existing id or index.
 
     Raises:
-      InputError: no part, two parts of one name, or parts whose embeddings differ in width.
+      InputError: no parts, two parts with the same name, or embeddings of different widths.
     """
 
     parts: tuple[MemoryPart, ...]
@@ -141,7 +147,7 @@ class Memory:
             raise InputError("the memory has 0 parts; give at least one")
         names = [part.name for part in self.parts]
         if len(set(names)) < len(names):
-            raise InputError(f"the memory's parts are named {', '.join(names)}; give each a name of its own")
+            raise InputError(f"the memory's parts are named {', '.join(names)}; give each its own name")
         for part in self.parts:
             if part.embed_dim != self.embed_dim:
                 raise InputError(
@@ -158,13 +164,13 @@ class Memory:
 
     @property
     def offsets(self) -> Int[np.ndarray, " parts_plus_1"]:
-        """Global id of each part's first document, then the size of the whole memory."""
+        """The global id of each part's first document, then the size of the memory."""
         return np.cumsum([0, *(len(part) for part in self.parts)], dtype=np.int64)
 
     def duplicates(
         self, ids: Int[np.ndarray, "n candidates"], of: Int[np.ndarray, " n"]
     ) -> Bool[np.ndarray, "n candidates"]:
-        """Which of the documents `ids` have the text or the image of the document `of` of their row; none of -1 has."""
+        """Which documents `ids` have the text or image of their row's document in `of`; False for the id -1."""
         found = np.zeros(ids.shape, bool)
         for kind in range(max(len(part.hashes) for part in self.parts)):
             theirs, own = self._hashes(kind, ids.ravel()).reshape(ids.shape), self._hashes(kind, of)
@@ -172,7 +178,7 @@ class Memory:
         return found
 
     def are_withdrawn(self, ids: Int[np.ndarray, "*ids"]) -> Bool[np.ndarray, "*ids"]:
-        """Which of the documents are not to be retrieved."""
+        """Which documents must not be retrieved."""
         found = np.zeros(ids.shape, bool)
         for part, offset in zip(self.parts, self.offsets[:-1], strict=True):
             if part.withdrawn is not None and len(part.withdrawn):
@@ -180,7 +186,7 @@ class Memory:
         return found
 
     def _hashes(self, kind: int, ids: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-        """Of these documents; 0 for the id -1, and where a part has none."""
+        """Hashes of these documents; 0 for the id -1 and for parts without hashes."""
         hashes = np.zeros(len(ids), np.uint64)
         for part, offset in zip(self.parts, self.offsets[:-1], strict=True):
             here = np.flatnonzero((ids >= offset) & (ids < offset + len(part)))
@@ -191,7 +197,7 @@ class Memory:
     def held(
         self, ids: Int[np.ndarray, "*ids"]
     ) -> tuple[Float[np.ndarray, "documents embed"], Int[np.ndarray, "*ids"]]:
-        """Embeddings in host memory, those of `ids` among them, and the place of each; of the id -1 it is any.
+        """Embeddings in host memory that include those of `ids`, and the index of each id in them; any for the id -1.
 
         Raises:
           IndexError, InputError: as `embeddings_of`.
@@ -206,8 +212,8 @@ class Memory:
         """Embeddings of the documents with these global ids, float32; zeros for the id -1 (no document).
 
         Raises:
-          IndexError: an id below -1 or not below the size of the memory.
-          InputError: one of the embeddings holds NaN or infinity.
+          IndexError: an id is below -1 or not below the size of the memory.
+          InputError: one of the embeddings contains NaN or infinity.
         """
         self._check(ids)
         flat = ids.ravel()

@@ -1,4 +1,4 @@
-"""What a retriever is: two protocols, which any dataclass may satisfy, and the search over all parts of a memory."""
+"""The retriever protocols, which any dataclass may satisfy, and the search over all parts of a memory."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,15 @@ from rac3.retrieval.memory import Memory, MemoryPart
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """A batch of queries, three views of each; a retriever uses those it needs.
+    """A batch of queries, each as a key, an embedding and a text. A retriever uses the ones it needs.
 
     Raises:
-      InputError: the three differ in length, or an embedding holds NaN or infinity.
+      InputError: the three differ in length, or an embedding contains NaN or infinity.
     """
 
-    keys: Sequence[str]  # names the query: random choices are drawn from it
+    keys: Sequence[str]  # names of the queries, which seed random choices
     embeddings: Float[np.ndarray, "queries embed"]  # norm 1
-    texts: Sequence[str]  # the empty string for a query that is an image only
+    texts: Sequence[str]  # "" for an image-only query
 
     def __post_init__(self) -> None:
         if not len(self.keys) == len(self.embeddings) == len(self.texts):
@@ -35,7 +35,9 @@ class Queries:
             )
         finite = np.isfinite(self.embeddings).all(axis=1)
         if not finite.all():
-            raise InputError(f"the embedding of query {self.keys[int(np.argmin(finite))]!r} holds NaN or infinity")
+            raise InputError(
+                f"the embedding of query {self.keys[int(np.argmin(finite))]!r} contains NaN or infinity; embed it again"
+            )
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -50,24 +52,24 @@ class Index(Protocol):
 
         Returns:
           scores: descending, comparable between the parts of a memory. An index over embeddings gives the inner
-            products r(q, m) of section 3.2, equation 1; any other ranking will do too, since `selection` computes
-            the similarities that it needs by itself.
-          rows: distinct rows of the part, best first. Where the part has no k documents: score -inf, row -1.
+            products r(q, m) (section 3.2, equation 1). Any other score works too: `selection` computes its own
+            similarities.
+          rows: distinct rows of the part, best first. Score -inf and row -1 if the part has fewer than k documents.
         """
         ...
 
 
 @runtime_checkable
 class Retriever(Protocol):
-    """The config of a retriever. A frozen dataclass with these three members is one; nothing is registered."""
+    """The config of a retriever: any frozen dataclass with these three members. There is no registry."""
 
     @property
     def num_neighbors(self) -> int:
-        """Candidates per query that go on to selection."""
+        """Candidates per query, from which selection picks."""
         ...
 
     def build(self, part: MemoryPart, folder: Path) -> None:
-        """Write the index of one part into an empty folder, which may be renamed later. May write nothing."""
+        """Write the index of one part into an empty folder, which may be renamed later. Writing nothing is fine."""
         ...
 
     def open(self, part: MemoryPart, folder: Path) -> Index:
@@ -76,27 +78,27 @@ class Retriever(Protocol):
 
 
 def search_only(default: Any) -> Any:
-    """A field of a retriever that takes no part in `build`: when it changes, its indexes stay as they are."""
+    """A dataclass field that does not affect `build`: changing it keeps existing indexes valid."""
     return field(default=default, metadata={"search_only": True})
 
 
 def search_only_fields(retriever: Any) -> set[str]:
-    """The names of those fields."""
+    """The names of the `search_only` fields."""
     return {each.name for each in fields(retriever) if each.metadata.get("search_only")}
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the index of one part of a memory takes, by arithmetic.
+    """The resources that the index of one part of a memory takes, by arithmetic.
 
     Attributes:
-      build_bytes: host memory while it is built.
-      search_bytes: host memory while it is searched.
-      device_bytes: memory of each accelerator while it is searched, at least.
-      disk_bytes: of its files.
-      build_flops: to build it.
-      query_flops: to search it for one query.
-      on_devices: the search runs on accelerators where there are any; else on cores.
+      build_bytes: host memory during the build.
+      search_bytes: host memory during a search.
+      device_bytes: memory on each accelerator during a search, at least.
+      disk_bytes: size of its files.
+      build_flops: FLOPs of the build.
+      query_flops: FLOPs of a search per query.
+      on_devices: the search runs on accelerators if there are any; else on CPU cores.
     """
 
     build_bytes: float = 0.0
@@ -110,21 +112,21 @@ class Needs:
 
 @runtime_checkable
 class Planned(Protocol):
-    """A retriever that can say what it needs, for `rac3 plan`. One of your own may leave it out."""
+    """A retriever that estimates its resources for `rac3 plan`. Optional for your own retriever."""
 
     def needs(self, documents: int, width: int) -> Needs:
-        """Of the index of a part with this many documents and vectors of this width."""
+        """The needs of the index of a part with this many documents, with vectors of this width."""
         ...
 
 
 @runtime_checkable
 class Tunable(Protocol):
-    """A retriever whose index can be searched with more or less effort, for `rac3 evaluate --task retrieval`."""
+    """A retriever that trades recall for speed at search time, for `rac3 evaluate --task retrieval`. Optional."""
 
     def efforts(self, documents: int) -> Mapping[str, Retriever]:
-        """Settings for a part with this many documents, from the least effort to the most, by a name for each.
+        """Named settings for a part with this many documents, from the least effort to the most.
 
-        Each opens what this retriever has built.
+        Each can open the indexes that this retriever has built.
         """
         ...
 
@@ -144,7 +146,7 @@ class Chosen(Protocol):
 
 
 def check_num_neighbors(num_neighbors: int) -> None:
-    """Raises InputError unless a retriever's `num_neighbors` is at least 1."""
+    """Raise InputError unless a retriever's `num_neighbors` is at least 1."""
     if num_neighbors < 1:
         raise InputError(
             f"retriever.num_neighbors={num_neighbors} is below 1; use at least 1, or retriever:none to retrieve nothing"
@@ -152,14 +154,14 @@ def check_num_neighbors(num_neighbors: int) -> None:
 
 
 def no_candidates(num_queries: int, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-    """What an index returns that has found nothing: scores of -inf and rows of -1."""
+    """An empty search result: scores of -inf and rows of -1."""
     return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)
 
 
 def ranked(
     scores: Float[np.ndarray, "queries candidates"], ids: Int[np.ndarray, "queries candidates"], k: int
 ) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-    """The k candidates (of at least k) with the highest scores, descending; of equal scores the lower id first."""
+    """The k candidates (of at least k) with the highest scores, descending; ties by the lower id."""
     order = np.lexsort((ids, -scores), axis=-1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
@@ -167,15 +169,14 @@ def ranked(
 def search_memory(
     indexes: Sequence[Index], memory: Memory, queries: Queries, k: int
 ) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-    """Search every part, each in a thread of its own, and merge by score.
+    """Search every part, each in its own thread, and merge by score.
 
     Args:
       indexes: one per part of `memory`, in its order.
 
     Returns:
       scores: float32, descending.
-      ids: global ids, int64; of equal scores the lower id comes first. Score -inf and id -1 where the memory
-        has no k documents.
+      ids: global ids, int64; ties by the lower id. Score -inf and id -1 if the memory has fewer than k documents.
 
     Raises:
       InputError: an index breaks the contract of `Index.search`.
@@ -185,7 +186,7 @@ def search_memory(
     if len(memory.parts) > 1 and jax.process_count() == 1:
         with ThreadPoolExecutor(min(len(memory.parts), os.cpu_count() or 1), "search-part") as threads:
             found = list(threads.map(lambda index: index.search(queries, k), indexes))
-    else:  # several processes may meet inside a search, and must come to the parts in one order
+    else:  # processes may synchronize inside a search, so all must visit the parts in one order
         found = [index.search(queries, k) for index in indexes]
     all_scores, all_ids = [], []
     for (scores, rows), index, part, offset in zip(found, indexes, memory.parts, memory.offsets[:-1], strict=True):
@@ -196,17 +197,17 @@ def search_memory(
 
 
 def _check_found(scores: np.ndarray, rows: np.ndarray, shape: tuple[int, int], index: Index, part: MemoryPart) -> None:
-    """A retriever of a user's own errs here with one line, rather than with a wrong neighbor in training."""
+    """Raise InputError if a user's index breaks the contract, before it puts a wrong neighbor into training."""
     name = f"{type(index).__name__}.search"
     if scores.shape != shape or rows.shape != shape:
         raise InputError(
-            f"{name} returned scores {scores.shape} and rows {rows.shape} where [queries, k] = {shape} was asked for; "
+            f"{name} returned scores {scores.shape} and rows {rows.shape} instead of [queries, k] = {shape}; "
             "pad with score -inf and row -1"
         )
     if rows.min() < -1 or rows.max() >= len(part):
         raise InputError(
-            f"{name} returned rows {rows.min()} to {rows.max()} of a part of {len(part)} documents; "
+            f"{name} returned rows {rows.min()} to {rows.max()} for a part of {len(part)} documents; "
             f"return rows from 0 to {len(part) - 1}, or -1 for none"
         )
     if np.isnan(scores).any() or (scores[rows < 0] != -np.inf).any():
-        raise InputError(f"{name} returned a NaN score, or a row -1 whose score is not -inf; give -inf to rows of -1")
+        raise InputError(f"{name} returned NaN, or a row -1 whose score is not -inf; give rows of -1 the score -inf")

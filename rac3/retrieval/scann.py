@@ -1,4 +1,4 @@
-"""Approximate maximum inner product search with ScaNN, on CPU: the default for a memory of any size."""
+"""Approximate maximum inner product search with ScaNN on CPU: the default, for a memory of any size."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,26 +13,25 @@ from rac3.config import InputError
 from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Needs, Queries, check_num_neighbors, no_candidates, ranked, search_only
 
-_BRUTE_FORCE_BELOW = 20_000  # documents; ScaNN's own advice
-_QUANTIZED_FROM = 16  # documents; the codebook of each block has 16 centers, each of which needs one to train on
+_BRUTE_FORCE_BELOW = 20_000  # documents, as ScaNN advises
+_QUANTIZED_FROM = 16  # documents: to train the 16 centers of each block's codebook
 
 
 @dataclass(frozen=True)
 class Scann:
-    """Brute force for a small part; above, a tree whose leaves hold 4-bit codes, then exact scores of the best.
+    """Brute force for a small part; else a tree of 4-bit codes, then exact scores for the best candidates.
 
-    `spherical` scales the centers of the leaves to norm 1. CLIP embeddings fill a narrow cone; without it a query
-    finds the leaves with the longest centers rather than its own.
+    `spherical` scales the centers of the leaves to norm 1. CLIP embeddings fill a narrow cone; without it, a query
+    finds the leaves with the longest centers instead of the nearest ones.
 
-    Building holds the float32 embeddings of a part in host memory: add a large memory in parts. An open index holds the
-    codes, a sixteenth of float32 at two dimensions per block, and the embeddings as `reorder_dtype`; with "none" only
-    the codes, and each search reads the embeddings of its candidates from the memory, where they are float32 or may be
-    on disk. The scores are inner products in float32 for any `reorder_dtype`; bfloat16 and int8 only blur which
-    documents come last among the neighbors. Brute force keeps float32. Two builds of the same tree are not quite equal;
-    what reproduces is the index once written.
+    A build holds the float32 embeddings of a part in host memory: add a large memory in parts. An open index holds the
+    codes (1/16 of float32 at two dimensions per block) and the embeddings as `reorder_dtype`. With "none" it holds only
+    the codes, and each search reads its candidates' embeddings from the memory, possibly from disk. Scores are float32
+    inner products for any `reorder_dtype`; bfloat16 and int8 only affect which documents come last among the neighbors.
+    Brute force keeps float32. Two builds of a tree differ slightly; a written index gives the same results every time.
 
-    `num_leaves_to_search` and `reorder_num_neighbors` take no part in building: an index may be opened with others, for
-    more recall or more speed.
+    `num_leaves_to_search` and `reorder_num_neighbors` do not affect the build: open an index with other values for more
+    recall or more speed.
 
     Reference: Guo et al., Accelerating Large-Scale Inference with Anisotropic Vector Quantization (arXiv 1908.10396);
     Sun et al., SOAR: Improved Indexing for Approximate Nearest Neighbor Search (arXiv 2404.00774).
@@ -42,11 +41,11 @@ class Scann:
     num_leaves: int | None = None  # None: brute force below 20,000 documents, else 3 times their square root
     num_leaves_to_search: int | None = search_only(None)  # None: 1 in 20
     spherical: bool = True
-    soar_lambda: float | None = None  # if set, documents also go to a second leaf, chosen by SOAR; 1 to 1.5 is usual
+    soar_lambda: float | None = None  # if set, SOAR puts each document into a second leaf; 1 to 1.5 is usual
     dimensions_per_block: int = 2  # embedding dimensions that share one 4-bit code
     anisotropic_quantization_threshold: float = 0.2
-    reorder_num_neighbors: int = search_only(128)  # candidates by code whose exact scores decide
-    reorder_dtype: Literal["float32", "bfloat16", "int8", "none"] = "float32"  # how the index holds embeddings for that
+    reorder_num_neighbors: int = search_only(128)  # candidates by code that get exact scores
+    reorder_dtype: Literal["float32", "bfloat16", "int8", "none"] = "float32"  # of the embeddings for exact scores
 
     def __post_init__(self) -> None:
         check_num_neighbors(self.num_neighbors)
@@ -71,13 +70,15 @@ class Scann:
                 f"retriever.num_neighbors={self.num_neighbors}; use at least that, about 8 times as many"
             )
         if self.reorder_dtype not in ("float32", "bfloat16", "int8", "none"):
-            raise InputError(f"retriever.reorder_dtype={self.reorder_dtype!r} is not float32, bfloat16, int8 or none")
+            raise InputError(
+                f"retriever.reorder_dtype={self.reorder_dtype!r} is unknown; use float32, bfloat16, int8 or none"
+            )
 
     def build(self, part: MemoryPart, folder: Path) -> None:
-        """Writes what ScaNN needs to search, with paths relative to `folder`; nothing for a part without documents.
+        """Write ScaNN's files, with paths relative to `folder`; nothing for an empty part.
 
         Raises:
-          InputError: `num_leaves` exceeds the documents of the part, or there is no ScaNN for this system.
+          InputError: `num_leaves` exceeds the number of documents, or scann does not import.
         """
         size = len(part)
         if size == 0:
@@ -91,7 +92,7 @@ class Scann:
             builder = builder.tree(
                 num_leaves=leaves,
                 num_leaves_to_search=self._searched(leaves),
-                # k-means wants tens of points per center: ScaNN's own 100,000 starve a tree of 12,000 leaves.
+                # k-means needs tens of points per center: ScaNN's default of 100,000 is too few for 12,000 leaves.
                 training_sample_size=max(100_000, 40 * leaves),
                 spherical=self.spherical,
                 soar_lambda=self.soar_lambda,
@@ -107,14 +108,16 @@ class Scann:
     def open(self, part: MemoryPart, folder: Path) -> "ScannIndex":
         if len(part) == 0:
             return ScannIndex(self, part, None)
-        # What scann's load_searcher does, but for the pickle that it would load from the folder if there were one.
+        # As scann's load_searcher, but never loads a pickle from the folder.
         pybind = _import_scann().scann_ops_pybind
         assets = (folder / "scann_assets.pbtxt").read_text()
         return ScannIndex(self, part, pybind.ScannSearcher(pybind.scann_pybind.ScannNumpy(str(folder), assets)))
 
     def needs(self, documents: int, width: int) -> Needs:
-        """k-means on a sample (ten rounds), every vector to its nearest leaf, and its 4-bit codes; then, for a query,
-        all centers, the codes of the leaves searched (a table look-up for each counts as one), and the reordering."""
+        """The build runs ten rounds of k-means on a sample, then assigns and encodes every vector.
+
+        A query scores all centers, the codes of the searched leaves (one FLOP per table look-up) and the candidates.
+        """
         vectors = 4.0 * documents * width
         kept = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.25, "none": 0.0}[self.reorder_dtype] * vectors
         leaves = self.leaves_for(documents)
@@ -125,7 +128,7 @@ class Scann:
         return Needs(
             build_bytes=vectors + kept + codes,
             search_bytes=kept + codes,
-            disk_bytes=kept + 2 * codes,  # a byte each in the file
+            disk_bytes=kept + 2 * codes,  # one byte per code in the file
             build_flops=2.0 * leaves * width * (10 * sample + documents),
             query_flops=2.0 * leaves * width
             + documents * self._searched(leaves) / leaves * width / self.dimensions_per_block
@@ -133,7 +136,7 @@ class Scann:
         )
 
     def efforts(self, documents: int) -> dict[str, "Scann"]:
-        """By the leaves that are searched: from one in a hundred or so, twice as many each time."""
+        """Leaves to search: from about one in a hundred, doubling up to all."""
         leaves = self.leaves_for(documents)
         if leaves is None:
             return {}
@@ -150,19 +153,22 @@ class Scann:
             return None if size < _BRUTE_FORCE_BELOW else _leaves_of(size)
         if self.num_leaves > size:
             raise InputError(
-                f"retriever.num_leaves={self.num_leaves} is more than the {size} documents of this part of the memory; "
+                f"retriever.num_leaves={self.num_leaves} exceeds the {size} documents of this part of the memory; "
                 f"use at most {size}, about {_leaves_of(size)}, or None to choose by size"
             )
         return self.num_leaves
 
     def _searched(self, leaves: int) -> int:
-        """Leaves that a query goes into."""
+        """Leaves to search per query."""
         return min(self.num_leaves_to_search or math.ceil(leaves / 20), leaves)
 
 
 def _leaves_of(size: int) -> int:
-    """Three times ScaNN's own advice: two to three times as fast at equal recall on vectors like CLIP's, a third
-    slower on plain clusters (`benchmarks/retrieval.py`)."""
+    """Three times as many leaves as ScaNN advises.
+
+    Two to three times as fast at equal recall on vectors like CLIP's, a third slower on plain clusters
+    (`benchmarks/retrieval.py`).
+    """
     return min(size, round(3 * math.sqrt(size)))
 
 
@@ -181,12 +187,12 @@ class _Searcher(Protocol):
 class ScannIndex:
     config: Scann
     part: MemoryPart
-    searcher: _Searcher | None  # None for a part without documents
+    searcher: _Searcher | None  # None for an empty part
 
     def search(self, queries: Queries, k: int) -> tuple[Float[np.ndarray, "queries k"], Int[np.ndarray, "queries k"]]:
-        """Inner products (float32, descending) and rows; see `Index.search`. On all CPU cores.
+        """Inner products (float32, descending) and rows; see `Index.search`. Uses all CPU cores.
 
-        Of documents with equal scores, some may be missing rather than those with the highest rows.
+        Of documents that tie for the last place, any may be dropped.
         """
         wanted = min(k, len(self.part))
         scores, rows = no_candidates(len(queries), k)
@@ -202,7 +208,7 @@ class ScannIndex:
             pre_reorder_num_neighbors=candidates,
             leaves_to_search=None if leaves is None else config._searched(leaves),
         )
-        missing = np.isnan(products)  # the leaves that were searched hold fewer documents; the row is 0 there
+        missing = np.isnan(products)  # the searched leaves hold fewer documents; the row is 0 there
         found = np.where(missing, -1, found.astype(np.int64))
         if config.reorder_dtype != "float32":
             products = self.part.inner_products(embeddings, found)
@@ -212,7 +218,7 @@ class ScannIndex:
 
 
 def _import_scann() -> ModuleType:
-    """The scann package. Raises InputError where it does not import, such as on a system it is not built for."""
+    """Import scann. Raises InputError: it does not import, for example on a system other than Linux."""
     try:
         import scann
     except ImportError as error:

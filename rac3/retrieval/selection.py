@@ -1,7 +1,7 @@
-"""From a ranked list of candidates to the documents worth having in context.
+"""Selection: from a ranked list of candidates to the documents that go into the context.
 
-In training the query is part of a document of the memory, the main document, which the model is to learn: neither it
-nor a document that repeats its text or its image may come back, or the model learns to copy.
+In training, the query comes from a document that is itself in the memory, the main document. Retrieving it, or another
+document with its text or image, would teach the model to copy.
 """
 
 import os
@@ -15,42 +15,42 @@ from jaxtyping import Bool, Float, Int
 from rac3.config import InputError
 from rac3.retrieval.memory import Memory
 
-HELD_BYTES = 2**30  # of embeddings that are read from disk at once, each for all queries it is a candidate of
-_QUERIES_AT_ONCE = 256  # by a thread: 13 MB of embeddings for 16 candidates of 768 dimensions
+HELD_BYTES = 2**30  # of embeddings held at once; each is read once for all queries of a chunk
+_QUERIES_AT_ONCE = 256  # per thread: 13 MB of embeddings for 16 candidates of 768 dimensions
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Redundancy avoidance (section 3.2), in training and at inference alike."""
+    """Redundancy avoidance (section 3.2), in training and at inference."""
 
-    max_similarity: float = 0.9  # inner product, to the query, the main document or one taken; 1 keeps all but copies
-    depth: int = 8  # documents kept per query: the pool from which training draws K anew in each epoch
+    max_similarity: float = 0.9  # inner product with the query, main document or a selected one; 1: no limit
+    depth: int = 8  # documents kept per query, from which each epoch draws K
 
     def __post_init__(self) -> None:
         if not 0 < self.max_similarity <= 1:
             raise InputError(
-                f"selection.max_similarity={self.max_similarity} is not in (0, 1]; use 0.9, or 1 to skip none"
+                f"selection.max_similarity={self.max_similarity} is not in (0, 1]; use 0.9, or 1 for no limit"
             )
         if self.depth < 1:
             raise InputError(f"selection.depth={self.depth} is below 1; use at least 1, about half of num_neighbors")
 
 
 class Dropped(NamedTuple):
-    """Candidates skipped on the way to `depth` documents, over all queries, each under the first rule it met."""
+    """Candidates dropped before `depth` were selected, over all queries, by the first rule that applied."""
 
     withdrawn: int
     main_document: int
-    duplicate: int  # of the main document: its text, or its image, under another key
+    duplicate: int  # another document with the text or image of the main document
     similar_to_main: int
     similar_to_query: int
-    redundant: int  # similar to a document taken
+    redundant: int  # similar to a document already selected
 
 
 class Selected(NamedTuple):
-    """Documents per query in the order of the ranked list; ids of -1 and scores of -inf once there are no more."""
+    """The selected documents per query, in ranked order, padded with ids of -1 and scores of -inf."""
 
     ids: Int[np.ndarray, "queries depth"]  # global ids, int64
-    scores: Float[np.ndarray, "queries depth"]  # inner product with the query, float32, whatever ranked the list
+    scores: Float[np.ndarray, "queries depth"]  # inner products with the query, float32, for any retriever
     dropped: Dropped
 
 
@@ -61,19 +61,19 @@ def select(
     memory: Memory,
     exclude: Int[np.ndarray, " queries"],
 ) -> Selected:
-    """Walk each ranked list from the top and take up to `selection.depth` documents (section 3.2, diversity).
+    """Walk each ranked list from the top and select up to `selection.depth` documents (section 3.2, diversity).
 
-    A candidate is skipped if it is withdrawn, if it is the main document itself or has its text or image, or if its
-    inner product with the main document, with the query, or with a document already taken exceeds `max_similarity`.
-    With a limit of 0.9:
+    A candidate is dropped if it is withdrawn, if it is the main document or has its text or image, or if its inner
+    product with the main document, the query, or a document already selected exceeds `max_similarity`. With a limit
+    of 0.9:
 
       candidates : 7 (main document)  3 (0.95 to the query)  5 (0.8)  2 (0.7, but 0.92 to 5)  9 (0.6)
       selected   : 5 9 -1 ...
 
     Args:
-      query_embeddings: of the queries that were searched for.
+      query_embeddings: the queries of the search.
       candidate_ids: global ids, best first, distinct per query; -1 for none.
-      exclude: global id of the document that each query was made from; -1 if it is not in the memory.
+      exclude: global id of the document that each query comes from; -1 if it is not in the memory.
     """
     at_once = max(1, HELD_BYTES // (4 * (candidate_ids.shape[1] + 1) * memory.embed_dim))
     pieces = [slice(start, start + at_once) for start in range(0, max(len(candidate_ids), 1), at_once)]
@@ -92,7 +92,7 @@ def _select_some(
     memory: Memory,
     exclude: Int[np.ndarray, " queries"],
 ) -> Selected:
-    """`select` of queries whose candidates' embeddings are held at once."""
+    """`select` for queries whose candidates' embeddings fit into `HELD_BYTES`."""
     ids = np.column_stack([candidate_ids, exclude]).astype(np.int64)
     held, places = memory.held(ids)
     taken, to_query = np.zeros(candidate_ids.shape, bool), np.zeros(candidate_ids.shape, np.float32)
@@ -100,20 +100,20 @@ def _select_some(
     workers = max(1, min(os.cpu_count() or 1, -(-len(ids) // _QUERIES_AT_ONCE)))
 
     def work(worker: int) -> None:
-        # One buffer for all steps: new memory takes the kernel longer to hand out than this takes to fill.
+        # One buffer for all steps: allocating a new one takes longer than filling it.
         buffer = np.empty((min(_QUERIES_AT_ONCE, len(ids)), ids.shape[1], memory.embed_dim), np.float32)
         for start in range(worker * _QUERIES_AT_ONCE, len(ids), workers * _QUERIES_AT_ONCE):
             some = slice(start, start + _QUERIES_AT_ONCE)
             embeddings = buffer[: len(ids[some])]
-            np.take(held, places[some], axis=0, out=embeddings, mode="clip")  # the mode that copies into `out` at once
+            np.take(held, places[some], axis=0, out=embeddings, mode="clip")  # this mode writes to `out` without a copy
             embeddings[ids[some] < 0] = 0
             queries = np.asarray(query_embeddings[some], np.float32)
             walked = _walk(selection, queries, embeddings, candidate_ids[some], memory, exclude[some])
             taken[some], to_query[some], dropped[some] = walked
 
-    with ThreadPoolExecutor(workers) as threads:  # NumPy gathers and multiplies outside of Python's lock
+    with ThreadPoolExecutor(workers) as threads:  # NumPy gathers and multiplies without the GIL
         list(threads.map(work, range(workers)))
-    order = np.argsort(~taken, axis=1, kind="stable")[:, : selection.depth]  # the taken ones first, in their order
+    order = np.argsort(~taken, axis=1, kind="stable")[:, : selection.depth]  # the selected ones first, in ranked order
     is_document = np.take_along_axis(taken, order, axis=1)
     padding = ((0, 0), (0, selection.depth - order.shape[1]))
     chosen = np.where(is_document, np.take_along_axis(ids, order, axis=1), -1)
@@ -135,15 +135,15 @@ def _walk(
 ) -> tuple[
     Bool[np.ndarray, "queries candidates"], Float[np.ndarray, "queries candidates"], Int[np.ndarray, "queries rules"]
 ]:
-    """Which candidates are taken, all inner products with the query, and how many fell to each rule of `Dropped`.
+    """Which candidates are selected, their inner products with the query, and how many each rule of `Dropped` dropped.
 
-    Vectorized over the queries: one step per place in the ranked list.
+    Vectorized over the queries: one step per rank.
     """
     to_each_other = embeddings[:, :-1] @ embeddings.swapaxes(1, 2)
     to_main = to_each_other[:, :, -1]
     to_query = np.vecdot(embeddings[:, :-1], query_embeddings[:, None])
     is_withdrawn, is_duplicate = memory.are_withdrawn(candidate_ids), memory.duplicates(candidate_ids, exclude)
-    # Rounding puts the inner product of equal unit vectors a little above 1, which must not be skipped at a limit of 1.
+    # Rounding can make the inner product of equal unit vectors exceed 1; a limit of 1 must not drop them.
     limit = selection.max_similarity if selection.max_similarity < 1 else np.inf
     taken = np.zeros(candidate_ids.shape, bool)
     dropped = np.zeros((len(candidate_ids), len(Dropped._fields)), np.int64)

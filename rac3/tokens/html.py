@@ -1,11 +1,10 @@
-"""Documents as CM3 writes them, `<img alt="..." src="...">`, to ids and back, exactly.
+"""Documents to ids and back, losslessly, in CM3's HTML: `<img alt="..." src="...">`.
 
     segments: text "a red fox", image I0 I1 I2 I3, text "it sleeps"
     ids     : <img alt=" a red fox " src=" I0 I1 I2 I3 "> it sleeps <eod>
 
-The three pieces of markup are one id each. A caption therefore needs no quoting: what stands between them is text ids
-only, whatever characters they spell. A text right before an image is its alt text; an image with no text before it
-has an empty alt text.
+Each of the three pieces of markup is one id, so captions need no quoting: no text id is markup, whichever characters it
+spells. The text right before an image is its alt text; an image without one has an empty alt text.
 """
 
 from collections.abc import Sequence
@@ -18,16 +17,16 @@ from rac3.tokens.vocabulary import EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, Voca
 
 
 class Segment(NamedTuple):
-    """One text or image as the ids of its own tokenizer (text ids, or codes in raster order)."""
+    """One text or image as ids of its own tokenizer: text ids, or image codes in raster order."""
 
     is_image: bool
     ids: np.ndarray
 
 
 class Sequenced(NamedTuple):
-    """A document as ids of the one vocabulary.
+    """A document as ids of the joint vocabulary.
 
-    `offsets` is 1 + the place in its text, or in its image (raster order), and 0 at markup.
+    `offsets` is 1 + the position within the text or image (raster order), and 0 at markup.
     """
 
     ids: Int[np.ndarray, " seq"]
@@ -35,10 +34,10 @@ class Sequenced(NamedTuple):
 
 
 def encode(vocabulary: Vocabulary, segments: Sequence[Segment]) -> Sequenced:
-    """Segments -> ids, closed by `<eod>`.
+    """Segments -> ids, with a final `<eod>`.
 
     Raises:
-      ValueError: two texts in a row (they would come back as one), an empty segment, an id outside its range.
+      ValueError: two adjacent texts (which would decode to one), an empty segment, an id outside its range.
     """
     ids: list[Sequence[int] | np.ndarray] = []
     alt: np.ndarray | None = None
@@ -47,7 +46,7 @@ def encode(vocabulary: Vocabulary, segments: Sequence[Segment]) -> Sequenced:
             raise ValueError("a segment has no ids; leave empty texts and images out of the document")
         if not segment.is_image:
             if alt is not None:
-                raise ValueError("two texts in a row; join them, or put an image between them")
+                raise ValueError("two adjacent texts; join them into one")
             alt = vocabulary.from_text(segment.ids)
             continue
         ids += [[IMAGE_ALT], alt if alt is not None else [], [IMAGE_SOURCE], vocabulary.from_image(segment.ids)]
@@ -60,18 +59,18 @@ def encode(vocabulary: Vocabulary, segments: Sequence[Segment]) -> Sequenced:
 
 
 def segment_offsets(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> Int[np.ndarray, " seq"]:
-    """1 + the place of each id in its run of text ids or of image codes; 0 at every other id."""
-    inside = vocabulary.is_text(ids) | vocabulary.is_image(ids)  # two runs never touch: markup stands between
+    """1 + the position of each id in its run of text ids or image codes; 0 at all other ids."""
+    inside = vocabulary.is_text(ids) | vocabulary.is_image(ids)  # runs never touch: markup separates them
     index = np.arange(len(ids))
     run_start = np.maximum.accumulate(np.where(inside, -1, index))  # the last id before the run
     return np.where(inside, index - run_start, 0).astype(np.int32)
 
 
 def decode(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> list[Segment]:
-    """Ids of one document -> its segments; the inverse of `encode`. A missing final `<eod>` is allowed.
+    """Ids of one document -> its segments; the inverse of `encode`. The final `<eod>` may be missing.
 
     Raises:
-      ValueError: ids that no document encodes to; the message names the place.
+      ValueError: no document encodes to these ids; the message names the position.
     """
     ids = np.asarray(ids, np.int32)
     if ids.size and ids[-1] == EOD:
@@ -98,7 +97,7 @@ def decode(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> list[Segment
         if text[place]:
             place = run(text, place, text_offset, False)
             if place < len(ids):
-                raise ValueError(f"place {place}: a text outside an image is the end of a document")
+                raise ValueError(f"place {place}: a text outside an image must end the document")
             continue
         place = expect(IMAGE_ALT, place, '<img alt="')
         place = run(text, place, text_offset, False)
@@ -106,6 +105,6 @@ def decode(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> list[Segment
         before = place
         place = run(image, place, vocabulary.image_start, True)
         if place == before:
-            raise ValueError(f"place {place}: an image without codes")
+            raise ValueError(f"place {place}: expected image codes, found none")
         place = expect(IMAGE_END, place, '">')
     return segments

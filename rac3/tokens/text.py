@@ -1,6 +1,6 @@
 """The text tokenizer: a byte-level BPE fitted on the captions, or any tokenizer that `transformers` loads.
 
-It has text ids only; `<eod>`, sentinels and the like are rac3's own, see `vocabulary.py`.
+It gives text ids only; `vocabulary.py` adds `<eod>`, the mask sentinels and other specials.
 """
 
 import json
@@ -17,11 +17,11 @@ from rac3.weights.checkpoint_files import checkpoint_folder, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # before there was tokenizer.json
-FILES = ("*.json", "*.txt", "*.model")  # where published tokenizers have their vocabularies and settings
+CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # the format before tokenizer.json
+FILES = ("*.json", "*.txt", "*.model")  # vocabularies and settings of published tokenizers
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
 SENTENCEPIECE = "spiece.model"  # SigLIP's
-BYTES = 256  # every byte is a token, so that any text can be written
+BYTES = 256  # every byte is a token, so that any text can be encoded
 
 PROBES = {
     "capitals": "A Red FOX",
@@ -38,12 +38,12 @@ PROBES = {
     "control characters": "a\x00b\x07c\x7f",
     "markup": "</s> <|endoftext|> <unk> [SEP]",
 }
-"""Short texts of many kinds, to see what a tokenizer does not give back."""
+"""Short texts of many kinds, which show what a tokenizer does not preserve."""
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Which tokenizer: `checkpoint` if given, else one that is fitted to `vocab_size` ids at most."""
+    """Config of the text tokenizer: `checkpoint` if given, else one fitted with at most `vocab_size` ids."""
 
     checkpoint: str | None = None  # a folder, or a name on the Hugging Face hub
     vocab_size: int = 8192
@@ -57,8 +57,8 @@ class TextTokenizer:
     def fit(self, texts: Iterable[str], folder: str | os.PathLike[str]) -> None:
         """Fit a byte-level BPE (arXiv 1508.07909, on bytes as in GPT-2) on `texts` and save it into `folder`.
 
-        The same texts give the same files. Few texts give fewer than `vocab_size` ids. The folder is one that
-        `transformers.AutoTokenizer.from_pretrained` loads.
+        Deterministic. Few texts give fewer than `vocab_size` ids. `transformers.AutoTokenizer.from_pretrained` loads
+        the folder.
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -78,37 +78,37 @@ class TextTokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     def load(self, folder: str | os.PathLike[str] | None = None) -> "Tokenizer":
-        """The tokenizer of `checkpoint` if that is set, else the one that `fit` saved into `folder`.
+        """The tokenizer of `checkpoint` if set, else the one that `fit` saved into `folder`.
 
         Raises:
           InputError: there is no such tokenizer, or `transformers` cannot read it.
         """
         source = self.checkpoint or folder
         if source is None:
-            raise InputError("text.checkpoint is not set and no folder of a fitted tokenizer is given; give either")
+            raise InputError("text.checkpoint is not set and there is no folder with a fitted tokenizer; give either")
         return Tokenizer(_load_pretrained(os.fspath(source)))
 
 
 class Tokenizer:
-    """A loaded tokenizer: text to ids in [0, size) and back, without added special tokens."""
+    """A loaded tokenizer: text to ids in [0, size) and back, without special tokens."""
 
     def __init__(self, pretrained: "PreTrainedTokenizerBase", lowercase: bool = False) -> None:
         self._pretrained = pretrained
         self._lowercase = lowercase
-        # ids may have gaps, so the number of tokens is not always the bound of their ids
+        # Ids may have gaps, so the number of tokens does not always bound them.
         self.size: int = max(pretrained.get_vocab().values()) + 1
-        self.bos: int | None = pretrained.bos_token_id  # begin and end of text, if it has such ids of its own
+        self.bos: int | None = pretrained.bos_token_id  # begin and end of text, if it has them
         self.eos: int | None = pretrained.eos_token_id
         self.pad: int | None = pretrained.pad_token_id
         self.pads_left: bool = pretrained.padding_side == "left"
         self._controls = _special_ids(pretrained)
         if pretrained.unk_token_id not in (self.bos, self.eos, self.pad):
-            self._controls.discard(pretrained.unk_token_id)  # it stands for text
+            self._controls.discard(pretrained.unk_token_id)  # it represents text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, in which the characters `</s>` are characters: no text becomes a control id.
+        """Ids of `text`. No text becomes a control id: the characters `</s>` are just characters.
 
-        What a tokenizer has no other ids for is left out, as `</s>` in Unigram models, which know it as a word only.
+        Drops text that only a control id represents, as `</s>` in Unigram models.
         """
         ids = self._pretrained.encode(
             self._cased(text), add_special_tokens=False, split_special_tokens=True, verbose=False
@@ -116,13 +116,13 @@ class Tokenizer:
         return [i for i in ids if i not in self._controls]
 
     def encode_with_specials(self, text: str, max_length: int) -> list[int]:
-        """With the special tokens that the tokenizer itself adds, of which none is lost where the text is cut."""
+        """Ids of `text` with the tokenizer's own special tokens, which truncation to `max_length` keeps."""
         before, after = self._added
         return before + self.encode(text)[: max(0, max_length - len(before + after))] + after
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
-        """The special ids that the tokenizer puts before a text, and behind it."""
+        """The special ids that the tokenizer adds before a text, and after it."""
         ids = self._pretrained.encode("", add_special_tokens=True, verbose=False)
         return (ids[:1], ids[1:]) if ids and ids[0] == self.bos else ([], ids)
 
@@ -130,26 +130,26 @@ class Tokenizer:
         return text.lower() if self._lowercase else text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`: for a tokenizer that `fit` made, `decode(encode(text)) == text` for any Unicode text.
+        """The text of `ids`. With a tokenizer that `fit` made, `decode(encode(text)) == text` for any Unicode text.
 
-        Bytes that are not valid UTF-8, as when a character is cut, become U+FFFD.
+        Invalid UTF-8, such as a truncated character, becomes U+FFFD.
         """
         plain = [int(i) for i in ids]
         text = self._pretrained.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text if isinstance(text, str) else "".join(text)
 
     def summary(self) -> str:
-        """One line: the class, its ids, and which of `PROBES` come back otherwise than they went in."""
+        """One line: the class, its ids, and which of `PROBES` it does not preserve."""
         own = [f"{name} {i}" for name, i in (("bos", self.bos), ("eos", self.eos)) if i is not None]
         named = (getattr(self._pretrained, f"{name}_token") for name in ("bos", "eos", "unk", "pad"))
         probes = PROBES | {"its own special tokens": " ".join(dict.fromkeys(token for token in named if token))}
         back = {kind: self.decode(self.encode(text)) for kind, text in probes.items()}
         changes = [f"{kind} ({probes[kind]!r} -> {text!r})" for kind, text in back.items() if text != probes[kind]]
-        verdict = f"changes {', '.join(changes)}" if changes else f"gives back all {len(probes)} kinds of text tried"
+        verdict = f"changes {', '.join(changes)}" if changes else f"preserves all {len(probes)} kinds of text tried"
         return f"{type(self._pretrained).__name__}, {', '.join([f'{self.size} ids', *own])}; {verdict}"
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""
+        """Write a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""
         self._pretrained.save_pretrained(folder)
 
 
@@ -162,7 +162,7 @@ def load_clip_tokenizer(folder: Path) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file() and not all((folder / n).is_file() for n in CLIP_TOKENIZER):
         raise InputError(
             f"clip checkpoint {str(folder)!r} has no tokenizer; copy tokenizer.json, or {' and '.join(CLIP_TOKENIZER)},"
-            " of the model into it (those of openai/clip-vit-base-patch32 for all with the vocabulary of 49408)"
+            " of the model into it (any model with a vocabulary of 49408 can take openai/clip-vit-base-patch32's)"
         )
     settings = folder / "tokenizer_config.json"
     named = settings.is_file() and "tokenizer_class" in settings.read_text(errors="replace")
@@ -170,7 +170,7 @@ def load_clip_tokenizer(folder: Path) -> Tokenizer:
 
 
 def tokenizer_identity(source: str) -> dict[str, Any]:
-    """What an artifact that is made with a published tokenizer depends on: its name; of a folder, its files' sizes."""
+    """What identifies a published tokenizer in a recipe: its name, or its folder with the sizes of its files."""
     folder = checkpoint_folder("tokenizer", source)
     if folder is None:
         return {"name": source}
@@ -179,19 +179,19 @@ def tokenizer_identity(source: str) -> dict[str, Any]:
 
 
 def load_siglip_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a SigLIP checkpoint, as `AutoTokenizer` loads it, but for two cases.
+    """The tokenizer of a SigLIP checkpoint, as `AutoTokenizer` loads it, with two differences.
 
-    SigLIP 2 was trained on lower-cased text. `AutoTokenizer` lowers the case for NaFlex checkpoints alone; here Gemma's
-    tokenizer reads lower case in every SigLIP. And SigLIP's own tokenizer is SentencePiece's; a folder that has it as
-    `tokenizer.json` only is read from there, and the `sentencepiece` package is not needed.
+    SigLIP 2 was trained on lower-cased text, but `AutoTokenizer` lower-cases for NaFlex checkpoints only; here Gemma's
+    tokenizer always does. SigLIP's own tokenizer is a SentencePiece model; a folder that has it only as
+    `tokenizer.json` is read without the `sentencepiece` package.
 
     Raises:
-      InputError: the folder has none, `transformers` cannot read it, or it cannot pad on the right.
+      InputError: the folder has no tokenizer, `transformers` cannot read it, or it cannot pad on the right.
     """
     if not (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file():
         raise InputError(
             f"siglip checkpoint {str(folder)!r} has no tokenizer; copy tokenizer.json or {SENTENCEPIECE}, and "
-            "tokenizer_config.json, of the model into it"
+            "tokenizer_config.json of the model into it"
         )
     settings = folder / "tokenizer_config.json"
     own = not settings.is_file() or "SiglipTokenizer" in settings.read_text(errors="replace")
@@ -201,8 +201,8 @@ def load_siglip_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.pad is None or tokenizer.pads_left:
         raise InputError(
             f"siglip checkpoint {str(folder)!r}: its tokenizer pads "
-            f"{'nothing' if tokenizer.pad is None else 'on the left'}, but SigLIP reads texts that are padded on the "
-            "right; set pad_token and padding_side='right' in tokenizer_config.json"
+            f"{'nothing' if tokenizer.pad is None else 'on the left'}, but SigLIP reads texts padded on the right; "
+            "set pad_token and padding_side='right' in tokenizer_config.json"
         )
     return tokenizer
 
@@ -216,33 +216,33 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
     fix = "check the hub name and the network, or give a folder"
     if folder is not None:
         fix = (
-            "a folder needs tokenizer.json, or what its class reads: vocab.json and merges.txt, or a SentencePiece "
-            ".model, for which pip install 'rac3[siglip]'"
+            "a folder needs tokenizer.json, or the files of its class: vocab.json and merges.txt, or a SentencePiece "
+            ".model, which needs pip install 'rac3[siglip]'"
         )
         if not any(path for pattern in FILES for path in folder.glob(pattern)):
-            raise InputError(f"tokenizer {source!r} has no files of a tokenizer ({fix})")
+            raise InputError(f"tokenizer {source!r} has no tokenizer files ({fix})")
         for path in (folder / name for name in JSON_FILES):
             if path.is_file():
-                read_json(path)  # names the file that is damaged, which transformers does not
+                read_json(path)  # its error names the damaged file; that of transformers does not
     try:
         custom = get_tokenizer_config(source, local_files_only=local).get("auto_map")
         if custom and (not isinstance(custom, dict) or "AutoTokenizer" in custom):
             raise InputError(
-                f"tokenizer {source!r} is code of its own (auto_map in tokenizer_config.json), which is not run; give "
-                "one of a class that transformers has"
+                f"tokenizer {source!r} needs its own code (auto_map in tokenizer_config.json), which is never run; "
+                "give one whose class is part of transformers"
             )
         loaded = getattr(transformers, kind).from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except InputError:
         raise
-    except Exception as error:  # the parsers in Rust raise no narrower type
+    except Exception as error:  # the Rust parsers raise no narrower type
         reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         raise InputError(f"tokenizer {source!r} cannot be loaded: {reason} ({fix})") from error
-    if _special_ids(loaded).issuperset(loaded.get_vocab().values()):  # what transformers makes of a missing vocabulary
+    if _special_ids(loaded).issuperset(loaded.get_vocab().values()):  # as transformers loads a missing vocabulary
         raise InputError(f"tokenizer {source!r} has no vocabulary, only special tokens ({fix})")
     return loaded
 
 
 def _special_ids(pretrained: "PreTrainedTokenizerBase") -> set[int]:
-    """The ids that are no text: begin, end, padding, unknown, and what else its files call special."""
+    """Ids that do not represent text: begin, end, padding, unknown, and any other that its files call special."""
     added = {i for i, token in pretrained.added_tokens_decoder.items() if token.special}
     return added | {i for i in pretrained.all_special_ids if i is not None}

@@ -1,4 +1,4 @@
-"""Arrays on disk: a file per shard, written whole; rows read alone; vectors that come back as float32."""
+"""Arrays on disk: one file per shard, written at once; single rows; vectors that are read as float32."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rac3.artifacts.arrays import (
 @pytest.mark.parametrize("shape", [(1000, 2, 3), (0, 4), (5,), (3, 2_000_000)])
 @pytest.mark.parametrize("shard_rows", [64, 300, 65_536])
 def test_arrays_come_back_by_rows_and_whole(tmp_path: Path, shape: tuple[int, ...], shard_rows: int):
-    """(3, 2000000) float32 has rows larger than a chunk is meant to be; shards are written in any order."""
+    """Rows of (3, 2000000) float32 exceed the chunk size; shards are written in any order."""
     array = create_array(tmp_path / "a", shape, "float32", shard_rows, fill=-1)
     np.testing.assert_array_equal(read_array(tmp_path / "a"), np.full(shape, -1, np.float32))
     data = np.random.default_rng(0).random(shape, np.float32)
@@ -68,7 +68,7 @@ def test_an_array_of_another_layout_is_not_opened_for_this_one(tmp_path: Path):
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 4), ("bfloat16", 2), ("int8", 1)])
 def test_vectors_come_back_as_float32(tmp_path: Path, dtype: VectorDtype, bytes_each: int):
-    """As near as the type allows: bfloat16 keeps 8 bits of each number, int8 is within half a step of 127 per row."""
+    """As close as the type allows: bfloat16 keeps 8 bits per number, int8 is within half of a row's 127th."""
     data = np.random.default_rng(0).standard_normal((1000, 64)).astype(np.float32)
     data *= np.random.default_rng(1).uniform(0.01, 10, (1000, 1)).astype(np.float32)
     data[7] = 0
@@ -90,7 +90,7 @@ def test_vectors_come_back_as_float32(tmp_path: Path, dtype: VectorDtype, bytes_
 
 
 def test_a_vector_that_is_no_number_stays_none(tmp_path: Path):
-    """int8 has no NaN: it must not come back as a plausible vector."""
+    """int8 has no NaN; a NaN must not be read as a plausible vector."""
     data = np.ones((4, 3), np.float32)
     data[1, 2] = np.nan
     vectors = Vectors.create(tmp_path / "v", (4, 3), "int8", 4)
@@ -99,7 +99,7 @@ def test_a_vector_that_is_no_number_stays_none(tmp_path: Path):
 
 
 def test_rows_are_those_asked_for_in_their_order(tmp_path: Path):
-    """Across shards of 4 and chunks of 2, some twice; the other two axes come whole."""
+    """Across shards of 4 and chunks of 2, some twice; the other two axes are complete."""
     data = np.arange(10 * 2 * 3).reshape(10, 2, 3)
     array = create_array(tmp_path / "a", data.shape, "int64", 4, chunk_bytes=2 * 2 * 3 * 8)
     assert array.chunk_layout.write_chunk.shape == (4, 2, 3)
@@ -112,13 +112,13 @@ def test_rows_are_those_asked_for_in_their_order(tmp_path: Path):
     np.testing.assert_array_equal(rows[3:9], data[3:9])
     np.testing.assert_array_equal(rows[-3:], data[-3:])
     assert rows[np.array([], int)].shape == (0, 2, 3)
-    with pytest.raises(ValueError, match="steps of 1, not 2"):
+    with pytest.raises(ValueError, match="steps of 2; use a step of 1"):
         rows[0:4:2]
 
 
 @pytest.mark.parametrize("row", [-1, 10])
 def test_a_row_that_is_none_is_no_other_row(row: int, tmp_path: Path):
-    """-1 stands for no neighbor; it must not read the last document."""
+    """-1 means no neighbor; it must not read the last document."""
     array = create_array(tmp_path / "a", (10, 2), "int64", 4)
     for number, size in enumerate((4, 4, 2)):
         write_shard(array, number, np.ones((size, 2), np.int64))
@@ -135,7 +135,7 @@ def test_rows_that_no_one_has_written_are_the_fill_value(tmp_path: Path):
 
 
 def test_int8_codes_are_127ths_of_the_largest_number_of_their_row(tmp_path: Path):
-    """0.6 is 76.2 of them, 0.25 is 31.75; each row has its own scale."""
+    """0.6 is 76.2 / 127, 0.25 is 31.75 / 127; each row has its own scale."""
     rows = np.array([[1.0, -0.6, 0.25], [0.0, 0.0, 0.0], [-0.02, 0.005, 0.0]], np.float32)
     vectors = Vectors.create(tmp_path / "v", (3, 3), "int8", 2)
     vectors.write_shard(0, rows[:2])
@@ -149,7 +149,7 @@ def test_int8_codes_are_127ths_of_the_largest_number_of_their_row(tmp_path: Path
 
 
 def test_bfloat16_rounds_to_the_nearest(tmp_path: Path):
-    """8 bits of 1 + 3/512 lie between 1 and 1 + 1/128, nearer to the latter; halfway goes to the even one."""
+    """1 + 3/512 lies between 1 and 1 + 1/128, nearer to the latter; ties round to even."""
     vectors = Vectors.create(tmp_path / "v", (1, 4), "bfloat16", 1)
     vectors.write_shard(0, np.array([[1 + 3 / 512, 1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 512]], np.float32))
     np.testing.assert_array_equal(vectors[:], [[1 + 1 / 128, 1.0, 1 + 1 / 64, -1.0]])

@@ -1,4 +1,4 @@
-"""The counter-based generator: pure, uniform, and independent where it must be."""
+"""The counter-based generator: pure, uniform, and independent across its coordinates."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_a_draw_depends_on_nothing_but_its_coordinates():
 
 
 def test_the_numbers_are_pinned():
-    """Another generator would change what every checkpointed run goes on with."""
+    """Another generator would change how every checkpointed run resumes."""
     np.testing.assert_array_equal(draws.uniform(1, 2, 3, 4, 2), [[0.4692588078505293, 0.8457395026628717]])
 
 

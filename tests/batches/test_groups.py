@@ -1,4 +1,4 @@
-"""Groups: retrieved documents, then the main one, with the right weight and kind for each target."""
+"""Groups: retrieved documents, then the main one, with the weight and kind of each target."""
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def test_an_unmasked_group_by_hand():
 
 
 def test_weights_and_kinds_of_masked_groups():
-    """The oracle walks over the targets with the one thing that it cannot see from them: which document they are of."""
+    """The oracle walks over the targets, counting the documents, which the targets alone do not tell."""
     builder = GroupBuilder(VOCABULARY, Masking("cm3leon"), 0.25)
     rows = draws.uniform(0, 0, np.arange(300), draws.MASK, builder.masking.draws_per_document).reshape(100, 3, -1)
     seen = set()
@@ -76,7 +76,7 @@ def test_each_document_is_masked_by_its_own_row_of_draws():
     """One span in the first document: "2" of "1 2"; two in the last: "7", and "9 10"."""
     builder = GroupBuilder(VOCABULARY, Masking(), 0.1)
     rows = np.zeros((3, builder.masking.draws_per_document))
-    rows[0, :3] = 0.5, 1.5 / 5, 2.5 / 8  # the 2nd of 5 text and image ids, to place 2 of 8
+    rows[0, :3] = 0.5, 1.5 / 5, 2.5 / 8  # from the 2nd of 5 text and image ids to position 2 of 8
     rows[2, :7] = 0.8, 0.5 / 4, 1.5 / 7, 0, 2.5 / 4, 5.5 / 7, 0
     t, i, mask = 8, 48, VOCABULARY.mask(0)
     retrieved = [IMAGE_ALT, t + 1, mask, IMAGE_SOURCE, i + 3, i + 4, i + 5, IMAGE_END, mask, t + 2, END_OF_INFILL, EOD]
@@ -89,7 +89,7 @@ def test_each_document_is_masked_by_its_own_row_of_draws():
 
 
 def test_a_document_may_be_its_own_neighbor_by_content():
-    """Duplicates exist in any web data: the same document twice is one retrieved and one main document."""
+    """Web data has duplicates: the same document twice is one retrieved and one main document."""
     builder = GroupBuilder(VOCABULARY, Masking("none"), 0.0)
     group = builder.build([ITEMS[0], ITEMS[0]], np.zeros((2, builder.masking.draws_per_document)))
     half = len(group.targets) // 2

@@ -1,4 +1,4 @@
-"""CM3 masking: nothing is lost, nothing leaks, and the spans are where and as many as they should be."""
+"""CM3 masking: nothing is lost, nothing leaks, and spans have the right places and number."""
 
 import math
 
@@ -16,7 +16,7 @@ MARKUP = (IMAGE_ALT, IMAGE_SOURCE, IMAGE_END, EOD)
 
 
 def document(*sizes: int, rng: np.random.Generator) -> Sequenced:
-    """Segments of `sizes` ids, text and image in turn (a size of 0 leaves one out)."""
+    """A document of alternating texts and images with `sizes` ids; a size of 0 leaves one out."""
     segments = [
         Segment(bool(n % 2), rng.integers(0, 30 if n % 2 else 40, size)) for n, size in enumerate(sizes) if size
     ]
@@ -27,7 +27,7 @@ SHAPES = [(6, 16), (5, 0), (0, 9), (3, 9, 4, 12, 2), (1, 1), (0, 4, 0, 4)]
 
 
 def drawn(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Sequenced, np.ndarray]]:
-    """Documents of a shape, each with its draws."""
+    """`count` documents of a shape, each with its draws."""
     rng = np.random.default_rng(0)
     rows = draws.uniform(3, 0, np.arange(count), draws.MASK, masking.draws_per_document)
     return [(document(*shape, rng=rng), row) for row in rows]
@@ -41,7 +41,7 @@ def many(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Seq
 
 
 def unmask(ids: np.ndarray, offsets: np.ndarray) -> tuple[list[int], list[int]]:
-    """The document that was masked: each span back in the place of its sentinel."""
+    """Undo masking: put each span back in place of its sentinel."""
     pairs = list(zip(ids.tolist(), offsets.tolist(), strict=True))
     masks = [n for n, (token, _) in enumerate(pairs) if VOCABULARY.mask_start <= token]
     body, tail = pairs[: masks[len(masks) // 2]] if masks else pairs[:-1], []
@@ -66,7 +66,7 @@ def test_the_example_of_the_module():
     )
     row = np.zeros(Masking().draws_per_document)
     row[0] = 0.5  # one span, as 0.368 < 0.5 < 0.736
-    row[1:3] = 1.5 / 7, 3.5 / 10  # from the 2nd of 7 candidates to place 3 of 10: "red fox"
+    row[1:3] = 1.5 / 7, 3.5 / 10  # from the 2nd of 7 candidates to position 3 of 10: "red fox"
     masked = mask_document(Masking(), VOCABULARY, sequence, row)
     mask = VOCABULARY.mask(0)
     expected = [IMAGE_ALT, t[0], mask, IMAGE_SOURCE, *i, IMAGE_END, mask, *t[1:], END_OF_INFILL, EOD]
@@ -94,13 +94,13 @@ def test_spans_are_sorted_apart_and_inside_one_segment(preset):
         spans = choose_spans(masking, VOCABULARY, sequence.ids, row)
         flat = [edge for span in spans for edge in span]
         assert flat == sorted(flat)
-        assert all(start < end < len(sequence.ids) for start, end in spans)  # so never the final <eod>
+        assert all(start < end < len(sequence.ids) for start, end in spans)  # never the final <eod>
         crossing += sum(bool(np.isin(sequence.ids[start:end], MARKUP).any()) for start, end in spans)
-    assert (crossing > 0) == (preset == "cm3")  # markup lies between any two segments
+    assert (crossing > 0) == (preset == "cm3")  # markup separates any two segments
 
 
 def test_masked_ids_are_never_seen_before_their_infill():
-    """The loss of a span's ids is not given away: they stand nowhere before their sentinel at the end."""
+    """A span's ids occur nowhere before their infill, which would give away their loss."""
     rng = np.random.default_rng(0)
     sequence = encode(VOCABULARY, [Segment(False, rng.permutation(40)[:12]), Segment(True, rng.permutation(30)[:16])])
     masking = Masking("cm3", mean_spans=3.0)
@@ -111,7 +111,7 @@ def test_masked_ids_are_never_seen_before_their_infill():
 
 
 def test_the_number_of_spans_is_poisson():
-    """Standard deviations of 40,000 draws are below 0.0025: 36.8% none, 36.8% one, 18.4% two, ..."""
+    """36.8% none, 36.8% one, 18.4% two, ...; standard deviations over 40,000 draws are below 0.0025."""
     masking = Masking()
     number = masking.num_spans(draws.uniform(0, 0, np.arange(40_000), draws.MASK))
     for k in range(5):
@@ -125,7 +125,7 @@ def test_the_number_of_spans_is_poisson():
 
 
 def test_whole_captions_and_images_are_masked_now_and_then():
-    """As prompts of captioning and image generation are: `<img alt=" <mask:0> " src=" ...`."""
+    """As in the prompts of captioning and image generation: `<img alt=" <mask:0> " src=" ...`."""
     wholes = {"text": 0, "image": 0}
     masking = Masking("cm3leon")
     for sequence, row in drawn(masking, (4, 9), 800):
@@ -136,7 +136,7 @@ def test_whole_captions_and_images_are_masked_now_and_then():
 
 
 def test_a_share_of_the_spans_grows_to_the_whole_segment():
-    """Of some 300 spans at each setting: three standard deviations of a share are below 0.09."""
+    """Over some 300 spans per setting, three standard deviations of a share are below 0.09."""
 
     def share_of_wholes(whole_segments: float) -> float:
         masking = Masking(whole_segments=whole_segments)
@@ -155,7 +155,7 @@ def test_a_share_of_the_spans_grows_to_the_whole_segment():
 
 #  <img alt=" t t t t " src=" i i i i i i "> <eod>     13 ids and <eod>; 10 of them are text or image
 #  0          1 2 3 4 5       6 ...     11 12 13
-FIRST, PLACE = 1 / 10, 1 / 13  # a draw names one of the 10, then one of the 13
+FIRST, PLACE = 1 / 10, 1 / 13  # one draw picks one of the 10, the next one of the 13
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ FIRST, PLACE = 1 / 10, 1 / 13  # a draw names one of the 10, then one of the 13
     [
         (Masking(), [], []),
         (Masking(), [(2.5 * FIRST, 2.5 * PLACE, 0)], [(2, 4)]),
-        (Masking(), [(0, 0, 0)], [(1, 2)]),  # of one id: <img is none
+        (Masking(), [(0, 0, 0)], [(1, 2)]),  # one id; <img is never a candidate
         (Masking(), [(7.5 * FIRST, 11.5 * PLACE, 0), (2.5 * FIRST, 2.5 * PLACE, 0)], [(2, 4), (9, 12)]),  # sorted
         (Masking(), [(0.5 * FIRST, 12.5 * PLACE, 0), (9.5 * FIRST, 0, 0)], [(1, 5), (6, 12)]),  # clipped to segments
-        (Masking(), [(0.5 * FIRST, 3.5 * PLACE, 0), (3.5 * FIRST, 4.5 * PLACE, 0)], [(1, 4), (4, 5)]),  # side by side
-        (Masking(), [(0.5 * FIRST, 3.5 * PLACE, 0), (3.5 * FIRST, 2.5 * PLACE, 0)], [(1, 4)]),  # an overlap: left out
+        (Masking(), [(0.5 * FIRST, 3.5 * PLACE, 0), (3.5 * FIRST, 4.5 * PLACE, 0)], [(1, 4), (4, 5)]),  # adjacent
+        (Masking(), [(0.5 * FIRST, 3.5 * PLACE, 0), (3.5 * FIRST, 2.5 * PLACE, 0)], [(1, 4)]),  # an overlap: dropped
         (Masking("cm3leon"), [(3.5 * FIRST, 12.5 * PLACE, 0)], [(4, 5)]),
-        (Masking("cm3"), [(11.5 * PLACE, 2.5 * PLACE, 0)], [(2, 12)]),  # of all 13, and over the markup
+        (Masking("cm3"), [(11.5 * PLACE, 2.5 * PLACE, 0)], [(2, 12)]),  # over all 13 ids, markup included
         (Masking("cm3"), [(12.5 * PLACE, 0, 0)], [(0, 13)]),  # all but <eod>
         (Masking(whole_segments=0.5), [(1.5 * FIRST, 0, 0.4), (5.5 * FIRST, 0, 0.6)], [(1, 5), (6, 8)]),
     ],
@@ -187,7 +187,7 @@ def test_as_many_spans_as_there_are_sentinels():
     assert masking.max_spans == VOCABULARY.num_masks == NUM_MASKS
     for sequence, row, (ids, offsets, _) in many(masking, (3,) * 100, 20):
         number = len(choose_spans(masking, VOCABULARY, sequence.ids, row))
-        assert 12 <= number <= 16  # of 16 in 100 segments, a pair or two fall into the same one
+        assert 12 <= number <= 16  # of 16 in 100 segments, a pair or two hit the same one
         assert unmask(ids, offsets) == (sequence.ids.tolist(), sequence.offsets.tolist())
 
 

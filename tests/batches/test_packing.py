@@ -1,4 +1,4 @@
-"""Groups into rows: every group once, none split, little waste; and the fields of a row."""
+"""Packing groups into rows: every group once, none split, little padding; and the fields of a row."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,7 @@ def test_every_group_lands_in_exactly_one_row_that_holds_it(seed: int, open_rows
 
 
 def test_rows_fill_well():
-    """Documents of 1,100 tokens, alone or behind one or two others, in rows of 16,384; first come, first served wastes
-    most of a document at each row's end."""
+    """Groups of one to three documents of 1,100 tokens in rows of 16,384; next fit wastes most of one per row."""
     rng = np.random.default_rng(0)
     lengths = 1100 * rng.integers(1, 4, 4000) + rng.integers(-60, 60, 4000)
     in_order = 1
@@ -41,7 +40,7 @@ def test_best_fit_chooses_the_row_with_least_room_left():
 def test_edges():
     assert pack(np.zeros(0, np.int64), 10) == []
     assert pack(np.array([10, 10]), 10) == [[0], [1]]
-    with pytest.raises(ValueError, match="a group of 11 tokens exceeds the row of 10"):
+    with pytest.raises(ValueError, match="a group of 11 tokens exceeds the row length of 10; use"):
         pack(np.array([3, 11]), 10)
 
 

@@ -1,3 +1,5 @@
+"""Batches over all devices: order, padding, shapes, and preparation ahead of the devices."""
+
 import threading
 
 import jax
@@ -46,7 +48,7 @@ def test_rows_are_prepared_ahead_by_another_thread():
     results = DeviceBatches(8).run(np.arange(80), prepare, lambda rows: rows)
     next(results)
     next(results)
-    assert len(started) < 10  # not all of them: they would not fit into memory
+    assert len(started) < 10  # not all of them, which would not fit into memory
     np.testing.assert_array_equal(np.concatenate(list(results)), np.arange(16, 80))
     assert started == list(range(0, 80, 8))
 

@@ -1,4 +1,4 @@
-"""The mesh, the rules table, and where the parameters of a model of the paper's size go."""
+"""The mesh, the rules table, and the shards of a model of the paper's size."""
 
 import re
 
@@ -73,9 +73,9 @@ def test_constrain_lays_an_activation_out():
 
 @pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 4}, {"fsdp": 8}])
 def test_no_large_array_of_the_paper_model_stays_whole(shape: dict[str, int]):
-    """The 2.7B model with its optimizer state: of each array above 1 MB, a device holds its share and no more.
+    """Each device holds only its share of each array above 1 MB of the 2.7B model and its optimizer state.
 
-    The share is 1/(fsdp x tensor) where an array has both axes; the tables of positions and offsets have only `embed`.
+    The share is 1/(fsdp x tensor) where an array has both axes; the position and offset tables have only `embed`.
     """
     config = MeshConfig(**shape)
     mesh = config.build()
@@ -105,7 +105,7 @@ def test_no_large_array_of_the_paper_model_stays_whole(shape: dict[str, int]):
 
 
 def _is_vector(path: tuple) -> bool:
-    """Biases and scales: 0.1% of the parameters, stacked over the layers; each is cut by its one logical axis."""
+    """Biases and scales: 0.1% of the parameters, stacked over the layers; each is sharded by its one logical axis."""
     return any(name in jax.tree_util.keystr(path) for name in ("bias", "scale"))
 
 

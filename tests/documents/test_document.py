@@ -1,4 +1,4 @@
-"""Documents, and images of every kind that turns up in web data, whole and damaged."""
+"""Documents, and decoding of every kind of image in web data, intact and damaged."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def encode(image: PIL.Image.Image | np.ndarray, kind: str = "PNG", **options: ob
 
 
 def bomb_png(width: int, height: int) -> bytes:
-    """A valid header with a right checksum, and next to no pixels."""
+    """A valid header with a correct checksum, and hardly any pixels."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 64))]
     body = b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
@@ -82,7 +82,7 @@ def test_lossless_formats_come_back_exactly(kind, options):
 def test_every_mode_becomes_rgb(mode):
     image = PIL.Image.new("RGB", (6, 4), (200, 30, 30)).convert(mode if mode != "PA" else "P")
     if mode == "PA":
-        data = encode(image, transparency=bytes([255] * 256))  # per palette entry: Pillow warns when it converts this
+        data = encode(image, transparency=bytes([255] * 256))  # alpha per palette entry, which makes Pillow warn
     else:
         data = encode(
             image, "JPEG" if mode in ("CMYK", "YCbCr") else "PNG", **({"quality": 95} if mode == "CMYK" else {})
@@ -107,7 +107,7 @@ def test_transparency_is_on_white():
     pixels[:, :, 3] = [0, 255, 51]  # clear, solid, one fifth
     expected = np.broadcast_to(np.uint8([[255, 255, 255], [255, 0, 0], [255, 204, 204]]), (2, 3, 3))
     np.testing.assert_array_equal(decode_image(encode(pixels)), expected)
-    keyed = encode(PIL.Image.new("RGB", (3, 2), (9, 8, 7)), transparency=(9, 8, 7))  # one color stands for clear
+    keyed = encode(PIL.Image.new("RGB", (3, 2), (9, 8, 7)), transparency=(9, 8, 7))  # one color is transparent
     np.testing.assert_array_equal(decode_image(keyed), np.full((2, 3, 3), 255, np.uint8))
 
 
@@ -181,7 +181,7 @@ def test_an_image_of_the_right_size_is_only_cropped(height, width):
 
 @pytest.mark.parametrize(("height", "width", "size"), [(96, 128, 24), (40, 20, 40), (512, 64, 16)])
 def test_prepare_is_resize_then_crop(height, width, size):
-    """Against the other order; off by one level at most, where the two round differently."""
+    """The other order gives the same pixels, up to one level of rounding."""
     pixels = noise(height, width)
     scale = size / min(height, width)
     wide, tall = round(width * scale), round(height * scale)

@@ -18,13 +18,13 @@ GOOD = {"pwatermark": 0.1, "punsafe": 0.1, "original_width": 640, "original_heig
         ({"pwatermark": 0.5001}, "watermark"),
         ({"punsafe": 0.5}, None),
         ({"punsafe": 0.5001}, "unsafe"),
-        ({"pwatermark": 0.9, "punsafe": 0.9}, "watermark"),  # the first of the reasons
+        ({"pwatermark": 0.9, "punsafe": 0.9}, "watermark"),  # the first reason wins
         ({"original_width": 256, "original_height": 256}, None),
         ({"original_width": 255}, "small"),
         ({"original_height": 255}, "small"),
         ({"pwatermark": None, "punsafe": float("nan")}, None),
         ({"pwatermark": "0.9"}, None),  # not a number: no score
-        ({"width": 64, "height": 64}, None),  # the stored size counts only where the original's is not known
+        ({"width": 64, "height": 64}, None),  # the stored size counts only where the original size is unknown
         ({"original_width": None, "original_height": None, "width": 64, "height": 300}, "small"),
         ({"original_width": None, "width": 300, "height": 64}, None),  # each side by itself
         ({"original_height": None, "width": 64, "height": 300}, None),

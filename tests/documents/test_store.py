@@ -1,4 +1,4 @@
-"""Records and shards of tokenized documents: what is written comes back."""
+"""Round trips of tokenized documents through records and shards."""
 
 import copy
 from pathlib import Path
@@ -28,7 +28,7 @@ from rac3.documents.store import (
 
 
 def item(number: int, bound: int = 2**16) -> TokenizedDocument:
-    """A document of varying form with ids below `bound`; images are bytes that nobody decodes here."""
+    """A document of varying form with ids below `bound`; its images are arbitrary bytes."""
     rng = np.random.default_rng(number)
     segments: list[Text | Image] = [Text(f"caption {number} é"), Image(rng.bytes(20)), Image(rng.bytes(3)), Text("end")]
     segments = segments[number % 2 : 2 + number % 3]
@@ -77,12 +77,12 @@ def test_an_id_that_does_not_fit_is_refused(bad: int):
     edge = TokenizedDocument(Document("a/1", (Text("x"),), {}), (np.array([0, 2**16 - 1], np.int32),))
     assert same(unpack_record(pack_record(edge, NARROW)), edge)
     wrong = TokenizedDocument(edge.document, (np.array([3, bad], np.int32),))
-    with pytest.raises(InputError, match=rf"'a/1' has the text id {bad}, outside \[0, 65535\] .* uint16 holds; use"):
+    with pytest.raises(InputError, match=rf"'a/1' has the text id {bad}, .* range \[0, 65535\] .* uint16; use"):
         pack_record(wrong, NARROW)
 
 
 def test_documents_are_read_at_random_in_shard_order(tmp_path: Path):
-    """Also with a shard whose documents were all filtered."""
+    """Including a shard with no documents, all filtered out."""
     items = write(tmp_path, [3, 0, 5, 1])
     store = DocumentStore(tmp_path)
     assert len(store) == 9
@@ -94,7 +94,7 @@ def test_documents_are_read_at_random_in_shard_order(tmp_path: Path):
 
 
 def test_a_store_travels_as_its_folder(tmp_path: Path):
-    """Worker processes get a copy of it: that must not carry open files or the lengths of 150M documents."""
+    """Worker processes get a copy, which must not carry open files or the lengths of 150M documents."""
     items = write(tmp_path, [4])
     store = DocumentStore(tmp_path)
     assert same(store[1], items[1])
@@ -117,7 +117,7 @@ def test_a_document_is_found_by_its_key(tmp_path: Path):
 
 
 def columns(*parts: str | list[int], key: str = "0", length: int = 99) -> dict[str, int]:
-    """Of texts, whose ids are their characters, and of images, given by their codes."""
+    """The columns of a document of texts, whose ids are their characters, and of images, given by their codes."""
     segments = tuple(Text(part) if isinstance(part, str) else Image(bytes(part)) for part in parts)
     ids = tuple(np.array([*map(ord, part)] if isinstance(part, str) else part, np.int32) for part in parts)
     return columns_of(TokenizedDocument(Document(key, segments, {}), ids), length)
@@ -137,11 +137,11 @@ def test_texts_are_copies_but_for_case_and_spacing():
         for parts in (
             ["A red fox"],
             ["a  RED\tfox\n"],
-            [[1], "a red", [2], "fox"],  # all texts of a document are one
+            [[1], "a red", [2], "fox"],  # the texts of a document are joined
             ["a redfox"],
             ["a red foxes"],
             ["STRASSE"],
-            ["stra\u00dfe"],  # as `casefold` has it; `lower` would leave them apart
+            ["stra\u00dfe"],  # equal by `casefold`, different by `lower`
         )
     ]
     assert hashes[0] == hashes[1] == hashes[2]
@@ -157,7 +157,7 @@ def test_images_are_copies_by_the_codes_of_the_first():
     ]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 4
-    assert hashes[0] == hash64(b"\x01\0\0\0\x02\0\0\0\x03\0\0\0")  # as on another machine, and in any store
+    assert hashes[0] == hash64(b"\x01\0\0\0\x02\0\0\0\x03\0\0\0")  # the same on every machine and in every store
 
 
 def test_what_a_document_lacks_has_the_hash_0_that_is_no_copy_of_another():
@@ -171,7 +171,7 @@ def test_keys_are_hashed_as_they_are():
 
 
 def test_columns_are_written_in_pieces_in_their_order(tmp_path: Path):
-    """Of three shards, the second of which kept no document."""
+    """Three shards; the second kept no document."""
     pieces = {
         name: [np.array(values, dtype) for values in ([3, 1], [], [2, np.iinfo(dtype).max])]
         for name, dtype in COLUMNS.items()
@@ -189,7 +189,7 @@ def test_columns_are_written_in_pieces_in_their_order(tmp_path: Path):
 
 
 def test_the_length_of_what_is_shown_of_a_document(tmp_path: Path):
-    """Each with its own <eod>; nothing where there is no text, or no image."""
+    """Each part has its own <eod>; a missing text or image has length 0."""
     np.save(tmp_path / "lengths.npy", np.array([20, 6, 11], np.int32))  # both, a text alone, an image alone
     np.save(tmp_path / "text_lengths.npy", np.array([9, 5, 0], np.int32))
     store = DocumentStore(tmp_path)

@@ -1,4 +1,4 @@
-"""Any dataset of TensorFlow Datasets, written and read here without TensorFlow."""
+"""A dataset of TensorFlow Datasets, written and read without TensorFlow."""
 
 import io
 import shutil
@@ -53,7 +53,7 @@ DAMAGE: dict[int, tuple[str, object, str]] = {
 
 
 def write_tiny(folder: Path) -> None:
-    """The dataset `tiny`, of two splits: `train` is whole, `damaged` has the defects of DAMAGE."""
+    """Write the dataset `tiny` with two splits: `train` is intact, `damaged` has the defects in DAMAGE."""
     import tensorflow_datasets as tfds
 
     kinds = tfds.features
@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(source: Tfds, folder: Path) -> tuple[dict[str, Document], dict[str, str]]:
-    """Documents and the reasons of rejects by key, over all shards."""
+    """Documents and reject reasons by key, over all shards."""
     items = [item for shard in source.shards(folder) for item in source.read(folder, shard)]
     documents = {item.key: item for item in items if isinstance(item, Document)}
     rejects = {item.key: item.reason for item in items if isinstance(item, Reject)}

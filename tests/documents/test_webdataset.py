@@ -1,4 +1,4 @@
-"""Webdataset shards, whole and with every defect that a download can leave."""
+"""Webdataset shards, intact and with every defect that a download can leave."""
 
 import collections
 import io
@@ -48,7 +48,7 @@ def write_table(path: Path, keys: list[str], failed: tuple[str, ...] = ()) -> No
 
 
 def read(folder: Path, shard: str = "00000", **fields: object) -> tuple[dict[str, Document], dict[str, str]]:
-    """Documents and the reasons of rejects by key; a key that came twice fails."""
+    """Documents and reject reasons by key; fails if a key occurs twice."""
     items = list(WebDataset(**fields).read(folder, shard))
     documents = {item.key: item for item in items if isinstance(item, Document)}
     rejects = {item.key: item.reason for item in items if isinstance(item, Reject)}
@@ -70,7 +70,7 @@ def test_no_folder_and_no_shards_are_input_errors(tmp_path):
         WebDataset().shards(tmp_path)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "00000.tar").write_bytes(b"")
-    with pytest.raises(InputError, match="below it that do: train"):
+    with pytest.raises(InputError, match="its subfolders that do: train"):
         WebDataset().shards(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_a_whole_sample(tmp_path, kind):
     document = documents["00000/000000003"]
     assert rejects == {}
     assert document.text == "caption 000000003"
-    assert document.images[0].data == image_bytes(3, "jpeg" if kind == "jpg" else kind)  # the stored bytes, not ours
+    assert document.images[0].data == image_bytes(3, "jpeg" if kind == "jpg" else kind)  # the stored bytes
     assert document.metadata["captions"] == ["first", "second"]
     assert document.metadata["similarity"] is None  # NaN is no JSON
     json.dumps(document.metadata, allow_nan=False)
@@ -111,7 +111,7 @@ def test_a_whole_sample(tmp_path, kind):
 def test_one_damaged_file_is_one_reject_and_its_neighbors_live(tmp_path, name, data, reason):
     damaged = [(n, data if n == name else d) for n, d in sample("x") if not (n == name and data is None)]
     write_tar(tmp_path / "00000.tar", sample("a", 1) + damaged + sample("b", 2))
-    write_table(tmp_path / "00000.parquet", ["a", "x", "b"])  # the table does not know of the damage
+    write_table(tmp_path / "00000.parquet", ["a", "x", "b"])  # the table does not mention the damage
     documents, rejects = read(tmp_path)
     assert list(documents) == ["00000/a", "00000/b"]
     assert list(rejects) == ["00000/x"]
@@ -205,15 +205,15 @@ def test_a_key_is_used_once(tmp_path, between):
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_cut_at_any_place_keeps_what_is_whole(tmp_path, tar_format):
-    """Cut a tar of three samples at many places: what was whole before the cut lives, and the rest are rejects."""
-    # A long name takes extra header blocks in GNU and PAX tars, and does not fit the other.
+    """Truncate a tar of three samples at many places: complete samples are documents, the rest are rejects."""
+    # A long name takes extra header blocks in GNU and PAX tars; USTAR has no room for it.
     keys = ["a", "b" * (20 if tar_format == tarfile.USTAR_FORMAT else 120), "c"]
     path = tmp_path / "00000.tar"
     write_tar(path, [member for i, key in enumerate(keys) for member in sample(key, i)], tar_format)
     write_table(tmp_path / "00000.parquet", keys)
     data = path.read_bytes()
     with tarfile.open(path) as tar:
-        # the cut that keeps a sample: at or after the last byte of its json
+        # a sample is complete with the last byte of its JSON
         ends = [m.offset_data + m.size for m in tar.getmembers() if m.name.endswith(".json")]
     for length in sorted({*range(0, len(data), 300), *range(512, len(data), 512), *ends, ends[0] - 1}):
         path.write_bytes(data[:length])

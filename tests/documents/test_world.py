@@ -1,4 +1,4 @@
-"""The drawn world: what is held out stays held out, and the emblem can be read off the pixels."""
+"""The drawn world: held-out entities and settings stay held out, and pixels tell the emblem."""
 
 import io
 from itertools import pairwise
@@ -53,7 +53,7 @@ def test_seen_and_unseen_entities_are_apart():
 
 def test_no_picture_is_in_two_splits():
     each = [settings_of(split) for split in SPLITS]
-    assert [len(pairs) for pairs in each] == [12 * 4, 5 * 4, 12 * 2, 5 * 2]  # and none twice in a split
+    assert [len(pairs) for pairs in each] == [12 * 4, 5 * 4, 12 * 2, 5 * 2]  # and no pair twice in a split
     assert len(set().union(*each)) == sum(map(len, each))
 
 
@@ -72,7 +72,7 @@ def test_the_world_is_a_function_of_its_fields():
     assert documents(world("test")) == documents(world("test"))
     assert documents(world("test")) != documents(world("test", seed=1))
     whole = [document.segments for document in documents(world("train", documents_per_shard=1000))]
-    assert whole == [document.segments for document in documents(world("train"))]  # however it is cut into shards
+    assert whole == [document.segments for document in documents(world("train"))]  # for any shard size
 
 
 def test_entities_are_drawn_by_the_seed():
@@ -82,7 +82,7 @@ def test_entities_are_drawn_by_the_seed():
 
 
 def test_settings_are_drawn_by_the_seed_and_shuffled():
-    """No two worlds ask for the same settings in the same order, and no entity's documents stand together."""
+    """Two seeds give the settings in different orders, and an entity's documents are spread out."""
     zero, one = ([each.text.split(" ", 1)[1] for each in documents(world("train", seed=seed))] for seed in (0, 1))
     assert np.mean([a == b for a, b in zip(zero, one, strict=True)]) < 0.3
     names = [document.metadata["entity"] for document in documents(world("train"))]
@@ -90,7 +90,7 @@ def test_settings_are_drawn_by_the_seed_and_shuffled():
 
 
 def test_emblems_are_apart_in_pixels():
-    """In a world of which two emblems would come within 2 if nobody looked."""
+    """In a world where, without the check, two emblems would be within a distance of 2."""
     entities = world("train", seed=4, seen=300, unseen=1).entities()
     emblems = np.stack([draw_emblem(entity) for entity in entities]).astype(np.int16)
     nearest = [np.abs(emblems[:row] - emblems[row]).mean((1, 2, 3)).min() for row in range(1, len(emblems))]
@@ -128,7 +128,7 @@ def test_the_picture_of_a_document_shows_its_entity():
 
 
 def test_a_name_says_nothing_of_the_emblem():
-    """The same names come with other emblems in another world: nothing in the name decides the emblem."""
+    """Names that start with the same letter have different colors."""
     one, other = world("train", seen=50).entities(), world("train", seen=51).entities()
     assert [entity.name for entity in one] == [entity.name for entity in other][: len(one)]
     shared = {entity.name: entity for entity in one}
@@ -143,7 +143,7 @@ def test_a_name_says_nothing_of_the_emblem():
     [
         (
             {"documents_per_entity": SETTINGS - 1},
-            f"{SETTINGS + 1} documents of an entity exceed the {SETTINGS} settings",
+            f"{SETTINGS + 1} documents per entity exceed the {SETTINGS} settings",
         ),
         ({"seen": 0}, "seen=0"),
         ({"unseen": 0}, "unseen=0"),

@@ -1,4 +1,4 @@
-"""A map over shards: each is made once, whatever fails or dies, here or in the workers of Ray."""
+"""A map over shards: each is made once, despite failures and killed workers, locally and on Ray."""
 
 import importlib.util
 import json
@@ -22,12 +22,12 @@ from rac3.execution.local import Local
 from rac3.execution.ray import Ray, _RayWorker
 from rac3.execution.shards import ATTEMPTS, MAX_POISONED, Beat, Outcome, Shard, Tally, _Ledger, attempt, clear, run
 
-# Ray starts its processes by fork and exec, which is safe; JAX, at work since an earlier test, warns of any fork
+# Ray starts its processes by fork and exec, which is safe, but JAX, running since an earlier test, warns of any fork
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="ray is not installed")
-# Ray leaves sockets and files of its own to the garbage collector.
+# Ray leaves its sockets and files to the garbage collector.
 untidy = pytest.mark.filterwarnings("ignore::ResourceWarning")
 RAY = Ray(workers=2, threads=2)
 EXECUTORS = [pytest.param(Local(threads=3), id="local"), pytest.param(RAY, id="ray", marks=[needs_ray, untidy])]
@@ -91,7 +91,7 @@ def assert_made(shards: list[Shard], but: tuple[int, ...] = ()) -> None:
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_every_shard_is_made_once(executor: Local | Ray, job: Squares, shards: list[Shard]):
-    (shards[0].folder / "left.json.0123.tmp").write_text("of a write that was killed")
+    (shards[0].folder / "left.json.0123.tmp").write_text("of a killed write")
     (shards[0].folder / "c").mkdir()
     (shards[0].folder / "c" / "0.__lock").write_text("the same, by tensorstore")
     did = run(executor, job, shards)
@@ -161,7 +161,7 @@ def test_a_shard_that_fails_goes_to_the_end_of_the_line(job: Squares, shards: li
 
 @dataclass
 class Crowd:
-    """Shards that end in groups: `size` at a time, or never."""
+    """Shards that only finish in groups of `size`."""
 
     size: int
     label: str = "meet"
@@ -188,7 +188,7 @@ def test_as_many_shards_are_under_way_as_there_are_threads(threads: int, shards:
 
 
 def test_the_tally_ends_a_run_that_is_given_up():
-    """Past any `except Exception` of a source."""
+    """It is not an Exception, which a source might swallow."""
     stopped = threading.Event()
     tally = Tally(stopped)
     tally.add(3, 1)
@@ -200,7 +200,7 @@ def test_the_tally_ends_a_run_that_is_given_up():
 
 
 def test_threads_end_with_the_run_that_is_given_up(shards: list[Shard], monkeypatch: pytest.MonkeyPatch):
-    """As after Ctrl-C: what counts its documents stops there, and leaves no summary."""
+    """As after Ctrl-C: each thread stops at its next count, and writes no summary."""
     monkeypatch.setattr(executors, "BEAT", 0.05)
 
     class Endless:
@@ -231,7 +231,7 @@ def test_threads_end_with_the_run_that_is_given_up(shards: list[Shard], monkeypa
 
 @pytest.fixture
 def ledger(monkeypatch: pytest.MonkeyPatch) -> _Ledger:
-    """Of a run that began four seconds ago; its events are made by hand."""
+    """The ledger of a run that began four seconds ago, with hand-made events."""
     monkeypatch.setattr(executors.time, "monotonic", lambda: 14.0)
     return _Ledger(deque(), 10.0)
 
@@ -247,12 +247,12 @@ def test_documents_count_once_whether_under_way_or_done(ledger: _Ledger, shards:
         "documents": 40,
         "seconds": 4.0,
         "documents_per_second": 10.0,
-        "workers": 2,  # the most that there were
+        "workers": 2,  # the maximum so far
     }
 
 
 def test_a_shard_has_three_attempts(ledger: _Ledger, shards: list[Shard]):
-    """However often others fail meanwhile."""
+    """Failures of other shards do not count."""
     one, other = (Outcome(shard, documents=9, rejects=9, error="ValueError: bad") for shard in shards[3:5])
     for event in (other, one, one, other):
         assert ledger.take(event) == 0
@@ -272,7 +272,7 @@ def test_bad_input_ends_the_run(ledger: _Ledger, shards: list[Shard]):
 
 
 def test_an_attempt_says_what_happened(job: Squares, shards: list[Shard]):
-    """Its summary is written last, and only if all went well."""
+    """A shard has a summary only if its attempt succeeded."""
     tally = Tally()
     assert attempt(job, shards[3], tally) == Outcome(shards[3], documents=10, rejects=1)
     assert shards[3].summary == shards[3].folder / "000003.json"
@@ -288,7 +288,7 @@ def test_an_attempt_says_what_happened(job: Squares, shards: list[Shard]):
 
 
 def test_the_worker_of_another_machine_must_see_the_workdir(tmp_path: Path, job: Squares, shards: list[Shard]):
-    """No Ray is needed to be that worker: the command's folder is its own, and where it cannot be, the run stops."""
+    """It works in the folder of the command; if it cannot see the workdir, the run stops. Needs no Ray."""
     here = os.getcwd()
     try:
         worker = _RayWorker(str(tmp_path), ["/a/folder/of/the/config"])
@@ -296,13 +296,13 @@ def test_the_worker_of_another_machine_must_see_the_workdir(tmp_path: Path, job:
         with pytest.raises(RuntimeError, match="not open"):
             worker.make(shards[0])
         assert worker.open(Unopened("refuse")) == "no models; fit them"
-        assert worker.open(Unopened("raise")) == "a Ray worker cannot be opened: OSError: no space left"
+        assert worker.open(Unopened("raise")) == "a Ray worker cannot start: OSError: no space left"
         assert worker.open(job) is None
         assert Path.cwd() == tmp_path
         assert worker.make(shards[3]) == Outcome(shards[3], documents=10, rejects=1)
         elsewhere = worker.make(Shard("train", 0, "a", tmp_path / "nowhere"))
         assert elsewhere.stops
-        assert "does not see" in str(elsewhere.error)
+        assert "cannot see" in str(elsewhere.error)
     finally:
         os.chdir(here)
 
@@ -322,7 +322,7 @@ def test_a_worker_that_is_killed_is_replaced(trap: str, job: Squares, shards: li
 @untidy
 @needs_ray
 def test_a_shard_that_kills_its_workers_is_named_alone(job: Squares, shards: list[Shard]):
-    """One worker with two shards at a time: whichever stands beside it dies with it, and is not held to account."""
+    """One worker with two shards at a time: the other shard dies with it, but is not blamed."""
     (job.traps / "die always 6").touch()
     with pytest.raises(InputError, match=r"1 shard failed 3 times each: train number 6 .its worker died"):
         run(Ray(workers=1, threads=2), job, shards)
@@ -332,7 +332,7 @@ def test_a_shard_that_kills_its_workers_is_named_alone(job: Squares, shards: lis
 
 @dataclass(frozen=True)
 class Together:
-    """Shards that end when four are under way, and say in which process."""
+    """Shards that finish once four are in progress, and return their process id."""
 
     label: str = "meet"
 
@@ -356,7 +356,7 @@ def test_the_first_worker_leaves_their_share_to_the_others(shards: list[Shard]):
 
 @dataclass(frozen=True)
 class Unopened:
-    """Cannot be opened."""
+    """A job that fails to open."""
 
     how: str
     label: str = "open"
@@ -371,8 +371,8 @@ class Unopened:
     ("how", "says"),
     [
         ("refuse", "^no models; fit them$"),
-        ("raise", "a Ray worker cannot be opened: OSError: no space left"),
-        ("die", "a Ray worker cannot be opened: The actor is dead"),
+        ("raise", "a Ray worker cannot start: OSError: no space left"),
+        ("die", "a Ray worker cannot start: The actor is dead"),
     ],
 )
 @untidy
@@ -384,11 +384,12 @@ def test_workers_that_cannot_be_opened_are_not_tried_for_ever(how: str, says: st
 
 SLOW = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with SIGINT ignored
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from rac3.cli import main
 import rac3.cli, rac3.execution.shards as ex
+from rac3.execution.local import Local
 from rac3.execution.ray import Ray
 
 class Slow:
@@ -402,7 +403,7 @@ class Slow:
         return {}
 
 folder = Path(sys.argv[2])
-executor = ex.Local(threads=2) if sys.argv[3] == "local" else Ray(workers=1)
+executor = Local(threads=2) if sys.argv[3] == "local" else Ray(workers=1)
 rac3.cli.run = lambda arguments: ex.run(executor, Slow(), [ex.Shard("a", n, str(n), folder) for n in range(3)])
 main()
 """
@@ -410,7 +411,7 @@ main()
 
 @pytest.mark.parametrize("name", ["local", pytest.param("ray", marks=needs_ray)])
 def test_an_interrupt_ends_the_run(name: str, tmp_path: Path):
-    """A shard takes a minute; a Ctrl-C does not wait for it."""
+    """Ctrl-C does not wait for a shard that takes a minute."""
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", SLOW, root, str(tmp_path), name]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:

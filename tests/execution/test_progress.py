@@ -1,4 +1,4 @@
-"""What a long stage says: plain lines by a clock that is set by hand, and a bar on a terminal."""
+"""The progress of a long stage: plain lines, with a clock that is set by hand, and a bar on a terminal."""
 
 import io
 import sys
@@ -10,7 +10,7 @@ from rac3.execution.progress import LINE_EVERY, Progress, progress
 
 
 class Clock:
-    """Seconds, moved by hand."""
+    """A clock that is set by hand, in seconds."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -30,7 +30,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def test_a_line_has_rate_time_and_what_is_left(clock: Clock, capsys: Captured):
-    """30 of 120 in a minute: 0.5 a second, and three minutes for the other 90."""
+    """30 of 120 in a minute: 0.5/s, and three minutes for the other 90."""
     with Progress("ingest", 120, "shards") as bar:
         clock.now += 60
         bar.update(30, "5 rejects")
@@ -45,7 +45,7 @@ def test_a_line_has_rate_time_and_what_is_left(clock: Clock, capsys: Captured):
 
 
 def test_what_was_done_before_is_counted_but_takes_no_time(clock: Clock, capsys: Captured):
-    """A run that goes on at 80 of 100 and makes 10 more in 20 seconds: 0.5 a second, not 4.5."""
+    """A run that resumes at 80 of 100 and makes 10 more in 20 seconds: 0.5/s, not 4.5."""
     with Progress("embed", 100, "shards", initial=80) as bar:
         clock.now += 20
         bar.update(10)
@@ -105,4 +105,4 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch):
     assert "fit:" in shown
     assert "6/10" in shown
     assert "loss 1.25" in shown
-    assert "steps, " not in shown  # no plain line among it
+    assert "steps, " not in shown  # no plain lines

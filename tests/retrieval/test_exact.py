@@ -1,4 +1,4 @@
-"""Exact search against sorting all products: over tiles, blocks, devices and processes, in float32 and bfloat16."""
+"""Exact search against sorting all products, over tiles, blocks, devices and processes, in float32 and bfloat16."""
 
 import socket
 import subprocess
@@ -16,12 +16,12 @@ from rac3.retrieval.retriever import Queries
 
 ROOT = Path(__file__).parents[2]
 EMBED = 24
-# Tiles of 4 queries x 64 documents, so that a small part has several tiles in a block and several groups in a tile.
+# Tiles of 4 queries x 64 documents, so that a small part has several tiles per block and several groups per tile.
 SMALL_TILES = 4, 64
 
 
 class Rows:
-    """An array that is not in memory: it notes which rows are asked for."""
+    """An array that records which rows are read."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows, self.asked = rows, []
@@ -84,21 +84,21 @@ def test_ties_and_order_are_those_of_sorting(
 
 
 def test_bfloat16_finds_what_float32_does_and_scores_it_in_float32(monkeypatch: pytest.MonkeyPatch):
-    one = jax.devices()[:1]  # each device has candidates of its own
+    one = jax.devices()[:1]  # each device has its own candidates
     monkeypatch.setattr(jax, "devices", lambda: one)
     memory, queries = cone(3000), cone(100, seed=1)
     _, wanted = by_sorting(queries, memory, 10)
     scores, rows = index_of(Exact(dtype="bfloat16"), memory).search(queries_of(queries), 10)
     np.testing.assert_array_equal(rows, wanted)
     products = np.take_along_axis(queries.astype(np.float64) @ memory.T.astype(np.float64), rows, axis=1)
-    np.testing.assert_allclose(scores, products, atol=EMBED * 2**-24)  # a rounding of 2**-25 per product and per sum
+    np.testing.assert_allclose(scores, products, atol=EMBED * 2**-24)  # 2**-25 of rounding per product and per sum
     without = index_of(Exact(dtype="bfloat16", overscan=0), memory).search(queries_of(queries), 10)[1]
     assert 0.9 < np.mean([len(set(a) & set(b)) / 10 for a, b in zip(without, wanted, strict=True)]) < 1
 
 
 def test_a_large_memory_streams_in_blocks_and_a_small_one_stays(monkeypatch: pytest.MonkeyPatch):
     rows, queries = Rows(grid(1000)), queries_of(grid(5, seed=1))
-    run = 32  # documents of a device in a block, of 8 x 32
+    run = 32  # documents per device in a block of 8 x 32
     index = index_of(Exact(block_rows=run), rows)
     first = index.search(queries, 3)
     assert max(len(asked) for asked in rows.asked) == run
@@ -115,7 +115,7 @@ def test_a_large_memory_streams_in_blocks_and_a_small_one_stays(monkeypatch: pyt
         assert sorted(row for asked in rows.asked for row in asked) == list(read)
 
 
-def test_compiles_once_for_a_part_whatever_the_number_of_queries_and_blocks():
+def test_compiles_once_for_any_number_of_queries_and_blocks():
     index = index_of(Exact(block_rows=30, query_rows=8), grid(1000))
     index.search(queries_of(grid(5)), 3)
     compiled = exact._search_block._cache_size()
@@ -183,7 +183,7 @@ def test_two_processes_search_a_share_each():
         for worker in workers:
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], outputs
-    # Blocks of 4 x 256 documents, half of each to a process: 512 + 512 + 512, and 512 + 512 + 440.
+    # Blocks of 4 x 256 documents, half to each process: 512 + 512 + 512, and 512 + 512 + 440.
     assert "rows read: 1536" in outputs[0]
     assert "rows read: 1464" in outputs[1]
     assert all("differ: the processes of this run search for different queries" in output for output in outputs)

@@ -1,4 +1,4 @@
-"""Parts and global ids, appending, and embeddings that must not be searched."""
+"""Parts, global ids, adding parts, and invalid embeddings."""
 
 import numpy as np
 import pytest
@@ -51,18 +51,18 @@ def test_an_embedding_that_is_not_finite_is_refused_by_its_row(value: float):
     with pytest.raises(InputError, match="document 8 "):
         Memory((part("a", 2), broken)).embeddings_of(np.array([10]))
     assert broken.read(slice(0, 6)).shape == (6, 4)
-    with pytest.raises(InputError, match="document 6 "):  # all of a part in host memory may be gathered from
+    with pytest.raises(InputError, match="document 6 "):  # a part in host memory is checked as a whole
         Memory((broken,)).held(np.array([0]))
 
 
-def test_inner_products_of_each_query_with_documents_of_its_own(monkeypatch: pytest.MonkeyPatch):
+def test_inner_products_of_each_query_with_its_own_documents(monkeypatch: pytest.MonkeyPatch):
     memory = part("a", 30)
     queries = np.random.default_rng(1).normal(size=(7, 4)).astype(np.float32)
     rows = np.random.default_rng(2).integers(0, 30, (7, 5))
     rows[0, 4] = rows[5, 0] = rows[5, 1] = -1
     every = queries @ memory.read(slice(0, 30)).T
     wanted = np.where(rows < 0, -np.inf, np.take_along_axis(every, np.maximum(rows, 0), axis=1))
-    for at_once in (2**26, 3 * 5 * 4 * 4, 1):  # bytes: all, three queries, one query
+    for at_once in (2**26, 3 * 5 * 4 * 4, 1):  # bytes: all queries, three, one
         monkeypatch.setattr("rac3.retrieval.memory._GATHERED_BYTES", at_once)
         np.testing.assert_allclose(memory.inner_products(queries, rows), wanted, atol=1e-6)
     assert memory.inner_products(queries[:0], rows[:0]).shape == (0, 5)
@@ -86,7 +86,7 @@ def test_embeddings_may_stay_on_disk(tmp_path):
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="0 parts"):
         Memory(())
-    with pytest.raises(InputError, match="name of its own"):
+    with pytest.raises(InputError, match="its own name"):
         Memory((part("a", 1), part("a", 2)))
     with pytest.raises(InputError, match="width 5"):
         Memory((part("a", 1), part("b", 2, embed=5)))
@@ -95,14 +95,14 @@ def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="3 embeddings but 2 keys"):
         MemoryPart("a", np.zeros((3, 4), np.float32), [""] * 3, ["x", "y"])
     hashes = np.zeros(3, np.uint64), np.zeros(2, np.uint64)
-    with pytest.raises(InputError, match="3 embeddings, and hashes of more or fewer"):
+    with pytest.raises(InputError, match="3 embeddings but more or fewer hashes"):
         MemoryPart("a", np.zeros((3, 4), np.float32), [""] * 3, (), hashes)
     with pytest.raises(InputError, match="matrix"):
         MemoryPart("a", np.zeros(3, np.float32), [""] * 3)
 
 
 def test_withdrawn_documents_and_copies_are_found_by_their_global_ids():
-    """A part without hashes has no copies, and 0 is no hash."""
+    """A part without hashes has no copies, and 0 means no hash."""
     embeddings = np.zeros((3, 4), np.float32)
     one = MemoryPart("one", embeddings, [""] * 3, (), (np.array([5, 0, 7], np.uint64), np.array([0, 9, 8], np.uint64)))
     bare = MemoryPart("bare", embeddings[:2], [""] * 2, withdrawn=np.array([1]))

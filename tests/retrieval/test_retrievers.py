@@ -1,4 +1,4 @@
-"""The contract that every retriever keeps, and what each promises besides."""
+"""The contract of every retriever, and what each one promises in addition."""
 
 import importlib.util
 import subprocess
@@ -61,7 +61,7 @@ class WordOverlapIndex:
         return ranked(scores, rows, k)
 
 
-# Block sizes that do not divide the sizes below; a tree that is searched in full, so that only its codes approximate.
+# Block sizes that do not divide the sizes below; trees that are searched in full, so that only codes approximate.
 SEARCHERS = [
     Exact(),
     Exact(block_rows=37, query_rows=16),
@@ -76,7 +76,7 @@ if importlib.util.find_spec("faiss"):
     SEARCHERS += [
         Faiss(),
         Faiss(factory="HNSW16", search="efSearch=64"),
-        Faiss(factory="SQ8"),  # any codes; its training needs few documents
+        Faiss(factory="SQ8"),  # codes that few documents can train
         Faiss(factory="IVF1,SQ8", search="nprobe=1"),
     ]
 ALL = [*SEARCHERS, Random(), NoRetriever(), WordOverlap()]
@@ -100,7 +100,7 @@ def queries_of(rows: np.ndarray) -> Queries:
 
 
 def index_of(retriever: Retriever, part: MemoryPart, folder: Path) -> Index:
-    """Built into a folder that is renamed before it is opened, as artifacts are."""
+    """Build into a folder that is renamed before it is opened, as artifacts are."""
     unfinished, finished = folder / f"{part.name}.partial", folder / part.name
     unfinished.mkdir()
     retriever.build(part, unfinished)
@@ -160,7 +160,7 @@ def test_zero_vectors_and_duplicates(retriever: Retriever, tmp_path: Path):
 
 
 def test_exact_never_finds_the_padding_of_its_last_block(tmp_path: Path):
-    rows = -np.abs(embeddings(9))  # every product is negative, and that with a row of zeros would be higher
+    rows = -np.abs(embeddings(9))  # every product is negative; a row of zeros would score higher
     scores, found = index_of(Exact(block_rows=8), part_of(rows), tmp_path).search(queries_of(-rows[:3]), 12)
     assert (np.sort(found, axis=1) == [-1, -1, -1, *range(9)]).all()
     assert (scores[:, :9] < 0).all()
@@ -168,7 +168,7 @@ def test_exact_never_finds_the_padding_of_its_last_block(tmp_path: Path):
 
 @pytest.mark.parametrize("retriever", [Exact(), Scann()], ids=str)
 def test_a_memory_in_parts_is_searched_as_one(retriever: Retriever, tmp_path: Path):
-    # Multiples of 1/8: every sum is exact, in any order, and there are ties everywhere, also between parts.
+    # Multiples of 1/8: every sum is exact in any order, and there are ties everywhere, even across parts.
     rows = np.random.default_rng(0).integers(-2, 3, (200, EMBED)).astype(np.float32) / 8
     rows[150:160] = rows[10:20]
     queries = queries_of(rows[::5])
@@ -181,7 +181,7 @@ def test_a_memory_in_parts_is_searched_as_one(retriever: Retriever, tmp_path: Pa
         found.append(search_memory(indexes, memory, queries, 9))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     order = np.argsort(-(queries.embeddings @ rows.T), axis=1, kind="stable")[:, :9]
-    if isinstance(retriever, Exact):  # ScaNN may leave out any of those that tie for the last place
+    if isinstance(retriever, Exact):  # ScaNN may drop any document that ties for the last place
         np.testing.assert_array_equal(found[0][1], order)
         np.testing.assert_array_equal(found[1][1], order)
 
@@ -247,7 +247,7 @@ def test_scann_searches_a_twentieth_of_the_leaves_and_reorders_128_unless_told()
 
 
 def test_scann_builds_its_tree_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What ScaNN's own builder was given."""
+    """By the arguments of ScaNN's builder."""
     pybind = pytest.importorskip("scann").scann_ops_pybind
     builder, made = pybind.builder, []
     monkeypatch.setattr(pybind, "builder", lambda *arguments: made.append(builder(*arguments)) or made[-1])
@@ -331,7 +331,7 @@ def test_scann_searches_one_index_with_as_much_effort_as_it_is_opened_for(reorde
         ]
         recalls = [recall(effort.open(memory, tmp_path / name)) for effort in efforts]
         assert (np.diff(recalls) > 0).all(), recalls
-        assert recalls[-1] == 1.0  # every document is in a leaf that is searched, and its exact score is computed
+        assert recalls[-1] == 1.0  # all leaves are searched, and all exact scores computed
 
 
 @pytest.mark.parametrize(
@@ -360,18 +360,18 @@ def test_efforts_search_one_index_better_and_better(retriever, least: str, most:
     assert not Faiss(factory="Flat").efforts(2000)
 
 
-def test_scann_without_vectors_of_its_own_holds_the_codes_alone(tmp_path: Path):
+def test_scann_without_its_own_vectors_holds_only_the_codes(tmp_path: Path):
     memory = part_of(unit(np.random.default_rng(0).normal(size=(4000, 64))))
     retriever = Scann(num_leaves=20, reorder_dtype="none")
     retriever.build(memory, tmp_path)
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
     codes, leaf_of_each, vectors = 4000 * 64 / 2, 4000 * 4, 4000 * 64 * 4
     assert retriever.needs(4000, 64).disk_bytes == codes
-    assert codes + leaf_of_each <= written < codes + leaf_of_each + vectors / 40  # and 20 centers, and a codebook
+    assert codes + leaf_of_each <= written < codes + leaf_of_each + vectors / 40  # plus 20 centers and a codebook
 
 
 def test_the_parts_are_searched_at_once():
-    """Each waits for the other: one after the other, they would wait in vain."""
+    """Each search waits for the other; run one after the other, they would time out."""
     both = threading.Barrier(2)
 
     class Meets:
@@ -441,10 +441,10 @@ def test_random_is_uniform_over_the_union_of_unequal_parts(tmp_path: Path):
     indexes = [index_of(Random(), part, tmp_path) for part in memory.parts]
     queries = queries_of(np.zeros((draws, EMBED), np.float32))
     _, ids = search_memory(indexes, memory, queries, k)
-    for place in range(k):  # at every place of the ranking, each document equally often
+    for place in range(k):  # each document is equally likely at every rank
         counts = np.bincount(ids[:, place], minlength=20)
         chi_squared = ((counts - draws / 20) ** 2 / (draws / 20)).sum()
-        assert chi_squared < 43.8  # 19 degrees of freedom: exceeded once in 1000 draws, and this one is fixed
+        assert chi_squared < 43.8  # 19 degrees of freedom: exceeded once in 1000 draws; the seed is fixed
     pairs = np.zeros((20, 20))
     np.add.at(pairs, (ids[:, 0], ids[:, 1]), 1)
     assert (np.diag(pairs) == 0).all()
@@ -496,7 +496,7 @@ def test_word_overlap_ranks_by_text(tmp_path: Path):
     ("scores", "rows", "message"),
     [
         (np.zeros((2, 1), np.float32), np.zeros((2, 1), np.int64), "pad with"),
-        (np.zeros((2, 2), np.float32), np.array([[0, 1], [0, 5]]), "part of 5 documents"),
+        (np.zeros((2, 2), np.float32), np.array([[0, 1], [0, 5]]), "for a part of 5 documents"),
         (np.zeros((2, 2), np.float32), np.array([[0, 1], [0, -1]]), "-inf"),
         (np.full((2, 2), np.nan, np.float32), np.array([[0, 1], [0, 1]]), "NaN"),
     ],
@@ -528,7 +528,7 @@ def test_an_index_that_breaks_the_contract_is_named(scores: np.ndarray, rows: np
     ids=lambda value: type(value).__name__,
 )
 def test_what_an_index_is_built_from(retriever: Retriever, built: set[str]):
-    """All else may change without a new index; none of these may."""
+    """A new value of these fields needs a new index; any other field may change."""
     assert {each.name for each in fields(retriever)} - search_only_fields(retriever) == built
 
 
@@ -538,17 +538,17 @@ TREE = 14_080_000  # FLOPs: ten rounds of k-means over 500 documents, then each 
 @pytest.mark.parametrize(
     ("retriever", "needs"),
     [
-        # Two blocks of 500 vectors of 64 numbers, of 4 bytes; a product and a sum for each number.
+        # Two blocks of 500 vectors of 64 numbers of 4 bytes; a product and a sum per number.
         (Exact(), (0, 256_000, 256_000, 0, 0, 64_000)),
         (Exact(block_rows=100, dtype="bfloat16"), (0, 51_200, 25_600, 0, 0, 64_000)),
         (Scann(), (256_000, 128_000, 0, 128_000, 0, 64_000)),
-        # 8 kB of codes, of half a byte for two numbers; twice that in the file. A query: 20 centers, the codes of 100
+        # 8 kB of codes, half a byte for two numbers; twice that in the file. A query: 20 centers, the codes of 100
         # documents, and 128 vectors.
         (
             Scann(num_leaves=20, num_leaves_to_search=4),
             (264_000, 136_000, 0, 144_000, TREE, 2 * 20 * 64 + 100 * 32 + 2 * 128 * 64),
         ),
-        # Codes in two leaves each, and vectors of a byte per number.
+        # Codes in two leaves per document, and vectors of one byte per number.
         (
             Scann(num_leaves=20, soar_lambda=1.5, reorder_dtype="int8", reorder_num_neighbors=16),
             (176_000, 48_000, 0, 64_000, TREE, 2 * 20 * 64 + 25 * 32 + 2 * 16 * 64),
@@ -558,7 +558,7 @@ TREE = 14_080_000  # FLOPs: ten rounds of k-means over 500 documents, then each 
     ids=str,
 )
 def test_what_an_index_of_500_documents_needs(retriever: Planned, needs: tuple[int, ...]):
-    """Bytes to build, to search, on each device and on disk; FLOPs to build and of a query."""
+    """Bytes to build, to search, per device and on disk; FLOPs to build and per query."""
     assert isinstance(retriever, Planned)
     found = retriever.needs(500, 64)
     assert astuple(found) == (*needs, isinstance(retriever, Exact))
@@ -593,7 +593,7 @@ def test_faiss_trees_over_codes_recall_what_exact_finds(tmp_path: Path):
         scores, found = index_of(retriever, memory, tmp_path / str(number)).search(queries, 10)
         np.testing.assert_allclose(scores, memory.inner_products(queries.embeddings, found), atol=1e-6)
         recalls.append(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]))
-    assert recalls[1] > max(0.9, recalls[0] + 0.1)  # what the codes blur, the exact scores mend
+    assert recalls[1] > max(0.9, recalls[0] + 0.1)  # exact scores repair the ranking by codes
     few = Faiss(factory="IVF20,Flat", search="nprobe=1")
     (tmp_path / "few").mkdir()
     scores, rows = index_of(few, memory, tmp_path / "few").search(queries, 1000)
@@ -628,7 +628,7 @@ def test_faiss_is_trained_on_a_sample_in_the_order_of_the_memory():
         ({"factory": "Tree"}, "'Tree' for 30 documents .*could not parse.* such as Flat"),
         ({"factory": "IVF40,Flat"}, "'IVF40,Flat' for 30 documents .*training points .30. should be"),
         ({"factory": "PQ4x4"}, "should be a multiple"),
-        ({"factory": "Flat", "search": "nprobe=3"}, "search='nprobe=3' is refused by retriever.factory='Flat'"),
+        ({"factory": "Flat", "search": "nprobe=3"}, "search='nprobe=3' does not fit retriever.factory='Flat'"),
     ],
 )
 def test_what_faiss_refuses_costs_one_line(fields: dict[str, str], says: str, tmp_path: Path):

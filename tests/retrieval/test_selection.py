@@ -1,4 +1,4 @@
-"""Redundancy avoidance against a walk through the lists in plain Python."""
+"""Redundancy avoidance against a plain Python walk through the ranked lists."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def memory_of(*parts: np.ndarray) -> Memory:
 
 
 def walk(config: Selection, query: np.ndarray, ids: np.ndarray, rows: np.ndarray, main: int, hashes, withdrawn):
-    """Section 3.2 as it reads, and what must not come back in training."""
+    """The oracle: section 3.2 to the letter, without the documents that training must not see."""
     taken: list[int] = []
     dropped = dict.fromkeys(Dropped._fields, 0)
     limit = config.max_similarity if config.max_similarity < 1 else np.inf
@@ -44,8 +44,8 @@ def walk(config: Selection, query: np.ndarray, ids: np.ndarray, rows: np.ndarray
 
 @pytest.mark.parametrize("seed", range(20))
 def test_select_agrees_with_the_plain_walk(seed: int, monkeypatch):
-    monkeypatch.setattr(selection_module, "_QUERIES_AT_ONCE", 3)  # several steps, the last not full
-    monkeypatch.setattr(selection_module, "HELD_BYTES", 4 * 8 * 100)  # of ten queries with nine candidates
+    monkeypatch.setattr(selection_module, "_QUERIES_AT_ONCE", 3)  # several steps, the last one partial
+    monkeypatch.setattr(selection_module, "HELD_BYTES", 4 * 8 * 100)  # ten queries with nine candidates
     rng = np.random.default_rng(seed)
     documents, queries, candidates = int(rng.integers(10, 60)), int(rng.integers(1, 30)), int(rng.integers(1, 10))
     # Few clusters, so that every rule fires often.
@@ -95,7 +95,7 @@ def test_near_duplicates_are_taken_once_and_kept_with_a_limit_of_1():
     assert kept.ids.tolist() == [[0, 1, 2]]
     many = unit(np.random.default_rng(0).normal(size=(50, 8)))
     assert (np.vecdot(many, many) > 1).any()  # by rounding
-    pairs = np.arange(100).reshape(2, 50).T  # each with a copy of it
+    pairs = np.arange(100).reshape(2, 50).T  # each document and its copy
     kept = select(
         Selection(max_similarity=1.0, depth=2), many, pairs, memory_of(np.tile(many, (2, 1))), np.full(50, -1)
     )
@@ -103,14 +103,14 @@ def test_near_duplicates_are_taken_once_and_kept_with_a_limit_of_1():
 
 
 def test_a_similarity_of_just_the_limit_is_allowed():
-    """Inner products of 0.5 and 0 are exact in binary. Each rule stands alone on the limit, and over it."""
+    """Inner products of 0.5 and 0 are exact in binary. Each rule is tested alone, at the limit and above it."""
     half, rest = 0.5, float(np.sqrt(0.75))
     query, near_query = [1.0, 0, 0, 0], [half, rest, 0, 0]
     main, near_main = [0, 0, 1.0, 0], [0, 0, half, rest]
     first, near_first = [0, 1.0, 0, 0], [0, half, 0, -rest]
     rows = np.array([near_query, main, near_main, first, near_first], np.float32)
     asked = np.array([query], np.float32)
-    for candidates in ([0], [2], [3, 4]):  # near the query, the main document, one that is taken
+    for candidates in ([0], [2], [3, 4]):  # near the query, the main document, a selected one
         ids = np.array([candidates])
         for limit, kept in (
             (half, len(candidates)),
@@ -133,7 +133,7 @@ def test_no_queries_and_no_candidates():
 
 
 def test_the_limit_of_the_paper():
-    """Section 3.2: a candidate above 0.9 is skipped."""
+    """Section 3.2: a candidate above 0.9 is dropped."""
     rows = np.array([[cosine, np.sqrt(1 - cosine**2), 0] for cosine in (0.89, 0.91)], np.float32)
     rows[1, 1:] = rows[1, :0:-1]  # away from the other
     found = select(Selection(), np.array([[1, 0, 0]], np.float32), np.array([[1, 0]]), memory_of(rows), np.array([-1]))

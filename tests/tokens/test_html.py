@@ -1,4 +1,4 @@
-"""Documents to ids and back, exactly; what is no document raises."""
+"""Documents to ids and back, losslessly; anything else raises."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def image(*codes: int) -> Segment:
 
 
 def random_segments(rng: np.random.Generator) -> list[Segment]:
-    """Any document: images and texts in any order, but no two texts in a row."""
+    """A random document: images and texts in any order, without adjacent texts."""
     segments: list[Segment] = []
     for _ in range(rng.integers(1, 8)):
         is_image = bool(rng.random() < 0.5) or (bool(segments) and not segments[-1].is_image)
@@ -90,7 +90,7 @@ def test_offsets_count_the_ids_of_each_segment_from_one():
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([text(1), text(2)], "two texts in a row"),
+        ([text(1), text(2)], "two adjacent texts"),
         ([image()], "no ids"),
         ([text()], "no ids"),
         ([text(50)], "text id 50"),
@@ -105,7 +105,7 @@ def test_what_is_no_document_is_not_encoded(segments: list[Segment], message: st
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([IMAGE_ALT, FIRST_TEXT, IMAGE_SOURCE, IMAGE_END], "place 3: an image without codes"),
+        ([IMAGE_ALT, FIRST_TEXT, IMAGE_SOURCE, IMAGE_END], "place 3: expected image codes"),
         ([IMAGE_ALT, FIRST_TEXT, IMAGE_SOURCE, FIRST_IMAGE], 'place 4: expected ">, found the end'),
         ([IMAGE_ALT, FIRST_TEXT, FIRST_IMAGE], r'place 2: expected " src=", found 58'),
         ([IMAGE_ALT, FIRST_TEXT, IMAGE_SOURCE, FIRST_IMAGE, FIRST_TEXT, IMAGE_END], 'place 4: expected ">, found 8'),
@@ -124,7 +124,7 @@ def test_ids_that_no_document_has_raise_with_their_place(ids: list[int], message
 
 
 def test_whatever_is_decoded_is_encoded_to_the_same_ids():
-    """So that `decode` accepts nothing that `encode` does not write: documents with one id changed, or cut short."""
+    """`decode` accepts only what `encode` writes: tested on documents with one id changed, some truncated."""
     rng = np.random.default_rng(2)
     alphabet = np.array([PAD, EOD, IMAGE_ALT, IMAGE_SOURCE, IMAGE_END, FIRST_TEXT, FIRST_IMAGE, MASK])
     accepted = refused = 0

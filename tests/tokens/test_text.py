@@ -1,3 +1,5 @@
+"""The fitted text tokenizer, and what every loaded one promises."""
+
 import json
 import random
 import subprocess
@@ -16,7 +18,7 @@ STRINGS = [
     " ",
     "  two  spaces, and one at the end ",
     "line\r\nbreaks\n\n\tand tabs",
-    "I 'm , don 't . clean !",  # what a tidying decoder would join
+    "I 'm , don 't . clean !",  # a decoder that cleans up would join these
     "<|endoftext|> </s> <mask:0> [SEP]",  # no text is special
     "日本語 and العربية, mixed",
     "👩‍👩‍👧‍👦 🇫🇷 e\u0301 \u200d\ufeff\u2028",
@@ -38,7 +40,7 @@ def tokenizer(folder) -> Tokenizer:
 
 
 def random_text(rng: random.Random) -> str:
-    """Any characters but surrogates, which UTF-8 does not have; small code points and spaces often."""
+    """Any characters but surrogates; small code points and spaces are frequent."""
     pools = [(0x20, 0x7E), (0x00, 0x2FF), (0x300, 0xD7FF), (0xE000, 0x10FFFF), (0x20, 0x20)]
     return "".join(chr(rng.randint(*rng.choice(pools))) for _ in range(rng.randint(0, 40)))
 
@@ -86,7 +88,7 @@ def test_a_checkpoint_goes_before_the_folder_of_a_fitted_one(folder, tmp_path):
 
 
 def test_tokenizer_with_special_tokens(folder, tmp_path):
-    """A public tokenizer adds special tokens of its own; here none is added, and ids may have gaps."""
+    """Published tokenizers add special tokens; ours does not. Ids may have gaps."""
     data = json.loads((folder / "tokenizer.json").read_text())
     data["model"]["vocab"]["zzzz"] = 309
     special = {"id": 301, "content": "<s>", "special": True, "normalized": False}

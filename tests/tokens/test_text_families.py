@@ -1,4 +1,4 @@
-"""The published families of text tokenizers, small and in their own files: what they keep of a text, and what not."""
+"""Small tokenizers of the published families, in their own file formats: what they preserve of a text."""
 
 import json
 import random
@@ -39,7 +39,7 @@ BOS = {"GPT-2": "<|endoftext|>", "OPT": "</s>", "Llama 3": "<|begin_of_text|>", 
     "Llama 2": "<s>"
 }
 
-SPACE = "\u2581"  # how Llama 2 writes a space
+SPACE = "\u2581"  # a space, to Llama 2
 STRINGS = [
     "",
     " ",
@@ -58,7 +58,7 @@ STRINGS = [
 
 
 def random_text(rng: random.Random) -> str:
-    """Characters of many planes, without surrogates, which UTF-8 does not have; marks, joiners, spaces often."""
+    """Characters of many planes, without surrogates; marks, joiners and spaces are frequent."""
     pools = [
         (0x20, 0x7E), (0x61, 0x7A), (0x00, 0x1F), (0x7F, 0x2FF), (0x300, 0x36F), (0x370, 0x58F), (0x590, 0x8FF),
         (0x900, 0x1FFF), (0x2000, 0x206F), (0x200D, 0x200D), (0xFE00, 0xFE0F), (0x3000, 0xD7FF), (0xE000, 0xFFFF),
@@ -89,7 +89,7 @@ def published(folder: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def special_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
-    """All but the unknown id where that is one of its own."""
+    """All special ids, but not an unknown id that is only that."""
     ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ids - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id})
 
@@ -102,7 +102,7 @@ def test_byte_level_families_give_any_text_back(tokenizers: dict[str, Tokenizer]
 
 @pytest.mark.parametrize("name", ["CLIP", "CLIP, tokenizer.json"])
 def test_clip_gives_its_normal_form_back(tokenizers: dict[str, Tokenizer], name: str):
-    """NFC in lower case, with one space between words, numerals, marks, and none around; twice is once."""
+    """Lower-case NFC, one space between words, numerals and marks, none around; idempotent."""
     tokenizer = tokenizers[name]
     assert tokenizer.decode(tokenizer.encode("  A Red-ish  FOX's\r\n2 cafe\u0301 ")) == "a red - ish fox 's 2 café"
     for text in TEXTS:
@@ -112,13 +112,13 @@ def test_clip_gives_its_normal_form_back(tokenizers: dict[str, Tokenizer], name:
 
 
 def without_space(text: str) -> str:
-    """Also without what Python takes for white space and Unicode does not, U+001C to U+001F, and in one lower sigma."""
+    """`text` without white space, including U+001C to U+001F as in Python, and with one kind of lower-case sigma."""
     return "".join(text.split()).replace("ς", "σ")
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name.startswith("Llama 2")])
 def test_llama_2_keeps_all_but_its_own_space(tokenizers: dict[str, Tokenizer], name: str):
-    """U+2581 is a space to it. `LlamaTokenizer` of transformers 5 loses a leading space too, its tokenizer.json not."""
+    """It reads U+2581 as a space. `LlamaTokenizer` of transformers 5 also loses a leading space."""
     back = [tokenizers[name].decode(tokenizers[name].encode(text)) for text in TEXTS]
     kept = [text.replace(SPACE, " ") for text in TEXTS]
     assert back == kept or (name == "Llama 2" and back == [text.removeprefix(" ") for text in kept])
@@ -128,13 +128,13 @@ def test_llama_2_writes_the_unknown_as_bytes(folders: dict[str, Path], tokenizer
     vocabulary = published(folders["Llama 2"]).get_vocab()
     ids = [vocabulary[f"<0x{byte:02X}>"] for byte in "狐".encode()]
     assert tokenizers["Llama 2"].encode("狐")[1:] == ids
-    assert tokenizers["Llama 2"].decode(ids[:2]) == "\ufffd\ufffd"  # a cut character
+    assert tokenizers["Llama 2"].decode(ids[:2]) == "\ufffd\ufffd"  # a truncated character
     assert vocabulary["<0x41>"] not in tokenizers["Llama 2"].encode("<0x41>")
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_text_never_becomes_a_control_id(folders: dict[str, Path], tokenizers: dict[str, Tokenizer], name: str):
-    """A caption may hold the characters `</s>`: `transformers` reads the end of the text there unless told not to."""
+    """A caption may contain `</s>`, which `transformers` by default reads as the end of the text."""
     tokenizer, original = tokenizers[name], published(folders[name])
     control = special_ids(original)
     assert control
@@ -162,9 +162,7 @@ def test_no_begin_or_end_is_added(folders: dict[str, Path], tokenizers: dict[str
 
 
 @pytest.mark.parametrize("name", BOS)
-def test_added_specials_survive_where_a_text_is_cut(
-    folders: dict[str, Path], tokenizers: dict[str, Tokenizer], name: str
-):
+def test_added_specials_survive_truncation(folders: dict[str, Path], tokenizers: dict[str, Tokenizer], name: str):
     for length in (3, 5, 64):
         expected = published(folders[name])("a photo of a red circle", truncation=True, max_length=length)["input_ids"]
         assert tokenizers[name].encode_with_specials("a photo of a red circle", length) == expected
@@ -178,7 +176,7 @@ def test_both_forms_of_files_are_the_same_tokenizer(tokenizers: dict[str, Tokeni
 
 
 def test_long_texts_are_whole_and_unpadded(folders: dict[str, Path], tmp_path: Path):
-    """Some tokenizer.json hold a length to cut and pad to, left behind by training."""
+    """Some tokenizer.json files store a length to truncate and pad to, left over from training."""
     data = json.loads((folders["Llama 3"] / "tokenizer.json").read_text())
     data["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     data["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
@@ -195,9 +193,9 @@ def test_what_is_lost_is_told_in_one_line(tokenizers: dict[str, Tokenizer]):
     assert not any("\n" in line for line in lines.values())
     number = len(PROBES) + 1
     assert re.fullmatch(
-        f"GPT2Tokenizer(Fast)?, 313 ids, bos 2, eos 2; gives back all {number} kinds of text tried", lines["OPT"]
+        f"GPT2Tokenizer(Fast)?, 313 ids, bos 2, eos 2; preserves all {number} kinds of text tried", lines["OPT"]
     )
-    assert all(f"gives back all {number}" in lines[name] for name in EXACT)
+    assert all(f"preserves all {number}" in lines[name] for name in EXACT)
     start = r"CLIPTokenizer(Fast)?, 557 ids, bos 555, eos 556; changes capitals \('A Red FOX' -> 'a red fox'\)"
     assert re.match(start, lines["CLIP"])
     assert "Greek" not in lines["CLIP"]  # only what differs
@@ -228,34 +226,34 @@ def remove(*names: str) -> Callable[[Path], None]:
 
 
 def with_code(folder: Path) -> None:
-    """As repositories with a tokenizer of their own have it; the code would leave a file behind."""
+    """As in repositories with their own tokenizer class; running the code would create a file."""
     (folder / "own.py").write_text(f"open({str(folder / 'EXECUTED')!r}, 'w').close()\nclass Own: pass\n")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     families.write_json(folder / "tokenizer_config.json", config)
 
 
-def with_code_beside_a_known_class(folder: Path) -> None:
+def with_code_next_to_a_known_class(folder: Path) -> None:
     with_code(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     families.write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "GPT2Tokenizer"})
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "cut tokenizer.json": ("Llama 3", truncate("tokenizer.json"), "tokenizer.json' is not JSON"),
-    "cut tokenizer.json, Llama": ("Llama 2", truncate("tokenizer.json"), "tokenizer.json' is not JSON"),
+    "truncated tokenizer.json": ("Llama 3", truncate("tokenizer.json"), "tokenizer.json' is not JSON"),
+    "truncated tokenizer.json, Llama": ("Llama 2", truncate("tokenizer.json"), "tokenizer.json' is not JSON"),
     "web page": ("Llama 3", write("tokenizer.json", "<!doctype html><html></html>"), "tokenizer.json' is not JSON"),
     "other JSON": ("Llama 3", write("tokenizer.json", "{}"), "cannot be loaded: .*needs tokenizer.json"),
     "list": ("Llama 3", write("tokenizer.json", "[1]"), "tokenizer.json' is not a JSON object"),
-    "cut settings": ("OPT", truncate("tokenizer_config.json"), "tokenizer_config.json' is not JSON"),
-    "cut vocab.json": ("GPT-2", truncate("vocab.json"), "vocab.json' is not JSON"),
+    "truncated settings": ("OPT", truncate("tokenizer_config.json"), "tokenizer_config.json' is not JSON"),
+    "truncated vocab.json": ("GPT-2", truncate("vocab.json"), "vocab.json' is not JSON"),
     "web page for merges": ("GPT-2", write("merges.txt", "<html>\n<body>\n"), "cannot be loaded: .*[Mm]erges"),
     "merges of another": ("GPT-2", write("merges.txt", "#version: 0.2\nqq zz\n"), "cannot be loaded: .*merges.txt"),
     "no merges": ("GPT-2", remove("merges.txt"), "cannot be loaded: .*vocab.json and merges.txt"),
     "no vocabulary": ("GPT-2", remove("merges.txt", "vocab.json"), "has no vocabulary, only|cannot be loaded: "),
-    "no files": ("ByT5", remove("config.json", "tokenizer_config.json"), "has no files of a tokenizer .*a folder"),
-    "code": ("GPT-2", with_code, "is code of its own .*not run"),
-    "code beside a known class": ("GPT-2", with_code_beside_a_known_class, "is code of its own .*not run"),
+    "no files": ("ByT5", remove("config.json", "tokenizer_config.json"), "has no tokenizer files .*a folder"),
+    "code": ("GPT-2", with_code, "needs its own code .*never run"),
+    "code next to a known class": ("GPT-2", with_code_next_to_a_known_class, "needs its own code .*never run"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The id ranges: disjoint, in order, and with room for nothing else."""
+"""The id ranges: disjoint, in order and without gaps."""
 
 import numpy as np
 import pytest
@@ -53,13 +53,13 @@ def test_the_table_is_a_multiple_of_128():
 
 @pytest.mark.parametrize(("ids", "bad"), [([0, 300], 300), ([-1, 5], -1)])
 def test_an_id_outside_its_range_is_named(ids: list[int], bad: int):
-    with pytest.raises(ValueError, match=f"text id {bad} is outside the 300"):
+    with pytest.raises(ValueError, match=f"text id {bad} is outside the vocabulary's 300; use 0 to 299"):
         VOCABULARY.from_text(np.array(ids))
-    with pytest.raises(ValueError, match=f"image code {bad} is outside the 64"):
+    with pytest.raises(ValueError, match=f"image code {bad} is outside the vocabulary's 64; use 0 to 63"):
         VOCABULARY.from_image(np.array(ids))
 
 
 @pytest.mark.parametrize("index", [-1, 16])
 def test_there_are_sixteen_masks(index: int):
-    with pytest.raises(ValueError, match=f"mask {index} is outside the 16"):
+    with pytest.raises(ValueError, match=f"mask {index} is outside the 16 sentinels; use 0 to 15"):
         VOCABULARY.mask(index)

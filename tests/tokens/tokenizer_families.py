@@ -1,4 +1,4 @@
-"""Small tokenizers of the published families, in the files that each is published in."""
+"""Small tokenizers of the published families, each in its published file format."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ def special(content: str) -> dict[str, Any]:
 
 
 def byte_pairs(words: Any, alphabet: Iterable[str], **options: Any) -> tuple[list[str], list[list[str]]]:
-    """The tokens by id, and the merges, of a BPE that is trained on `CAPTIONS`, cut by the pre-tokenizer `words`."""
+    """The tokens by id, and the merges, of a BPE trained on `CAPTIONS`, split by the pre-tokenizer `words`."""
     tokenizer = Tokenizer(models.BPE(**{k: v for k, v in options.items() if k == "end_of_word_suffix"}))
     tokenizer.pre_tokenizer = words
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=list(alphabet), show_progress=False, **options)
@@ -34,7 +34,7 @@ def byte_pairs(words: Any, alphabet: Iterable[str], **options: Any) -> tuple[lis
 
 
 def write_pairs(folder: Path, tokens: list[str], merges: list[list[str]]) -> None:
-    """The two files of a tokenizer before there was tokenizer.json."""
+    """Write the two files that preceded tokenizer.json."""
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
@@ -45,7 +45,7 @@ def _bytes() -> tuple[list[str], list[list[str]]]:
 
 
 def write_gpt2(folder: Path) -> None:
-    """As openai-community/gpt2: the class follows from config.json, and the one special token is the last id."""
+    """As openai-community/gpt2: config.json determines the class; the only special token has the last id."""
     tokens, merges = _bytes()
     write_pairs(folder, [*tokens, "<|endoftext|>"], merges)
     write_json(folder / "config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
@@ -53,7 +53,7 @@ def write_gpt2(folder: Path) -> None:
 
 
 def write_opt(folder: Path) -> None:
-    """As facebook/opt-*: GPT-2's pairs behind fairseq's special tokens, `</s>` begins and ends a text."""
+    """As facebook/opt-*: GPT-2's merges after fairseq's special tokens; `</s>` begins and ends a text."""
     tokens, merges = _bytes()
     write_pairs(folder, ["<s>", "<pad>", "</s>", "<unk>", *tokens, "madeupword0000"], merges)
     write_json(folder / "config.json", {"model_type": "opt", "architectures": ["OPTForCausalLM"]})
@@ -65,7 +65,7 @@ def write_opt(folder: Path) -> None:
 
 
 def write_clip(folder: Path) -> None:
-    """As openai/clip-vit-*: every byte within and at the end of a word, the merges, then begin and end of text."""
+    """As openai/clip-vit-*: every byte inside and at the end of a word, then the merges, then begin and end of text."""
     words = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     _, merges = byte_pairs(words, letters, end_of_word_suffix="</w>")
@@ -79,7 +79,7 @@ def write_clip(folder: Path) -> None:
 
 
 def write_llama2(folder: Path, tokenizer_class: str = "LlamaTokenizer") -> None:
-    """As meta-llama/Llama-2-*: words begin with U+2581, and what is in no word is written as bytes, `<0x0A>`."""
+    """As meta-llama/Llama-2-*: words begin with U+2581; other characters are bytes, `<0x0A>`."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokens, merges = byte_pairs(words, "\u2581abcdefghijklmnopqrstuvwxyzTZ<>/|", special_tokens=pieces)
@@ -102,7 +102,7 @@ def write_llama2(folder: Path, tokenizer_class: str = "LlamaTokenizer") -> None:
 
 
 def write_llama3(folder: Path) -> None:
-    """As meta-llama/Meta-Llama-3-*: bytes in words of its own cut, and 256 special tokens above the vocabulary."""
+    """As meta-llama/Meta-Llama-3-*: its own word pattern over bytes, and 256 special tokens above the vocabulary."""
     tokens, merges = _bytes()
     model = models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m) for m in merges], ignore_merges=True)
     tokenizer = Tokenizer(model)
@@ -125,7 +125,7 @@ def write_llama3(folder: Path) -> None:
 
 
 def with_tokenizer_json(write: Callable[[Path], None]) -> Callable[[Path], None]:
-    """The same tokenizer as `transformers` writes it today, without the two older files."""
+    """The same tokenizer as `transformers` saves it today, without the two older files."""
 
     def written(folder: Path) -> None:
         import transformers
@@ -139,7 +139,7 @@ def with_tokenizer_json(write: Callable[[Path], None]) -> Callable[[Path], None]
 
 
 def write_unigram(folder: Path) -> None:
-    """As T5's: its special tokens are pieces of the model like any other, the likeliest ones."""
+    """As T5's: the special tokens are ordinary pieces of the model, the likeliest ones."""
     scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "\u2581": -2.0}
     scores |= {letter: -3.0 for letter in "abcdefghijklmnopqrstuvwxyz</>"}
     tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=2))
@@ -152,7 +152,7 @@ def write_unigram(folder: Path) -> None:
 
 
 def write_byt5(folder: Path) -> None:
-    """As google/byt5-*: no vocabulary, and the one here that is written in Python rather than in Rust."""
+    """As google/byt5-*: no vocabulary, and the only family here that is written in Python, not Rust."""
     config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "config.json", {"model_type": "t5", "tokenizer_class": "ByT5Tokenizer"})
