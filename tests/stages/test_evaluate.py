@@ -180,7 +180,7 @@ def evaluated(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
 
 
 @pytest.mark.parametrize(("part", "modality"), [(TEXT, "image"), (IMAGE, "text")])
-def test_perplexity_is_that_of_the_plain_model_behind_what_the_prompt_retrieved(
+def test_perplexity_is_that_of_the_plain_model_after_what_the_prompt_retrieved(
     run: Run, items, neighbors: np.ndarray, memory, part: int, modality: str
 ):
     """Images after the neighbors of their text, texts after those of their image, for each number of documents."""
