@@ -316,7 +316,7 @@ class Run:
         """The artifact of the evaluation."""
         return self._require(self.evaluation_recipe)
 
-    def training_metrics(self) -> list[dict[str, Any]]:
+    def training_metrics(self) -> list[dict[str, int | float]]:
         """One record for each logged step of the training: `step`, `loss`, `loss/main/image` (nats per token), ..."""
         return read_metrics(self.trained_model().folder)
 

@@ -3,8 +3,7 @@ import pytest
 
 from rac3.documents.document import Document, Image, Text
 from rac3.evaluation import recall
-from rac3.evaluation.recall import pair_recall, recall_at
-from rac3.stages.evaluate_retrieval import clip_metrics
+from rac3.evaluation.recall import clip_metrics, pair_recall, recall_at
 
 
 def test_recall_counts_queries_with_their_entity_among_the_first_k() -> None:

@@ -1,7 +1,10 @@
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
-from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
+from rac3.documents.document import Picture, pixels_of, prepare_image
+from rac3.evaluation.reconstruction import codebook_use, psnr, reconstruction_metrics, ssim
 
 
 def pictures(*shape: int, seed: int = 0) -> np.ndarray:
@@ -56,3 +59,38 @@ def test_ssim_falls_with_blur_and_does_not_mind_many_pictures():
 def test_codebook_use():
     assert codebook_use(np.array([[0, 1], [2, 3]]), 8) == pytest.approx((0.5, 4.0))
     assert codebook_use(np.zeros((2, 3), int), 8) == pytest.approx((0.125, 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Redrawn:
+    """An image tokenizer that gives each picture the codes, and the codes the pictures, that it has been told."""
+
+    codes: np.ndarray
+    drawn: np.ndarray
+    codebook_size = 16
+    tokens_per_image = 4
+    resolution = 40
+
+    def encode(self, images: list[Picture]) -> np.ndarray:
+        assert len(images) == len(self.codes)
+        return self.codes
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        assert codes is self.codes
+        return self.drawn
+
+
+def test_metrics_are_means_over_the_pictures_and_of_one_that_is_exact_60_db():
+    """The originals are as large as they like: the tokenizer sees a square of its resolution."""
+    images = [pictures(20 + 3 * number, 44 - number, 3, seed=number) for number in range(3)]
+    truth = np.stack([prepare_image(pixels_of(image), 40) for image in images])
+    drawn = truth.copy()
+    drawn[1] = np.where(truth[1] >= 128, truth[1] - 4, truth[1] + 4)
+    drawn[2] = np.where(truth[2] >= 128, truth[2] - 16, truth[2] + 16)
+    codes = np.array([[0, 1, 2, 3], [0, 0, 1, 1], [0, 0, 0, 0]], np.int32)
+    found = reconstruction_metrics(Redrawn(codes, drawn), images)
+    assert found["psnr"] == pytest.approx((60 + 20 * np.log10(255 / 4) + 20 * np.log10(255 / 16)) / 3, rel=1e-5)
+    assert 0.8 < found["ssim"] < 1
+    share = np.array([7, 3, 1, 1]) / 12
+    assert found["codebook_use"] == 4 / 16
+    assert found["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(share * np.log(share))))

@@ -30,10 +30,9 @@ from rac3.report.plots import Line
 from rac3.report.samples import Samples
 from rac3.report.table import margin, verdict
 from rac3.retrieval.baselines import NoRetriever, Random
-from rac3.run import Run
+from rac3.run import Run, initializer
 from rac3.stages.evaluate import comparisons
 from rac3.stages.evaluate_retrieval import entity_recall
-from rac3.stages.train import initializer
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.metrics import read_metrics
 
@@ -57,8 +56,13 @@ def workdir(
 
 
 @pytest.fixture(scope="module")
-def path(experiment: Experiment, workdir: Workdir) -> Path:
-    return report(Run(experiment, workdir))
+def run(experiment: Experiment, workdir: Workdir) -> Run:
+    return Run(experiment, workdir)
+
+
+@pytest.fixture(scope="module")
+def path(run: Run) -> Path:
+    return report(run)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +114,12 @@ def test_metrics_have_the_keys_that_people_script_against(metrics: dict[str, Any
     assert {"python", "jax"} <= set(metrics["versions"])
 
 
-def test_metrics_stand_under_their_model_and_split(
-    experiment: Experiment, workdir: Workdir, monkeypatch: pytest.MonkeyPatch
-):
+def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: Run, monkeypatch: pytest.MonkeyPatch):
     """Evaluations of which every number is another one: 1xx of validation, 2xx of test, x1x of RA-CM3, ..."""
-    models = list(comparisons(experiment, experiment).values())
+    models = [(each.experiment, each.trained) for each in comparisons(run).values()]
 
-    def evaluated(inference: Experiment, model: Experiment, _: Workdir) -> dict[str, Any]:
-        number = 10 * (1 + models.index((inference, model)))
+    def evaluated(compared: Run) -> dict[str, Any]:
+        number = 10 * (1 + models.index((compared.experiment, compared.trained)))
         return {
             split: {
                 "documents": hundreds,
@@ -132,7 +134,7 @@ def test_metrics_stand_under_their_model_and_split(
 
     monkeypatch.setattr(rac3.report.experiment, "evaluate", evaluated)
     monkeypatch.setattr(rac3.report.experiment, "evaluate_encoders", lambda *_: {})
-    found = collect(Run(experiment, workdir))
+    found = collect(run)
     for name, number in (("ra_cm3", 10), ("cm3", 20), ("ra_cm3_random", 30)):
         assert found[name] == {
             "perplexity": {"image": 201 + number, "text": 202 + number},
@@ -147,7 +149,7 @@ def test_metrics_stand_under_their_model_and_split(
             "steps": 6,
         }
     assert found["evaluation"] == {"num_retrieved": 2, "documents": {"validation": 100, "test": 200}}
-    model = build_model(experiment, Vocabulary(300, 16), 25)
+    model = experiment.model.build(Vocabulary(300, 16).padded_size, 192, 256)
     params = jax.eval_shape(initializer(model), jax.random.key(0))
     assert found["ra_cm3"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -158,8 +160,8 @@ def test_another_retriever_is_reported_with_the_model_that_was_trained(
     random = replace(experiment, retriever=Random(num_neighbors=16))
     seen = []
 
-    def evaluated(inference: Experiment, model: Experiment, _: Workdir) -> dict[str, Any]:
-        seen.append((inference, model))
+    def evaluated(compared: Run) -> dict[str, Any]:
+        seen.append((compared.experiment, compared.trained))
         return {"test": {"documents": 4, "perplexity_by_k": {}}}
 
     monkeypatch.setattr(rac3.report.experiment, "evaluate", evaluated)
@@ -170,10 +172,10 @@ def test_another_retriever_is_reported_with_the_model_that_was_trained(
     assert found["retrieval"]["recall_at_2"] == entity_recall(Run(random, workdir), "test", 2)
 
 
-def test_facts_are_of_each_model(experiment: Experiment, workdir: Workdir, made_up: dict[str, Any]):
+def test_facts_are_of_each_model(run: Run, made_up: dict[str, Any]):
     made_up["cm3"] |= {"parameters": 12_345, "steps": 7}
     made_up["ra_cm3_random"] |= {"parameters": 3}
-    facts = rac3.report.experiment._facts(experiment, workdir, made_up | {"versions": {"jax": "9"}})
+    facts = rac3.report.experiment._facts(run, made_up | {"versions": {"jax": "9"}})
     named = dict(facts)
     assert len(named) == len(facts)
     assert named["RA-CM3"] == "10 parameters, 5 steps"
@@ -183,16 +185,19 @@ def test_facts_are_of_each_model(experiment: Experiment, workdir: Workdir, made_
     assert named["samples"] == "2 per picture drawn, 2 per caption written"
 
 
-def test_metrics_are_those_of_the_pictures_and_captions(
-    metrics: dict[str, Any], experiment: Experiment, workdir: Workdir
-):
+def folder_of(run: Run) -> Path:
+    """Of its evaluation."""
+    return run.workdir.require(recipes.evaluation(run.experiment, run.trained), "").folder
+
+
+def test_metrics_are_those_of_the_pictures_and_captions(metrics: dict[str, Any], experiment: Experiment, run: Run):
     """Accuracies and CLIP scores computed again from what was generated."""
-    encoder, entities = Run(experiment, workdir).encoder, experiment.data.train.entities()
+    encoder, entities = run.encoder, experiment.data.train.entities()
     emblems = np.stack([draw_emblem(entity) for entity in entities]).astype(float)
-    for name, (inference, model) in comparisons(experiment, experiment).items():
-        folder = workdir.require(recipes.evaluation(inference, model), "").folder
+    for name, compared in comparisons(run).items():
+        folder = folder_of(compared)
         for split, which in (("validation", "seen"), ("test", "unseen")):
-            documents = [item.document for item in Run(experiment, workdir).documents(split).many(range(4))]
+            documents = [item.document for item in run.documents(split).many(range(4))]
             wanted = [document.text.split()[0] for document in documents]
             pictures = np.load(folder / f"{split}.npy")
             captions = [row["caption"] for row in json.loads((folder / f"{split}.json").read_text())]
@@ -222,13 +227,13 @@ def test_seconds_are_those_of_the_artifacts(metrics: dict[str, Any], workdir: Wo
         assert metrics["stages"][f"train {name}"] == pytest.approx(manifest["seconds"], abs=0.01)
 
 
-def test_recall_is_that_of_the_neighbors(metrics: dict[str, Any], experiment: Experiment, workdir: Workdir):
+def test_recall_is_that_of_the_neighbors(metrics: dict[str, Any], run: Run):
     memory = [
         item.document.metadata["entity"]
         for split in ("train", "memory")
-        for item in map(Run(experiment, workdir).documents(split).__getitem__, range(36 if split == "train" else 12))
+        for item in map(run.documents(split).__getitem__, range(36 if split == "train" else 12))
     ]
-    folder = workdir.require(recipes.evaluation(experiment, experiment), "").folder
+    folder = folder_of(run)
     rows = json.loads((folder / "test.json").read_text())  # all 4 test documents
     for number, part in enumerate(("text", "image")):
         hits = [row["text"].split()[0] in [memory[i] for i in row["neighbors"][number][:2]] for row in rows]
@@ -265,13 +270,13 @@ def test_the_page_has_the_plots(shown: Page, experiment: Experiment, workdir: Wo
         assert all(link.startswith("#") for link in links)
 
 
-def test_the_pictures_are_those_of_the_artifacts(shown: Page, experiment: Experiment, workdir: Workdir):
+def test_the_pictures_are_those_of_the_artifacts(shown: Page, run: Run):
     pictures = shown.images("image/png")
     drawn = [np.asarray(PIL.Image.open(io.BytesIO(data))) for alt, data in pictures if alt == "RA-CM3"]
-    folder = workdir.require(recipes.evaluation(experiment, experiment), "").folder
+    folder = folder_of(run)
     np.testing.assert_array_equal(drawn, np.load(folder / "test.npy"))
     truths = [np.asarray(PIL.Image.open(io.BytesIO(data))) for alt, data in pictures if alt == "truth"]
-    documents = Run(experiment, workdir).documents("test")
+    documents = run.documents("test")
     np.testing.assert_array_equal(
         truths, [prepare_image(documents[i].document.images[0].pixels(), 40) for i in range(4)]
     )
@@ -279,7 +284,7 @@ def test_the_pictures_are_those_of_the_artifacts(shown: Page, experiment: Experi
         assert row["text"] in shown.text
         for key in row["retrieved"]["text"]:
             split, number = key.split("/")
-            texts = [item.document.text for item in Run(experiment, workdir).documents(split).many(range(12))]
+            texts = [item.document.text for item in run.documents(split).many(range(12))]
             if int(number) < len(texts):
                 assert any(alt.startswith("found") and alt.endswith(texts[int(number)]) for alt, _ in pictures)
 
@@ -443,24 +448,22 @@ def test_plots_show_each_model(made_up: dict[str, Any], monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="module")
-def memory(experiment: Experiment, workdir: Workdir) -> list[Document]:
+def memory(run: Run) -> list[Document]:
     """All documents of the memory, by memory id."""
-    parts = [Run(experiment, workdir).documents(split) for split in ("train", "memory")]
+    parts = [run.documents(split) for split in ("train", "memory")]
     return [item.document for part in parts for item in part.many(range(len(part)))]
 
 
-def test_cards_show_what_was_found_and_made(shown: Page, experiment: Experiment, workdir: Workdir, memory):
+def test_cards_show_what_was_found_and_made(shown: Page, run: Run, experiment: Experiment, workdir: Workdir, memory):
     """For each caption: what it retrieved and how similar that is, what each model drew, the truth."""
-    documents = [item.document for item in Run(experiment, workdir).documents("test").many(range(4))]
+    documents = [item.document for item in run.documents("test").many(range(4))]
     ids = read_array(workdir.require(recipes.neighbors(experiment, "test"), "").folder / "ids")
     asked = Vectors(workdir.require(recipes.queries(experiment, "test"), "").folder / "text")[:]
     folders = [workdir.require(recipes.embeddings(experiment, split), "").folder for split in ("train", "memory")]
     vectors = np.concatenate([Vectors(folder / "document")[:] for folder in folders])
+    compared = comparisons(run)
     drawn = {
-        label: np.load(
-            workdir.require(recipes.evaluation(*comparisons(experiment, experiment)[name]), "").folder / "test.npy"
-        )
-        for label, name in (("RA-CM3", "ra_cm3"), ("CM3", "cm3"))
+        label: np.load(folder_of(compared[name]) / "test.npy") for label, name in (("RA-CM3", "ra_cm3"), ("CM3", "cm3"))
     }
     assert len(shown.cards) == 8
     for number, (card, document) in enumerate(zip(shown.cards[:4], documents, strict=True)):
@@ -482,15 +485,14 @@ def test_cards_show_what_was_found_and_made(shown: Page, experiment: Experiment,
         np.testing.assert_array_equal(card.figures[0].pixels, document.images[0].pixels())
         assert card.terms[0] == ["truth", f" {document.text}"]
         for (label, words), name in zip(card.terms[1:], ("ra_cm3", "cm3"), strict=True):
-            folder = workdir.require(recipes.evaluation(*comparisons(experiment, experiment)[name]), "").folder
-            caption = json.loads((folder / "test.json").read_text())[number]["caption"]
+            caption = json.loads((folder_of(compared[name]) / "test.json").read_text())[number]["caption"]
             assert label == {"ra_cm3": "RA-CM3", "cm3": "CM3"}[name]
             assert words.split(maxsplit=1)[1] == (caption.lstrip() or "(empty)")
 
 
-def test_marks_say_what_is_right(experiment: Experiment, workdir: Workdir, memory: list[Document]):
+def test_marks_say_what_is_right(run: Run, memory: list[Document]):
     """Of samples made by hand; the first document has no text, so that the pictures are those of the other three."""
-    items = Run(experiment, workdir).documents("test").many(range(4))
+    items = run.documents("test").many(range(4))
     names = [str(item.document.metadata["entity"]) for item in items]
     truths = [item.document.images[0].pixels() for item in items]
     same = [[document.metadata["entity"] for document in memory].index(name) for name in names]
@@ -500,8 +502,7 @@ def test_marks_say_what_is_right(experiment: Experiment, workdir: Workdir, memor
     ]
     captions = {"ra_cm3": [f"a {name} flag" for name in names], "cm3": [f"{names[0]}s", names[0], names[2], None]}
     samples = Samples(
-        experiment,
-        workdir,
+        run,
         "test",
         items,
         {
@@ -537,11 +538,10 @@ def test_marks_say_what_is_right(experiment: Experiment, workdir: Workdir, memor
         np.testing.assert_array_equal(item.picture.pixels, truths[number])
 
 
-def test_reconstructions_are_of_the_stored_codes(experiment: Experiment, workdir: Workdir):
-    items = Run(experiment, workdir).documents("test").many(range(4))
-    recipe = recipes.evaluation(experiment, experiment)
-    pairs = Samples.open(experiment, workdir, "test", {"ra_cm3": recipe}).reconstructions()
-    codec = Run(experiment, workdir).images
+def test_reconstructions_are_of_the_stored_codes(run: Run):
+    items = run.documents("test").many(range(4))
+    pairs = Samples.open(run, "test", {"ra_cm3": run}).reconstructions()
+    codec = run.images
     for item, (original, again) in zip(items, pairs, strict=True):
         np.testing.assert_array_equal(original.pixels, item.document.images[0].pixels())
         drawn = codec.decode(item.ids[1][None])[0]

@@ -80,17 +80,24 @@ def metrics() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def cards(experiment: Experiment, store: Workdir) -> list[Card]:
-    return Page(report._queries(experiment, store, "validation")).cards
+def run(experiment: Experiment, store: Workdir) -> Run:
+    return Run(experiment, store)
 
 
-def test_each_query_is_shown_with_what_it_retrieved(cards: list[Card], experiment: Experiment, store: Workdir):
+@pytest.fixture(scope="module")
+def cards(run: Run) -> list[Card]:
+    return Page(report._queries(run, "validation")).cards
+
+
+def test_each_query_is_shown_with_what_it_retrieved(
+    cards: list[Card], run: Run, experiment: Experiment, store: Workdir
+):
     """By text, then by image: the five nearest documents of a plain search, with their similarities."""
-    documents = [item.document for item in Run(experiment, store).documents("validation").many(range(12))]
+    documents = [item.document for item in run.documents("validation").many(range(12))]
     memory: list[Document] = []
     for split in ("train", "memory"):
-        store_of_split = Run(experiment, store).documents(split)
-        memory += [item.document for item in store_of_split.many(range(len(store_of_split)))]
+        documents_of_part = run.documents(split)
+        memory += [item.document for item in documents_of_part.many(range(len(documents_of_part)))]
     folders = [store.require(recipes.embeddings(experiment, split), "").folder for split in ("train", "memory")]
     vectors = np.concatenate([Vectors(folder / "document")[:] for folder in folders])
     assert len(cards) == 24
@@ -189,7 +196,7 @@ def test_the_page_has_the_queries_of_each_split(
     metrics: dict[str, Any], experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plots
 ):
     monkeypatch.setattr(report, "evaluate_retrieval", lambda *_: metrics)
-    monkeypatch.setattr(report, "_queries", lambda _, __, split: f"<p>those of {split}</p>")
+    monkeypatch.setattr(report, "_queries", lambda _, split: f"<p>those of {split}</p>")
     path = retrieval_report(Run(replace(experiment, name="mine"), Workdir(tmp_path, "mine")))
     assert path == tmp_path / "report" / "retrieval.html"
     html = path.read_text()

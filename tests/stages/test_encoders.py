@@ -20,7 +20,6 @@ from rac3.clip.model import CLIP
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Picture, pixels_of, prepare_image
 from rac3.documents.world import World
-from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.experiment import Experiment
 from rac3.run import Run
 from rac3.stages import encoders
@@ -267,21 +266,3 @@ def test_codes_and_pictures_are_those_of_the_model_one_by_one(codec: VQGANCodec)
         np.testing.assert_allclose(picture, expected, atol=0.51)
     assert codec.encode([]).shape == (0, model.config.tokens_per_image)
     assert codec.decode(codes[:0]).shape == (0, 40, 40, 3)
-
-
-def test_metrics_are_means_over_the_pictures_and_of_one_that_is_exact_60_db(
-    codec: VQGANCodec, monkeypatch: pytest.MonkeyPatch
-):
-    images = pictures(3)
-    truth = np.stack([prepare_image(pixels_of(image), 40) for image in images])
-    drawn = truth.copy()
-    drawn[1] = np.where(truth[1] >= 128, truth[1] - 4, truth[1] + 4)
-    drawn[2] = np.where(truth[2] >= 128, truth[2] - 16, truth[2] + 16)
-    monkeypatch.setattr(VQGANCodec, "decode", lambda codec, codes: drawn)
-    found = reconstruction_metrics(codec, images)
-    assert found["psnr"] == pytest.approx((60 + 20 * np.log10(255 / 4) + 20 * np.log10(255 / 16)) / 3, rel=1e-5)
-    assert 0.8 < found["ssim"] < 1
-    codes = codec.encode(images)
-    share = np.unique(codes, return_counts=True)[1] / codes.size
-    assert found["codebook_use"] == len(share) / codec.codebook_size
-    assert found["codebook_perplexity"] == pytest.approx(np.exp(-np.sum(share * np.log(share))))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding_spy import Call, watch_decoding
+from replaced import with_members
+from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, caption_prompt, image_prompt, of_length, spelled
 
 from rac3 import recipes
 from rac3.artifacts.arrays import read_array
 from rac3.artifacts.workdir import Workdir
+from rac3.cli import STAGES
 from rac3.config import load_config_module
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
@@ -27,27 +30,26 @@ from rac3.generation.sampling import Sampling
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.open_memory import OpenMemory
+from rac3.retrieval.scann import Scann
 from rac3.run import Run
 from rac3.stages import evaluate as stage
 from rac3.stages.evaluate import (
+    EvaluateOptions,
     _accuracies,
     _captions,
     _evaluate_split,
-    _fitting,
-    _HeldOut,
     _images,
     _perplexities,
+    _retrieved,
     _segment_ids,
     _too_long,
     _write_samples,
     comparisons,
     evaluate,
-    evaluate_all,
     evaluate_encoders,
 )
 
 TEXT, IMAGE = 0, 1  # the parts of a query
-FIRST_TEXT, FIRST_CODE, FIRST_MASK = 8, 308, 324  # of the tiny vocabulary: 8 specials, 300 text ids, 16 codes
 SETTINGS = EvaluationConfig(
     num_retrieved=2,
     documents=4,
@@ -65,17 +67,16 @@ def experiment(finished_workdir: tuple[Path, Path]) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def held_out(experiment: Experiment, store: Workdir) -> _HeldOut:
+def run(experiment: Experiment, store: Workdir) -> Run:
     """The tiny model with its weights made larger: after six steps it hardly minds what is in context."""
-    opened = _HeldOut.open(experiment, experiment, store)
-    params = jax.tree.map(lambda leaf: 6 * leaf, opened.generator.params)
-    return replace(opened, generator=replace(opened.generator, params=params))
+    trained = Run(experiment, store)
+    return with_members(trained, params=jax.tree.map(lambda leaf: 6 * leaf, trained.params))
 
 
 @pytest.fixture(scope="module")
-def items(experiment: Experiment, store: Workdir) -> list[TokenizedDocument]:
+def items(run: Run) -> list[TokenizedDocument]:
     """The test documents, a caption and a picture each."""
-    return Run(experiment, store).documents("test").many(range(4))
+    return run.documents("test").many(range(4))
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +88,9 @@ def neighbors(experiment: Experiment, store: Workdir) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def memory(experiment: Experiment, store: Workdir) -> list[TokenizedDocument]:
+def memory(run: Run) -> list[TokenizedDocument]:
     """All documents of the memory, by memory id: the training documents, then the part of the unseen entities."""
-    parts = [Run(experiment, store).documents(split) for split in ("train", "memory")]
+    parts = [run.documents(split) for split in ("train", "memory")]
     assert [len(part) for part in parts] == [36, 12]
     return [item for part in parts for item in part.many(range(len(part)))]
 
@@ -104,29 +105,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     return watch_decoding(monkeypatch, real=False)
 
 
-def spelled(item: TokenizedDocument) -> list[int]:
-    """<img alt=" text " src=" codes "> <eod>"""
-    text, codes = item.ids
-    return [2, *(FIRST_TEXT + text), 3, *(FIRST_CODE + codes), 4, 1]
-
-
-def image_prompt(documents: Sequence[TokenizedDocument], item: TokenizedDocument) -> list[int]:
-    return [1, *(id for document in documents for id in spelled(document)), 2, *(FIRST_TEXT + item.ids[0]), 3]
-
-
-def caption_prompt(documents: Sequence[TokenizedDocument], codes: np.ndarray) -> list[int]:
-    before = [id for document in documents for id in spelled(document)]
-    return [1, *before, 2, FIRST_MASK, 3, *(FIRST_CODE + codes), 4, FIRST_MASK]
-
-
 def same_picture(a: np.ndarray, b: np.ndarray) -> bool:
     """Of equal codes; those of a batch of another size may round to the next value."""
     return np.abs(a.astype(int) - b).max() <= 1
 
 
-def plain_perplexity(held_out: _HeldOut, sequences: Sequence[tuple[list[int], list[int]]]) -> float:
+def plain_perplexity(run: Run, sequences: Sequence[tuple[list[int], list[int]]]) -> float:
     """Of the ids that end each (context, scored) pair, by the model with no packing, loss or cache of ours."""
-    model, params = held_out.generator.model, held_out.generator.params
+    model, params = run.model, run.params
     width = 192
     ids, places, segments = np.zeros((3, len(sequences), width), np.int32)
     for row, (context, scored) in enumerate(sequences):
@@ -152,16 +138,16 @@ def plain_perplexity(held_out: _HeldOut, sequences: Sequence[tuple[list[int], li
 
 
 def by_hand(
-    held_out: _HeldOut, items: Sequence[TokenizedDocument], documents: Sequence[Sequence[TokenizedDocument]], part: int
+    run: Run, items: Sequence[TokenizedDocument], documents: Sequence[Sequence[TokenizedDocument]], part: int
 ) -> float:
-    """Perplexity of the images behind their captions, or (`IMAGE` asks) of the captions behind their images."""
+    """Perplexity of the images after their captions, or (`IMAGE` asks) of the captions after their images."""
     pairs = [
-        (image_prompt(found, item), (FIRST_CODE + item.ids[1]).tolist())
+        (image_prompt(found, item.ids[0]), (FIRST_CODE + item.ids[1]).tolist())
         if part == TEXT
         else (caption_prompt(found, item.ids[1]), (FIRST_TEXT + item.ids[0]).tolist())
         for item, found in zip(items, documents, strict=True)
     ]
-    return plain_perplexity(held_out, pairs)
+    return plain_perplexity(run, pairs)
 
 
 class Evaluated(NamedTuple):
@@ -181,12 +167,12 @@ def no_perplexities(_: Any, __: Any, items: Any, neighbors: np.ndarray, k: int) 
 
 
 @pytest.fixture(scope="module")
-def evaluated(held_out: _HeldOut, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+def evaluated(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     folder = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as patch:
         calls = watch_decoding(patch, real=False)
         patch.setattr(stage, "_perplexities", no_perplexities)
-        metrics = _evaluate_split(held_out, "test", folder)
+        metrics = _evaluate_split(run, "test", folder)
     rows, pictures = json.loads((folder / "test.json").read_text()), np.load(folder / "test.npy")
     assert len(calls) == 2
     images, captions = calls[0].samples(SETTINGS.image_samples), calls[1].samples(SETTINGS.caption_samples)
@@ -194,18 +180,16 @@ def evaluated(held_out: _HeldOut, tmp_path_factory: pytest.TempPathFactory) -> E
 
 
 @pytest.mark.parametrize(("part", "modality"), [(TEXT, "image"), (IMAGE, "text")])
-def test_perplexity_is_that_of_the_plain_model_behind_what_the_prompt_retrieved(
-    held_out: _HeldOut, items, neighbors: np.ndarray, memory, part: int, modality: str
+def test_perplexity_is_that_of_the_plain_model_after_what_the_prompt_retrieved(
+    run: Run, items, neighbors: np.ndarray, memory, part: int, modality: str
 ):
-    """Images behind the neighbors of their text, texts behind those of their image, for each number of documents."""
-    expected = [
-        by_hand(held_out, items, [[memory[i] for i in row[part, :k]] for row in neighbors], part) for k in range(3)
-    ]
-    other = by_hand(held_out, items, [[memory[i] for i in row[1 - part, :2]] for row in neighbors], part)
+    """Images after the neighbors of their text, texts after those of their image, for each number of documents."""
+    expected = [by_hand(run, items, [[memory[i] for i in row[part, :k]] for row in neighbors], part) for k in range(3)]
+    other = by_hand(run, items, [[memory[i] for i in row[1 - part, :2]] for row in neighbors], part)
     values = [*expected, other]
     assert min(abs(a / b - 1) for n, a in enumerate(values) for b in values[:n]) > 1e-3  # all can be told apart
-    losses = make_losses(held_out.generator.model)
-    found = [_perplexities(held_out, losses, items, neighbors, k)[modality] for k in range(3)]
+    losses = make_losses(run.model)
+    found = [_perplexities(run, losses, items, neighbors, k)[modality] for k in range(3)]
     assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of some 100 terms
 
 
@@ -222,7 +206,7 @@ def test_a_prompt_holds_what_it_retrieved_and_never_its_target(
     evaluated: Evaluated, items, neighbors: np.ndarray, memory
 ):
     for item, row, (prompt, _, _) in zip(items, neighbors, evaluated.images, strict=True):
-        assert prompt == image_prompt([memory[i] for i in row[TEXT, :2]], item)
+        assert prompt == image_prompt([memory[i] for i in row[TEXT, :2]], item.ids[0])
     for item, row, (prompt, _, _) in zip(items, neighbors, evaluated.captions, strict=True):
         assert prompt == caption_prompt([memory[i] for i in row[IMAGE, :2]], item.ids[1])
 
@@ -236,14 +220,14 @@ def test_samples_are_drawn_as_the_settings_say(evaluated: Evaluated):
         assert len(set(call.keys)) == len(call.keys)
 
 
-def test_the_image_nearest_to_its_caption_is_kept(evaluated: Evaluated, held_out: _HeldOut, items):
+def test_the_image_nearest_to_its_caption_is_kept(evaluated: Evaluated, run: Run, items):
     kept, scores = [], []
     for item, (_, samples, _), picture, row in zip(
         items, evaluated.images, evaluated.pictures, evaluated.rows, strict=True
     ):
-        drawn = held_out.codec.decode(np.array(samples) - FIRST_CODE)
-        text = held_out.encoder.embed_texts([item.document.text])[0]
-        likeness = [float(vector @ text) for vector in held_out.encoder.embed_images(list(drawn))]
+        drawn = run.images.decode(np.array(samples) - FIRST_CODE)
+        text = run.encoder.embed_texts([item.document.text])[0]
+        likeness = [float(vector @ text) for vector in run.encoder.embed_images(list(drawn))]
         kept.append(int(np.argmax(likeness)))
         scores.append(max(likeness))
         assert same_picture(picture, drawn[kept[-1]])
@@ -252,11 +236,11 @@ def test_the_image_nearest_to_its_caption_is_kept(evaluated: Evaluated, held_out
     assert evaluated.metrics["clip_score"] == pytest.approx(np.mean(scores), abs=1e-5)
 
 
-def test_the_most_probable_caption_is_kept(evaluated: Evaluated, held_out: _HeldOut):
+def test_the_most_probable_caption_is_kept(evaluated: Evaluated, run: Run):
     best = [int(np.argmax(means)) for _, _, means in evaluated.captions]
     assert len(set(best)) > 1
     wanted = [
-        held_out.tokenizer.decode([id - FIRST_TEXT for id in samples[choice]])
+        run.tokenizer.decode([id - FIRST_TEXT for id in samples[choice]])
         for choice, (_, samples, _) in zip(best, evaluated.captions, strict=True)
     ]
     assert [row["caption"] for row in evaluated.rows] == wanted
@@ -271,7 +255,7 @@ def test_rows_say_what_was_retrieved(evaluated: Evaluated, items, neighbors: np.
         }
 
 
-def test_accuracies_compare_each_row_with_its_own_document(held_out: _HeldOut, items, experiment: Experiment):
+def test_accuracies_compare_each_row_with_its_own_document(run: Run, items, experiment: Experiment):
     world = World("test", seen=12, unseen=4)
     names = [str(item.document.metadata["entity"]) for item in items]
     assert len(set(names)) == 4
@@ -306,17 +290,19 @@ def test_accuracies_without_meaning_are_none(items, experiment: Experiment):
 @pytest.mark.usefixtures("no_perplexity")
 @pytest.mark.parametrize(("split", "k"), [("test", 0), ("validation", 1)])
 def test_fewer_documents_in_context(
-    held_out: _HeldOut, experiment: Experiment, store: Workdir, memory, calls, tmp_path: Path, split: Split, k: int
+    run: Run, experiment: Experiment, store: Workdir, memory, calls, tmp_path: Path, split: Split, k: int
 ):
     """`num_retrieved` is how many are in the prompts and rows of either split, and the last of the perplexities."""
-    items = Run(experiment, store).documents(split).many(range(2))
+    items = run.documents(split).many(range(2))
     neighbors = read_array(store.require(recipes.neighbors(experiment, split), "").folder / "ids")
     few = replace(SETTINGS, num_retrieved=k, documents=2)
-    metrics = _evaluate_split(replace(held_out, experiment=replace(experiment, evaluation=few)), split, tmp_path)
+    metrics = _evaluate_split(with_members(run, replace(experiment, evaluation=few)), split, tmp_path)
     assert metrics["documents"] == 2
     assert [list(values) for values in metrics["perplexity_by_k"].values()] == [[str(n) for n in range(k + 1)]] * 2
     prompts = [prompt for prompt, _, _ in calls[0].samples(3)]
-    assert prompts == [image_prompt([memory[i] for i in neighbors[row, TEXT, :k]], items[row]) for row in range(2)]
+    assert prompts == [
+        image_prompt([memory[i] for i in neighbors[row, TEXT, :k]], items[row].ids[0]) for row in range(2)
+    ]
     prompts = [prompt for prompt, _, _ in calls[1].samples(5)]
     assert prompts == [
         caption_prompt([memory[i] for i in neighbors[row, IMAGE, :k]], items[row].ids[1]) for row in range(2)
@@ -327,11 +313,9 @@ def test_fewer_documents_in_context(
 
 
 @pytest.mark.usefixtures("no_perplexity")
-def test_a_model_that_does_not_retrieve_has_nothing_in_context(experiment: Experiment, store: Workdir, calls, tmp_path):
-    alone = experiment.vanilla()
-    held_out = _HeldOut.open(alone, alone, store)
-    assert held_out.memory is None
-    metrics = _evaluate_split(replace(held_out, experiment=replace(alone, seed=0)), "test", tmp_path)
+def test_a_model_that_does_not_retrieve_has_nothing_in_context(run: Run, calls, tmp_path):
+    alone = run.experiment.vanilla()
+    metrics = _evaluate_split(run.variant(alone, alone), "test", tmp_path)
     assert [list(values) for values in metrics["perplexity_by_k"].values()] == [["0"], ["0"]]
     assert {prompt[1:3].count(2) for prompt in calls[0].prompts} == {1}  # <eod>, then the main document at once
     assert {prompt.count(1) for call in calls for prompt in call.prompts} == {1}
@@ -339,11 +323,12 @@ def test_a_model_that_does_not_retrieve_has_nothing_in_context(experiment: Exper
         assert row["retrieved"] == {"text": [], "image": []}
 
 
-def test_samples_are_a_function_of_the_seed(held_out: _HeldOut, items, neighbors: np.ndarray, calls: list[Call]):
+def test_samples_are_a_function_of_the_seed(run: Run, items, neighbors: np.ndarray, calls: list[Call]):
     for seed in (0, 0, 1):
-        seeded = replace(held_out, experiment=replace(held_out.experiment, seed=seed))
-        _images(seeded, items, neighbors[:, TEXT], 0)
-        _captions(seeded, items, neighbors[:, IMAGE], 0)
+        fitted = dict(images=run.images, encoder=run.encoder, memory=lambda _: run.memory())  # with the first seed
+        seeded = with_members(run, replace(run.experiment, seed=seed), **fitted)
+        _images(seeded, "test", items, neighbors[:, TEXT], 0)
+        _captions(seeded, "test", items, neighbors[:, IMAGE], 0)
     for first, again, other in (calls[::2], calls[1::2]):
         assert first.keys == again.keys
         assert not set(first.keys) & set(other.keys)
@@ -358,32 +343,32 @@ def without(item: TokenizedDocument, kind: type) -> TokenizedDocument:
 
 
 def test_documents_without_a_text_or_an_image(
-    held_out: _HeldOut, items, neighbors: np.ndarray, memory, calls: list[Call], tmp_path: Path
+    run: Run, items, neighbors: np.ndarray, memory, calls: list[Call], tmp_path: Path
 ):
     """They ask for nothing; what the others retrieve, and what they are scored against, stays theirs."""
     mixed = [without(items[0], Text), items[1], without(items[2], Image), items[3]]
-    pictures, scores = _images(held_out, mixed, neighbors[:, TEXT], 1)
-    captions = _captions(held_out, mixed, neighbors[:, IMAGE], 1)
+    pictures, scores = _images(run, "test", mixed, neighbors[:, TEXT], 1)
+    captions = _captions(run, "test", mixed, neighbors[:, IMAGE], 1)
     drawn, written = calls[0].samples(3), calls[1].samples(5)
     for (prompt, samples, _), picture, score, row in zip(drawn, pictures, scores, (1, 2, 3), strict=True):
-        assert prompt == image_prompt([memory[neighbors[row, TEXT, 0]]], items[row])
-        decoded = held_out.codec.decode(np.array(samples) - FIRST_CODE)
-        text = held_out.encoder.embed_texts([items[row].document.text])[0]
-        likeness = held_out.encoder.embed_images(list(decoded)) @ text
+        assert prompt == image_prompt([memory[neighbors[row, TEXT, 0]]], items[row].ids[0])
+        decoded = run.images.decode(np.array(samples) - FIRST_CODE)
+        text = run.encoder.embed_texts([items[row].document.text])[0]
+        likeness = run.encoder.embed_images(list(decoded)) @ text
         assert same_picture(picture, decoded[likeness.argmax()])
         assert score == pytest.approx(likeness.max(), abs=1e-5)
     for (prompt, samples, means), caption, row in zip(written, captions, (0, 1, 3), strict=True):
         assert prompt == caption_prompt([memory[neighbors[row, IMAGE, 0]]], items[row].ids[1])
-        assert caption == held_out.tokenizer.decode([id - FIRST_TEXT for id in samples[int(np.argmax(means))]])
-    _write_samples(held_out, "test", tmp_path, mixed, neighbors, 1, pictures, captions)
+        assert caption == run.tokenizer.decode([id - FIRST_TEXT for id in samples[int(np.argmax(means))]])
+    _write_samples(run, "test", tmp_path, mixed, neighbors, 1, pictures, captions)
     assert [row["caption"] for row in json.loads((tmp_path / "test.json").read_text())] == [None] * 4
     np.testing.assert_array_equal(np.load(tmp_path / "test.npy"), pictures)
 
 
-def test_nothing_to_ask_for_draws_nothing(held_out: _HeldOut, items, neighbors: np.ndarray, calls: list[Call]):
-    pictures, scores = _images(held_out, [without(item, Text) for item in items], neighbors[:, TEXT], 2)
+def test_nothing_to_ask_for_draws_nothing(run: Run, items, neighbors: np.ndarray, calls: list[Call]):
+    pictures, scores = _images(run, "test", [without(item, Text) for item in items], neighbors[:, TEXT], 2)
     assert (pictures.shape, len(scores)) == ((0, 40, 40, 3), 0)
-    assert _captions(held_out, [without(item, Image) for item in items], neighbors[:, IMAGE], 2) == []
+    assert _captions(run, "test", [without(item, Image) for item in items], neighbors[:, IMAGE], 2) == []
     assert not calls
 
 
@@ -407,61 +392,50 @@ class Remembered(OpenMemory):
         return self.items[number]
 
 
-def test_the_first_neighbors_that_have_something_to_show(held_out: _HeldOut, items):
+def test_the_first_neighbors_that_have_something_to_show(run: Run, items):
     """-1 is no document; one that lacks what a group shows is passed over, not counted."""
-    remembered = replace(held_out, memory=Remembered([items[0], without(items[1], Text), items[2], items[3]]))
+    remembered = Remembered([items[0], without(items[1], Text), items[2], items[3]])
+    whole = with_members(run, memory=lambda _: remembered)
     row = np.array([2, -1, 1, 0, 3])
-    assert remembered.retrieved(row, 2) == [items[2], remembered.memory.items[1]]
-    assert remembered.retrieved(row[1:3], 2) == [remembered.memory.items[1]]
-    texts = replace(remembered, builder=replace(held_out.builder, retrieved="text"))
-    assert texts.retrieved(row, 3) == [items[2], items[0], items[3]]
-    assert texts.retrieved(row, 0) == []
+    assert _retrieved(whole, row, 2) == [items[2], remembered.items[1]]
+    assert _retrieved(whole, row[1:3], 2) == [remembered.items[1]]
+    texts = with_members(whole, builder=replace(run.builder, retrieved="text"))
+    assert _retrieved(texts, row, 3) == [items[2], items[0], items[3]]
+    assert _retrieved(texts, row, 0) == []
 
 
-def of_length(item: TokenizedDocument, size: int) -> TokenizedDocument:
-    """The document with so much text that it has `size` ids."""
-    text = np.arange(size - 4 - len(item.ids[1]), dtype=np.int32)
-    changed = TokenizedDocument(item.document, (text, item.ids[1]))
-    assert len(spelled(changed)) == size
-    return changed
-
-
-def in_context(held_out: _HeldOut, positions: int) -> _HeldOut:
+def in_context(run: Run, positions: int) -> Run:
     """The same model with fewer positions."""
-    params = held_out.generator.params["params"]
+    params = run.params["params"]
     params = {"params": params | {"position_embedding": params["position_embedding"][:positions]}}
-    model = held_out.generator.model.clone(max_positions=positions)
-    return replace(held_out, generator=replace(held_out.generator, model=model, params=params))
+    return with_members(run, model=run.model.clone(max_positions=positions), params=params)
 
 
-@pytest.mark.parametrize(
-    ("room", "kept"), [(119, [0, 1, 2]), (118, [0, 1]), (80, [0, 1]), (79, [0]), (40, [0]), (39, []), (0, [])]
-)
-def test_documents_fit_from_the_first_on(held_out: _HeldOut, items, room: int, kept: list[int]):
-    """Of 40, 40 and 39 ids, in `room` beside 50 of the main document and 8 of markup. A later one never jumps in."""
-    documents = [of_length(item, size) for item, size in zip(items, (40, 40, 39, 38), strict=False)]
-    small = replace(in_context(held_out, room + 58), memory=Remembered(documents))
-    fitting = _fitting(small, np.array([0, 1, 2]), 3, 50)
-    assert [document.ids.tolist() for document in fitting] == [spelled(documents[number]) for number in kept]
-
-
-def test_prompts_leave_room_for_what_is_generated(held_out: _HeldOut, items, calls: list[Call]):
+def test_prompts_leave_room_for_what_is_generated(
+    run: Run, items, calls: list[Call], capsys: pytest.CaptureFixture[str]
+):
     """A second document of 40 ids has room by itself, but not with 25 codes, or with 6 ids of a caption, to come."""
     documents = [of_length(item, 40) for item in items[:2]]
     main = of_length(items[2], 41)  # of 12 text ids
     row = np.array([[0, 1]])
-    for positions, images, captions in ((124, 1, 2), (118, 1, 1)):
-        model = held_out.generator.model.clone(max_positions=positions)
-        small = replace(held_out, generator=replace(held_out.generator, model=model), memory=Remembered(documents))
+    for positions, images, captions in ((125, 2, 2), (124, 1, 2), (119, 1, 2), (118, 1, 1)):
+        model = run.model.clone(max_positions=positions)
+        small = with_members(run, model=model, memory=lambda _: Remembered(documents))
         calls.clear()
-        _images(small, [main], row, 2)
-        _captions(small, [main], row, 2)
-        assert calls[0].prompts[0] == image_prompt(documents[:images], main)
+        _images(small, "validation", [main], row, 2)
+        _captions(small, "test", [main], row, 2)
+        assert calls[0].prompts[0] == image_prompt(documents[:images], main.ids[0])
         assert calls[1].prompts[0] == caption_prompt(documents[:captions], main.ids[1])
         assert calls[1].grammar.count == SETTINGS.max_caption_tokens
+        said = [
+            f"{what}: {2 - kept} of 2 retrieved documents did not fit into the context"
+            for what, kept in (("validation images", images), ("test captions", captions))
+            if kept < 2
+        ]
+        assert capsys.readouterr().out.splitlines() == said
 
 
-def test_perplexity_drops_the_last_documents_that_do_not_fit(held_out: _HeldOut, items, neighbors, memory):
+def test_perplexity_drops_the_last_documents_that_do_not_fit(run: Run, items, neighbors, memory):
     """The longest group of two documents has exactly the positions of the model, or one more."""
     found = [[memory[i] for i in row[TEXT, :2]] for row in neighbors]
     lengths = [
@@ -469,93 +443,100 @@ def test_perplexity_drops_the_last_documents_that_do_not_fit(held_out: _HeldOut,
         for documents, item in zip(found, items, strict=True)
     ]
     for positions in (max(lengths), max(lengths) - 1):
-        small = in_context(held_out, positions)
+        small = in_context(run, positions)
         fitting = [
             documents[: 2 if length <= positions else 1] for documents, length in zip(found, lengths, strict=True)
         ]
-        value = _perplexities(small, make_losses(small.generator.model), items, neighbors, 2)["image"]
+        value = _perplexities(small, make_losses(small.model), items, neighbors, 2)["image"]
         assert value == pytest.approx(by_hand(small, items, fitting, TEXT), rel=1e-5)
 
 
 @pytest.mark.parametrize(("part", "modality", "masks"), [(TEXT, "image", 0), (IMAGE, "text", 3)])
 def test_a_document_longer_than_the_context_has_no_perplexity(
-    held_out: _HeldOut, items, neighbors, part: int, modality: str, masks: int
+    run: Run, items, neighbors, part: int, modality: str, masks: int
 ):
-    """A text behind its image has two sentinels and an <eoi> more."""
+    """A text after its image has two sentinels and an <eoi> more."""
     lengths = [len(spelled(item)) + masks for item in items]
-    small = in_context(held_out, max(lengths) - 1)
+    small = in_context(run, max(lengths) - 1)
     fitting = [item for item, length in zip(items, lengths, strict=True) if length < max(lengths)]
     assert 0 < len(fitting) < 4
-    value = _perplexities(small, make_losses(small.generator.model), items, neighbors, 2)[modality]
+    value = _perplexities(small, make_losses(small.model), items, neighbors, 2)[modality]
     assert value == pytest.approx(by_hand(small, fitting, [[]] * len(fitting), part), rel=1e-5)
     assert _too_long(small, items)[modality] == 4 - len(fitting)
-    assert _too_long(in_context(held_out, max(lengths)), items)[modality] == 0
-    tiny = in_context(held_out, min(lengths) - masks - 1)
+    assert _too_long(in_context(run, max(lengths)), items)[modality] == 0
+    tiny = in_context(run, min(lengths) - masks - 1)
     assert _too_long(tiny, items) == {"image": 4, "text": 4}
-    assert _perplexities(tiny, make_losses(tiny.generator.model), items, neighbors, 2) == {"image": None, "text": None}
+    assert _perplexities(tiny, make_losses(tiny.model), items, neighbors, 2) == {"image": None, "text": None}
 
 
-def test_each_comparison_is_of_the_right_model_and_retriever(experiment: Experiment):
+def pairs(compared: Mapping[str, Run]) -> dict[str, tuple[Experiment, Experiment]]:
+    """Name -> (retriever at inference, model)."""
+    return {name: (each.experiment, each.trained) for name, each in compared.items()}
+
+
+def test_each_comparison_is_of_the_right_model_and_retriever(experiment: Experiment, store: Workdir):
     cm3 = replace(experiment, retriever=NoRetriever())
     random = replace(experiment, retriever=Random(num_neighbors=16))
     assert experiment.vanilla() == cm3
-    assert comparisons(experiment, experiment) == {
+    run = Run(experiment, store)
+    compared = comparisons(run)
+    assert pairs(compared) == {
         "ra_cm3": (experiment, experiment),
         "cm3": (cm3, cm3),
         "ra_cm3_random": (random, experiment),
     }
+    assert compared["ra_cm3"] is run
     exact = replace(experiment, retriever=Exact(num_neighbors=5))
-    assert comparisons(exact, experiment) == {
+    assert pairs(comparisons(Run(exact, store, experiment))) == {
         "ra_cm3_exact": (exact, experiment),
         "cm3": (cm3, cm3),
         "ra_cm3_random": (replace(experiment, retriever=Random(num_neighbors=5)), experiment),
     }
-    assert list(comparisons(random, experiment)) == ["ra_cm3_random", "cm3"]
-    assert comparisons(random, experiment)["ra_cm3_random"] == (random, experiment)
-    assert comparisons(cm3, cm3) == {"cm3": (cm3, cm3)}
-    unretrieved = comparisons(cm3, experiment)
+    swapped = pairs(comparisons(Run(random, store, experiment)))
+    assert list(swapped) == ["ra_cm3_random", "cm3"]
+    assert swapped["ra_cm3_random"] == (random, experiment)
+    assert pairs(comparisons(Run(cm3, store))) == {"cm3": (cm3, cm3)}
+    unretrieved = pairs(comparisons(Run(cm3, store, experiment)))
     assert list(unretrieved) == ["ra_cm3_noretriever", "cm3", "ra_cm3_random"]
     assert unretrieved["ra_cm3_random"] == (replace(experiment, retriever=Random(num_neighbors=1)), experiment)
     alone = replace(experiment, compare_with_cm3=False, evaluation=replace(SETTINGS, control=False))
-    assert comparisons(alone, alone) == {"ra_cm3": (alone, alone)}
+    assert pairs(comparisons(Run(alone, store))) == {"ra_cm3": (alone, alone)}
 
 
 def test_all_comparisons_are_retrieved_for_and_evaluated(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    """`rac3 evaluate`, with another retriever than the model was trained with."""
     done: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(stage, "index", lambda inference, _: done.append(("index", inference)))
-    monkeypatch.setattr(stage, "retrieve", lambda inference, _, splits: done.append(("retrieve", inference, splits)))
-
-    def evaluated(inference: Experiment, model: Experiment, _: Workdir) -> dict[str, Any]:
-        done.append(("evaluate", inference, model))
-        return {"number": len(done)}
-
-    monkeypatch.setattr(stage, "evaluate", evaluated)
-    out = evaluate_all(experiment, experiment, Workdir(tmp_path, "tiny"))
-    assert out == {"ra_cm3": {"number": 3}, "cm3": {"number": 6}, "ra_cm3_random": {"number": 9}}
-    pairs = [*comparisons(experiment, experiment).values()]
+    for module, name in (("retrieve", "index"), ("retrieve", "retrieve"), ("evaluate", "evaluate")):
+        monkeypatch.setattr(
+            f"rac3.stages.{module}.{name}",
+            lambda run, *splits, name=name: done.append((name, run.experiment, run.trained, *splits)),
+        )
+    monkeypatch.setattr("rac3.report.experiment.collect", lambda run: (run.experiment, run.trained))
+    monkeypatch.setattr("rac3.report.experiment.summary", lambda found: f"of {found == (exact, experiment)}")
+    exact = replace(experiment, retriever=Exact())
+    run = Run(exact, Workdir(tmp_path, "tiny"), experiment)
+    STAGES["evaluate"].work(run, EvaluateOptions())
+    compared = pairs(comparisons(run))
+    assert len(compared) == 3
     assert done == [
         step
-        for inference, model in pairs
-        for step in (
-            ("index", inference),
-            ("retrieve", inference, ("validation", "test")),
-            ("evaluate", inference, model),
-        )
+        for pair in compared.values()
+        for step in (("index", *pair), ("retrieve", *pair, ("validation", "test")), ("evaluate", *pair))
     ]
+    assert capsys.readouterr().out == "of True\n"
 
 
 def test_the_control_has_the_trained_model_and_its_own_retriever(experiment: Experiment, store: Workdir):
     random = replace(experiment, retriever=Random(num_neighbors=16))
-    control = _HeldOut.open(random, experiment, store)
-    assert control.memory is not None
-    assert isinstance(control.memory.experiment.retriever, Random)
-    assert len(control.memory.memory) == 48  # unseen entities too, which training never retrieves
+    control = Run(random, store, experiment)
+    assert isinstance(control.memory().retriever, Random)
+    assert isinstance(Run(experiment, store).memory().retriever, Scann)
+    assert len(control.memory().memory) == 48  # unseen entities too, which training never retrieves
     assert control.builder.retrieved == "document"
     texts = replace(random, batches=replace(experiment.batches, retrieved="text"))
-    assert _HeldOut.open(texts, experiment, store).builder.retrieved == "text"
-    model = build_model(experiment, control.generator.vocabulary, 25)
+    assert Run(texts, store, experiment).builder.retrieved == "text"
     ours, theirs = (
         jax.tree.leaves(Run(each, store).params) for each in (experiment, replace(random, retriever=NoRetriever()))
     )
@@ -567,11 +548,10 @@ def test_the_control_has_the_trained_model_and_its_own_retriever(experiment: Exp
 def test_an_evaluation_is_made_once_for_the_splits_that_there_are(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    opened, splits = [], []
-    monkeypatch.setattr(_HeldOut, "open", lambda *what: opened.append(what[:2]) or "held out")
+    splits: list[tuple[Experiment, Experiment, str]] = []
 
-    def of_split(held_out: Any, split: str, folder: Path) -> dict[str, Any]:
-        splits.append((held_out, split))
+    def of_split(run: Run, split: str, folder: Path) -> dict[str, Any]:
+        splits.append((run.experiment, run.trained, split))
         (folder / f"{split}.json").write_text(split)
         return {"documents": len(splits)}
 
@@ -581,29 +561,26 @@ def test_an_evaluation_is_made_once_for_the_splits_that_there_are(
     for _ in range(2):
         found = evaluate(Run(random, workdir, experiment))
         assert found == {"validation": {"documents": 1}, "test": {"documents": 2}}
-    assert opened == [(random, experiment)]
-    assert splits == [("held out", "validation"), ("held out", "test")]
+    assert splits == [(random, experiment, "validation"), (random, experiment, "test")]
     only = replace(experiment, data=replace(experiment.data, validation=None))
     assert evaluate(Run(only, workdir)) == {"test": {"documents": 3}}
     folder = workdir.require(recipes.evaluation(only, only), "").folder
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "test.json", "manifest.json"}
 
 
-def test_encoders_are_judged_on_the_first_held_out_documents(
-    experiment: Experiment, store: Workdir, held_out: _HeldOut
-):
+def test_encoders_are_judged_on_the_first_held_out_documents(run: Run):
     """PSNR of the pictures drawn again from their codes, and ranks among as many documents as are evaluated."""
-    found = evaluate_encoders(Run(experiment, store))
+    found = evaluate_encoders(run)
     assert list(found) == ["validation", "test"]
     for split in found:
-        documents = [item.document for item in Run(experiment, store).documents(split).many(range(4))]
+        documents = [item.document for item in run.documents(split).many(range(4))]
         pixels = np.stack([document.images[0].pixels() for document in documents])  # of the size of the VQGAN's
-        codes = held_out.codec.encode(list(pixels))
-        errors = ((held_out.codec.decode(codes) - pixels.astype(float)) ** 2).mean((1, 2, 3))
+        codes = run.images.encode(list(pixels))
+        errors = ((run.images.decode(codes) - pixels.astype(float)) ** 2).mean((1, 2, 3))
         assert found[split]["vqgan"]["psnr"] == pytest.approx(np.mean(10 * np.log10(255**2 / errors)), abs=1e-4)
         assert found[split]["vqgan"]["codebook_use"] == len(np.unique(codes)) / 16
-        text = held_out.encoder.embed_texts([document.text for document in documents])
-        image = held_out.encoder.embed_images(list(pixels))
+        text = run.encoder.embed_texts([document.text for document in documents])
+        image = run.encoder.embed_images(list(pixels))
         scores = text @ image.T
         clip = found[split]["clip"]
         assert clip["pairs"] == 4

@@ -14,8 +14,8 @@ from rac3.artifacts.workdir import Workdir
 from rac3.documents.document import Document, Image, Text
 from rac3.experiment import Experiment
 from rac3.retrieval.baselines import NoRetriever
-from rac3.retrieval.memory import Memory, MemoryPart
-from rac3.retrieval.open_memory import OpenMemory
+from rac3.retrieval.memory import MemoryPart
+from rac3.retrieval.open_memory import IndexedPart, OpenMemory
 from rac3.retrieval.retriever import Queries, Retriever, Tunable, no_candidates
 from rac3.retrieval.selection import Dropped
 from rac3.run import Run
@@ -33,8 +33,13 @@ from rac3.stages.evaluate_retrieval import (
 
 
 @pytest.fixture(scope="module")
-def opened(experiment: Experiment, store: Workdir) -> OpenMemory:
-    return Run(experiment, store).memory()
+def run(experiment: Experiment, store: Workdir) -> Run:
+    return Run(experiment, store)
+
+
+@pytest.fixture(scope="module")
+def opened(run: Run) -> OpenMemory:
+    return run.memory()
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,8 @@ def vectors(experiment: Experiment, store: Workdir) -> np.ndarray:
     return np.concatenate([Vectors(folder / "document")[:] for folder in folders])
 
 
-def entities(experiment: Experiment, store: Workdir, *splits: str) -> list[str]:
-    parts = [Run(experiment, store).documents(split) for split in splits]
+def entities(run: Run, *splits: str) -> list[str]:
+    parts = [run.documents(split) for split in splits]
     return [str(item.document.metadata["entity"]) for part in parts for item in part.many(range(len(part)))]
 
 
@@ -54,13 +59,13 @@ def query_vectors(experiment: Experiment, store: Workdir, split: str, part: str)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_entity_recall_is_that_of_the_selected_neighbors(experiment: Experiment, store: Workdir, split: str):
-    remembered, asked = entities(experiment, store, "train", "memory"), entities(experiment, store, split)
-    ids = read_array(store.require(recipes.neighbors(experiment, split), "").folder / "ids")
+def test_entity_recall_is_that_of_the_selected_neighbors(run: Run, split: str):
+    remembered, asked = entities(run, "train", "memory"), entities(run, split)
+    ids = read_array(run.workdir.require(recipes.neighbors(run.experiment, split), "").folder / "ids")
     assert len(asked) == {"validation": 12, "test": 4}[split]
     shares = []
     for k in range(1, 9):
-        found = entity_recall(Run(experiment, store), split, k)
+        found = entity_recall(run, split, k)
         for number, part in enumerate(("text", "image")):
             hits = [
                 wanted in [remembered[i] for i in row[number, :k] if i >= 0]
@@ -72,23 +77,23 @@ def test_entity_recall_is_that_of_the_selected_neighbors(experiment: Experiment,
 
 
 def test_entity_recall_without_meaning_is_none(experiment: Experiment, store: Workdir):
-    assert entity_recall(Run(replace(experiment, retriever=NoRetriever()), store), "test", 1) is None
-    assert entity_recall(Run(replace(experiment, data=replace(experiment.data, test=None)), store), "test", 1) is None
-    assert (
-        entity_recall(Run(replace(experiment, data=replace(experiment.data, entity_field="")), store), "test", 1)
-        is None
-    )
+    for other in (
+        replace(experiment, retriever=NoRetriever()),
+        replace(experiment, data=replace(experiment.data, test=None)),
+        replace(experiment, data=replace(experiment.data, entity_field="")),
+    ):
+        assert entity_recall(Run(other, store), "test", 1) is None
 
 
 def test_recall_before_selection_is_that_of_a_plain_ranking(
-    experiment: Experiment, store: Workdir, opened: OpenMemory, vectors: np.ndarray
+    experiment: Experiment, run: Run, opened: OpenMemory, vectors: np.ndarray
 ):
     """By text, by image, and by both; a document that lacks a part does not ask with it."""
-    whole = Questions.open(experiment, store, "validation")
+    whole = Questions.open(run, "validation")
     text = whole.vectors["text"].copy()
     text[1] = 0
     asked = Questions(whole.documents, {**whole.vectors, "text": text})
-    remembered = entities(experiment, store, "train", "memory")
+    remembered = entities(run, "train", "memory")
     found = _entity_recalls(experiment, opened, asked)
     assert list(found) == ["text", "image", "both"]
     shares = set()
@@ -111,7 +116,7 @@ def test_recall_before_selection_is_that_of_a_plain_ranking(
 
 def test_questions_are_the_first_documents_with_the_vectors_of_each(experiment: Experiment, store: Workdir):
     few = replace(experiment, evaluation=replace(experiment.evaluation, documents=3))
-    asked = Questions.open(few, store, "validation")
+    asked = Questions.open(Run(few, store), "validation")
     assert [document.key for document in asked.documents] == [f"validation/{number:06d}" for number in range(3)]
     text, image = (query_vectors(experiment, store, "validation", part)[:3] for part in ("text", "image"))
     both = (text + image) / 2
@@ -143,7 +148,7 @@ def test_what_selection_kept_is_counted(experiment: Experiment, tmp_path: Path):
             write_shard(create_array(draft.folder / name, (2, 4, 2), str(values.dtype), 2), 0, values)
         draft.counts.update(queries=8, neighbors=9, queries_without_neighbors=3)
         draft.counts.update({f"dropped_{rule}": number for number, rule in enumerate(Dropped._fields, 1)})
-    found = _selection(two_views, workdir, "train")
+    found = _selection(Run(two_views, workdir), "train")
     assert (found["queries"], found["queries_without_neighbors"]) == (8, 3)
     assert found["neighbors_per_query"] == 9 / 8
     assert found["dropped"] == {rule: number / 30 for number, rule in enumerate(Dropped._fields, 1)}  # 9 + 1 + ... + 6
@@ -195,11 +200,11 @@ class LazyIndex:
         return np.take_along_axis(found, down, 1).astype(np.float32), np.take_along_axis(rows, down, 1)
 
 
-def test_search_is_judged_by_the_exact_neighbors(experiment: Experiment, store: Workdir, opened: OpenMemory):
+def test_search_is_judged_by_the_exact_neighbors(experiment: Experiment, run: Run, opened: OpenMemory):
     """Of the queries of all splits and parts, those that have the part; by each effort that the retriever offers."""
     lazy = replace(experiment, retriever=Lazy(4))
     assert isinstance(lazy.retriever, Tunable)
-    questions = [Questions.open(experiment, store, split) for split in ("validation", "test")]
+    questions = [Questions.open(run, split) for split in ("validation", "test")]
     image = questions[1].vectors["image"].copy()
     image[0] = 0
     questions[1] = Questions(questions[1].documents, {**questions[1].vectors, "image": image})
@@ -226,12 +231,11 @@ def test_search_is_judged_by_the_exact_neighbors(experiment: Experiment, store: 
         assert recalls[name] < 1
 
 
-class Given(OpenMemory):
-    """A memory of one part, of these vectors."""
+class Bare(IndexedPart):
+    """A part of these vectors, without documents."""
 
     def __init__(self, vectors: np.ndarray) -> None:
-        self.memory = Memory((MemoryPart("train", vectors, [""] * len(vectors)),))
-        self.folders = [Path()]
+        self.part, self.folder = MemoryPart("train", vectors, [""] * len(vectors)), Path()
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,8 @@ def test_no_document_is_no_neighbor_and_the_last_neighbor_is_one(experiment: Exp
     text, image = np.array([[1, 0], [0, 1]], np.float32), np.array([[0, 0], [0, 0]], np.float32)
     asked = Questions(documents, {"text": text, "image": image, "both": text})
     for retriever, recall in ((Blind(), 1 / 6), (Lazy(), 1)):
-        found = _search(replace(experiment, retriever=retriever), Given(vectors), [asked])
+        opened = OpenMemory([Bare(vectors)], retriever, experiment.selection)
+        found = _search(replace(experiment, retriever=retriever), opened, [asked])
         assert found["points"][0]["recall"] == pytest.approx(recall)
         assert (found["k"], found["queries"]) == (3, 2)
 
