@@ -1,4 +1,4 @@
-"""A memory that is open to be searched: its parts, their indexes, and their documents."""
+"""A memory opened for search: its parts, their indexes and their documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ class IndexedPart:
     _opened: list[tuple[Retriever, Index]] = field(default_factory=list, init=False, repr=False)
 
     def index(self, retriever: Retriever) -> Index:
-        """The index, opened once for as long as it is asked for with one retriever."""
+        """The index, opened on first use and again only for another retriever."""
         if not self._opened or self._opened[0][0] != retriever:
             self._opened[:] = [(retriever, retriever.open(self.part, self.folder))]
         return self._opened[0][1]
@@ -32,7 +32,7 @@ class IndexedPart:
 
 @dataclass(frozen=True, eq=False)
 class OpenMemory:
-    """The parts of a memory that queries search, with one retriever and one selection."""
+    """The parts of a memory, searched with one retriever and one selection."""
 
     parts: Sequence[IndexedPart]
     retriever: Retriever
@@ -51,7 +51,7 @@ class OpenMemory:
 
     @property
     def selection(self) -> Selection:
-        """The configured one; but of documents that a person has chosen, none is redundant."""
+        """The configured selection, without a similarity limit for documents that a person has chosen."""
         selection = self.configured_selection
         return replace(selection, max_similarity=1.0) if isinstance(self.retriever, Chosen) else selection
 
@@ -61,6 +61,6 @@ class OpenMemory:
         return select(self.selection, queries.embeddings, ids, self.memory, exclude)
 
     def document(self, number: int) -> TokenizedDocument:
-        """A document by its global id."""
+        """The document with this global id."""
         part = int(np.searchsorted(self.memory.offsets, number, side="right")) - 1
         return self.parts[part].documents[number - int(self.memory.offsets[part])]
