@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rac3.clip.checkpoints import ClipCheckpoint
+from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.encoder import Encoder
 from rac3.clip.model import CLIPConfig
 from rac3.config import InputError

@@ -26,7 +26,7 @@ def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `save_params` wrote, as nested dicts down to NumPy arrays, bit for bit.
 
     Raises:
-      InputError: there is no such file, or it is cut short or not safetensors.
+      InputError: there is no such file, or it is truncated or not safetensors.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -36,5 +36,5 @@ def load_params(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         arrays = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"parameters {os.fspath(path)!r} are cut short or not safetensors: {error}") from error
+        raise InputError(f"parameters {os.fspath(path)!r} are truncated or not safetensors: {error}") from error
     return unflatten_dict(arrays, sep="/")

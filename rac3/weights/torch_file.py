@@ -69,7 +69,7 @@ def read_torch_file(path: Path) -> TorchFile:
     What in it is no tensor is left out, as is a tensor inside a foreign object. Only storages that are needed are read.
 
     Raises:
-      InputError: there is no such file; it is empty, cut short, a web page, no `torch.save` file; it holds a whole
+      InputError: there is no such file; it is empty, truncated, a web page, no `torch.save` file; it holds a whole
         module in place of tensors; a tensor is of an unusual kind or reaches beyond its storage.
     """
     if not path.is_file():
@@ -111,7 +111,7 @@ def _read_zip(path: Path, file: IO[bytes]) -> TorchFile:
     except InputError:
         raise
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, *_DAMAGE) as error:
-        raise InputError(f"weights {str(path)!r} are damaged or cut short ({_line(error)}); {AGAIN}") from error
+        raise InputError(f"weights {str(path)!r} are damaged or truncated ({_line(error)}); {AGAIN}") from error
 
 
 def _read_legacy(path: Path, file: IO[bytes]) -> TorchFile:
@@ -134,7 +134,7 @@ def _read_legacy(path: Path, file: IO[bytes]) -> TorchFile:
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"weights {str(path)!r} are damaged or cut short ({_line(error)}); {AGAIN}") from error
+        raise InputError(f"weights {str(path)!r} are damaged or truncated ({_line(error)}); {AGAIN}") from error
 
 
 def _line(error: Exception) -> str:
