@@ -15,7 +15,7 @@ from rac3.documents.document import prepare_image
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-LONGEST = 64  # of a longer side to the shorter; what is beyond is cropped before scaling, to bound memory
+LONGEST = 64  # times the shorter side; a longer strip is cropped to it before scaling, to bound memory
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The files of published checkpoints: where they are, their JSON, and what is mistaken for weights."""
+"""The files of published checkpoints: where they are, their JSON, and files that people mistake for weights."""
 
 import json
 from collections.abc import Iterable

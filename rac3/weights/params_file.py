@@ -12,10 +12,10 @@ from rac3.config import InputError
 
 
 def save_params(path: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
-    """Write nested parameters (dicts down to arrays) to `path`; a killed write leaves what was there before."""
+    """Write nested parameters (dicts down to arrays) to `path`; a killed write leaves the old file."""
     from safetensors.numpy import save_file
 
-    # not np.ascontiguousarray: it makes a vector of a scalar
+    # not np.ascontiguousarray: it turns a scalar into a vector
     arrays = {name: np.asarray(array, order="C") for name, array in flatten_dict(params, sep="/").items()}
     partial = Path(f"{os.fspath(path)}.partial")
     save_file(arrays, partial)
