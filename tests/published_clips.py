@@ -176,6 +176,16 @@ def assert_vectors(loaded: ClipCheckpoint, texts, pictures) -> None:
         assert np.triu(expected @ expected.T, 1).max() < 0.999  # the items are told apart
 
 
+def in_section(tower: str, **values):
+    """Changes settings in a section of config.json."""
+
+    def apply(folder: Path) -> None:
+        settings = json.loads((folder / "config.json").read_text())
+        edit(folder / "config.json", **{tower: settings[tower] | values})
+
+    return apply
+
+
 def truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

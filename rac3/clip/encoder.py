@@ -20,10 +20,10 @@ from rac3.tokens.text import Tokenizer
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What the stages need of an encoder: texts and images to vectors of L2 norm 1, of one `width`.
+    """What the stages need of an encoder: texts and images to vectors of L2 norm 1 and one width.
 
-    `drop_keys`, one per item, are those of `query_dropout_keys` and ask for query dropout (paper 3.2) at `drop_rate`; an
-    encoder without it may ignore them. `MixedEncoder` is one; an object of a user's config needs no more than this.
+    `drop_keys`, one per item, are those of `query_dropout_keys` and ask for query dropout (paper 3.2) at `drop_rate`.
+    An encoder without dropout may ignore them. `MixedEncoder` is one; an object of a user's config needs only this.
     """
 
     @property

@@ -65,7 +65,7 @@ def with_codebook(params: Params, codebook: CodebookState) -> Params:
 
 
 def init_codebook_from_batch(model: VQGAN, params: Params, images: Images, key: PRNGKeyArray) -> CodebookState:
-    """Code vectors drawn from the encoder's for `images` (none twice if there are enough), as if all were used evenly."""
+    """Code vectors drawn from the encoder's for `images` (none twice if there are enough), all used evenly."""
     latents = cast(Array, model.apply({"params": params}, images, method="latents"))
     vectors = latents.reshape(-1, model.config.embed_dim)
     codes = model.config.n_embed

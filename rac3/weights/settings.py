@@ -54,9 +54,9 @@ class Settings:
             )
         return tuple(value)
 
-    def part(self, name: str) -> "Settings":
-        """The settings in the section `name`."""
-        return Settings(self.file, self.get(name, dict), f"{self.section}{name}.")
+    def part(self, name: str, default: dict[str, Any] | None = None) -> "Settings":
+        """The settings in the section `name`, or the default ones."""
+        return Settings(self.file, self.get(name, dict, default), f"{self.section}{name}.")
 
     def require(self, **wanted: object) -> None:
         """Refuses any value but the one that our module has; an absent setting is as wanted."""

@@ -59,7 +59,7 @@ def read_tower(kind: type[Tower], settings: Settings, name: str) -> Tower:
     """
     old = f"{name}_dict"
     name = name if settings.values.get(old) is None else old
-    values = settings.part(name) if settings.values.get(name) is not None else Settings(settings.file, {})
+    values = settings.part(name, {})
     found: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         if values.values.get(field.name) is not None:

@@ -30,7 +30,7 @@ PATCH_SIZE, NUM_PATCHES = 16, 256  # what the files leave out, as in transformer
 def load(folder: Path) -> ClipCheckpoint:
     tokenizer, processor = load_siglip_tokenizer(folder), huggingface.processor_settings(folder)
     settings = read_settings(folder / "config.json")
-    vision = settings.part("vision_config")
+    vision = settings.part("vision_config", {})
     sizes = {
         "patch_size": processor.get("patch_size", int, PATCH_SIZE),
         "max_num_patches": processor.get("max_num_patches", int, NUM_PATCHES),
@@ -41,10 +41,10 @@ def load(folder: Path) -> ClipCheckpoint:
             f"clip checkpoint {str(folder)!r}: {sizes} must be at least 1 each; give the model's own files"
         )
     patch, side = sizes["patch_size"], math.isqrt(sizes["max_num_patches"])
-    if vision.get("patch_size", int, PATCH_SIZE) != patch:
+    if (found := vision.get("patch_size", int, PATCH_SIZE)) != patch:
         raise InputError(
-            f"{settings.file}: vision_config.patch_size={vision.get('patch_size', int, PATCH_SIZE)} is not {patch}, "
-            f"the processor's in {processor.file}; give the files of one model"
+            f"{settings.file}: vision_config.patch_size={found} is not {patch}, the processor's in "
+            f"{processor.file.name}; give the files of one model"
         )
     square = {**settings.values, "vision_config": {**vision.values, "image_size": side * patch}}
     config = siglip.read_config(siglip.with_padding(Settings(settings.file, square), tokenizer.pad))

@@ -70,10 +70,7 @@ NAMES = (
 def load(folder: Path) -> ClipCheckpoint:
     settings = read_settings(folder / "open_clip_config.json")
     config = read_config(settings.part("model_cfg"))
-    preprocess = (
-        settings.part("preprocess_cfg") if settings.values.get("preprocess_cfg") else Settings(settings.file, {})
-    )
-    images = read_images(preprocess, config.vision_config.image_size)
+    images = read_images(settings.part("preprocess_cfg", {}), config.vision_config.image_size)
     return clip_checkpoint(folder, config, load_clip_tokenizer(folder), images, WEIGHTS, place)
 
 

@@ -4,7 +4,6 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import PIL.Image
@@ -35,11 +34,10 @@ def read_config(settings: Settings) -> SiglipConfig:
     Raises:
       InputError: a setting has the wrong type, or asks for another architecture.
     """
-    vision = settings.values.get("vision_config") or {}
-    if isinstance(vision, Mapping) and vision.get("vision_use_head", True) is not True:
+    if not settings.part("vision_config", {}).get("vision_use_head", bool, True):
         raise InputError(
-            f"{settings.file}: vision_config.vision_use_head={vision['vision_use_head']!r} has no image vectors; give "
-            "a checkpoint with the pooling head"
+            f"{settings.file}: vision_config.vision_use_head=False has no image vectors; give a checkpoint with the "
+            "pooling head"
         )
     return SiglipConfig(
         huggingface.read_tower(SiglipTextConfig, settings, "text_config"),
@@ -49,7 +47,7 @@ def read_config(settings: Settings) -> SiglipConfig:
 
 def with_padding(settings: Settings, pad: int | None) -> Settings:
     """The padding id is the tokenizer's; config.json often has another, which transformers never reads."""
-    text = {**(settings.values.get("text_config") or {}), "pad_token_id": pad}
+    text = {**settings.part("text_config", {}).values, "pad_token_id": pad}
     return dataclasses.replace(settings, values={**settings.values, "text_config": text})
 
 

@@ -1,14 +1,15 @@
-"""SigLIP 2 NaFlex, with random weights, in the files of transformers: its vectors on squares."""
+"""SigLIP 2 NaFlex, with random weights, in the files of transformers: its vectors on squares; and what is refused."""
 
 import json
 
 import numpy as np
 import pytest
-from published_clips import images, module, pillow
+from published_clips import edit, images, in_section, module, pillow
 from published_siglips import TEXT, TEXTS, VISION, assert_vectors, random_model, reference_ids, write_gemma
 
 from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.published import load_clip
+from rac3.config import InputError
 
 
 def middle(image: np.ndarray) -> np.ndarray:
@@ -42,3 +43,36 @@ def test_naflex_pipeline(max_num_patches, tmp_path):
     again = ClipCheckpoint.open(tmp_path / "saved")
     assert (again.config, again.images) == (loaded.config, loaded.images)
     np.testing.assert_array_equal(again.encoder().embed_images(images()), encoder.embed_images(images()))
+
+
+BROKEN = {
+    "another patch size": (
+        lambda f: (edit(f / "config.json", model_type="siglip2"), edit(f / "preprocessor_config.json", patch_size=9)),
+        r"vision_config\.patch_size=12 is not 9, the processor's in preprocessor_config\.json",
+    ),
+    "positions that are no square": (
+        lambda f: (
+            edit(f / "config.json", model_type="siglip2"),
+            in_section("vision_config", num_patches=8)(f),
+            edit(f / "preprocessor_config.json", patch_size=12),
+        ),
+        "num_patches=8 is not a square number",
+    ),
+    "patches of no size": (
+        lambda f: (
+            edit(f / "config.json", model_type="siglip2"),
+            edit(f / "preprocessor_config.json", patch_size=12, max_num_patches=0),
+        ),
+        "'max_num_patches': 0.* must be at least 1 each",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoints(case, siglip_copy):
+    break_it, message = BROKEN[case]
+    break_it(siglip_copy)
+    with pytest.raises(InputError, match=message) as error:
+        load_clip(str(siglip_copy))
+    assert "\n" not in str(error.value)
+    assert str(siglip_copy) in str(error.value)
