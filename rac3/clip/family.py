@@ -1,12 +1,12 @@
-"""What a family of published CLIPs and SigLIPs brings."""
+"""What defines a family of published CLIPs and SigLIPs, and how the checkpoint of any family is put together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rac3.clip.checkpoint import ClipCheckpoint, text_ids, towers
 from rac3.clip.images import ClipImages
@@ -28,7 +28,7 @@ class Family:
     Attributes:
       load: the checkpoint in a folder.
       settings: the names of its files of settings, the model's config first. The tokenizer's are not among them.
-      weights: the names of its weights; the first that is there is read.
+      weights: the names that its file of weights may have; the first one that is there is read.
       model_type: in the model's config; None if it has none.
     """
 
@@ -60,12 +60,12 @@ def clip_checkpoint(
     place: Callable[[str], Place],
     convert: Callable[[Weights], Weights] = unchanged,
 ) -> ClipCheckpoint:
-    """A published checkpoint, whose weights are read once everything else is known to fit.
+    """A published checkpoint; its weights are read last, when everything else is known to fit.
 
     Args:
       names: `Family.weights`.
       place: the path of a parameter to its place among the weights.
-      convert: changes the weights before that.
+      convert: applied to the weights before they are ported.
 
     Raises:
       InputError: there are no weights, or not those of the config; or the tokenizer is another model's.
@@ -79,7 +79,7 @@ def clip_checkpoint(
 
 def clip_params(
     file: Path, config: CLIPConfig | SiglipConfig, weights: Weights, place: Callable[[str], Place]
-) -> dict[str, np.ndarray | dict]:
+) -> dict[str, Any]:
     """The parameters of the towers; `file` names the weights in messages."""
     text, vision = config.text_config, config.vision_config
     ids = jax.ShapeDtypeStruct((1, text.max_position_embeddings), jnp.int32)

@@ -1,4 +1,4 @@
-"""What a family of published VQGANs brings, and the parameters of our module under the names of the first of them.
+"""What defines a family of published VQGANs. A family renames weights from their names in taming-transformers.
 
 ours        encoder/down_0_block_1/conv1/kernel
 taming      encoder.down.0.block.1.conv1.weight
@@ -41,9 +41,10 @@ class Family:
     Attributes:
       load: the VQGAN of its files.
       kinds: `_class_name` or `model_type` in config.json; none if it has `torch.save` files, with or without a yaml.
-      weights: the names of the weights next to config.json; the first that is there is read.
+      weights: the names that the file of weights next to config.json may have; the first one that is there is read.
       prefixes: what the VQGAN's names begin with inside a larger model. Its other shards are not read.
-      marker: part of a weight's name that tells its `torch.save` files from those of the families after it in the list.
+      marker: part of a weight's name that only its `torch.save` files have, among the families from here to the end of
+        the list.
       decodes: whether files have a decoder.
     """
 
