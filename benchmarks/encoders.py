@@ -39,9 +39,10 @@ def clip_cases(small: bool, dtype: str) -> Iterator[Case]:
     import torch
     import transformers
 
-    from rac3.clip.checkpoints import hugging_face_config
+    from rac3.clip.families import huggingface
+    from rac3.clip.family import clip_params
     from rac3.clip.model import CLIP
-    from rac3.clip.weights import clip_params, hugging_face
+    from rac3.weights.settings import Settings
 
     narrow = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
@@ -56,9 +57,9 @@ def clip_cases(small: bool, dtype: str) -> Iterator[Case]:
     for name, text, vision, images, texts in shapes:
         images, texts = (256, 256) if on_gpu else (images, texts)
         theirs = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
-        config = hugging_face_config(theirs.config.to_dict(), name)
+        config = huggingface.read_config(Settings(Path(name), theirs.config.to_dict()))
         weights = {key: value.numpy() for key, value in theirs.state_dict().items()}
-        params = jax.device_put(clip_params(CLIP(config), weights, hugging_face, name))
+        params = jax.device_put(clip_params(Path(name), config, weights, huggingface.place))
         model = CLIP(config, dtype)
         theirs, device = to_device(theirs, dtype)
         rng = np.random.default_rng(0)
@@ -82,8 +83,8 @@ def vqgan_cases(small: bool, dtype: str) -> Iterator[Case]:
     import numpy as np
     import torch
 
-    from rac3.vqgan.checkpoints import load_vqgan
     from rac3.vqgan.model import VQGAN
+    from rac3.vqgan.published import load_vqgan
 
     widths, size = ((32, 64), 32) if small else ((128, 256, 256, 512), 256)
     theirs = diffusers.VQModel(
@@ -131,18 +132,18 @@ def pipeline_case(small: bool, dtype: str) -> Case:
     import torch
     import transformers
 
-    from rac3.clip.checkpoints import hugging_face_config
     from rac3.clip.encoder import MixedEncoder
-    from rac3.clip.images import ClipImages
+    from rac3.clip.families import huggingface
+    from rac3.clip.family import clip_params
     from rac3.clip.model import CLIP
-    from rac3.clip.weights import clip_params, hugging_face
     from rac3.documents.document import Image
+    from rac3.weights.settings import Settings
 
     theirs = transformers.CLIPModel(transformers.CLIPConfig()).eval()
-    config = hugging_face_config(theirs.config.to_dict(), "ViT-B/32")
+    config = huggingface.read_config(Settings(Path("ViT-B/32"), theirs.config.to_dict()))
     weights = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    params = clip_params(CLIP(config), weights, hugging_face, "ViT-B/32")
-    images = ClipImages.of_hugging_face({}, 224, "ViT-B/32")
+    params = clip_params(Path("ViT-B/32"), config, weights, huggingface.place)
+    images = huggingface.read_images(Settings(Path("ViT-B/32"), {}), 224)
     batch = 256 if jax.default_backend() == "gpu" else 32
     text: Any = None  # no text is embedded
     encoder = MixedEncoder(

@@ -326,7 +326,7 @@ def _audit(run: Run, options: Any) -> None:
 
 def _check_generator(run: Run) -> None:
     """Refuses what would fail after hours: a VQGAN that cannot draw, a mesh of other devices than there are."""
-    from rac3.vqgan.files import require_decoder
+    from rac3.vqgan.published import require_decoder
 
     vqgan = run.experiment.vqgan
     if isinstance(vqgan, FrozenVQGAN) and vqgan.checkpoint is not None:

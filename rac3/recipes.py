@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from rac3.artifacts.recipe import Recipe
-from rac3.clip.checkpoints import checkpoint_identity
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
+from rac3.clip.published import checkpoint_identity
 from rac3.config import InputError, canonical
 from rac3.experiment import Experiment, Split
 from rac3.retrieval.retriever import search_only_fields
 from rac3.tokens.text import tokenizer_identity
 from rac3.vqgan.codec import ImageTokenizer
-from rac3.vqgan.files import checkpoint_files
 from rac3.vqgan.frozen import FrozenVQGAN
+from rac3.vqgan.published import checkpoint_files
 from rac3.weights.fitting import FitConfig
 
 OWN = "object"  # in the recipe of an encoder that the user's config defines; it has no artifact

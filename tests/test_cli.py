@@ -405,7 +405,7 @@ CALLS = {
     "rac3.report.experiment": ("collect", "report", "summary"),
     "rac3.report.encoders": ("encoders_report",),
     "rac3.report.retrieval": ("retrieval_report", "retrieval_summary"),
-    "rac3.vqgan.files": ("require_decoder",),
+    "rac3.vqgan.published": ("require_decoder",),
 }
 Called = list[tuple[str, tuple[Any, ...]]]
 

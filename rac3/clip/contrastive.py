@@ -1,4 +1,4 @@
-"""What fits CLIP: its loss over a batch of pairs, and the augmentations of texts and images."""
+"""CLIP's fit: the loss over a batch of pairs, and the augmentations of texts and images."""
 
 import math
 
@@ -10,17 +10,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 def crop_texts(
     key: PRNGKeyArray, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"], share: float
 ) -> tuple[Int[Array, "batch seq"], Bool[Array, "batch seq"]]:
-    """Augmentation for fitting: `share` of the rows keep only a random number of their first tokens, and `<eos>`.
+    """Augmentation: `share` of the rows keep only a random number of their first tokens, and `<eos>`.
 
         <bos> a photo of a cat <eos>  ->  <bos> a photo <eos>
 
-    A caption tells its subject first and its surroundings later, or not at all; cut captions keep the model from
-    relying on the surroundings alone.
+    A caption names its subject first and its surroundings later, if at all. With truncated captions the model can't
+    rely on the surroundings alone.
     """
     which, how_many = jax.random.split(key)
-    last = mask.sum(axis=1) - 1  # the place of <eos>
-    cut = 2 + jnp.floor(jax.random.uniform(how_many, last.shape) * (last - 1)).astype(last.dtype)
-    end = jnp.where(jax.random.uniform(which, last.shape) < share, jnp.minimum(cut, last), last)
+    last = mask.sum(axis=1) - 1  # the position of <eos>
+    short = 2 + jnp.floor(jax.random.uniform(how_many, last.shape) * (last - 1)).astype(last.dtype)
+    end = jnp.where(jax.random.uniform(which, last.shape) < share, jnp.minimum(short, last), last)
     eos = jnp.take_along_axis(ids, last[:, None], axis=1)
     places = jnp.arange(ids.shape[1])
     return jnp.where(places == end[:, None], eos, jnp.where(places < end[:, None], ids, 0)), places <= end[:, None]
@@ -29,7 +29,7 @@ def crop_texts(
 def crop_images(
     key: PRNGKeyArray, pixels: Float[Array, "batch size size channel"], smallest: float
 ) -> Float[Array, "batch size size channel"]:
-    """Augmentation for fitting: a random square of `smallest` to all of the side, scaled back to the full size."""
+    """Augmentation: a random square of `smallest` to all of the side, scaled back to the full size."""
     if smallest >= 1:
         return pixels
     size = pixels.shape[1]
@@ -57,8 +57,8 @@ def contrastive_loss(
 
     Args:
       text: vectors of L2 norm 1, row i the caption of image i; under `jit` over a mesh, the global batch.
-      max_scale: 100 in CLIP (section 2.5). A low one leaves room only for what tells most documents apart.
-      duplicates: True where text i also describes image j != i (the same caption): no negative there.
+      max_scale: 100 in CLIP (section 2.5). With a low one, only what separates most documents counts.
+      duplicates: True where text i also describes image j != i (the same caption): not a negative.
 
     Returns:
       the loss, and metrics: `loss`, `accuracy` (share of texts that score their own image highest, duplicates aside).

@@ -20,10 +20,10 @@ from rac3.tokens.text import Tokenizer
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What the stages ask of an encoder: texts and images to vectors of L2 norm 1 in one space of `width`.
+    """What the stages need of an encoder: texts and images to vectors of L2 norm 1 and one width.
 
-    `drop_keys` are those of `query_dropout_keys`, one per item, and ask for query dropout (paper 3.2) at `drop_rate`;
-    an encoder without it may leave them aside. `MixedEncoder` is one; one of your own needs no more than this.
+    `drop_keys`, one per item, are those of `query_dropout_keys` and ask for query dropout (paper 3.2) at `drop_rate`.
+    An encoder without dropout may ignore them. `MixedEncoder` is one; an object of a user's config needs only this.
     """
 
     @property
@@ -68,7 +68,7 @@ class Towers(Protocol):
 
 @runtime_checkable
 class TextIds(Protocol):
-    """Texts to the ids that a text tower reads, and where they are not padding."""
+    """Texts to the ids that a text tower reads, and a mask that is False at padding."""
 
     @property
     def max_length(self) -> int: ...
@@ -80,7 +80,7 @@ class TextIds(Protocol):
 
 @dataclass(frozen=True)
 class ClipText:
-    """Texts to the ids of CLIP's text tower: `<bos> tokens <eos>`, cut to the tower's positions.
+    """Texts to the ids of CLIP's text tower: `<bos> tokens <eos>`, truncated to the tower's positions.
 
     Raises:
       InputError: the tower has no room for the ids, or looks for another end-of-text id than `eos`.
@@ -135,11 +135,11 @@ class ClipText:
 class SiglipText:
     """Texts to the ids of SigLIP's text tower: `tokens <eos> <pad> ...`, as long as the tower's positions.
 
-    The case, punctuation, and the special tokens are the tokenizer's concern. The padding is a part of the input: the
-    tower attends to it.
+    The tokenizer decides about case, punctuation and special tokens. Padding is part of the input: the tower attends to
+    it.
 
     Raises:
-      InputError: the tower has no room for the tokenizer's ids, or another padding than it.
+      InputError: the tower has no room for the tokenizer's ids, or pads with another id.
     """
 
     tokenizer: Tokenizer
@@ -191,8 +191,8 @@ def query_dropout_keys(seed: int, documents: Sequence[str], view: int = 0) -> Ke
 class MixedEncoder:
     """Frozen towers (CLIP, SigLIP) over batches, on all of this process's devices.
 
-    Batches are cut at `batch_size` and padded to it, a last or lone small one to a power of two; texts likewise to a
-    power of two tokens. Each such shape compiles once.
+    A batch has `batch_size` rows; a smaller last or only one is padded to a power of two, and so are texts, in tokens.
+    Each such shape compiles once.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class MixedEncoder:
             padding = ((0, 0), (0, width - ids.shape[1]))
             return np.pad(ids, padding), np.pad(mask, padding), None if drop_keys is None else drop_keys[rows]
 
-        # texts of like length side by side: a batch is as wide as its longest one
+        # sorted by length: a batch is as wide as its longest text
         order = np.argsort([len(text) for text in texts], kind="stable")
         return self._embed(order, drop_keys, drop_rate, prepare, self._embed_ids)
 
@@ -298,9 +298,9 @@ def mix(
     has_text: Bool[np.ndarray, " batch"],
     has_image: Bool[np.ndarray, " batch"],
 ) -> Float[np.ndarray, "batch embed"]:
-    """Document vectors (paper 3.1, eq. 1): the mean of the parts that are there, scaled to L2 norm 1.
+    """Document vectors (paper 3.1, eq. 1): the mean of its text's and its image's, scaled to L2 norm 1.
 
-    A document of one part has that part's vector; one without any has zeros, which match nothing.
+    A document with only one of them has that vector; one without either has zeros, which match nothing.
     """
     total = np.where(has_text[:, None], text, 0) + np.where(has_image[:, None], image, 0)
     norm = np.linalg.norm(total, axis=1, keepdims=True)

@@ -1,9 +1,9 @@
-"""The frozen CLIP of an experiment: which it is, and the artifact that holds it."""
+"""The config of the frozen CLIP, and how it is opened from its artifact."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rac3.clip.checkpoints import ClipCheckpoint
+from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.encoder import Encoder
 from rac3.clip.model import CLIPConfig
 from rac3.config import InputError
@@ -15,16 +15,16 @@ from rac3.weights.fitting import ComputeDtype, FitConfig
 class FrozenCLIP:
     """CLIP: a published CLIP or SigLIP if `checkpoint` is given, with its own model, tokenizer and image preprocessing.
 
-    Else one that is fitted here as the other fields say, with a tokenizer whose vocabulary the text tower follows.
+    Otherwise one that is fitted here as the other fields say; the text tower has the vocabulary of its tokenizer.
 
     Attributes:
-      checkpoint: a folder as Hugging Face's `CLIPModel`, `SiglipModel`, `Siglip2Model` or OpenCLIP write it, or a name
-        on the Hugging Face hub.
+      checkpoint: a folder that Hugging Face's `CLIPModel`, `SiglipModel`, `Siglip2Model` or OpenCLIP wrote, or a name
+        on the Hugging Face hub (`rac3/clip/families/` has a module per format).
       dtype: of the layers when documents are embedded; the vectors are float32.
-      max_logit_scale: bound of the inverse temperature while fitting, 100 in CLIP; a low one (3) makes the vectors of a
-        small data set tell subjects apart before surroundings.
-      text_crop: share of the captions that are cut to a random length while fitting.
-      image_crop: the smallest side of a random square crop while fitting, as a share of the image; 1 for none.
+      max_logit_scale: bound of the inverse temperature during the fit, 100 in CLIP; with a low one (3), the vectors of
+        a small data set separate subjects rather than surroundings.
+      text_crop: share of the captions that are truncated to a random length during the fit.
+      image_crop: the smallest side of a random square crop during the fit, as a share of the image; 1 for none.
     """
 
     checkpoint: str | None = None

@@ -1,6 +1,6 @@
 """CLIP (arXiv 2103.00020) in Flax: the two frozen towers of the retriever, and query dropout (paper, section 3.2).
 
-The architecture and the config fields are those of Hugging Face `CLIPModel`, so that its checkpoints load by renaming:
+The architecture and the config fields are those of Hugging Face `CLIPModel`. Its checkpoints load by renaming:
 `text_model.encoder.layers.0.mlp.fc1` is `text_model/layers_0/mlp/fc1` here, and so on for every weight.
 """
 
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @runtime_checkable
 class TowerConfig(Protocol):
-    """What the layers read of a tower's config."""
+    """The fields of a tower's config that the layers read."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -42,7 +42,7 @@ class TowerConfig(Protocol):
 
 
 def check_tower(config: TowerConfig, name: str) -> None:
-    """Raises InputError where the layers cannot be built; `name` is the tower's in messages."""
+    """Raise InputError if the layers can't be built; `name` is the tower's in messages."""
     if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{name}: hidden_size={config.hidden_size} is not a multiple of "
@@ -66,7 +66,7 @@ class CLIPTextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407  # 2 in old checkpoints, where it stands for "the highest id of the row"
+    eos_token_id: int = 49407  # 2 in old checkpoints, where it means "the highest id of the row"
 
     def __post_init__(self) -> None:
         check_tower(self, "clip text")
@@ -102,7 +102,7 @@ class CLIPVisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Whole patches only: pixels to the right and below that do not fill one are not seen, as in `transformers`."""
+        """Whole patches only: the pixels left over at the right and bottom are not seen, as in `transformers`."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -170,15 +170,15 @@ class CLIPLayer(nn.Module):
         self,
         x: Float[Array, "batch seq embed"],
         mask: Bool[Array, "#batch 1 #queries seq"] | None,
-        place: Int[Array, " batch"] | None = None,
+        position: Int[Array, " batch"] | None = None,
     ) -> Float[Array, "batch queries embed"]:
-        """The outputs at all places; or at one `place` of each row, which is all that is asked of a last layer, and
-        for which only keys and values are computed of the others."""
+        """The outputs at all positions; or at one `position` of each row, which is all that a last layer needs: of the
+        others only keys and values are computed."""
         eps = self.config.layer_norm_eps
         h = nn.LayerNorm(eps, dtype=self.dtype, name="layer_norm1")(x)
         queries = h
-        if place is not None:
-            x, queries = (jnp.take_along_axis(each, place[:, None, None], axis=1) for each in (x, h))
+        if position is not None:
+            x, queries = (jnp.take_along_axis(each, position[:, None, None], axis=1) for each in (x, h))
         x = x + CLIPAttention(self.config, self.dtype, name="self_attn")(queries, mask, h)
         h = nn.LayerNorm(eps, dtype=self.dtype, name="layer_norm2")(x)
         return x + CLIPMLP(self.config, self.dtype, name="mlp")(h)
@@ -194,7 +194,8 @@ class CLIPTextModel(nn.Module):
         config, seq = self.config, ids.shape[1]
         if seq > config.max_position_embeddings:
             raise InputError(
-                f"clip text: {seq} tokens exceed max_position_embeddings={config.max_position_embeddings}; cut them off"
+                f"clip text: {seq} tokens exceed max_position_embeddings={config.max_position_embeddings}; truncate "
+                "them"
             )
         init = nn.initializers.normal(0.02)
         embed = nn.Embed(
@@ -223,7 +224,7 @@ class CLIPVisionModel(nn.Module):
     def __call__(
         self, pixels: Float[Array, "batch height width channel"], patch_keep: Bool[Array, "batch patches"] | None
     ) -> Float[Array, "batch embed"]:
-        """The features at the class position. Patches that are not kept take no part in attention."""
+        """The features at the class position. Attention ignores the patches that are not kept."""
         config = self.config
         batch, embed, patch = pixels.shape[0], config.hidden_size, config.patch_size
         if pixels.shape[1:] != (config.image_size, config.image_size, config.num_channels):
@@ -317,14 +318,16 @@ def unit_norm(x: Float[Array, "*batch channel"]) -> Float[Array, "*batch channel
 
 
 def _keep(keys: Key[Array, " batch"], droppable: Bool[Array, "batch seq"], rate: float) -> Bool[Array, "batch seq"]:
-    """True with probability 1 - rate where droppable, and at one droppable place at least; True everywhere else.
+    """True with probability 1 - rate where droppable, at one droppable position at least; True everywhere else.
 
-    One draw per place, so that the outcome does not depend on how far a row is padded.
+    One draw per position: the result does not depend on the padding of a row.
     """
-    places = jnp.arange(droppable.shape[1])
-    draws = jax.vmap(lambda key: jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(key, place)))(places))(
-        keys
-    )
+    positions = jnp.arange(droppable.shape[1])
+
+    def draw(key: Key[Array, ""]) -> Float[Array, " seq"]:
+        return jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position)))(positions)
+
+    draws = jax.vmap(draw)(keys)
     draws = jnp.where(droppable, draws, -1.0)
     return ~droppable | (draws >= rate) | (draws == draws.max(axis=1, keepdims=True))
 
@@ -343,9 +346,9 @@ def drop_text_tokens(
 
     The last token of a row (`<eos>`) always stays, the first too if it is `<bos>`, and so does one of the others.
     """
-    places = jnp.arange(ids.shape[1])
+    positions = jnp.arange(ids.shape[1])
     last = mask.sum(axis=1, keepdims=True) - 1
-    kept = mask & _keep(keys, mask & (places >= int(has_bos)) & (places < last), rate)
+    kept = mask & _keep(keys, mask & (positions >= int(has_bos)) & (positions < last), rate)
     order = jnp.argsort(~kept, axis=1, stable=True)
     mask = jnp.take_along_axis(kept, order, axis=1)
     return jnp.where(mask, jnp.take_along_axis(ids, order, axis=1), 0), mask

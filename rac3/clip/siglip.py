@@ -2,11 +2,11 @@
 
 Architecture and config fields are those of Hugging Face `SiglipModel`; the layers are CLIP's. What differs from CLIP:
 
-    text   not causal; always padded to the full length, and the padding is read like any other token, for so it was
-           trained; the features are those of the last position
+    text   not causal; always padded to the full length, and the padding is read like any other token, as in training;
+           the features are those of the last position
     image  no class position; a learned query (`probe`) attends to the patches and pools them
 
-A NaFlex checkpoint of SigLIP 2 becomes a `SigLIP` of one square grid when it is loaded, see `clip_checkpoints`.
+A NaFlex checkpoint of SigLIP 2 becomes a `SigLIP` of one square grid when it is loaded, see `families/naflex.py`.
 """
 
 import math
@@ -34,7 +34,7 @@ class SiglipTextConfig:
     max_position_embeddings: int = 64
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
-    pad_token_id: int = 1  # published configs leave it at 1, whatever their tokenizer has; loading sets the tokenizer's
+    pad_token_id: int = 1  # always 1 in published configs; loading sets the tokenizer's
     projection_size: int | None = None  # None: as hidden_size
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class SiglipConfig:
 
     @property
     def width(self) -> int:
-        """Of the vectors that the two towers share."""
+        """The width of the vectors of both towers."""
         text = self.text_config
         return text.hidden_size if text.projection_size is None else text.projection_size
 
@@ -93,11 +93,11 @@ class SiglipTextModel(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "batch seq"], mask: Bool[Array, "batch seq"]) -> Float[Array, "batch embed"]:
-        """`mask` tells the padding, which becomes `pad_token_id`; no attention is masked."""
+        """`mask` is False at padding, which becomes `pad_token_id`; no attention is masked."""
         config, seq = self.config, ids.shape[1]
         if seq != config.max_position_embeddings:
             raise InputError(
-                f"siglip text: rows of {seq} ids; SigLIP reads its padding, so pad or cut them to "
+                f"siglip text: rows of {seq} ids; SigLIP reads its padding, so pad or truncate them to "
                 f"max_position_embeddings={config.max_position_embeddings}"
             )
         init = nn.initializers.normal(0.02)
@@ -140,7 +140,7 @@ class SiglipVisionModel(nn.Module):
     def __call__(
         self, pixels: Float[Array, "batch height width channel"], patch_keep: Bool[Array, "batch patches"] | None
     ) -> Float[Array, "batch embed"]:
-        """Patches that are not kept take part neither in the layers' attention nor in the pooling."""
+        """Neither the layers' attention nor the pooling sees patches that are not kept."""
         config = self.config
         batch, embed, patch = pixels.shape[0], config.hidden_size, (config.patch_size, config.patch_size)
         if pixels.shape[1:] != (config.image_size, config.image_size, config.num_channels):
@@ -198,7 +198,7 @@ class SigLIP(nn.Module):
         pixels: Float[Array, "batch height width channel"],
         patch_keep: Bool[Array, "batch patches"] | None = None,
     ) -> Float[Array, "batch embed"]:
-        """Normalized pixels to float32 vectors of L2 norm 1; patches in raster order, see `clip.drop_patches`."""
+        """Normalized pixels to float32 vectors of L2 norm 1; patches in raster order, see `model.drop_patches`."""
         return unit_norm(self.vision_model(pixels, patch_keep))
 
     def __call__(
@@ -207,7 +207,7 @@ class SigLIP(nn.Module):
         mask: Bool[Array, "texts seq"],
         pixels: Float[Array, "images height width channel"],
     ) -> Float[Array, "texts images"]:
-        """Logits of each text for each image: sigmoid(exp(logit_scale) text . image + logit_bias) is how likely they
-        belong together."""
+        """Logits of each text for each image: sigmoid(exp(logit_scale) text . image + logit_bias) is the
+        probability that they belong together."""
         text, image = self.encode_text(ids, mask), self.encode_image(pixels)
         return jnp.exp(self.logit_scale) * text @ image.T + self.logit_bias

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Draft
-from rac3.clip.checkpoints import load_clip
 from rac3.clip.frozen import FrozenCLIP
+from rac3.clip.published import load_clip
 from rac3.documents.document import Document
 from rac3.run import Run
 from rac3.stages.fit.clip import fit_clip
@@ -18,8 +18,9 @@ from rac3.stages.fit.encoder import fitting_documents
 from rac3.stages.fit.vqgan import fit_vqgan
 from rac3.tokens.text import TextTokenizer
 from rac3.training.checkpoint import CHECKPOINTS
-from rac3.vqgan.checkpoints import load_vqgan
-from rac3.vqgan.frozen import FrozenVQGAN, save_vqgan
+from rac3.vqgan.checkpoint import VQGANCheckpoint
+from rac3.vqgan.frozen import FrozenVQGAN
+from rac3.vqgan.published import load_vqgan
 
 
 def fit_encoders(run: Run) -> None:
@@ -57,10 +58,11 @@ def _make(run: Run, config: TextTokenizer | FrozenVQGAN | FrozenCLIP, documents:
     elif isinstance(config, FrozenVQGAN):
         if config.checkpoint is not None:
             loaded = load_vqgan(Path(config.checkpoint), config.resolution)
-            save_vqgan(draft.folder, loaded.config, loaded.params)
+            loaded.save(draft.folder)
             print(f"VQGAN {config.checkpoint}: {loaded.summary()}")
         else:
-            save_vqgan(draft.folder, config.model, fit_vqgan(experiment, documents, draft.folder))
+            params = fit_vqgan(experiment, documents, draft.folder)
+            VQGANCheckpoint(config.model, params).save(draft.folder)
     elif config.checkpoint is not None:
         load_clip(config.checkpoint).save(draft.folder)
     else:

@@ -1,4 +1,4 @@
-"""What the stages ask of an image tokenizer, and the frozen VQGAN that is one."""
+"""The image tokenizer: the protocol that the stages use, and the frozen VQGAN that implements it."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -12,34 +12,34 @@ from rac3.devices.batches import DeviceBatches
 from rac3.documents.document import Picture, pixels_of, prepare_image
 from rac3.vqgan.model import VQGAN, preprocess, to_pixels
 
-PIXELS_AT_ONCE = 2**20  # per device: 16 pictures of 256 x 256, whose features take 0.5 GB in float32 at 128 channels
+PIXELS_AT_ONCE = 2**20  # per device: 16 images of 256 x 256, whose features take 0.5 GB in float32 at 128 channels
 
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Pictures to codes and back. An object of a config's own needs no more than this."""
+    """Images to codes and back. An object of a user's config needs no more than this."""
 
     @property
     def resolution(self) -> int:
-        """Pixels of a decoded picture, in height and width."""
+        """Height and width of a decoded image, in pixels."""
         ...
 
     @property
     def tokens_per_image(self) -> int:
-        """Codes of every picture, in raster order."""
+        """The number of codes of every image, in raster order."""
         ...
 
     @property
     def codebook_size(self) -> int:
-        """Codes are below it."""
+        """The number of codes; each code is below it."""
         ...
 
     def encode(self, images: Sequence[Picture]) -> Int[np.ndarray, "images tokens"]:
-        """The codes of pictures of any size, encoded as files (`Image`) or decoded (uint8, height x width x 3)."""
+        """The codes of images of any size, encoded as files (`Image`) or decoded (uint8, height x width x 3)."""
         ...
 
     def decode(self, codes: Int[np.ndarray, "images tokens"]) -> UInt8[np.ndarray, "images height width 3"]:
-        """The pictures of codes."""
+        """The images of codes."""
         ...
 
 
@@ -47,7 +47,7 @@ class VQGANCodec:
     """A frozen VQGAN: pixels to codes and back, on all of this process's devices."""
 
     def __init__(self, model: VQGAN, params: PyTree) -> None:
-        apply: Any = model.apply  # flax types its result by what is mutable
+        apply: Any = model.apply  # flax types its result by which collections are mutable
         self.config = model.config
         pixels = model.config.resolution**2
         self._batches = DeviceBatches(jax.local_device_count() * max(1, PIXELS_AT_ONCE // pixels))
@@ -68,10 +68,10 @@ class VQGANCodec:
         return self.config.n_embed
 
     def encode(self, images: Sequence[Picture]) -> Int[np.ndarray, "images tokens"]:
-        """Codes of images of any size: shorter side scaled, middle square kept; decoded by threads where they are not.
+        """Codes of images of any size: shorter side scaled, middle square kept. Threads decode those that are encoded.
 
         Raises:
-          ImageError: an image that cannot be decoded.
+          ImageError: an image can't be decoded.
         """
 
         def prepare(rows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The adversarial loss of VQGAN (arXiv 2012.09841, section 3.1): a discriminator that tells pictures from their
+"""The adversarial loss of VQGAN (arXiv 2012.09841, section 3.1): a discriminator that tells images from their
 reconstructions, patch by patch, and the hinge losses of the two players.
 
     64 x 64 pixels -> three of conv 4x4 / 2 -> 8 x 8 -> conv 4x4 -> 7 x 7 -> conv 4x4 -> 6 x 6 logits
@@ -20,14 +20,14 @@ Logits = Float[Array, "batch rows columns 1"]
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """The adversarial loss while a VQGAN is fitted.
+    """The adversarial loss of a VQGAN's fit.
 
     Attributes:
-      weight: of the generator's adversarial loss, on top of its adaptive weight (`vqgan_objective.adaptive_weight`); 0
+      weight: of the generator's adversarial loss, on top of its adaptive weight (`objective.adaptive_weight`); 0
         switches it off, and taming-transformers uses 0.8.
-      start: the step from which it counts. Nothing of the discriminator is computed before, and it learns from then on.
+      start: the step from which it counts. Before it, the discriminator is neither computed nor trained.
       ndf: channels of the discriminator's first layer; doubled by each layer, up to eight times as many.
-      n_layers: convolutions that halve the picture. With 3, a logit sees 70 x 70 pixels.
+      n_layers: convolutions that halve the image. With 3, a logit sees 70 x 70 pixels.
     """
 
     weight: float = 0.0
@@ -52,9 +52,9 @@ class AdversarialConfig:
 class Discriminator(nn.Module):
     """The patch discriminator of pix2pix (arXiv 1611.07004), layers and initial weights as in taming-transformers.
 
-    It normalizes by groups of channels in each picture, where taming normalizes over the batch. A batch that is cut
-    over devices would have to be averaged over all of them in each layer to mean the same as on one device, real and
-    reconstructed pictures would have statistics of their own, and the running averages would be one more state.
+    It normalizes by groups of channels in each image, where taming normalizes over the batch. Batch norm would need an
+    all-reduce in each layer to mean the same on many devices as on one, separate statistics for real and reconstructed
+    images, and running averages as one more state.
     """
 
     config: AdversarialConfig

@@ -1,22 +1,15 @@
-"""The frozen VQGAN of an experiment: which it is, and the artifact that holds it."""
+"""The config of the frozen VQGAN, and how it is opened from its artifact."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from jaxtyping import PyTree
-
-from rac3.config import InputError, canonical
+from rac3.config import InputError
+from rac3.vqgan.checkpoint import VQGANCheckpoint
 from rac3.vqgan.codec import VQGANCodec
-from rac3.vqgan.model import VQGAN, VQGANConfig
+from rac3.vqgan.model import VQGANConfig
 from rac3.vqgan.objective import VQGANObjective
 from rac3.vqgan.perceptual import MIN_RESOLUTION
 from rac3.weights.fitting import ComputeDtype, FitConfig
-from rac3.weights.params_file import load_params, save_params
-
-PARAMS = "params.safetensors"
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -24,12 +17,12 @@ class FrozenVQGAN:
     """The VQGAN, fitted here, or loaded from a published checkpoint.
 
     Attributes:
-      checkpoint: its file or folder (`rac3/vqgan/checkpoints.py` lists the formats). The architecture is the
+      checkpoint: its file or folder (`rac3/vqgan/families/` has a module per format). The architecture is the
         checkpoint's: `model`, `objective` and `fit` are not used.
-      resolution: pixels of the pictures that a checkpoint is used at, in height and width; None is what its config
-        says, and 256 for LlamaGen's, which have none.
-      dtype: of the convolutions when pictures are encoded and decoded; codes are found in float32 always. bfloat16
-        changes a few percent of the codes.
+      resolution: height and width, in pixels, that a checkpoint is used at; None is what its config says, and 256 for
+        LlamaGen's, which have none.
+      dtype: of the convolutions that encode and decode images; codes are always found in float32. bfloat16 changes a
+        few percent of the codes.
     """
 
     checkpoint: str | None = None
@@ -72,18 +65,5 @@ class FrozenVQGAN:
             )
 
     def open(self, folder: Path) -> VQGANCodec:
-        """What `save_vqgan` wrote into `folder`."""
-        return VQGANCodec(VQGAN(_saved_config(folder / CONFIG), self.dtype), load_params(folder / PARAMS))
-
-
-def save_vqgan(folder: Path, config: VQGANConfig, params: PyTree) -> None:
-    save_params(folder / PARAMS, params)
-    (folder / CONFIG).write_text(json.dumps(canonical(config), indent=2) + "\n")
-
-
-def _saved_config(path: Path) -> VQGANConfig:
-    """The architecture that an artifact holds, which for a checkpoint is not the experiment's."""
-    saved: dict[str, Any] = json.loads(path.read_text())
-    del saved["class"]
-    sequences: dict[str, Any] = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
-    return VQGANConfig(**saved | sequences | {"dropout": float(saved["dropout"])})
+        """What `VQGANCheckpoint.save` wrote into `folder`."""
+        return VQGANCheckpoint.open(folder).codec(self.dtype)

@@ -1,12 +1,12 @@
 """The image tokenizer: VQGAN (arXiv 2012.09841) in Flax.
 
-The architecture and the config fields are those of taming-transformers, in NHWC, so that its checkpoints load by
-renaming: `encoder.down.0.block.1.conv1` is `encoder/down_0_block_1/conv1` here, and so on for every weight.
+The architecture and the config fields are those of taming-transformers, in NHWC. Its checkpoints load by renaming:
+`encoder.down.0.block.1.conv1` is `encoder/down_0_block_1/conv1` here, and so on for every weight.
 
     pixels uint8 -> preprocess -> encoder -> quant_conv -> nearest codes       -> the tokens, raster order
     pixels uint8 <- to_pixels  <- decoder <- post_quant_conv <- codebook[codes] <-
 
-`Codebook` holds the code vectors; `vqgan_objective.py` fits one, `vqgan_checkpoints.py` loads published ones.
+`Codebook` holds the code vectors; `objective.py` fits one, `published.py` loads published ones.
 """
 
 import math
@@ -27,7 +27,7 @@ Params = dict[str, Any]
 
 Images = Float[Array, "batch height width channel"]
 Features = Float[Array, "batch grid_height grid_width features"]
-"""What becomes of `Images` inside: other sizes, other channels."""
+"""`Images` inside the model: other sizes, other channels."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class VQGANConfig:
     resamp_with_conv: bool = True
     norm_groups: int = 32  # lowered to a divisor where a layer's channels ask for it
     latent_kernel: int = 3  # of convolutions at the lowest resolution; 1: a token hardly sees its neighbors
-    mid_attn: bool = True  # False: no attention in the middle either, for small pictures on CPU
+    mid_attn: bool = True  # False: no attention in the middle either, for small images on CPU
     quantizer: Literal["nearest", "gumbel"] = "nearest"  # gumbel: the code of the largest logit, a projection's
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class VQGANConfig:
 
 
 def at_resolution(config: VQGANConfig, resolution: int) -> VQGANConfig:
-    """The same layers, with attention in the same levels, for pictures of another size."""
+    """The same layers, with attention in the same levels, for images of another size."""
     levels = range(len(config.ch_mult))
     attention = tuple(resolution >> level for level in levels if config.resolution >> level in config.attn_resolutions)
     return replace(config, resolution=resolution, attn_resolutions=attention)
@@ -167,7 +167,7 @@ class Upsample(nn.Module):
 class UpsampleConv(nn.Module):
     """`conv3x3(x.repeat(2, axis=1).repeat(2, axis=2))` in 4/9 of its FLOPs, with the parameters of that convolution.
 
-    Of the three rows under a kernel two are the same row of `x`, so that their weights can be added first: an even row
+    Of the three rows under a kernel two are the same row of `x`, so their weights can be added first: an even row
     of the result sees rows i - 1 and i of `x` under the weights (k0, k1 + k2), an odd row sees i and i + 1 under
     (k0 + k1, k2). So with the columns: four 2 x 2 kernels, run as one convolution, whose outputs are interleaved.
     """
@@ -253,7 +253,7 @@ def nearest_codes(
 ) -> Int[Array, " rows"]:
     """The index of the code nearest to each vector in squared distance, ties to the lowest; computed in float32.
 
-    At most `max_distances` distances (64 MiB) exist at once: 16,384 codes against the 262,144 vectors of 256 pictures
+    At most `max_distances` distances (64 MiB) exist at once: 16,384 codes against the 262,144 vectors of 256 images
     would be 17 GB.
     """
     embedding = embedding.astype(jnp.float32)
@@ -320,7 +320,7 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv(self.config.z_channels, (1, 1), dtype=self.dtype)
 
     def latents(self, images: Images, train: bool = False) -> Features:
-        """The vectors that the codes stand for, `(batch, grid, grid, embed_dim)`, float32; images in [-1, 1]."""
+        """The vectors before they are quantized, `(batch, grid, grid, embed_dim)`, float32; images in [-1, 1]."""
         return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)
 
     def encode(self, images: Images) -> Int[Array, "batch tokens"]:

@@ -1,10 +1,9 @@
 """The objective that fits a VQGAN.
 
-Code vectors follow the encoder by moving averages (arXiv 1711.00937, appendix A.1) rather than by gradient, and a code
-that nothing uses is moved to where the data is. As it stands the loss is of pixels, which suits small flat pictures.
-The rest of VQGAN's objective (arXiv 2012.09841) is off until it is asked for: the adversarial loss
-(`discriminator.py`), the perceptual one (`perceptual.py`, with weights that the user has), and the average of the
-generator's weights.
+Code vectors follow the encoder by moving averages (arXiv 1711.00937, appendix A.1) rather than by gradient, and an
+unused code is moved to where the data is. By default the loss is of pixels, which suits small flat images. The rest of
+VQGAN's objective (arXiv 2012.09841) is off by default: the adversarial loss (`discriminator.py`), the perceptual one
+(`perceptual.py`, with the user's weights), and the average of the generator's weights.
 """
 
 from collections.abc import Callable
@@ -29,12 +28,12 @@ class VQGANObjective:
 
     l1: float = 1.0
     l2: float = 1.0
-    beta: float = 0.25  # commitment: pulls the encoder's vectors to their codes
-    locality: float = 0.0  # pulls a patch's vector to what it is among other neighbors; see `locality_loss`
+    beta: float = 0.25  # commitment: pulls the encoder's vectors toward their codes
+    locality: float = 0.0  # pulls a patch's vector toward its vector among other neighbors; see `locality_loss`
     decay: float = 0.95  # of the moving averages, per step; slower than the encoder moves, most codes die
     smoothing: float = 1e-5  # Laplace smoothing of the cluster sizes
-    revive_below: float = 0.03  # a code with less than this share of an even use is dead; 0 never revives
-    ema_decay: float = 0.0  # of the average of the weights that is kept in the end; see `averaged`; 0 keeps the last
+    revive_below: float = 0.03  # a code used less than this share of the mean is dead; 0 never revives
+    ema_decay: float = 0.0  # of the average of the weights, which the fit returns; see `averaged`; 0 returns the last
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
 
@@ -53,7 +52,7 @@ class VQGANObjective:
 
 @no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind
 class CodebookState(flax.struct.PyTreeNode):
-    """The codebook while it is fitted: moving averages per code of the vectors that it is nearest to."""
+    """The state of the codebook's fit: per code, moving averages of the vectors that it is nearest to."""
 
     embedding: Float[Array, "codes channel"]
     cluster_size: Float[Array, " codes"]  # vectors per batch
@@ -61,12 +60,12 @@ class CodebookState(flax.struct.PyTreeNode):
 
 
 def with_codebook(params: Params, codebook: CodebookState) -> Params:
-    """`params` with the fitted code vectors in their place: what `save_params` should keep."""
+    """`params` with the fitted code vectors, to save."""
     return {**params, "codebook": {"embedding": codebook.embedding}}
 
 
 def init_codebook_from_batch(model: VQGAN, params: Params, images: Images, key: PRNGKeyArray) -> CodebookState:
-    """Code vectors drawn from the encoder's for `images` (each once, if those suffice), as if all were used evenly."""
+    """Code vectors drawn from the encoder's for `images` (none twice if there are enough), all used evenly."""
     latents = cast(Array, model.apply({"params": params}, images, method="latents"))
     vectors = latents.reshape(-1, model.config.embed_dim)
     codes = model.config.n_embed
@@ -82,10 +81,10 @@ def update_codebook(
     codes: Int[Array, " rows"],
     key: PRNGKeyArray,
 ) -> CodebookState:
-    """One step of the moving averages, then dead codes move to vectors of the batch that have no good code yet.
+    """One step of the moving averages; then dead codes move to vectors of the batch that have no good code yet.
 
-    They are drawn without replacement with probability in proportion to the squared distance to their code, as
-    k-means++ seeds its centers: drawn evenly, they would split what is frequent into several codes for one thing.
+    These are drawn without replacement with probability proportional to the squared distance to their code, as
+    k-means++ seeds its centers. A uniform draw would give frequent vectors several codes.
     """
     counts = jnp.zeros_like(codebook.cluster_size).at[codes].add(1.0)
     sums = jnp.zeros_like(codebook.vector_sum).at[codes].add(vectors)
@@ -95,7 +94,7 @@ def update_codebook(
     smoothed = (size + objective.smoothing) / (total + len(counts) * objective.smoothing) * total
     embedding = vector_sum / smoothed[:, None]
 
-    # a revived code starts as if evenly used, so that it has time to win vectors before it counts as dead again
+    # a revived code starts as if evenly used: it has time to win vectors before it counts as dead again
     dead = size < objective.revive_below * even_use
     error = jnp.sum((vectors - codebook.embedding[codes]) ** 2, axis=1)
     noisy = jnp.log(error + 1e-12) + jax.random.gumbel(key, error.shape)
@@ -113,11 +112,10 @@ def locality_loss(
     """How much a patch's vector depends on the patches around it, as a share of the variance of all vectors.
 
     Half of the patches of each image are exchanged for those of the next image; every patch should keep its vector.
-    A picture part that has the same codes wherever it stands is one that a language model can copy from a retrieved
-    document.
+    A language model can copy a part of a retrieved image if that part has the same codes everywhere.
 
     Args:
-      dropout_key: the one that `latents` were computed with, so that dropout alone moves no vector.
+      dropout_key: the one that `latents` were computed with, or dropout alone would move vectors.
     """
     grid, patch = latents.shape[1], images.shape[1] // latents.shape[1]
     own = jax.random.bernoulli(key, 0.5, (len(images), grid, grid, 1))
@@ -130,7 +128,7 @@ def locality_loss(
 
 
 class Step(NamedTuple):
-    """What one batch says: gradients of the generator's loss, the next codebook, and metrics."""
+    """The results of one batch: gradients of the generator's loss, the next codebook, and metrics."""
 
     gradients: Params
     codebook: CodebookState
@@ -181,7 +179,7 @@ def vqgan_step(
             loss += objective.perceptual.weight * metrics["perceptual"]
         return loss, metrics
 
-    # Each loss is derived by the pictures first, and these derivatives go back through the generator as one.
+    # Each loss is differentiated by the reconstruction first; the sum goes back through the generator once.
     (reconstruction, latent_loss), pull, (out, commitment) = jax.vjp(forward, params, has_aux=True)
     (loss, metrics), toward = jax.value_and_grad(reconstruction_loss, has_aux=True)(reconstruction)
     loss += latent_loss
@@ -221,9 +219,8 @@ def adaptive_weight(reconstruction: Float[Array, "*shape"], adversarial: Float[A
 def averaged(decay: float, average: Params, params: Params, updates: Int[Array, ""]) -> Params:
     """The moving average of the parameters after one more update; `updates` have gone into it so far.
 
-    It begins as the initial parameters. Of them, and of the first steps, nothing stays even in a short run, since the
-    decay warms up: min(decay, (1 + updates) / (10 + updates)) averages over about the last tenth of the run until it
-    reaches `decay`.
+    It begins as the initial parameters. The decay warms up, so that even a short run forgets them and its first steps:
+    min(decay, (1 + updates) / (10 + updates)) averages over about the last tenth of the run until it reaches `decay`.
     """
     decays = jnp.minimum(decay, (1 + updates) / (10 + updates))
     return optax.incremental_update(params, average, 1 - decays)

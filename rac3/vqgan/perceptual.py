@@ -1,8 +1,8 @@
-"""LPIPS (arXiv 1801.03924): how unlike two pictures look, by the features of a VGG16 that knows ImageNet.
+"""LPIPS (arXiv 1801.03924): how different two images look, by the features of a VGG16 trained on ImageNet.
 
-    d(x, y) = sum over 5 layers of  mean over places of  w . (f(x) / |f(x)| - f(y) / |f(y)|)^2
+    d(x, y) = sum over 5 layers of  mean over positions of  w . (f(x) / |f(x)| - f(y) / |f(y)|)^2
 
-The weights are the user's: torchvision's VGG16 and the linear layers w of LPIPS, in one file or in two.
+The user supplies the weights: torchvision's VGG16 and the linear layers w of LPIPS, in one file or in two.
 """
 
 import re
@@ -18,11 +18,13 @@ from jaxtyping import Array, Float
 
 from rac3.config import InputError
 from rac3.vqgan.model import Features, Images
+from rac3.weights.port import Place, port
 from rac3.weights.torch_file import read_state_dict
 
 LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """Convolutions of torchvision's `vgg16().features` by their index, up to each of the five ReLUs that LPIPS compares."""
 CHANNELS = (64, 128, 256, 512, 512)
+SOURCES = "torchvision's VGG16 (vgg16-397923af.pth) and the linear layers of LPIPS for VGG16 (vgg.pth)"
 MIN_RESOLUTION = 16  # pixels: four poolings leave one
 # mean and deviation of ImageNet's colors, over [-1, 1], as LPIPS rounds them
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -31,13 +33,13 @@ SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """The perceptual loss while a VQGAN is fitted; off without `weights`.
+    """The perceptual loss of a VQGAN's fit; off without `weights`.
 
     Attributes:
       weights: the files of `torch.save` that together hold VGG16 and the linear layers, in any order: torchvision's
         `vgg16-397923af.pth` and the `vgg.pth` of LPIPS (of richzhang's package, or as taming-transformers
         downloads it), or the state dict of a whole LPIPS.
-      weight: of the loss, beside `l1` and `l2`; 1 in taming-transformers.
+      weight: of the loss, next to `l1` and `l2`; 1 in taming-transformers.
     """
 
     weights: tuple[str, ...] = ()
@@ -61,7 +63,7 @@ class PerceptualConfig:
 
 
 class LPIPS(NamedTuple):
-    """The weights: of each of the five layers, its convolutions and its linear layer."""
+    """The weights: the convolutions (kernel, bias) and the linear layer of each of the five layers."""
 
     convolutions: tuple[tuple[tuple[Float[Array, "3 3 _ _"], Float[Array, " _"]], ...], ...]
     linear: tuple[Float[Array, " _"], ...]
@@ -71,44 +73,49 @@ def load_lpips(files: Sequence[Path | str]) -> LPIPS:
     """The weights in `PerceptualConfig.weights`.
 
     Raises:
-      InputError: a file is missing, damaged, or no file of torch.save; together they lack a layer, or one has another
-        shape.
+      InputError: a file is missing, damaged, or not a file of torch.save; together they lack a layer, or one has
+        another shape.
     """
-    found = {_place(name): value for path in files for name, value in read_state_dict(Path(path)).items()}
-
-    def take(name: str, source: str, *shape: int) -> Array:
-        have = np.shape(found[name]) if name in found else "missing"
-        if have != shape:
-            raise InputError(
-                f"perceptual.weights {[str(path) for path in files]}: {name} is {have}, not {shape}; give {source}"
-            )
-        return jnp.asarray(found[name], jnp.float32)
-
-    def convolution(index: int, inputs: int, outputs: int) -> tuple[Array, Array]:
-        source = "torchvision's VGG16 (vgg16-397923af.pth) too"
-        kernel = take(f"features.{index}.weight", source, outputs, inputs, 3, 3)
-        return kernel.transpose(2, 3, 1, 0), take(f"features.{index}.bias", source, outputs)
-
+    weights = {_name(name): value for path in files for name, value in read_state_dict(Path(path)).items()}
+    where = f"perceptual.weights {[str(path) for path in files]}"
+    params = port(_params(), weights, _place, where=where, ignored=".*", fix=f"they must hold {SOURCES}")
+    params = jax.tree.map(jnp.asarray, params)
     convolutions = tuple(
-        tuple(convolution(index, width if number else inputs, width) for number, index in enumerate(layer))
-        for layer, inputs, width in zip(LAYERS, (3, *CHANNELS), CHANNELS, strict=False)
+        tuple((params["features"][str(index)]["kernel"], params["features"][str(index)]["bias"]) for index in layer)
+        for layer in LAYERS
     )
-    heads = "the linear layers of LPIPS for VGG16 (vgg.pth) too"
-    linear = tuple(take(f"lin{i}", heads, 1, width, 1, 1).ravel() for i, width in enumerate(CHANNELS))
+    linear = tuple(params[f"lin{i}"]["model"]["1"]["kernel"].ravel() for i in range(len(LAYERS)))
     return LPIPS(convolutions, linear)
 
 
-def _place(name: str) -> str:
-    """`features.N.weight` of VGG16 or `linK`, for other names of them: `net.slice2.5.weight`, `lin0.model.1.weight`."""
+def _params() -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters by their paths, which are the published names: `features/0/kernel`, `lin0/model/1/kernel`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    inputs = 3
+    for i, (layer, width) in enumerate(zip(LAYERS, CHANNELS, strict=True)):
+        for index in layer:
+            shapes |= {f"features/{index}/kernel": (3, 3, inputs, width), f"features/{index}/bias": (width,)}
+            inputs = width
+        shapes[f"lin{i}/model/1/kernel"] = (1, 1, width, 1)
+    return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+
+
+def _place(path: str) -> Place:
+    name = path.replace("/", ".")
+    return Place(re.sub("kernel$", "weight", name), transposed=name.endswith("kernel"))
+
+
+def _name(name: str) -> str:
+    """The published name of a weight that a whole LPIPS calls `net.slice2.5.weight` or `lins.0.model.1.weight`."""
     if match := re.fullmatch(r"(?:features\.|net\.slice\d\.)?(\d+\.(?:weight|bias))", name):
         return f"features.{match[1]}"
     if match := re.fullmatch(r"lins?\.?(\d)\.model\.\d\.weight", name):
-        return f"lin{match[1]}"
+        return f"lin{match[1]}.model.1.weight"
     return name
 
 
 def lpips(weights: LPIPS, x: Images, y: Images) -> Float[Array, " batch"]:
-    """The distance of each pair of pictures in [-1, 1], of at least 16 x 16 pixels."""
+    """The distance of each pair of images in [-1, 1], of at least 16 x 16 pixels."""
     distance = jnp.zeros(len(x))
     x, y = (x - SHIFT) / SCALE, (y - SHIFT) / SCALE
     for number, (layer, linear) in enumerate(zip(weights.convolutions, weights.linear, strict=True)):
@@ -121,7 +128,7 @@ def lpips(weights: LPIPS, x: Images, y: Images) -> Float[Array, " batch"]:
 
 
 def _unit(features: Features) -> Features:
-    """Of length 1 at each place; where all are 0 they stay so, and so does their gradient, which sqrt alone has not."""
+    """Of length 1 at each position. Features that are all 0 stay 0, with a gradient of 0; that of sqrt is NaN there."""
     return features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + 1e-20)
 
 

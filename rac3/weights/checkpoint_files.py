@@ -1,11 +1,9 @@
-"""The files of published checkpoints: where they are, what they hold, and what is mistaken for them."""
+"""The files of published checkpoints: where they are, their JSON, and files that people mistake for weights."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from rac3.config import InputError
 
@@ -23,11 +21,16 @@ def checkpoint_folder(what: str, source: str) -> Path | None:
     return None
 
 
+def first_file(folder: Path, names: Iterable[str]) -> Path | None:
+    """The file of the first of the names that `folder` has."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      InputError: the file cannot be read, is not JSON, or holds something else than an object.
+      InputError: the file cannot be read, is not JSON, or does not hold an object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -38,31 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
-    """The arrays whose names are wanted; the others are not read.
-
-    Raises:
-      InputError: the file is missing, cut short, or something else.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise InputError(f"weights {str(path)!r} do not exist; download that file too")
-    with path.open("rb") as file:
-        mistake = mistaken_for(file.read(256))
-    if mistake is not None:
-        raise InputError(f"weights {str(path)!r} are {mistake}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"weights {str(path)!r} are cut short or not safetensors ({error}); download the file again"
-        ) from error
-
-
 def mistaken_for(head: bytes) -> str | None:
-    """What a file that begins so is in place of weights, and what to do about it; None if it may be weights."""
+    """What a file that begins with `head` is instead of weights, and what to do; None if it may be weights."""
     if not head:
         return "an empty file; download it again"
     if head.lstrip().startswith(b"<"):

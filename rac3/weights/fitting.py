@@ -1,4 +1,4 @@
-"""How weights are fitted here, where no published ones are loaded."""
+"""How the frozen models are fitted here if no published weights are loaded."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ ComputeDtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a frozen model is fitted on the documents of `Data.fit_on`, where no checkpoint is loaded.
+    """How a frozen model is fitted on the documents of `Data.fit_on`, if no checkpoint is loaded.
 
     Attributes:
       steps: optimizer steps.

@@ -1,9 +1,9 @@
-"""`torch.save` files without torch, and without running what is in them.
+"""`torch.save` files without torch, and without running the code in them.
 
-Such a file is a pickle plus the raw bytes of the tensors. A pickle is a program: unpickling calls whatever it names. So
-it is not unpickled here. `_Plain` walks its opcodes and builds plain data alone; of what it names, it knows tensors,
-parameters, `OrderedDict` and `torch.Size`, and anything else (a training framework's callbacks, the classes of a
-project) becomes a `_Foreign`, which stands for it and does nothing.
+Such a file is a pickle plus the raw bytes of the tensors. A pickle is a program: unpickling calls any function that it
+names. So it is not unpickled here. `_Plain` walks its opcodes and builds only plain data: tensors, parameters,
+`OrderedDict` and `torch.Size`. Anything else (a training framework's callbacks, a project's classes) becomes a
+`_Foreign`, a placeholder that does nothing.
 
     pickle: {"state_dict": {"conv.weight": <tensor of storage 0>}, "callbacks": {...: <foreign>}}
     out   : {"conv.weight": array}
@@ -45,13 +45,13 @@ _DTYPES = {
     "torch.ComplexDoubleStorage": np.dtype(np.complex128),
 }
 _DAMAGE = (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError)
-"""What walking a damaged pickle may raise."""
+"""The errors that walking a damaged pickle may raise."""
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """The tensors of a `torch.save` file by name, read-only, and the names of the foreign classes and functions that
-    it mentions, in their order there."""
+    """The tensors of a `torch.save` file by name, read-only; and the names of the foreign classes and functions in it,
+    in their order."""
 
     tensors: dict[str, np.ndarray]
     foreign: tuple[str, ...]
@@ -65,12 +65,13 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 def read_torch_file(path: Path) -> TorchFile:
     """Read the weights from a file that `torch.save` wrote, in its zip format or the one before torch 1.6.
 
-    Of a dictionary with one of the entries `NESTED` that holds tensors, that entry is read, else the dictionary itself.
-    What in it is no tensor is left out, as is a tensor inside a foreign object. Only storages that are needed are read.
+    If the file's dictionary has one of the entries `NESTED`, with tensors, that entry is read, else the dictionary
+    itself. Entries that are no tensors are left out, and so are tensors inside foreign objects. Only the storages that
+    are needed are read.
 
     Raises:
-      InputError: there is no such file; it is empty, cut short, a web page, no `torch.save` file; it holds a whole
-        module in place of tensors; a tensor is of an unusual kind or reaches beyond its storage.
+      InputError: there is no such file; it is empty, truncated, a web page, no `torch.save` file; it holds a whole
+        module instead of tensors; a tensor is of an unsupported kind or reaches beyond its storage.
     """
     if not path.is_file():
         raise InputError(f"weights {str(path)!r} do not exist; give a file that torch.save wrote")
@@ -111,7 +112,7 @@ def _read_zip(path: Path, file: IO[bytes]) -> TorchFile:
     except InputError:
         raise
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, *_DAMAGE) as error:
-        raise InputError(f"weights {str(path)!r} are damaged or cut short ({_line(error)}); {AGAIN}") from error
+        raise InputError(f"weights {str(path)!r} are damaged or truncated ({_line(error)}); {AGAIN}") from error
 
 
 def _read_legacy(path: Path, file: IO[bytes]) -> TorchFile:
@@ -134,7 +135,7 @@ def _read_legacy(path: Path, file: IO[bytes]) -> TorchFile:
     except InputError:
         raise
     except _DAMAGE as error:
-        raise InputError(f"weights {str(path)!r} are damaged or cut short ({_line(error)}); {AGAIN}") from error
+        raise InputError(f"weights {str(path)!r} are damaged or truncated ({_line(error)}); {AGAIN}") from error
 
 
 def _line(error: Exception) -> str:
@@ -150,7 +151,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Foreign:
-    """In the place of an object that a call of an unknown class or function would have made."""
+    """A placeholder for the result of calling an unknown class or function."""
 
     name: str
 
@@ -244,15 +245,15 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> "_Tensor | _Fo
 
 @dataclass
 class _Plain:
-    """The stack machine that a pickle is written for, building plain data and calling nothing that a pickle names.
+    """The stack machine that a pickle is written for; it builds plain data and calls nothing that the pickle names.
 
-    Dictionaries keep the entries with text for a key; attributes of objects are dropped.
+    Dictionaries keep the entries whose keys are text; attributes of objects are dropped.
     """
 
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
     storages: dict[str, _Storage] = field(default_factory=dict)
-    foreign: dict[str, None] = field(default_factory=dict)  # in the order in which they are met
+    foreign: dict[str, None] = field(default_factory=dict)  # in the order of the pickle
 
     def run(self, opcodes: Any) -> Any:
         """The object of the pickle that `opcodes`, a readable file, is at; raises one of `_DAMAGE` if it has none."""
@@ -264,7 +265,7 @@ class _Plain:
         raise ValueError("a pickle without an end")
 
     def step(self, opcode: str, argument: Any) -> None:
-        """One opcode; longer than a function should be, since it is the list of them."""
+        """Run one opcode. The function is long because it lists all of them."""
         stack, pop, push = self.stack, self.stack.pop, self.stack.append
         match opcode:
             case "PROTO" | "FRAME":
@@ -327,7 +328,7 @@ class _Plain:
                 push(self.storage(pop()))
             case "EXT1" | "EXT2" | "EXT4" | "PERSID" | "NEXT_BUFFER" | "READONLY_BUFFER":
                 raise ValueError(f"opcode {opcode}, which torch.save does not write")
-            case _:  # the rest are numbers and strings, each with an argument of its own
+            case _:  # the rest are numbers and strings, each in the opcode's argument
                 push(argument)
 
     def since_mark(self) -> list[Any]:
@@ -351,13 +352,13 @@ class _Plain:
         return _Global(name)
 
     def made(self, called: Any, arguments: Any) -> Any:
-        """What calling `called` makes, if it is one of the few that are known."""
+        """The result of calling `called`, if it is one of the few known ones."""
         if isinstance(called, _Global) and called.name in _KNOWN:
             return _KNOWN[called.name](*arguments)
         return _Foreign(called.name if isinstance(called, _Global | _Foreign) else type(called).__name__)
 
     def storage(self, persistent: Any) -> "_Storage | _Foreign":
-        """The storage that `("storage", class, key, device, elements, ...)` stands for."""
+        """The storage of `("storage", class, key, device, elements, ...)`."""
         kind, storage_class, key, _, elements, *view = persistent
         if kind != "storage" or not isinstance(key, str) or not isinstance(elements, int) or any(view):
             raise ValueError(f"an unknown kind of storage, {kind!r}")

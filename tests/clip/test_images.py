@@ -5,18 +5,26 @@ to which the same was done.
 """
 
 import io
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
-from test_clip_checkpoints import module
+from published_clips import images, module, pillow
 
+from rac3.clip.families import huggingface, naflex, openclip, siglip
 from rac3.clip.images import ClipImages
 from rac3.config import InputError
 from rac3.documents.document import decode_image, prepare_image
+from rac3.weights.settings import Settings
 
 SIZES = ((37, 61), (61, 37), (36, 36), (13, 800), (400, 7), (1, 50), (71, 72), (37, 36), (1, 1))
+
+
+def given(**settings: object) -> Settings:
+    """The settings of an image processor."""
+    return Settings(Path("here"), settings)
 
 
 def noise(mode: str, size: tuple[int, int]) -> PIL.Image.Image:
@@ -87,13 +95,13 @@ def test_siglip(case, resample):
     settings = {"size": {"height": 40, "width": 40}, "resample": int(number), "image_mean": 0.5, "image_std": 0.5}
     reference = processors.SiglipImageProcessorPil(**settings | {"do_rescale": False, "do_normalize": False})
     expected = reference(differing(opened(data)), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    images = ClipImages.of_siglip(settings, 40, "here")
-    np.testing.assert_array_equal(images.square(decode_image(data), 40), expected)
+    kind = siglip.read_images(given(**settings), 40)
+    np.testing.assert_array_equal(kind.square(decode_image(data), 40), expected)
 
 
-def test_a_clip_that_is_fitted_here_cuts_first():
+def test_a_clip_that_is_fitted_here_crops_first():
     pixels = decode_image(CASES["37 x 61"][0])
-    np.testing.assert_array_equal(ClipImages(steps="cut, scale").square(pixels, 16), prepare_image(pixels, 16))
+    np.testing.assert_array_equal(ClipImages(steps="crop, scale").square(pixels, 16), prepare_image(pixels, 16))
 
 
 def test_the_middle_square_starts_at_the_floor_or_at_an_even_pixel():
@@ -109,13 +117,13 @@ def test_the_middle_square_starts_at_the_floor_or_at_an_even_pixel():
 
 def test_what_a_processor_leaves_out_is_as_in_transformers():
     for name, kind, read in (
-        ("clip", "CLIPImageProcessorPil", lambda settings: ClipImages.of_hugging_face(settings, 224, "here")),
-        ("siglip", "SiglipImageProcessorPil", lambda settings: ClipImages.of_siglip(settings, 224, "here")),
-        ("siglip2", "Siglip2ImageProcessorPil", lambda settings: ClipImages.of_naflex(settings, "here")),
+        ("clip", "CLIPImageProcessorPil", lambda settings: huggingface.read_images(settings, 224)),
+        ("siglip", "SiglipImageProcessorPil", lambda settings: siglip.read_images(settings, 224)),
+        ("siglip2", "Siglip2ImageProcessorPil", naflex.read_images),
     ):
         reference = getattr(module(f"transformers.models.{name}.image_processing_pil_{name}"), kind)()
-        found = read({})
-        assert found == read({"image_mean": None, "resample": None})  # as old files have it
+        found = read(given())
+        assert found == read(given(image_mean=None, resample=None))  # as old files have it
         assert found.mean == tuple(reference.image_mean)
         assert found.std == tuple(reference.image_std)
         assert found.resample.upper() == PIL.Image.Resampling(reference.resample).name
@@ -123,11 +131,11 @@ def test_what_a_processor_leaves_out_is_as_in_transformers():
 
 def test_what_open_clip_asks_for():
     settings = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "size": [36, 36]}
-    expected = ClipImages((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", "scale, cut", "even")
-    assert ClipImages.of_open_clip(settings, 36, "here") == expected
-    assert ClipImages.of_open_clip({"interpolation": "random"}, 36, "here").resample == "bicubic"
+    expected = ClipImages((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", "scale, crop", "even")
+    assert openclip.read_images(given(**settings), 36) == expected
+    assert openclip.read_images(given(interpolation="random"), 36).resample == "bicubic"
     with pytest.raises(InputError, match=r"here: size=\[36, 36\] is another preprocessing"):
-        ClipImages.of_open_clip(settings, 40, "here")
+        openclip.read_images(given(**settings), 40)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +154,58 @@ def test_what_open_clip_asks_for():
 )
 def test_settings_that_make_no_sense(settings, message):
     for read in (
-        lambda: ClipImages.of_hugging_face(settings, 224, "here"),
-        lambda: ClipImages.of_siglip(settings, 224, "here"),
-        lambda: ClipImages.of_naflex(settings, "here"),
+        lambda: huggingface.read_images(given(**settings), 224),
+        lambda: siglip.read_images(given(**settings), 224),
+        lambda: naflex.read_images(given(**settings)),
     ):
         with pytest.raises(InputError, match=message):
             read()
     with pytest.raises(InputError, match="here: mean='x' is not three numbers"):
-        ClipImages.of_open_clip({"mean": "x"}, 224, "here")
+        openclip.read_images(given(mean="x"), 224)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ClipImages(mean=(0.5,)), r"mean=\(0\.5,\)"),
+        (lambda: ClipImages(resample="cubic"), "resample='cubic' is unknown; use one of nearest"),
+        (lambda: huggingface.read_images(given(resample=9), 224), "resample=9 is no filter"),
+        (lambda: huggingface.read_images(given(do_center_crop=False), 224), "do_center_crop=False is another"),
+        (lambda: huggingface.read_images(given(crop_size=200), 224), r"crop_size=\[200, 200\] is another"),
+        (
+            lambda: siglip.read_images(given(size={"height": 224, "width": 200}), 224),
+            "'width': 200} is another",
+        ),
+        (lambda: openclip.read_images(given(resize_mode="squash"), 224), "resize_mode='squash'"),
+    ],
+)
+def test_bad_preprocessing(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("size", [36, 37, 224])
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_squares_are_those_of_the_references(size, resample):
+    """Bit for bit: the same Pillow calls on the same sizes."""
+    import PIL.Image
+
+    processors = module("transformers.models.clip.image_processing_pil_clip")
+    number = PIL.Image.Resampling[resample.upper()]
+    processor = processors.CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size=size, do_rescale=False, do_normalize=False, resample=number
+    )
+    transforms = module("torchvision.transforms")
+    scale = transforms.Resize(size, interpolation=transforms.InterpolationMode(resample))
+    for image in images():
+        expected = processor(pillow(image), return_tensors="np")["pixel_values"][0]
+        found = ClipImages(resample=resample).square(image, size)
+        np.testing.assert_array_equal(found, expected.transpose(1, 2, 0))
+        other = np.asarray(transforms.CenterCrop(size)(scale(pillow(image))))
+        np.testing.assert_array_equal(ClipImages(resample=resample, rounding="even").square(image, size), other)
+
+
+def test_a_long_strip_stays_small():
+    strip = np.random.default_rng(0).integers(0, 256, (2, 100_000, 3), np.uint8)
+    middle = strip[:, 50_000 - 64 : 50_000 + 64]
+    np.testing.assert_array_equal(ClipImages().square(strip, 224), ClipImages().square(middle, 224))

@@ -15,7 +15,7 @@ import tiny_config
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
-from rac3.clip.checkpoints import ClipCheckpoint
+from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.model import CLIP
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Picture, pixels_of, prepare_image
@@ -26,7 +26,7 @@ from rac3.stages import encoders
 from rac3.stages.encoders import fit_encoders
 from rac3.stages.fit.clip import IMAGES, clip_config
 from rac3.tokens.text import TextTokenizer
-from rac3.vqgan.checkpoints import VQGANCheckpoint
+from rac3.vqgan.checkpoint import VQGANCheckpoint
 from rac3.vqgan.codec import VQGANCodec
 from rac3.vqgan.model import VQGAN
 from rac3.weights.fitting import FitConfig

@@ -122,13 +122,16 @@ def test_gradients_agree_with_torch_and_are_finite_where_all_features_vanish(wei
 
 def test_what_is_missing_or_wrong_is_one_clear_line(weights, tmp_path):
     vgg, heads = files_of("two files", weights, tmp_path)
-    torch.save({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1), "lin1.model.1.weight": torch.zeros(1, 192, 1, 1)},
-               tmp_path / "alex.pth")  # fmt: skip
+    alex = {f"lin{i}.model.1.weight": torch.zeros(1, n, 1, 1) for i, n in enumerate((64, 192, 384, 256, 256))}
+    torch.save(alex, tmp_path / "alex.pth")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     for files, message in (
-        ([vgg], r"lin0 is missing, not \(1, 64, 1, 1\); give the linear layers of LPIPS for VGG16 \(vgg\.pth\) too"),
-        ([heads], r"features\.0\.weight is missing.*vgg16-397923af\.pth"),
-        ([vgg, tmp_path / "alex.pth"], r"lin1 is \(1, 192, 1, 1\), not \(1, 128, 1, 1\)"),
+        ([vgg], r"lack 'lin0\.model\.1\.weight' of shape \(1, 64, 1, 1\) and 4 more; .* for VGG16 \(vgg\.pth\)$"),
+        ([heads], r"lack 'features\.0\.weight' of shape \(64, 3, 3, 3\) and 25 more; .*vgg16-397923af\.pth"),
+        (
+            [vgg, tmp_path / "alex.pth"],
+            r"'lin1\.model\.1\.weight' has shape \(1, 192, 1, 1\), but the model asks for \(1, 128, 1, 1\); .*vgg\.pth",
+        ),
         ([vgg, tmp_path / "none.pth"], r"none\.pth' do not exist"),
         ([vgg, tmp_path / "page.pth"], "a web page, not weights"),
     ):

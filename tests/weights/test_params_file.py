@@ -51,7 +51,7 @@ def test_unreadable_parameters_are_one_clear_line(tmp_path: Path):
     whole = path.read_bytes()
     for content in (whole[:-10], whole[:50], b"", b"not safetensors at all, but long enough to be read"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"vqgan\.safetensors.*(cut short|not safetensors)") as error:
+        with pytest.raises(InputError, match=r"vqgan\.safetensors.*(truncated|not safetensors)") as error:
             load_params(path)
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="do not exist"):

@@ -225,9 +225,9 @@ def test_a_foreign_object_in_the_place_of_a_tensor(tmp_path: Path):
 def test_truncated_anywhere(tmp_path: Path, zipped: bool):
     data = save(tmp_path / "w.pt", {"a": torch.ones(40), "b": torch.ones(40)}, zipped).read_bytes()
     for length in range(16, len(data) - 1, 37):
-        (tmp_path / "cut.pt").write_bytes(data[:length])
-        with pytest.raises(InputError, match=r"cut\.pt.*(cut short|download it again)") as error:
-            read_state_dict(tmp_path / "cut.pt")
+        (tmp_path / "short.pt").write_bytes(data[:length])
+        with pytest.raises(InputError, match=r"short\.pt.*(truncated|download it again)") as error:
+            read_state_dict(tmp_path / "short.pt")
         assert "\n" not in str(error.value)
 
 
@@ -240,8 +240,8 @@ def test_truncated_anywhere(tmp_path: Path, zipped: bool):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "are a Git LFS pointer"),
         (np.random.default_rng(0).bytes(1000), "are no torch.save file"),
         (pickle.dumps({"w": 1}), "are no torch.save file"),
-        (b"PK" + np.random.default_rng(0).bytes(1000), "damaged or cut short"),
-        (b"\x80\x02\x8a\x0a" + np.random.default_rng(0).bytes(1000), "damaged or cut short"),
+        (b"PK" + np.random.default_rng(0).bytes(1000), "damaged or truncated"),
+        (b"\x80\x02\x8a\x0a" + np.random.default_rng(0).bytes(1000), "damaged or truncated"),
     ],
 )
 def test_not_a_torch_file(tmp_path: Path, content: bytes, message: str):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from rac3.clip.checkpoints import TOKENIZER, ClipCheckpoint
+from rac3.clip.checkpoint import TOKENIZER, ClipCheckpoint
 from rac3.clip.contrastive import contrastive_loss, crop_images, crop_texts
 from rac3.clip.encoder import ClipText
 from rac3.clip.images import ClipImages
@@ -23,7 +23,7 @@ from rac3.tokens.text import Tokenizer
 from rac3.training.state import TrainState, apply_gradients
 from rac3.training.step import Metrics
 
-IMAGES = ClipImages(steps="cut, scale")
+IMAGES = ClipImages(steps="crop, scale")
 
 
 def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path) -> ClipCheckpoint:

@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 import tiny_config
 
-from rac3.clip.checkpoints import ClipCheckpoint
+from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.contrastive import contrastive_loss
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text

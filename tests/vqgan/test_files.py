@@ -1,4 +1,4 @@
-"""Which files of a folder belong together; none of them is read but config.json."""
+"""Which files of a folder belong together; only config.json is read."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rac3.config import InputError
-from rac3.vqgan.files import checkpoint_files
+from rac3.vqgan.published import checkpoint_files
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -14,7 +14,7 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def found(path: Path) -> tuple[str, list[str], list[str]]:
+def found(path: Path) -> tuple[str | None, list[str], list[str]]:
     files = checkpoint_files(path)
     return files.kind, [path.name for path in files.configs], [path.name for path in files.weights]
 
@@ -36,7 +36,7 @@ def found(path: Path) -> tuple[str, list[str], list[str]]:
 )
 def test_torch_files(tmp_path: Path, names: str, given: str, configs: str, weights: str):
     touch(tmp_path, *names.split())
-    assert found(tmp_path / given) == ("torch", configs.split(), weights.split())
+    assert found(tmp_path / given) == (None, configs.split(), weights.split())
 
 
 def test_which_weights_are_meant_must_be_clear(tmp_path: Path):
@@ -54,12 +54,12 @@ def test_a_folder_of_diffusers(tmp_path: Path):
     with pytest.raises(InputError, match="none of diffusion_pytorch_model"):
         checkpoint_files(tmp_path)
     touch(tmp_path, "diffusion_pytorch_model.bin", "model.safetensors")
-    assert found(tmp_path) == ("diffusers", ["config.json"], ["diffusion_pytorch_model.bin"])
+    assert found(tmp_path) == ("VQModel", ["config.json"], ["diffusion_pytorch_model.bin"])
     touch(tmp_path, "diffusion_pytorch_model.safetensors")
     for given in (".", "config.json", "diffusion_pytorch_model.bin"):
-        assert found(tmp_path / given) == ("diffusers", ["config.json"], ["diffusion_pytorch_model.safetensors"])
+        assert found(tmp_path / given) == ("VQModel", ["config.json"], ["diffusion_pytorch_model.safetensors"])
     touch(tmp_path, "own.ckpt")  # a file that is named is that file
-    assert found(tmp_path / "own.ckpt") == ("torch", [], ["own.ckpt"])
+    assert found(tmp_path / "own.ckpt") == (None, [], ["own.ckpt"])
 
 
 def test_of_a_whole_chameleon_the_shards_that_hold_its_vqgan(tmp_path: Path):
@@ -71,4 +71,4 @@ def test_of_a_whole_chameleon_the_shards_that_hold_its_vqgan(tmp_path: Path):
     with pytest.raises(InputError, match=r"lists 'model-4\.safetensors', which is not there"):
         checkpoint_files(tmp_path)
     touch(tmp_path, "model-4.safetensors")
-    assert found(tmp_path) == ("transformers", ["config.json"], ["model-2.safetensors", "model-4.safetensors"])
+    assert found(tmp_path) == ("chameleon", ["config.json"], ["model-2.safetensors", "model-4.safetensors"])

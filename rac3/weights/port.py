@@ -1,0 +1,109 @@
+"""The weights of a peer, under its names and in its layout, as the parameters of our modules.
+
+here         text_model/layers_0/mlp/fc1/kernel           [in, out]
+transformers text_model.encoder.layers.0.mlp.fc1.weight   [out, in]                  Place(name, transposed=True)
+
+here         encoder/conv_in/kernel                       [height, width, in, out]
+taming       encoder.conv_in.weight                       [out, in, height, width]   Place(name, transposed=True)
+
+here         text_model/layers_0/self_attn/k_proj/kernel  [in, out]
+OpenCLIP     transformer.resblocks.0.attn.in_proj_weight  [3 out, in]        Place(name, transposed=True, part=1)
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rac3.config import InputError
+
+ONE_MODEL = "give the weights and the config of one model"
+
+Shape = tuple[int, ...]
+Weights = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of our parameters is among a peer's weights.
+
+    Attributes:
+      name: of the weight.
+      transposed: a kernel with its outputs, then its inputs first, as in torch's layers; ours has them last.
+      part: 0, 1 or 2 if the parameter is that third of the weight's rows; None if it is the whole weight.
+    """
+
+    name: str
+    transposed: bool = False
+    part: int | None = None
+
+    def shape(self, ours: Shape) -> Shape:
+        """The shape of the weight that holds a parameter of the shape `ours`."""
+        theirs = (ours[-1], ours[-2], *ours[:-2]) if self.transposed else ours
+        return theirs if self.part is None else (3 * theirs[0], *theirs[1:])
+
+    def take(self, weight: np.ndarray, ours: Shape) -> np.ndarray:
+        """The parameter, in float32 and contiguous."""
+        weight = weight.reshape(self.shape(ours))
+        if self.part is not None:
+            weight = np.split(weight, 3)[self.part]
+        if self.transposed:
+            weight = weight.transpose(*range(2, weight.ndim), 1, 0)
+        return np.array(weight, np.float32, order="C")
+
+
+def port(
+    params: Mapping[str, Any],
+    weights: Weights,
+    place: Callable[[str], Place],
+    *,
+    where: str,
+    ignored: str = "",
+    fix: str = ONE_MODEL,
+) -> dict[str, Any]:
+    """Our parameters, nested and in float32, from a peer's weights.
+
+    A linear layer [out, in] and a convolution of one pixel [out, in, 1, 1] are taken for each other.
+
+    Args:
+      params: ours, nested dicts down to anything with a shape, such as `jax.eval_shape(model.init, ...)["params"]`.
+      place: the path of a parameter, such as `encoder/conv_in/kernel`, to its place among the weights.
+      where: names the weights in messages: "weights 'vqgan.ckpt'".
+      ignored: a regular expression for the whole name of a weight that we may leave out, such as a discriminator's.
+      fix: what to do if the weights do not fit.
+
+    Raises:
+      InputError: a weight is missing, or nothing asks for it, or it has another shape, or it is not of floats.
+    """
+    ours: dict[str, Shape] = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    places = {path: place(path) for path in ours}
+    wanted = {at.name: at.shape(ours[path]) for path, at in places.items()}
+    if missing := [name for name in wanted if name not in weights]:
+        raise InputError(f"{where} lack {missing[0]!r} of shape {wanted[missing[0]]}{_more(missing)}; {fix}")
+    if surplus := [name for name in weights if name not in wanted and not re.fullmatch(ignored, name)]:
+        raise InputError(
+            f"{where} have {surplus[0]!r} of shape {weights[surplus[0]].shape}{_more(surplus)}, which the model has no "
+            f"place for; {fix}"
+        )
+    for name, shape in wanted.items():
+        weight = weights[name]
+        if _linear(weight.shape) != _linear(shape):
+            raise InputError(f"{where}: {name!r} has shape {weight.shape}, but the model asks for {shape}; {fix}")
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise InputError(
+                f"{where}: {name!r} is of {weight.dtype}, not of floats; give weights that are not quantized"
+            )
+    return unflatten_dict({path: at.take(weights[at.name], ours[path]) for path, at in places.items()}, sep="/")
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _linear(shape: Shape) -> Shape:
+    """The shape of a convolution of one pixel as that of a linear layer; any other as it is."""
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
