@@ -82,8 +82,8 @@ class PlainEncoder:
         return np.stack([vector(*each) for each in asked])
 
 
-def codes_of(data: bytes, codebook_size: int = CODES) -> np.ndarray:
-    return random(data).integers(0, codebook_size, PER_IMAGE).astype(np.int32)
+def codes_of(data: bytes, codebook_size: int = CODES, tokens_per_image: int = PER_IMAGE) -> np.ndarray:
+    return random(data).integers(0, codebook_size, tokens_per_image).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,17 @@ class PlainCodec:
     """An image tokenizer of a config's own, whose codes are a hash of the image."""
 
     codebook_size: int = CODES
-    tokens_per_image = PER_IMAGE
+    tokens_per_image: int = PER_IMAGE
     resolution = 2
 
     def encode(self, images: Sequence[Image]) -> np.ndarray:
-        codes = [codes_of(image.data, self.codebook_size) for image in images]
-        return np.stack([np.zeros(PER_IMAGE, np.int32), *codes])[1:]
+        codes = [codes_of(image.data, self.codebook_size, self.tokens_per_image) for image in images]
+        return np.stack([np.zeros(self.tokens_per_image, np.int32), *codes])[1:]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        gray = (codes % 256).astype(np.uint8).reshape(len(codes), 2, 2, 1)
-        return np.repeat(gray, 3, axis=3)
+        """Each of one gray, that of its first code."""
+        gray = (codes[:, 0] % 256).astype(np.uint8)
+        return np.tile(gray[:, None, None, None], (1, 2, 2, 3))
 
 
 def experiment_of(sources: Mapping[str, Sequence[Sequence[Document | Reject]]], **fields: Any) -> Experiment:
