@@ -6,21 +6,18 @@ a test can compute again.
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-import pytest
 import tiny_config
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
 from rac3.documents.document import Document, Image, Reject, Text
 from rac3.experiment import Experiment
-from rac3.run import Run
-from rac3.vqgan.codec import VQGANCodec
 
 WIDTH = 8
 CODES, PER_IMAGE = 64, 4
@@ -62,13 +59,15 @@ def vector(content: str | bytes, key: Sequence[int] = (), rate: float = 0.0) -> 
     return unit(plain + rate * noise)
 
 
+ASKED: list[tuple[str | bytes, tuple[int, ...], float]] = []  # of every PlainEncoder: content, key, rate; in order
+
+
+@dataclass(frozen=True)
 class PlainEncoder:
-    """An encoder of a user's own, which notes how it was asked: (content, key, rate), one of each item."""
+    """An encoder of a config's own, whose vectors are hashes of the contents."""
 
+    dtype: str = "float32"
     width = WIDTH
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str | bytes, tuple[int, ...], float]] = []
 
     def embed_texts(self, texts: Sequence[str], *, drop_keys=None, drop_rate: float = 0.2) -> np.ndarray:
         return self._embed(texts, drop_keys, drop_rate)
@@ -79,46 +78,49 @@ class PlainEncoder:
     def _embed(self, contents: Sequence[str | bytes], keys, rate: float) -> np.ndarray:
         numbers = [()] * len(contents) if keys is None else map(tuple, np.asarray(jax.random.key_data(keys)).tolist())
         asked = [(content, key, rate if key else 0.0) for content, key in zip(contents, numbers, strict=True)]
-        self.asked += asked
+        ASKED.extend(asked)
         return np.stack([vector(*each) for each in asked])
 
 
-def codes_of(data: bytes) -> np.ndarray:
-    return random(data).integers(0, CODES, PER_IMAGE).astype(np.int32)
+def codes_of(data: bytes, codebook_size: int = CODES, tokens_per_image: int = PER_IMAGE) -> np.ndarray:
+    return random(data).integers(0, codebook_size, tokens_per_image).astype(np.int32)
 
 
-class PlainCodec(VQGANCodec):
-    """Codes that are a hash of the image."""
+@dataclass(frozen=True)
+class PlainCodec:
+    """An image tokenizer of a config's own, whose codes are a hash of the image."""
 
-    codebook_size, tokens_per_image, resolution = CODES, PER_IMAGE, 2
-
-    def __init__(self) -> None:
-        pass
+    codebook_size: int = CODES
+    tokens_per_image: int = PER_IMAGE
+    resolution = 2
 
     def encode(self, images: Sequence[Image]) -> np.ndarray:
-        return np.stack([np.zeros(PER_IMAGE, np.int32), *(codes_of(image.data) for image in images)])[1:]
+        codes = [codes_of(image.data, self.codebook_size, self.tokens_per_image) for image in images]
+        return np.stack([np.zeros(self.tokens_per_image, np.int32), *codes])[1:]
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Each of one gray, that of its first code."""
+        gray = (codes[:, 0] % 256).astype(np.uint8)
+        return np.tile(gray[:, None, None, None], (1, 2, 2, 3))
 
 
-def experiment_of(sources: Mapping[str, Sequence[Sequence[Document | Reject]]], **fields: object) -> Experiment:
-    """The tiny config over these shards: train, validation, test, and parts of the memory. An id is a byte of text."""
+def experiment_of(sources: Mapping[str, Sequence[Sequence[Document | Reject]]], **fields: Any) -> Experiment:
+    """The tiny config over these shards: train, validation, test, and parts of the memory. An id is a byte of text.
+
+    Its encoder and its image tokenizer are the plain ones.
+    """
     SHARDS.update({name: list(map(list, shards)) for name, shards in sources.items()})
     splits = {name: Listed(name) for name in sources}
     held_out = {name: splits.pop(name, None) for name in ("validation", "test")}
     tiny = tiny_config.get_config()
     data = replace(tiny.data, train=splits.pop("train"), memory=splits, fit_on=("train",), **held_out)
-    return replace(tiny, data=data, text=replace(tiny.text, vocab_size=256), **fields)
+    plain: dict[str, Any] = {"vqgan": PlainCodec(), "clip": PlainEncoder()}
+    return replace(tiny, data=data, text=replace(tiny.text, vocab_size=256), **plain | fields)
 
 
-@contextmanager
-def plain_encoders(experiment: Experiment, folder: Path) -> Iterator[tuple[Workdir, PlainEncoder]]:
-    """A workdir that has these encoders, and a tokenizer that is fitted on nothing."""
-    workdir, encoder = Workdir(folder, experiment.name), PlainEncoder()
+def workdir_of(experiment: Experiment, folder: Path) -> Workdir:
+    """A workdir that has a tokenizer, fitted on nothing; the plain encoders need no artifact."""
+    workdir = Workdir(folder, experiment.name)
     with workdir.write(recipes.text(experiment)) as draft:
         experiment.text.fit([], draft.folder)
-    for recipe in (recipes.vqgan(experiment), recipes.clip(experiment)):
-        with workdir.write(recipe):
-            pass
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "encoder", encoder)
-        patch.setattr(Run, "images", PlainCodec())
-        yield workdir, encoder
+    return workdir

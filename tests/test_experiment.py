@@ -72,7 +72,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "batches.candidates=4 exceeds selection.depth=3": lambda: replace(
         SMALL, selection=replace(SMALL.selection, depth=3)
     ),
-    "retriever.keys names 9 documents, more than the selection.depth=8": lambda: replace(
+    "retriever names 9 documents, more than the selection.depth=8": lambda: replace(
         SMALL, retriever=Fixed(tuple("abcdefghi"))
     ),
     "names a part 'train'": lambda: Data(WebDataset("a"), memory={"train": WebDataset("b")}),

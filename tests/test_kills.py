@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 from commands import ROOT, started, wait_until
 
-from rac3 import recipes
 from rac3.artifacts.workdir import MANIFEST, Workdir
 from rac3.cli import run
 from rac3.clip.encoder import query_dropout_keys
 from rac3.config import InputError, load_config_module
 from rac3.documents.store import TokenizedDocument
-from rac3.experiment import Experiment
 from rac3.run import Run
 
 STAGES = ("documents", "embeddings", "queries", "neighbors")
@@ -167,51 +165,48 @@ def test_the_shards_are_many(whole: Path):
 
 
 @pytest.fixture
-def opened(config: Path, whole: Path, traps: Path) -> tuple[Experiment, Workdir]:
+def opened(config: Path, whole: Path, traps: Path) -> Run:
     """What the others below are compared with, which is itself compared with the sources and the encoders."""
-    return load_config_module(str(config)).get_config(), Workdir(whole, "tiny")
+    return Run(load_config_module(str(config)).get_config(), Workdir(whole, "tiny"))
 
 
 SPLITS = ("train", "memory", "validation", "test")
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_documents_are_those_of_the_source_in_its_order(split: str, opened: tuple[Experiment, Workdir]):
-    experiment, workdir = opened
-    source = experiment.data.sources()[split]
+def test_documents_are_those_of_the_source_in_its_order(split: str, opened: Run):
+    source = opened.experiment.data.sources()[split]
     expected = [document for shard in source.shards(Path()) for document in source.read(Path(), shard)]
-    store = Run(experiment, workdir).documents(split)
+    store = opened.documents(split)
     found = store.many(range(len(store)))
     assert [item.document for item in found] == expected
-    tokenizer = Run(experiment, workdir).tokenizer
+    tokenizer = opened.tokenizer
     for item in found:
         assert item.ids[0].tolist() == tokenizer.encode(item.document.text)
-    codes = Run(experiment, workdir).images.encode([document.images[0] for document in expected])
+    codes = opened.images.encode([document.images[0] for document in expected])
     np.testing.assert_array_equal(np.stack([item.ids[1] for item in found]), codes)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_vectors_are_the_encoders_own_of_the_same_row(split: str, opened: tuple[Experiment, Workdir]):
+def test_vectors_are_the_encoders_own_of_the_same_row(split: str, opened: Run):
     """Stored in int8: each number within half a 127th of the row's largest."""
-    experiment, workdir = opened
-    store = Run(experiment, workdir).documents(split)
+    store = opened.documents(split)
     documents = [item.document for item in store.many(range(len(store)))]
-    clip, texts = Run(experiment, workdir).encoder, [document.text for document in documents]
+    clip, texts = opened.encoder, [document.text for document in documents]
     images = [document.images[0] for document in documents]
     text, image = clip.embed_texts(texts), clip.embed_images(images)
     found = {}
     if split in ("train", "memory"):
         both = (text + image) / 2
         mixed = both / np.linalg.norm(both, axis=1, keepdims=True)
-        folder = workdir.require(recipes.embeddings(experiment, split), "").folder
-        found["document"] = document_embeddings(folder)[:], mixed
+        found["document"] = opened.embeddings(split)[:], mixed
     if split == "train":
-        keys = query_dropout_keys(experiment.seed, [document.key for document in documents])
-        dropout = {"drop_keys": keys, "drop_rate": experiment.query_dropout}
+        keys = query_dropout_keys(opened.experiment.seed, [document.key for document in documents])
+        dropout = {"drop_keys": keys, "drop_rate": opened.experiment.query_dropout}
         text, image = clip.embed_texts(texts, **dropout), clip.embed_images(images, **dropout)
     if split != "memory":
-        found["text"] = Run(experiment, workdir).queries(split, "text")[:], text
-        found["image"] = Run(experiment, workdir).queries(split, "image")[:], image
+        found["text"] = opened.queries(split, "text")[:], text
+        found["image"] = opened.queries(split, "image")[:], image
     for stored, expected in found.values():
         assert stored.shape == expected.shape
         step = np.abs(expected).max(1, keepdims=True) / 127
@@ -219,22 +214,21 @@ def test_vectors_are_the_encoders_own_of_the_same_row(split: str, opened: tuple[
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_neighbors_are_the_best_that_the_rules_allow(split: str, opened: tuple[Experiment, Workdir]):
+def test_neighbors_are_the_best_that_the_rules_allow(split: str, opened: Run):
     """Each row against all inner products; near-ties may go either way."""
-    experiment, workdir = opened
-    limit, depth, eps = experiment.selection.max_similarity, experiment.selection.depth, 1e-5
+    limit, depth, eps = opened.experiment.selection.max_similarity, opened.experiment.selection.depth, 1e-5
     parts = ["train"] if split == "train" else ["train", "memory"]
     vectors, documents = [], []
     for part in parts:
-        vectors.append(Run(experiment, workdir).embeddings(part)[:])
-        store = Run(experiment, workdir).documents(part)
+        vectors.append(opened.embeddings(part)[:])
+        store = opened.documents(part)
         documents += store.many(range(len(store)))
     memory = np.concatenate(vectors)
     to_each_other = memory @ memory.T
-    ids, scores = (Run(experiment, workdir).neighbors(split, name)[:] for name in ("ids", "scores"))
-    assert ids.shape == (len(Run(experiment, workdir).documents(split)), 2, depth)
+    ids, scores = (opened.neighbors(split, name)[:] for name in ("ids", "scores"))
+    assert ids.shape == (len(opened.documents(split)), 2, depth)
     for number, part in enumerate(("text", "image")):
-        queries = Run(experiment, workdir).queries(split, part)[:]
+        queries = opened.queries(split, part)[:]
         for row, to_query in enumerate(queries @ memory.T):
             own = row if split == "train" else None
             taken = [each for each in ids[row, number].tolist() if each >= 0]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from handmade import experiment_of, workdir_of
 
 from rac3 import recipes
 from rac3.cli import EXECUTORS, RETRIEVERS
@@ -34,6 +35,7 @@ from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
+from rac3.run import Run
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.objective import VQGANObjective
 from rac3.vqgan.perceptual import PerceptualConfig
@@ -473,7 +475,7 @@ def test_another_retriever_makes_indexes_again_but_no_vectors(fitted: Experiment
 def test_a_retriever_at_inference_does_not_train_again(fitted: Experiment):
     exact = replace(fitted, retriever=Exact())
     assert changes(made(fitted), made(exact, trained=fitted)) == INDEX - {"train"}
-    inputs = recipes.evaluation(exact, fitted).inputs
+    inputs = recipes.evaluation(exact, fitted).input_fingerprints
     assert inputs["train"] == recipes.train(fitted).fingerprint
     for split in ("validation", "test"):
         assert inputs[f"neighbors {split}"] == recipes.neighbors(exact, split).fingerprint
@@ -545,6 +547,20 @@ def test_weights_of_the_perceptual_loss_are_known_by_their_size(fitted: Experime
     before = made(experiment)
     (folder / "vgg.pth").write_text("other weights")
     assert changes(before, made(experiment)) == VQGAN
+
+
+def test_an_artifact_that_is_open_is_no_input_of_what_does_not_name_it(tmp_path: Path):
+    """CLIP is fitted with a tokenizer of its own, so that another text tokenizer leaves it as it is."""
+    experiment = experiment_of({"train": [[]], "test": [[]]})
+    run = Run(experiment, workdir_of(experiment, tmp_path / "workdir"))
+    assert run.tokenizer.size == 256
+    fitted = replace(experiment, clip=FrozenCLIP())
+    refused = pytest.raises(RuntimeError, match=r"^text is read while writing clip.*rac3\.recipes$")
+    with refused, run.workdir.write(recipes.clip(fitted)):
+        assert run.tokenizer
+    assert run.workdir.find(recipes.clip(fitted)) is None
+    with run.workdir.write(recipes.documents(experiment, "test")):
+        assert run.tokenizer.size == 256
 
 
 def test_new_shards_of_a_source_make_its_documents_again(fitted: Experiment, folder: Path):

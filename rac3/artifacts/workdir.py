@@ -88,13 +88,13 @@ class Workdir:
 
         Raises:
           InputError: there is none; the message has the command that makes it.
-          RuntimeError: an artifact is being written that depends on this one, and its recipe does not say so.
+          RuntimeError: it is read while another artifact is being written, whose recipe does not name it as an input.
         """
         if self._writing and not any(recipe.fingerprint in writing.reads for writing in self._writing):
             written = " and ".join(sorted({writing.stage for writing in self._writing}))
             raise RuntimeError(
-                f"the {written} artifact reads a {recipe.stage} artifact that is not among the inputs of its recipe, "
-                f"so that it would pass as current when that one changes; add the input in rac3.recipes"
+                f"{recipe.stage} is read while writing {written}, whose recipe does not name it as an input: when "
+                f"{recipe.stage} changes, {written} would still pass for current; add the input in rac3.recipes"
             )
         artifact = self.find(recipe)
         if artifact is None:

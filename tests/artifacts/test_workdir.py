@@ -14,7 +14,8 @@ from rac3.artifacts.workdir import MANIFEST, TEMPORARY, Workdir, temporary_path,
 from rac3.config import InputError
 from rac3.tokens.vocabulary import Vocabulary
 
-RECIPE = Recipe("documents", {"size": 3}, {"text": "abc"})
+TEXT = Recipe("text", {"vocab_size": 300})
+RECIPE = Recipe("documents", {"size": 3}, {"text": TEXT})
 
 
 class StopHereError(Exception):
@@ -27,7 +28,7 @@ def workdir(tmp_path: Path) -> Workdir:
 
 
 def test_a_complete_artifact_is_found_with_its_manifest(workdir: Workdir):
-    recipe = Recipe("documents", Vocabulary(7, 9), {"text": "abc"})
+    recipe = Recipe("documents", Vocabulary(7, 9), {"text": TEXT})
     assert workdir.find(recipe) is None
     with workdir.write(recipe) as draft:
         (draft.folder / "data").write_text("x")
@@ -41,7 +42,7 @@ def test_a_complete_artifact_is_found_with_its_manifest(workdir: Workdir):
     assert manifest["stage"] == "documents"
     assert manifest["fingerprint"] == recipe.fingerprint
     assert manifest["config"] == {"class": "Vocabulary", "text_size": 7, "image_size": 9, "num_masks": 16}
-    assert manifest["inputs"] == {"text": "abc"}
+    assert manifest["inputs"] == {"text": TEXT.fingerprint}
     assert manifest["counts"] == {"documents": 5}
     assert manifest["versions"].keys() >= {"python", "jax", "numpy"}
     assert sorted(path.name for path in artifact.folder.parent.iterdir()) == [recipe.fingerprint]
@@ -49,13 +50,23 @@ def test_a_complete_artifact_is_found_with_its_manifest(workdir: Workdir):
 
 def test_the_fingerprint_hashes_stage_config_and_inputs():
     others = [
-        Recipe("index", {"size": 3}, {"text": "abc"}),
-        Recipe("documents", {"size": 4}, {"text": "abc"}),
-        Recipe("documents", {"size": 3}, {"text": "abd"}),
-        Recipe("documents", {"size": 3}, {"clip": "abc"}),
+        Recipe("index", {"size": 3}, {"text": TEXT}),
+        Recipe("documents", {"size": 4}, {"text": TEXT}),
+        Recipe("documents", {"size": 3}, {"text": Recipe("text", {"vocab_size": 301})}),
+        Recipe("documents", {"size": 3}, {"clip": TEXT}),
+        Recipe("documents", {"size": 3}),
     ]
-    assert len({RECIPE.fingerprint, *(recipe.fingerprint for recipe in others)}) == 5
-    assert Recipe("documents", {"size": 3}, {"text": "abc"}).fingerprint == RECIPE.fingerprint
+    assert len({RECIPE.fingerprint, *(recipe.fingerprint for recipe in others)}) == 6
+    equal = Recipe("documents", {"size": 3}, {"text": Recipe("text", {"vocab_size": 300})})
+    assert equal.fingerprint == RECIPE.fingerprint
+
+
+def test_a_fingerprint_changes_with_the_inputs_of_inputs():
+    embeddings, other = (
+        Recipe("embeddings", {}, {"documents": Recipe("documents", {}, {"text": Recipe("text", {"vocab_size": size})})})
+        for size in (300, 301)
+    )
+    assert embeddings.fingerprint != other.fingerprint
 
 
 def _write_and_stop(workdir: Workdir) -> None:
@@ -81,7 +92,7 @@ def test_other_settings_are_stale_rather_than_missing(workdir: Workdir):
     with workdir.write(RECIPE):
         pass
     with pytest.raises(InputError, match=r"documents is stale .*run `rac3 ingest x`"):
-        workdir.require(Recipe("documents", {"size": 4}, {"text": "abc"}), "rac3 ingest x")
+        workdir.require(Recipe("documents", {"size": 4}, {"text": TEXT}), "rac3 ingest x")
 
 
 def test_a_workdir_of_another_config_is_refused(workdir: Workdir):
@@ -107,7 +118,8 @@ import sys, time
 from pathlib import Path
 from rac3.artifacts.recipe import Recipe
 from rac3.artifacts.workdir import Workdir
-with Workdir(Path(sys.argv[1]), "quickstart").write(Recipe("documents", {"size": 3}, {"text": "abc"})) as draft:
+recipe = Recipe("documents", {"size": 3}, {"text": Recipe("text", {"vocab_size": 300})})
+with Workdir(Path(sys.argv[1]), "quickstart").write(recipe) as draft:
     (draft.folder / "shard 0").write_text("done")
     print("writing", flush=True)
     time.sleep(60)
@@ -203,3 +215,69 @@ def test_two_writers_have_two_temporary_names(tmp_path: Path):
     assert len(names) == 10
     assert {path.parent for path in names} == {tmp_path}
     assert all(path.name.startswith("a.json.") and path.suffix == TEMPORARY for path in names)
+
+
+VQGAN, CLIP = Recipe("vqgan", {}), Recipe("clip", {})
+DOCUMENTS = Recipe("documents", {}, {"text": TEXT, "vqgan": VQGAN})
+EMBEDDINGS = Recipe("embeddings", {}, {"documents": DOCUMENTS, "clip": CLIP})
+INDEX = Recipe("index", {}, {"embeddings": EMBEDDINGS})
+
+
+@pytest.fixture
+def full(workdir: Workdir) -> Workdir:
+    """With everything that an index is made from, and a second CLIP."""
+    for recipe in (TEXT, VQGAN, CLIP, DOCUMENTS, EMBEDDINGS, Recipe("clip", {"width": 8})):
+        with workdir.write(recipe):
+            pass
+    return workdir
+
+
+@pytest.mark.parametrize("read", [EMBEDDINGS, DOCUMENTS, CLIP, TEXT, VQGAN], ids=lambda recipe: recipe.stage)
+def test_what_is_written_may_read_its_inputs_and_theirs(read: Recipe, full: Workdir):
+    """One, two and three inputs away; by its content, not as the same object."""
+    with full.write(INDEX):
+        assert full.require(Recipe(read.stage, read.config, read.inputs), "").fingerprint == read.fingerprint
+    assert full.find(INDEX) is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (DOCUMENTS, CLIP),  # unrelated
+        (CLIP, TEXT),  # it has no inputs
+        (VQGAN, DOCUMENTS),  # the other way round: documents are made with the VQGAN
+        (EMBEDDINGS, Recipe("clip", {"width": 8})),  # an input's stage, but not the input
+        (CLIP, Recipe("index", {"lost": True})),  # missing besides
+    ],
+)
+def test_what_is_written_reads_nothing_that_its_recipe_does_not_name(written: Recipe, read: Recipe, full: Workdir):
+    again = Recipe(written.stage, {"again": True}, written.inputs)
+    says = f"^{read.stage} is read while writing {written.stage}, whose recipe does not name it as an input"
+    with pytest.raises(RuntimeError, match=says), full.write(again):
+        full.require(read, "rac3 x")
+    assert full.find(again) is None  # it would be taken for current
+    if full.find(read):
+        assert full.require(read, "rac3 x").fingerprint == read.fingerprint  # nothing is being written any more
+
+
+def test_a_missing_input_is_bad_input_while_something_is_written(workdir: Workdir):
+    with pytest.raises(InputError, match=r"clip is missing in .*; run `rac3 encoders`"), workdir.write(EMBEDDINGS):
+        workdir.require(CLIP, "rac3 encoders")
+
+
+def test_drafts_that_are_written_together_may_read_the_inputs_of_each(full: Workdir):
+    """As of several splits, whose shards a stage makes in one go."""
+    queries = Recipe("queries", {}, {"documents": Recipe("documents", {"split": "test"}), "clip": CLIP})
+    with full.write(queries.inputs["documents"]):
+        pass
+    other = Recipe("clip", {"width": 8})
+    with full.write(queries):
+        with full.write(INDEX):
+            for recipe in (EMBEDDINGS, *queries.inputs.values()):
+                full.require(recipe, "")
+            with pytest.raises(RuntimeError, match="clip is read while writing index and queries, whose"):
+                full.require(other, "")
+        full.require(CLIP, "")
+        with pytest.raises(RuntimeError, match="embeddings is read while writing queries, whose"):
+            full.require(EMBEDDINGS, "")
+    full.require(other, "")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tensorstore
-from handmade import WIDTH, document, experiment_of, plain_encoders
+from handmade import WIDTH, PlainEncoder, document, experiment_of, workdir_of
 
 from rac3 import recipes
 from rac3.artifacts.arrays import read_array
@@ -41,6 +41,11 @@ LAST = 7  # of the neighbors kept: too deep for training to draw it
 class Made(NamedTuple):
     experiment: Experiment
     workdir: Workdir
+
+    @property
+    def run(self) -> Run:
+        """Opened again each time: artifacts change in place."""
+        return Run(self.experiment, self.workdir)
 
     def folder(self, kind: str, split: str) -> Path:
         return self.workdir.require(getattr(recipes, kind)(self.experiment, split), "").folder
@@ -81,9 +86,10 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         SPLITS, retriever=Scann(num_neighbors=16), selection=Selection(max_similarity=1.0, depth=LAST + 1)
     )
     folder = tmp_path_factory.mktemp("audit") / "workdir"
-    with plain_encoders(experiment, folder) as (workdir, _), pytest.MonkeyPatch.context() as patch:
-        for stage in (ingest, embed, index, retrieve):
-            stage(experiment, workdir)
+    workdir = workdir_of(experiment, folder)
+    for stage in (ingest, embed, index, retrieve):
+        stage(Run(experiment, workdir))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rac3.stages.audit.DOCUMENTS_AT_ONCE", 5)
         patch.setattr("rac3.stages.audit.GROUPS", 10 * TRAIN)
         yield Made(experiment, workdir)
@@ -97,7 +103,7 @@ def made(clean: Made, tmp_path: Path) -> Made:
 
 
 def test_a_clean_run_has_no_leak_and_everything_was_looked_at(made: Made):
-    lines = audit(Run(made.experiment, made.workdir)).splitlines()
+    lines = audit(made.run).splitlines()
     assert lines[-1] == "audit: no leak"
     found = json.loads((made.workdir.path / "report" / "audit.json").read_text())
     assert found["leaks"] == {}
@@ -163,7 +169,7 @@ def test_a_training_document_that_retrieves_what_is_withdrawn(made: Made, tmp_pa
 @pytest.mark.parametrize("segment", [0, 1])
 def test_a_group_of_training_that_has_a_copy_of_the_main_text_or_image(segment: int, made: Made):
     """The copy has the same ids and, as a broken column would have it, another hash."""
-    store = Run(made.experiment, made.workdir).documents("train")
+    store = made.run.documents("train")
     items = store.many(range(TRAIN))
     ids = list(items[0].ids)
     ids[segment] = items[9].ids[segment]
@@ -175,7 +181,7 @@ def test_a_group_of_training_that_has_a_copy_of_the_main_text_or_image(segment: 
     what = "group of training whose main image or text is among the retrieved"
     leaks, named = made.leaks()
     assert set(leaks) == {what}
-    stream = Run(made.experiment, made.workdir).training_stream()
+    stream = made.run.training_stream()
     plan = stream.plan(0)
     groups = list(zip(plan.main.tolist(), plan.neighbors.tolist(), strict=True))[: 10 * TRAIN]
     together = sum((main == 9 and 0 in others) or (main == 0 and 9 in others) for main, others in groups)
@@ -221,13 +227,13 @@ def test_what_is_not_there_is_no_copy_of_a_target(made: Made):
     made.rewrite("documents", "test", "image_hashes", lambda hashes: hashes.put([5, 6], [0, first]))
     made.neighbor("test", 5, 0, 0, 2)
     made.rewrite("neighbors", "test", "ids", lambda ids: ids[6].fill(-1))
-    assert audit(Run(made.experiment, made.workdir)).endswith("audit: no leak")
+    assert audit(made.run).endswith("audit: no leak")
 
 
 def test_documents_that_a_person_names_may_be_similar(made: Made):
     named = replace(made.experiment, retriever=Fixed(("t1", "t2", "t3")), selection=Selection(0.001, LAST + 1))
     for stage in (index, retrieve):
-        stage(named, made.workdir)
+        stage(Run(named, made.workdir))
     assert audit(Run(named, made.workdir)).endswith("audit: no leak")
 
 
@@ -236,10 +242,10 @@ def test_vectors_of_a_byte_or_two_per_number_are_no_leak(stored: str, other: flo
     """A hundredth of each vector is lost in rounding; what is not of the part alone is still found."""
     small = Made(replace(made.experiment, embedding_dtype=stored), made.workdir)
     for stage in (embed, index, retrieve):
-        stage(small.experiment, small.workdir)
+        stage(small.run)
     for kind, array in (("embeddings", "document"), ("queries", "text"), ("queries", "image")):
         assert read_array(small.folder(kind, "train") / array).dtype.name == stored
-    assert audit(Run(small.experiment, small.workdir)).endswith("audit: no leak")
+    assert audit(small.run).endswith("audit: no leak")
     small.rewrite("queries", "test", "image", lambda numbers: numbers[5].fill(other))
     assert small.leaks()[0] == {"test: image query that is not of the image alone": 1}
 
@@ -261,13 +267,13 @@ def test_a_similarity_is_a_leak_only_beyond_rounding(made: Made):
 
 def test_a_query_may_differ_by_the_rounding_of_its_encoder(made: Made):
     """By a hundredth where CLIP computes in bfloat16, and not where it does in float32."""
-    coarse = Made(replace(made.experiment, clip=replace(made.experiment.clip, dtype="bfloat16")), made.workdir)
+    coarse = Made(replace(made.experiment, clip=PlainEncoder("bfloat16")), made.workdir)
     for stage in (embed, index, retrieve):
-        stage(coarse.experiment, coarse.workdir)
+        stage(coarse.run)
     for each in (made, coarse):
         each.rewrite("queries", "test", "text", lambda vectors: np.add(vectors, [0.01] + [0] * 7, out=vectors))
     assert made.leaks()[0] == {"test: text query that is not of the text alone": HELD_OUT}
-    assert audit(Run(coarse.experiment, coarse.workdir)).endswith("audit: no leak")
+    assert audit(coarse.run).endswith("audit: no leak")
 
 
 def test_of_many_leaks_the_first_are_named_and_all_are_counted(made: Made, monkeypatch: pytest.MonkeyPatch):

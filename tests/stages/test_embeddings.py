@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from rac3 import recipes
-from rac3.artifacts.arrays import Vectors
 from rac3.artifacts.workdir import Workdir
 from rac3.clip.encoder import mix, query_dropout_keys
 from rac3.config import load_config_module
@@ -33,33 +32,38 @@ def test_each_split_has_the_vectors_that_it_is_asked_for(
     kinds = {"embeddings": recipes.embeddings, "queries": recipes.queries}
     folders = {name: found.folder for name, kind in kinds.items() if (found := workdir.find(kind(experiment, split)))}
     assert {path.name for folder in folders.values() for path in folder.iterdir() if path.is_dir()} == names
-    documents = [item.document for item in Run(experiment, workdir).documents(split).many(range(4))]
-    encoder = Run(experiment, workdir).encoder
+    run = Run(experiment, workdir)
+    documents = [item.document for item in run.documents(split).many(range(4))]
+    encoder = run.encoder
     texts, images = [document.text for document in documents], [document.images[0] for document in documents]
     text, image = encoder.embed_texts(texts), encoder.embed_images(images)
     if "document" in names:
         everywhere = np.ones(4, bool)
         np.testing.assert_allclose(
-            document_embeddings(folders["embeddings"])[:4], mix(text, image, everywhere, everywhere), atol=1e-5, rtol=0
+            run.embeddings(split)[:4], mix(text, image, everywhere, everywhere), atol=1e-5, rtol=0
         )
     if "text" in names:
         if split == "train":
             keys = query_dropout_keys(experiment.seed, [document.key for document in documents])
             dropout = {"drop_keys": keys, "drop_rate": experiment.query_dropout}
             text, image = encoder.embed_texts(texts, **dropout), encoder.embed_images(images, **dropout)
-        np.testing.assert_allclose(Run(experiment, workdir).queries(split, "text")[:4], text, atol=1e-5, rtol=0)
-        np.testing.assert_allclose(Run(experiment, workdir).queries(split, "image")[:4], image, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(run.queries(split, "text")[:4], text, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(run.queries(split, "image")[:4], image, atol=1e-5, rtol=0)
 
 
-def test_a_large_memory_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    vectors = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
-    Vectors.create(tmp_path / "document", (40, 8), "float32", 64).write_shard(0, vectors)
-    small = document_embeddings(tmp_path)
+def test_a_large_memory_stays_on_disk(finished_workdir: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    """36 vectors of 64 numbers are a sixteenth of a machine of 384 pages of 384 bytes."""
+    experiment, workdir = (
+        load_config_module(str(finished_workdir[0])).get_config(),
+        Workdir(finished_workdir[1], "tiny"),
+    )
+    monkeypatch.setattr(os, "sysconf", lambda name: 384)
+    small = Run(experiment, workdir).embeddings("train")
     assert isinstance(small, np.ndarray)
-    np.testing.assert_array_equal(small, vectors)
-    monkeypatch.setattr(os, "sysconf", lambda name: 64)  # a machine of 4 kB
-    large = document_embeddings(tmp_path)
+    assert small.shape == (36, 64)
+    monkeypatch.setattr(os, "sysconf", lambda name: 383)
+    large = Run(experiment, workdir).embeddings("train")
     assert not isinstance(large, np.ndarray)
-    part = MemoryPart("train", large, [""] * 40)
-    for rows in (slice(2, 9), np.array([39, 3, 5, 3])):
-        np.testing.assert_array_equal(part.read(rows), vectors[rows])
+    part = MemoryPart("train", large, [""] * 36)
+    for rows in (slice(2, 9), np.array([35, 3, 5, 3])):
+        np.testing.assert_array_equal(part.read(rows), small[rows])

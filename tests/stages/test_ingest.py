@@ -1,19 +1,18 @@
 """What ingest keeps of a source: which documents, in which order, what it truncates, and what it counts."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from handmade import PER_IMAGE, PlainCodec, codes_of, document, experiment_of, plain_encoders
+from handmade import PER_IMAGE, PlainCodec, codes_of, document, experiment_of, workdir_of
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Artifact
 from rac3.config import InputError
 from rac3.documents.document import Document, Reject
-from rac3.experiment import Experiment
+from rac3.documents.store import TokenizedDocument
 from rac3.run import Run
 from rac3.stages.ingest import counts_line, ingest
 from rac3.tokens.text import Tokenizer
@@ -38,23 +37,21 @@ SHARDS = [
     ],
 ]
 KEPT = ["a", "b", "c", "d", "e"]
-Ingested = Callable[..., tuple[Experiment, Artifact, list[Document]]]
+Ingested = Callable[..., tuple[Run, Artifact, list[TokenizedDocument]]]
 
 
 @pytest.fixture
-def ingested(tmp_path: Path) -> Iterator[Ingested]:
+def ingested(tmp_path: Path) -> Ingested:
     """Ingests shards as the training documents."""
-    with ExitStack() as stack:
 
-        def run(shards: Sequence[Sequence[Document | Reject]] = SHARDS, **fields: object):
-            experiment = experiment_of({"train": shards}, max_text_tokens=LIMIT, **fields)
-            workdir, _ = stack.enter_context(plain_encoders(experiment, tmp_path / "workdir"))
-            ingest(Run(experiment, workdir))
-            artifact = workdir.require(recipes.documents(experiment, "train"), "")
-            store = Run(experiment, workdir).documents("train")
-            return experiment, artifact, store.many(range(len(store)))
+    def make(shards: Sequence[Sequence[Document | Reject]] = SHARDS, **fields: object):
+        experiment = experiment_of({"train": shards}, max_text_tokens=LIMIT, **fields)
+        run = Run(experiment, workdir_of(experiment, tmp_path / "workdir"))
+        ingest(run)
+        store = run.documents("train")
+        return run, run.artifact(recipes.documents, "train"), store.many(range(len(store)))
 
-        yield run
+    return make
 
 
 def test_documents_are_filtered_tokenized_and_kept_in_the_order_of_the_shards(ingested: Ingested):
@@ -131,9 +128,8 @@ def test_ids_are_as_wide_as_the_larger_vocabulary_asks_for(
     codes: int, kind: str, ingested: Ingested, monkeypatch: pytest.MonkeyPatch
 ):
     largest = np.array([codes - 1, 0, 1, 2], np.int32)
-    monkeypatch.setattr(PlainCodec, "codebook_size", codes)
     monkeypatch.setattr(PlainCodec, "encode", lambda self, images: np.tile(largest, (len(images), 1)))
-    _, artifact, (item,) = ingested([[document("a", b"fox")]])
+    _, artifact, (item,) = ingested([[document("a", b"fox")]], vqgan=PlainCodec(codes))
     assert artifact.manifest["counts"]["ids"] == kind
     np.testing.assert_array_equal(item.ids[0], largest)
 
@@ -156,13 +152,10 @@ def test_long_shards_are_read_in_blocks(ingested: Ingested, monkeypatch: pytest.
     assert artifact.manifest["counts"]["texts_cut"] == 2
 
 
-def test_counts_line(ingested: Ingested, tmp_path: Path):
-    from rac3.artifacts.workdir import Workdir
-
-    experiment, artifact, _ = ingested(max_reject_fraction=0.5)
+def test_counts_line(ingested: Ingested):
+    run, artifact, _ = ingested(max_reject_fraction=0.5)
     tokens = artifact.manifest["counts"]["tokens"]
-    line = counts_line(Run(experiment, Workdir(tmp_path / "workdir", experiment.name)), "train")
-    assert line == (
+    assert counts_line(run, "train") == (
         f"5 documents, {tokens} tokens; filtered: 1 watermark, 1 unsafe, 2 small; "
         "rejects: 2 truncated image, 1 missing text"
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_config
-from rac3.stages.memory import withdrawn_rows
 
 from rac3 import recipes
 from rac3.artifacts.workdir import MANIFEST, Workdir
@@ -56,7 +55,8 @@ def without_memory(experiment: Experiment) -> Experiment:
 def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path, rac3: Command, tmp_path: Path, capsys):
     """The test documents themselves, so that it shows in recall; nothing that was there is made again."""
     experiment = tiny_config.get_config()
-    tests = [item.document for item in Run(experiment, Workdir(workdir, "tiny")).documents("test").many(range(4))]
+    run = Run(experiment, Workdir(workdir, "tiny"))
+    tests = [item.document for item in run.documents("test").many(range(4))]
     write_shard(tmp_path / "shards" / "00000.tar", tests)
     place, before = ["--workdir", str(workdir)], artifacts(workdir)
     added = ["--add-memory", f"news={tmp_path / 'shards'}"]
@@ -66,17 +66,15 @@ def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path,
     assert rac3("evaluate", TINY, *place, *added, "--task", "retrieval") == 0
     more, _ = parse("evaluate", experiment, [*added, *place])
     assert list(more.data.memory) == ["memory", "news"]
-    opened = Run(more, Workdir(workdir, "tiny")).memory("test")
+    grown = run.variant(more, more)
+    opened = grown.memory("test")
     assert [part.name for part in opened.memory.parts] == ["train", "memory", "news"]
     assert more.data.memory_splits("train") == ["train"]
-    neighbors = Run(more, Workdir(workdir, "tiny")).neighbors("test")[:]
+    neighbors = grown.neighbors("test")[:]
     joined = neighbors >= opened.memory.offsets[2]
     assert joined.any()
     assert {opened.document(int(i)).document.text for i in neighbors[joined]} <= {each.text for each in tests}
-    before_and_after = [
-        evaluate_retrieval(Run(each, Workdir(workdir, "tiny")))["splits"]["test"]["entities"]["both"]["1"]
-        for each in (experiment, more)
-    ]
+    before_and_after = [evaluate_retrieval(each)["splits"]["test"]["entities"]["both"]["1"] for each in (run, grown)]
     assert before_and_after[0] < before_and_after[1] == 1
     assert "recall of its entity in the memory, by both: 100.0% at 1" in capsys.readouterr().out
 
@@ -96,7 +94,7 @@ def test_retrieval_is_evaluated_with_any_retriever(workdir: Path, rac3: Command,
     assert "Random, as configured: " in capsys.readouterr().out
     assert (workdir / "report" / "retrieval.html").is_file()
     assert rac3(*command, "retriever:none") == 2
-    assert "retriever:none retrieves nothing that could be evaluated" in capsys.readouterr().err
+    assert "retriever:none retrieves nothing, so there is nothing to evaluate" in capsys.readouterr().err
 
 
 def test_a_wrong_memory_is_refused():
@@ -121,30 +119,32 @@ def test_encoders_depend_on_what_they_are_fitted_on_alone():
     experiment = tiny_config.get_config()
     more = {**experiment.data.memory, "news": WebDataset("nowhere")}
     grown = replace(experiment, data=replace(experiment.data, memory=more))
-    assert recipes.clip(grown) == recipes.clip(experiment)
-    assert recipes.train(grown) == recipes.train(experiment)
+    assert recipes.clip(grown).fingerprint == recipes.clip(experiment).fingerprint
+    assert recipes.train(grown).fingerprint == recipes.train(experiment).fingerprint
     left = replace(experiment, data=replace(experiment.data, withdrawn=("memory",)))
-    assert recipes.clip(left) == recipes.clip(experiment)
+    assert recipes.clip(left).fingerprint == recipes.clip(experiment).fingerprint
     assert left.data.memory_splits("test") == ["train"]
-    assert recipes.clip(without_memory(experiment)) != recipes.clip(experiment)
+    assert recipes.clip(without_memory(experiment)).fingerprint != recipes.clip(experiment).fingerprint
 
 
 def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, rac3: Command, tmp_path: Path, capsys):
-    experiment, store = tiny_config.get_config(), Workdir(workdir, "tiny")
-    documents = Run(experiment, store).documents("train")
+    experiment = tiny_config.get_config()
+    run = Run(experiment, Workdir(workdir, "tiny"))
+    documents = run.documents("train")
     gone = np.array([1, 5, 17])
     keys = [item.document.key for item in documents.many(gone.tolist())]
     takedowns = tmp_path / "keys.txt"
     takedowns.write_text(f"{keys[0]}\n\ntrain:{keys[1]}\n {keys[2]}\nnowhere\nmemory:{keys[0]}\n")
-    experiment = replace(experiment, takedowns=str(takedowns))
-    np.testing.assert_array_equal(withdrawn_rows(experiment, documents, "train"), gone)
+    taken_down = replace(experiment, takedowns=str(takedowns))
+    later = run.variant(taken_down, taken_down)
+    np.testing.assert_array_equal(later.withdrawn_rows("train"), gone)
     assert rac3("retrieve", TINY, "--workdir", str(workdir), "--takedowns", str(takedowns)) == 0
-    before = {split: Command(tiny_config.get_config(), store).neighbors(split)[:] for split in ("train", "test")}
-    after = {split: Command(experiment, store).neighbors(split)[:] for split in ("train", "test")}
+    before = {split: run.neighbors(split)[:] for split in ("train", "test")}
+    after = {split: later.neighbors(split)[:] for split in ("train", "test")}
     for split in before:
         assert np.isin(before[split], gone).any()
         assert not np.isin(after[split], gone).any()
-    stream = Run(experiment, store).training_stream()
+    stream = later.training_stream()
     plan = stream.plan(0)
     assert set(plan.main[: len(documents) - 3].tolist()) == set(range(len(documents))) - set(gone.tolist())
     next(stream.batches(StreamState()))
@@ -155,24 +155,24 @@ def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, r
 
 
 def test_each_view_of_a_query_has_a_dropout_of_its_own(workdir: Path):
-    experiment, store = replace(tiny_config.get_config(), num_views=3, query_dropout=0.5), Workdir(workdir, "tiny")
-    before = artifacts(workdir)
-    embed(Run(experiment, store))
-    retrieve(Run(experiment, store))
+    experiment = replace(tiny_config.get_config(), num_views=3, query_dropout=0.5)
+    run, before = Run(experiment, Workdir(workdir, "tiny")), artifacts(workdir)
+    embed(run)
+    retrieve(run)
     assert sorted(path.split("/")[0] for path in artifacts(workdir) - before) == ["neighbors", "queries"]
-    documents = [item.document for item in Run(experiment, store).documents("train").many(range(4))]
-    encoder, vectors = Run(experiment, store).encoder, []
+    documents = [item.document for item in run.documents("train").many(range(4))]
+    encoder, vectors = run.encoder, []
     for view in range(3):
         keys = query_dropout_keys(experiment.seed, [document.key for document in documents], view)
         text = encoder.embed_texts([document.text for document in documents], drop_keys=keys, drop_rate=0.5)
-        vectors.append(Run(experiment, store).queries("train", f"text-{view}" if view else "text")[:4])
+        vectors.append(run.queries("train", f"text-{view}" if view else "text")[:4])
         np.testing.assert_allclose(vectors[-1], text, atol=1e-5)
     assert not np.allclose(vectors[0], vectors[1], atol=1e-3)
     assert not np.allclose(vectors[1], vectors[2], atol=1e-3)
-    neighbors = Run(experiment, store).neighbors("train")[:]
+    neighbors = run.neighbors("train")[:]
     assert neighbors.shape == (36, 6, experiment.selection.depth)
-    assert Run(experiment, store).neighbors("test").shape == (4, 2, experiment.selection.depth)
-    plan = Run(experiment, store).training_stream().plan(0)
+    assert run.neighbors("test").shape == (4, 2, experiment.selection.depth)
+    plan = run.training_stream().plan(0)
     candidates = experiment.batches.candidates
     used = set()
     for document, drawn in zip(plan.main.tolist(), plan.neighbors.tolist(), strict=True):

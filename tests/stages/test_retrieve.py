@@ -1,18 +1,17 @@
 """The vectors that are embedded, and the neighbors that are found with them, against plain NumPy over the documents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from handmade import PlainEncoder, document, experiment_of, plain_encoders, unit, vector
-from rac3.stages.memory import withdrawn_rows
+from handmade import ASKED as EMBEDDED
+from handmade import document, experiment_of, unit, vector, workdir_of
 
 from rac3 import recipes
-from rac3.artifacts.workdir import Workdir
 from rac3.clip.encoder import query_dropout_keys
 from rac3.config import InputError
 from rac3.documents.document import Document
@@ -83,13 +82,20 @@ ASKED: list[tuple[str, int, Queries]] = []
 
 
 class Made(NamedTuple):
-    experiment: Experiment
-    workdir: Workdir
-    encoder: PlainEncoder
+    run: Run
+    embedded: list[tuple[str | bytes, tuple[int, ...], float]]  # content, key and rate: all that CLIP was asked
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.run.experiment
+
+    def changed(self, **fields: Any) -> Run:
+        """A run of another experiment in this workdir."""
+        return Run(replace(self.experiment, **fields), self.run.workdir)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """All of the offline stages, with shards of five documents and two views of each training query."""
     folder = tmp_path_factory.mktemp("retrieve")
     takedowns = folder / "takedowns"
@@ -104,11 +110,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         takedowns=str(takedowns),
         max_reject_fraction=0.0,
     )
-    with plain_encoders(experiment, folder / "workdir") as (workdir, encoder), pytest.MonkeyPatch.context() as patch:
+    run = Run(experiment, workdir_of(experiment, folder / "workdir"))
+    EMBEDDED.clear()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rac3.stages.embed.DOCUMENTS_AT_ONCE", 2)
         for stage in (ingest, embed, index, retrieve):
-            stage(experiment, workdir)
-        yield Made(experiment, workdir, encoder)
+            stage(run)
+    return Made(run, EMBEDDED.copy())
 
 
 def key_of(experiment: Experiment, document: Document, view: int) -> list[int]:
@@ -143,28 +151,27 @@ NAMES = {"train": ["text", "image", "text-1", "image-1"], "validation": ["text",
 
 @pytest.mark.parametrize("split", ["train", "memory", "news"])
 def test_a_document_has_the_vector_of_all_its_parts(split: Split, made: Made):
-    folder = made.workdir.require(recipes.embeddings(made.experiment, split), "").folder
-    np.testing.assert_allclose(document_embeddings(folder)[:], document_vectors(DOCUMENTS[split]), atol=1e-6)
+    np.testing.assert_allclose(made.run.embeddings(split)[:], document_vectors(DOCUMENTS[split]), atol=1e-6)
 
 
 @pytest.mark.parametrize("split", NAMES)
 def test_a_query_has_the_vector_of_one_part_alone(split: Split, made: Made):
     """Zeros where a document lacks it. Of two images the first asks, and all of the texts; in training with dropout."""
     for name in NAMES[split]:
-        stored = Run(made.experiment, made.workdir).queries(split, name)[:]
+        stored = made.run.queries(split, name)[:]
         np.testing.assert_allclose(stored, query_vectors(made, split, name), atol=1e-6, err_msg=name)
 
 
 def test_each_document_and_view_has_its_own_dropout(made: Made):
-    dropped = {(content, key) for content, key, _ in made.encoder.asked if key}
+    dropped = {(content, key) for content, key, _ in made.embedded if key}
     assert len({key for _, key in dropped}) == 2 * len(DOCUMENTS["train"])  # views; both parts of a document share it
-    assert {rate for _, key, rate in made.encoder.asked if key} == {RATE}
+    assert {rate for _, key, rate in made.embedded if key} == {RATE}
     other = query_dropout_keys(made.experiment.seed + 1, [each.key for each in DOCUMENTS["train"]])
     assert not {tuple(key) for key in np.asarray(jax.random.key_data(other)).tolist()} & {key for _, key in dropped}
 
 
 def test_held_out_documents_and_parts_of_the_memory_are_embedded_without_dropout(made: Made):
-    plain = {content for content, key, _ in made.encoder.asked if not key}
+    plain = {content for content, key, _ in made.embedded if not key}
     everything = {
         content
         for split in DOCUMENTS
@@ -204,8 +211,8 @@ def neighbors_by_hand(made: Made, split: Split, row: int, query: np.ndarray) -> 
 @pytest.mark.parametrize("split", NAMES)
 def test_each_query_has_the_neighbors_of_a_walk_by_hand(split: Split, made: Made):
     """Over three shards of training documents, each of which knows the global ids of its own."""
-    ids = Run(made.experiment, made.workdir).neighbors(split)[:]
-    scores = Run(made.experiment, made.workdir).neighbors(split, "scores")[:]
+    ids = made.run.neighbors(split)[:]
+    scores = made.run.neighbors(split, "scores")[:]
     assert ids.shape == scores.shape == (len(DOCUMENTS[split]), len(NAMES[split]), 4)
     kept = nothing = 0
     for number, name in enumerate(NAMES[split]):
@@ -215,7 +222,7 @@ def test_each_query_has_the_neighbors_of_a_walk_by_hand(split: Split, made: Made
             assert ids[row, number].tolist() == wanted + [-1] * (4 - len(wanted)), (split, name, row)
             np.testing.assert_allclose(scores[row, number, : len(wanted)], products, atol=1e-6)
             kept, nothing = kept + len(wanted), nothing + (query.any() and not wanted)
-    counts = made.workdir.require(recipes.neighbors(made.experiment, split), "").manifest["counts"]
+    counts = made.run.artifact(recipes.neighbors, split).manifest["counts"]
     asked = sum(query_vectors(made, split, name).any(1).sum() for name in NAMES[split])
     assert (counts["documents"], counts["queries"], counts["neighbors"]) == (len(ids), asked, kept)
     assert counts["queries_without_neighbors"] == nothing
@@ -223,14 +230,14 @@ def test_each_query_has_the_neighbors_of_a_walk_by_hand(split: Split, made: Made
 
 def test_a_training_document_never_retrieves_itself_or_its_copies_in_any_shard(made: Made):
     """Whatever the similarity allows: the walk above drops it by that too."""
-    loose = replace(made.experiment, selection=Selection(max_similarity=1.0, depth=4))
-    retrieve(Run(loose, made.workdir), ["train"])
-    assert made.workdir.find(recipes.neighbors(loose, "test")) is None  # which was not asked for
-    ids = Run(loose, made.workdir).neighbors("train")[:]
+    loose = made.changed(selection=Selection(max_similarity=1.0, depth=4))
+    retrieve(loose, ["train"])
+    assert loose.workdir.find(loose.recipe(recipes.neighbors, "test")) is None  # which was not asked for
+    ids = loose.neighbors("train")[:]
     assert not (ids == np.arange(len(ids))[:, None, None]).any()
     assert not set(ids[0].ravel().tolist() + ids[4].ravel().tolist()) & {0, 4}
     assert not set(ids[1].ravel().tolist() + ids[5].ravel().tolist()) & {1, 5}
-    counts = made.workdir.require(recipes.neighbors(loose, "train"), "").manifest["counts"]
+    counts = loose.artifact(recipes.neighbors, "train").manifest["counts"]
     assert counts["dropped_main_document"] > 20  # of 48 queries, one in most
     assert counts["dropped_duplicate"] > 0
     assert counts["dropped_similar_to_main"] == counts["dropped_similar_to_query"] == counts["dropped_redundant"] == 0
@@ -239,9 +246,9 @@ def test_a_training_document_never_retrieves_itself_or_its_copies_in_any_shard(m
 def test_a_retriever_sees_of_a_query_what_asks_and_nothing_else(made: Made):
     """Its key, its vector, and the words of a text; never the words that stand beside an image."""
     ASKED.clear()
-    again = replace(made.experiment, retriever=Ranked(num_neighbors=7))
-    index(Run(again, made.workdir))
-    retrieve(Run(again, made.workdir))
+    again = made.changed(retriever=Ranked(num_neighbors=7))
+    index(again)
+    retrieve(again)
     texts = {split: {each.key: each.text for each in DOCUMENTS[split]} for split in NAMES}
     parts = {"train": {"train"}, "validation": {"train", "memory", "news"}, "test": {"train", "memory", "news"}}
     searched: dict[str, set[str]] = {split: set() for split in NAMES}
@@ -253,13 +260,13 @@ def test_a_retriever_sees_of_a_query_what_asks_and_nothing_else(made: Made):
             each = next(document for document in DOCUMENTS[split] if document.key == key)
             content = part_of(each, "text" if words else "image")
             assert words in ("", texts[split][key])
-            dropped = [(key_of(again, each, view), RATE) for view in range(2)] if split == "train" else [()]
+            dropped = [(key_of(again.experiment, each, view), RATE) for view in range(2)] if split == "train" else [()]
             assert min(np.abs(asks - vector(content, *dropout)).max() for dropout in dropped) < 1e-6
     assert searched == parts
 
 
 def test_a_view_is_another_query_with_neighbors_of_its_own(made: Made):
-    ids = Run(made.experiment, made.workdir).neighbors("train")[:]
+    ids = made.run.neighbors("train")[:]
     assert (ids[:, 0] != ids[:, 2]).any()
     assert (ids[:, 1] != ids[:, 3]).any()
 
@@ -267,33 +274,31 @@ def test_a_view_is_another_query_with_neighbors_of_its_own(made: Made):
 @pytest.mark.parametrize(("split", "gone"), [("train", [8]), ("memory", [3]), ("news", [1])])
 def test_a_takedown_of_one_split_leaves_the_others(split: Split, gone: list[int], made: Made):
     """`t8` is of any split, `news:t1` leaves t1 of train, and `train:m4` names nothing."""
-    store = Run(made.experiment, made.workdir).documents(split)
-    assert withdrawn_rows(made.experiment, store, split).tolist() == gone
+    assert made.run.withdrawn_rows(split).tolist() == gone
 
 
 def test_two_keys_of_one_hash_are_told_apart(made: Made, monkeypatch: pytest.MonkeyPatch):
-    store = Run(made.experiment, made.workdir).documents("train")
+    store = made.run.documents("train")
     column = type(store).column
     monkeypatch.setattr(
         type(store), "column", lambda self, name: np.repeat(column(self, name)[8:9], 13) if "key" in name else ...
     )
-    assert withdrawn_rows(made.experiment, store, "train").tolist() == [8]
+    assert made.run.withdrawn_rows("train").tolist() == [8]
 
 
 def test_a_document_is_found_by_its_global_id(made: Made):
-    opened = Run(made.experiment, made.workdir).memory()
+    opened = made.run.memory()
     everything = [*DOCUMENTS["train"], *DOCUMENTS["memory"], *DOCUMENTS["news"]]
     assert [opened.document(number).document for number in range(len(opened.memory))] == everything
 
 
 def test_documents_that_a_person_names_are_never_redundant(made: Made):
     """But a document of training is not its own neighbor, nor is one that is withdrawn."""
-    fixed = replace(made.experiment, retriever=Fixed(("t4", "train:t1", "m3", "n2")), selection=Selection(0.01, 4))
-    index(Run(fixed, made.workdir))
-    retrieve(Run(fixed, made.workdir), ["test"])
-    ids = Run(fixed, made.workdir).neighbors("test")[:]
-    assert (ids == [4, 1, 13 + 6 + 2, -1]).all()
-    unknown = replace(fixed, retriever=Fixed(("nobody",)))
-    index(Run(unknown, made.workdir))
+    fixed = made.changed(retriever=Fixed(("t4", "train:t1", "m3", "n2")), selection=Selection(0.01, 4))
+    index(fixed)
+    retrieve(fixed, ["test"])
+    assert (fixed.neighbors("test")[:] == [4, 1, 13 + 6 + 2, -1]).all()
+    unknown = made.changed(retriever=Fixed(("nobody",)), selection=Selection(0.01, 4))
+    index(unknown)
     with pytest.raises(InputError, match="has the key 'nobody'"):
-        retrieve(Run(unknown, made.workdir), ["test"])
+        retrieve(unknown, ["test"])

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
+from handmade import PlainCodec, document, experiment_of, workdir_of
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
@@ -16,21 +17,30 @@ from rac3.batches.loader import StreamState
 from rac3.batches.masking import Masking
 from rac3.devices.mesh import MeshConfig
 from rac3.retrieval.baselines import NoRetriever
+from rac3.retrieval.exact import Exact
 from rac3.run import Run
 from rac3.stages import train as stage
+from rac3.stages.embed import embed
+from rac3.stages.ingest import ingest
+from rac3.stages.retrieve import index, retrieve
 from rac3.stages.train import train
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.optimizer import OptimizerConfig
 
 TINY = tiny_config.get_config()
+SHORT = replace(TINY.evaluation, max_caption_tokens=8)
+DOCUMENTS = {"train": [[document(f"t{number}", f"number {number}", b"%d" % number) for number in range(12)]]}
 
 
-def test_the_model_has_room_for_the_longest_text_and_image():
-    experiment = replace(TINY, max_text_tokens=20, batches=replace(TINY.batches, context_length=300, row_length=600))
-    vocabulary = Vocabulary(text_size=100, image_size=50)
+def test_the_model_has_room_for_the_longest_text_and_image(tmp_path: Path):
+    batches = replace(TINY.batches, context_length=300, row_length=600)
     for tokens_per_image, longest in ((9, 20), (64, 64)):
-        model = build_model(experiment, vocabulary, tokens_per_image)
-        assert (model.vocab_size, model.max_positions, model.max_segment_tokens) == (256, 300, longest)
+        codec = PlainCodec(codebook_size=50, tokens_per_image=tokens_per_image)
+        experiment = experiment_of(DOCUMENTS, max_text_tokens=20, batches=batches, evaluation=SHORT, vqgan=codec)
+        run = Run(experiment, workdir_of(experiment, tmp_path / str(longest)))
+        assert run.vocabulary == Vocabulary(text_size=256, image_size=50)
+        model = run.model
+        assert (model.vocab_size, model.max_positions, model.max_segment_tokens) == (384, 300, longest)
         assert model.config == experiment.model
 
 
@@ -58,8 +68,7 @@ def test_the_stream_is_that_of_the_experiment(
     assert set(plan.main[plan.epoch == 0].tolist()) == set(range(len(stream.documents))) - {3}
 
 
-def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.MonkeyPatch):
-    """With another seed, on the documents and neighbors of the finished run."""
+def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: dict[str, tuple[Any, ...]] = {}
     results: dict[str, Any] = {}
 
@@ -71,19 +80,19 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
 
         return call
 
-    for name in ("create_state", "make_train_step", "training_stream", "fit"):
+    for name in ("create_state", "make_train_step", "fit"):
         monkeypatch.setattr(stage, name, watched(name, getattr(stage, name)))
     monkeypatch.setattr(OptimizerConfig, "build", watched("build", OptimizerConfig.build))
-    for name in ("open_vqgan", "open_text", "open_documents", "read_neighbors"):
-        there = getattr(stage, name)
-        monkeypatch.setattr(stage, name, lambda experiment, *rest, there=there: there(TINY, *rest))
+    monkeypatch.setattr(Run, "training_stream", watched("training_stream", Run.training_stream))
     training = replace(TINY.training, checkpoint_every=5, keep=2, loss_chunk=TINY.batches.row)
-    experiment = replace(TINY, seed=TINY.seed + 7, training=training)
-    store = Workdir(workdir, "tiny")
-    train(Run(experiment, store))
+    experiment = experiment_of(DOCUMENTS, seed=TINY.seed + 7, training=training, retriever=Exact())
+    run = Run(experiment, workdir_of(experiment, tmp_path / "workdir"))
+    for prepare in (ingest, embed, index, retrieve):
+        prepare(run)
+    train(run)
 
     model = calls["make_train_step"][0]
-    assert model == build_model(experiment, results["training_stream"].builder.vocabulary, 16)
+    assert model == run.model
     assert calls["build"] == (experiment.optimizer, experiment.training.steps)
     assert calls["create_state"][1:3] == (results["build"], experiment.seed)
     assert calls["make_train_step"][1:] == (results["build"], training.loss_chunk)
@@ -92,19 +101,20 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
     assert step == results["make_train_step"]
     assert results["training_stream"].seed == experiment.seed
 
-    made = store.require(recipes.train(experiment), "")
+    made = run.artifact(recipes.train)
     assert sorted(path.name for path in (made.folder / "checkpoints").iterdir()) == ["5", "6"]
     state = results["fit"]
     assert made.manifest["counts"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    params = Run(experiment, store).params
-    assert jax.tree.structure(params) == jax.tree.structure(state.params)
-    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+    assert jax.tree.structure(run.params) == jax.tree.structure(state.params)
+    for one, other in zip(jax.tree.leaves(run.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert run.with_retriever(NoRetriever()).params is run.params  # what it retrieves leaves the model as it is
+    assert run.with_retriever(NoRetriever()).trained_model().folder == made.folder
 
-    sharded = Run(replace(experiment, mesh=MeshConfig(fsdp=2, tensor=2)), store).params
+    sharded = Run(replace(experiment, mesh=MeshConfig(fsdp=2, tensor=2)), run.workdir).params
     kernel = sharded["params"]["blocks"]["mlp_in"]["kernel"]
     assert (kernel.shape, kernel.sharding.shard_shape(kernel.shape)) == ((2, 32, 64), (2, 16, 32))
 
     del calls["fit"]
-    train(Run(experiment, store))
+    train(run)
     assert "fit" not in calls  # that is done
