@@ -20,7 +20,7 @@ from PIL import ImageDraw, ImageFont
 
 ROWS = 3
 TILE = 240  # pixels of a picture's side; the README shows the strip at about half its size
-GAP, TEXT_WIDTH, HEADER, CAPTION = 28, 290, 70, 84  # pixels
+GAP, TEXT_WIDTH, HEADER, CAPTION = 28, 290, 70, 80  # pixels
 INK, PALE, RULE = "#1f2328", "#59636e", "#d1d9e0"
 
 
@@ -58,7 +58,7 @@ def strip(rows: Sequence[Row]) -> PIL.Image.Image:
         for x, (caption, pixels) in zip(columns, [*row.retrieved, *drawn], strict=True):
             canvas.paste(_tile(pixels), (x, top))
             draw.rectangle((x, top, x + TILE - 1, top + TILE - 1), outline=RULE)
-            draw.text((x, top + TILE + 6), textwrap.fill(caption, 19), PALE, _font(22), spacing=4)
+            draw.text((x, top + TILE + 6), textwrap.fill(caption, 22), PALE, _font(19), spacing=5)
     return canvas
 
 
