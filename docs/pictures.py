@@ -3,10 +3,14 @@
     rac3 quickstart
     python docs/pictures.py runs/quickstart
 
-Writes `docs/images/strip.png`: what RA-CM3 and CM3 draw of captions of the test split, whose entities neither saw in
-training, with the documents that each caption retrieves. The rows are the first documents of the split, not a choice.
+Writes into `docs/images/`, from the models as the config evaluates them:
+
+strip.png     what RA-CM3 and CM3 draw for captions of the test split, whose entities neither saw in training, and the
+              documents that each caption retrieves. The rows are the first documents of the split, not a selection.
+generate.png  what `rac3 generate` draws for PROMPT: its four samples, the one that CLIP likes best first.
 """
 
+import argparse
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +22,12 @@ import PIL.Image
 from jaxtyping import UInt8
 from PIL import ImageDraw, ImageFont
 
-ROWS = 3
+import rac3
+from rac3.run import Run
+
+IMAGES = Path(__file__).parent / "images"
+ROWS = 3  # of the strip
+PROMPT = "lofosot on grass in rain with a gold frame"  # an unseen entity where no document shows it
 TILE = 240  # pixels of a picture's side; the README shows the strip at about half its size
 GAP, TEXT_WIDTH, HEADER, CAPTION = 28, 290, 70, 80  # pixels
 INK, PALE, RULE = "#1f2328", "#59636e", "#d1d9e0"
@@ -33,6 +42,20 @@ class Row:
     ra_cm3: UInt8[np.ndarray, "_ _ 3"]
     cm3: UInt8[np.ndarray, "_ _ 3"]
     truth: UInt8[np.ndarray, "_ _ 3"]
+
+
+def rows(run: Run) -> list[Row]:
+    """The first documents of the test split, drawn as `rac3 evaluate` does: the best of several samples by CLIP."""
+    settings, vanilla = run.experiment.evaluation, run.experiment.vanilla()
+    cm3 = run.variant(vanilla, vanilla)
+    made = []
+    for item in run.documents("test").many(range(ROWS)):
+        document = item.document
+        drawn = run.draw(document.text, settings.num_retrieved, settings.image_samples)
+        plain = cm3.draw(document.text, 0, settings.image_samples)
+        retrieved = [(found.document.text, found.document.images[0].pixels()) for found in drawn.retrieved]
+        made.append(Row(document.text, retrieved, drawn.images[0], plain.images[0], document.images[0].pixels()))
+    return made
 
 
 def strip(rows: Sequence[Row]) -> PIL.Image.Image:
@@ -72,3 +95,25 @@ def _tile(pixels: UInt8[np.ndarray, "height width 3"]) -> PIL.Image.Image:
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+
+
+def side_by_side(pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> PIL.Image.Image:
+    canvas = PIL.Image.new("RGB", (len(pictures) * (TILE + GAP) - GAP, TILE), "white")
+    for number, pixels in enumerate(pictures):
+        canvas.paste(_tile(pixels), (number * (TILE + GAP), 0))
+    return canvas
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path, help="of a finished quickstart")
+    parser.add_argument("--out", type=Path, default=IMAGES)
+    arguments = parser.parse_args()
+    run = rac3.load(arguments.workdir)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    strip(rows(run)).save(arguments.out / "strip.png", optimize=True)
+    side_by_side(run.draw(PROMPT).images).save(arguments.out / "generate.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
