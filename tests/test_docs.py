@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from rac3.cli import RETRIEVERS, STAGES, parse
+import rac3
+from rac3.cli import RETRIEVERS, STAGES, parse, run
 from rac3.config import load_config_module, shipped_configs
 from rac3.experiment import Experiment
 
@@ -131,6 +134,44 @@ def options() -> frozenset[str]:
             parse(stage, experiment, [*choice, "--help"])
         found |= set(OPTION.findall(output.getvalue()))
     return frozenset(found)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/README.md"])
+def test_the_examples_of_rac3_load_run(page: str, finished_workdir: tuple[Path, Path]):
+    (code,) = [code for code in python((ROOT / page).read_text()) if "rac3.load" in code]
+    names: dict[str, Any] = {}
+    exec(code.replace("runs/quickstart", str(finished_workdir[1])), names)
+    assert names["run"].documents("test")[0].document.text
+    assert len(names["drawn"].images) == 4
+    assert len(names["drawn"].retrieved) == 2
+
+
+def test_the_encoder_and_the_image_tokenizer_of_the_page_run(tmp_path: Path):
+    """Over the tiny config rather than the quickstart; what they give is checked by hand."""
+    (code,) = python((ROOT / "docs" / "checkpoints.md").read_text())
+    base = f"base = load_config_module({str(ROOT / 'tests' / 'tiny_config.py')!r}).get_config"
+    config, workdir = tmp_path / "mine.py", tmp_path / "runs" / "mine"
+    config.write_text(
+        "from rac3.config import load_config_module\n"
+        + code.replace("from rac3.configs.quickstart import get_config as base", base)
+    )
+    assert base in config.read_text()
+    for stage in ("prepare", "train"):
+        run([stage, str(config), "--workdir", str(workdir), "--training.steps", "2", "--no-compare-with-cm3"])
+    mine = rac3.load(workdir, config=config)
+    left_right = np.zeros((40, 40, 3), np.uint8)
+    left_right[:, :24] = (255, 0, 127)  # three of five patches: levels 3, 0 and 1
+    codes = mine.images.encode([left_right])
+    assert codes.tolist() == [5 * [49, 49, 49, 0, 0]]
+    assert mine.images.decode(codes)[0, 0, [0, 23, 24]].tolist() == [[224, 32, 96], [224, 32, 96], [32, 32, 32]]
+    np.testing.assert_allclose(
+        mine.encoder.embed_texts(["a fox", "fox a", "an owl"]) @ mine.encoder.embed_texts(["fox"]).T,
+        [[0.5**0.5], [0.5**0.5], [0]],
+    )
+    text = mine.documents("train")[0].document.text
+    (found,) = mine.retrieve(text, k=1)
+    assert found.score == pytest.approx(mine.encoder.embed_texts([text, found.document.text]).prod(axis=0).sum())
+    assert mine.draw(text, samples=1).images[0].shape == (40, 40, 3)
 
 
 def test_the_readme_is_short_and_shows_how_to_start():
