@@ -1,6 +1,7 @@
 """Links, anchors, paths, tests, commands and options that README.md, docs/ and the like name exist."""
 
 import contextlib
+import importlib
 import io
 import json
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import rac3
@@ -63,7 +65,7 @@ def commands(text: str) -> Iterator[list[str]]:
 @EVERY_PAGE
 def test_links_and_anchors_exist(page: Path):
     text = page.read_text()
-    targets = re.findall(r"\]\(([^)\s]+)\)", prose(text))
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(text)) + re.findall(r'src="([^"]+)"', prose(text))
     for target in targets:
         if re.match(r"https?://", target):
             continue
@@ -213,6 +215,24 @@ def test_every_page_is_in_the_index():
 def test_pictures_are_small():
     for picture in (ROOT / "docs" / "images").iterdir():
         assert picture.stat().st_size < 200_000
+
+
+def test_the_pictures_are_of_the_first_test_documents(
+    finished_workdir: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`docs/pictures.py` over the tiny run: the last column is the truth, and the prompt is that of the README."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    pictures = importlib.import_module("pictures")
+    assert f'--prompt "{pictures.PROMPT}"' in (ROOT / "README.md").read_text()
+    monkeypatch.setattr("sys.argv", ["pictures.py", str(finished_workdir[1]), "--out", str(tmp_path)])
+    pictures.main()
+    strip = np.asarray(PIL.Image.open(tmp_path / "strip.png"))
+    assert np.asarray(PIL.Image.open(tmp_path / "generate.png")).shape == (240, 4 * 268 - 28, 3)
+    for number, item in enumerate(rac3.load(finished_workdir[1]).documents("test").many(range(3))):
+        truth = item.document.images[0].pixels().repeat(6, axis=0).repeat(6, axis=1)
+        top = pictures.HEADER + number * (pictures.TILE + pictures.CAPTION)
+        shown = strip[top : top + 240, -268:-28]
+        np.testing.assert_array_equal(shown[1:-1, 1:-1], truth[1:-1, 1:-1])  # in a frame of one pixel
 
 
 def test_the_table_of_planted_mistakes_is_that_of_the_last_run():
