@@ -620,8 +620,11 @@ def test_a_prompt_has_one_modality_of_what_is_retrieved(shown: str, hidden: str,
 
 def test_a_retriever_of_ones_own(rac3: Command, tmp_path: Path, workdir: Path):
     """The example of the README, over the tiny config rather than the quickstart."""
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)]
-    example = example.replace("from rac3.configs.quickstart import get_config as base", "base = lambda: tiny")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (example,) = [block for block in blocks if "def get_config" in block]
+    example = example.replace(
+        "from rac3.configs.quickstart import get_config as quickstart", "quickstart = lambda: tiny"
+    )
     config = write_config(tmp_path / "mine.py", example.replace('name="word_overlap"', 'name="tiny"'))
     quick = ["--workdir", str(workdir), "--no-compare-with-cm3", "--evaluation.no-control"]
     for stage in ("index", "retrieve", "train", "evaluate"):
