@@ -1,6 +1,6 @@
 """Generate: your prompt -> what it retrieves, and images or a caption."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +47,8 @@ class GenerateOptions:
 
     def sampling(self, configured: Sampling) -> Sampling:
         """The configured sampling with the options' own settings."""
-        return Sampling(
-            configured.temperature if self.temperature is None else self.temperature,
-            configured.top_p if self.top_p is None else self.top_p,
-        )
+        own = {field.name: getattr(self, field.name) for field in fields(Sampling)}
+        return replace(configured, **{name: value for name, value in own.items() if value is not None})
 
 
 def generate(run: Run, options: GenerateOptions) -> str:
