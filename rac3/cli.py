@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import logging
 import os
@@ -71,7 +72,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     stage, rest = arguments[0], list(arguments[1:])
     if stage not in STAGES:
-        raise InputError(f"stage {stage!r} is unknown{_meant(stage, STAGES)}; use one of {', '.join(STAGES)}")
+        raise InputError(f"stage {stage!r} is unknown; use one of {', '.join(STAGES)}{_meant(stage, STAGES)}")
     if stage == "quickstart":
         stage, rest = "run", ["quickstart", *rest]
     if not rest or rest[0].startswith("-"):
@@ -140,7 +141,7 @@ def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Exp
                          retriever: one of RETRIEVERS          retriever:exact --retriever.dtype bfloat16
                          executor: its name, and next to it    --executor ray --ray.workers 4
                          the settings of each of EXECUTORS
-        the stage        prompt, samples, ...                  --prompt "a red fox"; hides an Experiment's field
+        the stage        prompt, samples, seed, ...            --prompt "a red fox"; hides an Experiment's field
         MemoryOptions    add_memory, withdraw_memory           --add-memory news=/data/news
 
     Raises:
@@ -149,10 +150,11 @@ def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Exp
     import tyro
 
     options = STAGES[stage].options()
-    fields: dict[str, tuple[Any, Any]] = {}
+    own: dict[str, tuple[Any, Any]] = {each.name: (each.type, each.default) for each in dataclasses.fields(options)}
+    fields = dict(own)
     for field in dataclasses.fields(Experiment):
         value = getattr(config, field.name)
-        if field.name in ("name", "data"):
+        if field.name in ("name", "data") or field.name in own:
             continue
         if field.name == "retriever":
             fields[field.name] = _retriever_type(value), value
@@ -163,15 +165,14 @@ def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Exp
             fields[field.name] = type(value), value  # the built-in one, or an object of the config's own
         else:
             fields[field.name] = field.type, value
-    for kind in (options, MemoryOptions):
-        fields |= {field.name: (field.type, field.default) for field in dataclasses.fields(kind)}
+    fields |= {field.name: (field.type, field.default) for field in dataclasses.fields(MemoryOptions)}
     command = dataclasses.make_dataclass(
         "Command",
         [(name, kind, dataclasses.field(default_factory=lambda v=value: v)) for name, (kind, value) in fields.items()],  # type: ignore[misc]
         frozen=True,
     )
     docs = map(_attribute_docs, (Experiment, options, MemoryOptions))
-    command.__doc__ = f"{STAGES[stage].help}.\n\n{''.join(docs)}"
+    command.__doc__ = "\n".join([f"{STAGES[stage].help}.", "", "Attributes:", *docs])
     output = io.StringIO()
     wants_help = {"-h", "--help"} & set(arguments)
     try:
@@ -186,11 +187,10 @@ def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Exp
         if not stop.code:
             raise
         raise InputError(_one_line(output.getvalue(), stage)) from None
-    own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(options)}
     values = {name: getattr(parsed, name) for name in fields if hasattr(config, name) and name not in own}
     values["executor"] = getattr(parsed, parsed.executor)
     values["data"] = MemoryOptions(parsed.add_memory, parsed.withdraw_memory).of(config.data)
-    return dataclasses.replace(config, **values), options(**own)
+    return dataclasses.replace(config, **values), options(**{name: getattr(parsed, name) for name in own})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +243,8 @@ def _retriever_type(config: Retriever) -> Any:
 
 
 def _attribute_docs(cls: type) -> str:
-    doc = cls.__doc__ or ""
-    return doc[doc.index("Attributes:") :] if "Attributes:" in doc else ""
+    """What the docstring says below `Attributes:`, to which other attributes can be added."""
+    return inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
 
 
 def _one_line(text: str, stage: str) -> str:
@@ -254,17 +254,23 @@ def _one_line(text: str, stage: str) -> str:
     parts = [part.strip() for part in re.split(r"-{5,}", text) if part.strip()]
     message = (parts[1:] or parts or ["bad arguments"])[0]
     meant = ""
-    if unknown := re.match(r"Unrecognized options: ([^\s,]+)", message):
-        similar = re.search(r"Perhaps you meant: (--\S+)", text)
-        names = re.findall(r"retriever:\w+", text.partition("Available subcommands")[2])
-        meant = f"; did you mean {similar[1]}?" if similar else _meant(unknown[1], names)
+    if unknown := re.match(r"Unrecognized options: ([^\s,=]+)", message):
+        flags = re.findall(r"--(?!help)\S+", text.partition("Perhaps you meant:")[2])
+        retrievers = re.findall(r"retriever:\w+", text.partition("Available subcommands:")[2])
+        meant = _meant(unknown[1], flags, cutoff=0) or _meant(unknown[1], retrievers, cutoff=0.85)
     return f"{message}{meant} (see `rac3 {stage} CONFIG --help`)"
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    """The nearest of the known names, as the end of a message; "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _meant(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """What was probably meant, as the end of a message: the nearest of the known names; "" if none is near.
+
+    A name may be the end of several: `--steps` of `--training.steps` and `--clip.fit.steps`, `exact` of
+    `retriever:exact`.
+    """
+    known = list(known)
+    same = [each for each in known if re.split("[.:]", each)[-1] == name.removeprefix("--")]
+    near = same or difflib.get_close_matches(name, known, 1, cutoff)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 # What each stage does: a function of the run and of the stage's own options.
