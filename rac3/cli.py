@@ -255,9 +255,9 @@ def _one_line(text: str, stage: str) -> str:
     message = (parts[1:] or parts or ["bad arguments"])[0]
     meant = ""
     if unknown := re.match(r"Unrecognized options: ([^\s,=]+)", message):
-        flags = re.findall(r"--(?!help)\S+", text.partition("Perhaps you meant:")[2])
+        flags = re.findall(r"--(?!help)\w\S*", text.partition("Perhaps you meant:")[2])
         retrievers = re.findall(r"retriever:\w+", text.partition("Available subcommands:")[2])
-        meant = _meant(unknown[1], flags, cutoff=0) or _meant(unknown[1], retrievers, cutoff=0.85)
+        meant = _meant(unknown[1], flags, cutoff=0.0) or _meant(unknown[1], retrievers, cutoff=0.85)
     return f"{message}{meant} (see `rac3 {stage} CONFIG --help`)"
 
 

@@ -20,7 +20,7 @@ from commands import ROOT, started, wait_until
 from rac3 import recipes
 from rac3.artifacts.arrays import read_array
 from rac3.artifacts.workdir import MANIFEST, Workdir
-from rac3.cli import _preparing, parse
+from rac3.cli import STAGES, NoOptions, _preparing, parse
 from rac3.config import InputError, load_config_module
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
@@ -33,7 +33,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
-from rac3.run import Run
+from rac3.run import EXPERIMENT, Run
 
 TINY = str(ROOT / "tests" / "tiny_config.py")
 COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]
@@ -84,7 +84,7 @@ def write_config(path: Path, body: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["pretrain", TINY], "'pretrain' is unknown"),
+        (["pretrain", TINY], "'pretrain' is unknown; use one of encoders, ingest, "),
         (["train"], "needs a config"),
         (["train", "nowhere.py"], "'nowhere.py' does not exist"),
         (["train", "slowstart"], "shipped config; use one of: emoji_captions, quickstart"),
@@ -191,7 +191,7 @@ def get_config(): return replace(tiny, data=replace(tiny.data, SPLIT=Small()))
 def test_more_leaves_than_documents_are_refused(refused: Refused, workdir: Path):
     arguments = ["--workdir", str(workdir), "retriever:scann", "--retriever.num-leaves", "4000"]
     before = tree(workdir)
-    assert "num_leaves=4000 is more than the 36 documents" in refused("index", TINY, *arguments)
+    assert "num_leaves=4000 exceeds the 36 documents" in refused("index", TINY, *arguments)
     assert before.items() <= tree(workdir).items()
 
 
@@ -234,8 +234,9 @@ def test_a_missing_input_names_the_command_that_makes_it(refused: Refused, tmp_p
         assert command, line
         assert command[1] in chain[:number]
         assert command[2] == places
-    own = ["--prompt", "a fox", "--workdir", str(new), "retriever:exact", "--retriever.num-neighbors", "4"]
-    assert f" {places}`" in refused("generate", TINY, "--seed", "1", *own)
+    own = ["--prompt", "a fox", "--seed", "7", "retriever:exact", "--retriever.num-neighbors", "4"]
+    line = refused("generate", TINY, "--text.vocab-size", "290", "--workdir", str(new), *own)
+    assert f" {TINY} --text.vocab-size 290 --workdir {new}`" in line
     assert not new.exists()
 
 
@@ -257,6 +258,61 @@ def test_help_lists_what_can_be_set(rac3: Command, capsys: pytest.CaptureFixture
     assert "--optimizer.peak-lr" in out
     assert "retriever:exact" in out
     assert "--data.train" not in out
+    assert rac3("train", "--help") == 0  # of any config: that of the quickstart
+    assert "--optimizer.peak-lr" in capsys.readouterr().out
+
+
+OWN_FLAGS = {
+    "encoders": {"--report", "--report-images"},
+    "evaluate": {"--task"},
+    "generate": {
+        *("--prompt", "--image", "--num-retrieved", "--samples", "--seed", "--temperature", "--top-p", "--out"),
+    },
+}
+
+
+@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"quickstart"}))
+def test_the_help_of_a_stage_begins_with_its_own_options(
+    stage: str, rac3: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Each once and with what it is, and none of another stage."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert rac3(stage, TINY, "--help") == 0
+    flags = re.findall(r"^\W*(?:-h, )?(--[a-z][\w.-]*)[^\n]*\n\W+(\w[^\n]+)", capsys.readouterr().out, re.M)
+    names = [name for name, _ in flags]
+    assert names[0] == "--help"
+    own = OWN_FLAGS.get(stage, set())
+    assert set(names[1 : 1 + len(own)]) == own
+    others = {name for flags in OWN_FLAGS.values() for name in flags} - own - {"--seed"}
+    assert not others & set(names)
+    assert len(names) == len(set(names))
+    described = {name: text for name, text in flags if name in own or name in ("--takedowns", "--add-memory")}
+    assert len(described) == len(own) + 2
+    assert not [name for name, text in described.items() if text.startswith("(default") or "Attributes" in text]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["evalute", TINY], "evaluate"),
+        (["trian", TINY], "train"),
+        (["bake", TINY], None),
+        (["train", TINY, "--trainig.steps", "3"], "--training.steps"),
+        (["train", TINY, "--trainig.steps=3"], "--training.steps"),
+        (["train", TINY, "--clip.model.vision-config.hidden-siz", "8"], "--clip.model.vision-config.hidden-size"),
+        (["train", TINY, "--steps", "3"], "--clip.fit.steps or --training.steps or --vqgan.fit.steps"),
+        (["generate", TINY, "--promt", "a fox"], "--prompt"),
+        (["train", TINY, "--zzzz", "3"], None),
+        (["evaluate", TINY, "retriever:exakt"], "retriever:exact"),
+        (["evaluate", TINY, "exact"], "retriever:exact"),
+        (["evaluate", TINY, "retriever:exact", "--retriever.dtipe", "float32"], "--retriever.dtype"),
+        (["evaluate", TINY, "retriever:zzzz"], None),
+        (["evaluate", TINY, "nonsense"], None),
+    ],
+)
+def test_a_word_that_is_near_a_known_one_is_asked_after(arguments: list[str], meant: str | None, refused: Refused):
+    line = refused(*arguments)
+    assert re.findall(r"; did you mean (.*)\?", line) == ([] if meant is None else [meant])
 
 
 def test_a_retriever_of_the_command_line_takes_its_options():
@@ -330,7 +386,7 @@ def test_every_override_reaches_its_field_and_no_other():
         expected = updated(expected, changes)
     experiment, options = parse("train", tiny(), " ".join(OVERRIDES).split())
     assert experiment == expected
-    assert options is None
+    assert options == NoOptions()
     assert parse("train", tiny(), [])[0] == tiny()
 
 
@@ -378,8 +434,8 @@ def test_the_memory_of_the_command_line_joins_that_of_the_config():
         ("evaluate", "c.py --takedowns=k --retriever.num-neighbors 4 --workdir w", "c.py --workdir w"),
         (
             "generate",
-            "c.py --prompt 'a fox' --seed 1 --samples 2 retriever:fixed --retriever.keys a b",
-            "c.py --seed 1",
+            "c.py --prompt 'a fox' --seed 1 --model.mlp 8 --samples 2 retriever:fixed --retriever.keys a b",
+            "c.py --model.mlp 8",
         ),
         ("report", "c.py retriever:exact --takedowns k --training.steps 3", "c.py --training.steps 3"),
         ("encoders", "c.py --report --report-images 4 --seed 1", "c.py --seed 1"),
@@ -398,7 +454,7 @@ CALLS = {
     "rac3.stages.retrieve": ("index", "retrieve"),
     "rac3.stages.train": ("train",),
     "rac3.stages.audit": ("audit",),
-    "rac3.stages.evaluate": ("evaluate_all",),
+    "rac3.stages.evaluate": ("evaluate",),
     "rac3.stages.evaluate_retrieval": ("evaluate_retrieval",),
     "rac3.stages.generate": ("generate",),
     "rac3.plan.offline": ("plan",),
@@ -406,6 +462,7 @@ CALLS = {
     "rac3.report.encoders": ("encoders_report",),
     "rac3.report.retrieval": ("retrieval_report", "retrieval_summary"),
     "rac3.vqgan.published": ("require_decoder",),
+    "rac3.cli": ("describe",),
 }
 Called = list[tuple[str, tuple[Any, ...]]]
 
@@ -424,23 +481,28 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Called:
     return calls
 
 
-PREPARE = ["fit_encoders", "ingest", *["counts_line"] * 4, "embed", "index", "retrieve"]
+ENCODERS, INGEST = ["fit_encoders", "describe"], ["ingest", "describe", *["counts_line"] * 4]
+PREPARE = [*ENCODERS, *INGEST, "embed", "describe", "index", "retrieve"]
+TRAIN = ["train", "describe", "train"]
+EVALUATE = [*["index", "retrieve", "evaluate"] * 3, "collect", "summary"]  # the model, CM3, and the control
 
 
 @pytest.mark.parametrize(
     ("stage", "arguments", "expected"),
     [
-        ("encoders", [], ["fit_encoders"]),
-        ("encoders", ["--report"], ["fit_encoders", "encoders_report"]),
-        ("ingest", [], ["ingest", *["counts_line"] * 4]),
-        ("embed", [], ["embed"]),
+        ("encoders", [], ENCODERS),
+        ("encoders", ["--report"], [*ENCODERS, "encoders_report"]),
+        ("ingest", [], INGEST),
+        ("embed", [], ["embed", "describe"]),
         ("index", [], ["index"]),
         ("retrieve", [], ["retrieve"]),
         ("prepare", [], PREPARE),
         ("audit", [], ["audit"]),
-        ("train", [], ["train", "train"]),
-        ("train", ["--no-compare-with-cm3"], ["train"]),
-        ("evaluate", [], ["evaluate_all", "collect", "summary"]),
+        ("train", [], TRAIN),
+        ("train", ["--no-compare-with-cm3"], TRAIN[:2]),
+        ("evaluate", [], EVALUATE),
+        ("evaluate", ["--no-compare-with-cm3"], EVALUATE[3:]),
+        ("evaluate", ["--no-compare-with-cm3", "--evaluation.no-control"], EVALUATE[6:]),
         (
             "evaluate",
             ["--task", "retrieval", "--mesh.fsdp", "3"],  # a mesh that no model could use, and none is needed
@@ -449,45 +511,76 @@ PREPARE = ["fit_encoders", "ingest", *["counts_line"] * 4, "embed", "index", "re
         ("generate", ["--prompt", "a fox"], ["index", "generate"]),
         ("report", [], ["report"]),
         ("plan", ["--mesh.fsdp", "3"], ["plan"]),
-        ("run", [], [*PREPARE, "train", "train", "evaluate_all", "collect", "summary", "report"]),
+        ("run", [], [*PREPARE, *TRAIN, *EVALUATE, "report"]),
     ],
 )
 def test_a_stage_does_its_own_work_and_no_other(
     stage: str, arguments: list[str], expected: list[str], called: Called, rac3: Command, tmp_path: Path
 ):
-    assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), "--seed", "3", *arguments) == 0
+    assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), "--batches.rows", "4", *arguments) == 0
     assert [name for name, _ in called] == expected
     for name, given in called:
-        experiments = [each for each in given if isinstance(each, Experiment)]
-        assert all(experiment.seed == 3 for experiment in experiments), name
-        assert all(each.path == tmp_path / "new" for each in given if isinstance(each, Workdir)), name
-        assert experiments or name in ("summary", "retrieval_summary")
+        runs = [each for each in given if isinstance(each, Run)]
+        assert all((run.experiment.batches.rows, run.trained.batches.rows) == (4, 4) for run in runs), name
+        assert all(run.workdir.path == tmp_path / "new" for run in runs), name
+        assert runs or name in ("summary", "retrieval_summary")
+
+
+def test_the_model_is_evaluated_beside_cm3_and_with_random_documents(called: Called, rac3: Command, tmp_path: Path):
+    """Each is indexed and searched for before it is evaluated; the last two take nothing from the command line."""
+    assert rac3("evaluate", TINY, "--workdir", str(tmp_path / "new"), "retriever:exact") == 0
+    work = [(name, given) for name, given in called if name in ("index", "retrieve", "evaluate")]
+    for first in (0, 3, 6):
+        assert len({id(given[0]) for _, given in work[first : first + 3]}) == 1
+        assert work[first + 1][1][1] == ("validation", "test")  # of train, neighbors are there since it was trained on
+    own = replace(tiny(), workdir=str(tmp_path / "new"))
+    exact, random = (replace(own, retriever=each) for each in (Exact(), Random(num_neighbors=32)))
+    runs = [given[0] for name, given in work if name == "evaluate"]
+    assert [(run.experiment, run.trained) for run in runs] == [
+        (exact, own),
+        (own.vanilla(), own.vanilla()),
+        (random, own),
+    ]
 
 
 def test_the_options_of_a_stage_reach_it(called: Called, rac3: Command, tmp_path: Path):
     place = ["--workdir", str(tmp_path / "new")]
     assert rac3("generate", TINY, *place, "--prompt", "a fox", "--samples", "3") == 0
     assert rac3("encoders", TINY, *place, "--report", "--report-images", "7") == 0
-    (options,) = [given[3] for name, given in called if name == "generate"]
+    (options,) = [given[1] for name, given in called if name == "generate"]
     assert (options.prompt, options.samples) == ("a fox", 3)
-    assert [given[2] for name, given in called if name == "encoders_report"] == [7]
+    assert [given[1] for name, given in called if name == "encoders_report"] == [7]
+
+
+def test_the_seed_of_a_drawing_is_not_that_of_the_experiment(called: Called, rac3: Command, tmp_path: Path):
+    """Another drawing by the same model, which is looked for by the experiment's."""
+    configured = replace(tiny(), seed=5)
+    experiment, options = parse("generate", configured, ["--prompt", "a fox", "--seed", "3"])
+    assert (experiment, options.seed) == (configured, 3)
+    experiment, options = parse("generate", configured, ["--prompt", "a fox"])
+    assert (experiment.seed, options.seed) == (5, 0)
+    assert parse("train", configured, ["--seed", "3"])[0].seed == 3
+    assert rac3("generate", TINY, "--workdir", str(tmp_path / "new"), "--prompt", "a fox", "--seed", "3") == 0
+    for _, (run, *_) in called:
+        assert run.experiment.seed == run.trained.seed == tiny().seed != 3
 
 
 def test_the_quickstart_is_a_run_of_its_config(called: Called, rac3: Command, tmp_path: Path):
     assert rac3("quickstart", "--seed", "3", "--workdir", str(tmp_path / "new")) == 0
     names = [name for name, _ in called]
-    assert names == [*PREPARE, "train", "train", "evaluate_all", "collect", "summary", "report"]
-    assert called[0][1][0] == replace(
+    assert names == [*PREPARE, *TRAIN, *EVALUATE, "report"]
+    assert called[0][1][0].experiment == replace(
         load_config_module("quickstart").get_config(), seed=3, workdir=str(tmp_path / "new")
     )
 
 
 def test_training_makes_the_model_and_then_the_vanilla_one(called: Called, rac3: Command, tmp_path: Path):
     assert rac3("train", TINY, "--workdir", str(tmp_path / "new"), "--seed", "3") == 0
-    experiments = [given[0] for _, given in called]
+    runs = [given[0] for name, given in called if name == "train"]
     own = replace(tiny(), seed=3, workdir=str(tmp_path / "new"))
-    assert experiments == [own, replace(own, retriever=NoRetriever())]
-    assert called[0][1][1].path == tmp_path / "new"
+    assert [run.experiment for run in runs] == [own, replace(own, retriever=NoRetriever())]
+    assert [run.trained for run in runs] == [run.experiment for run in runs]
+    assert all(run.workdir.path == tmp_path / "new" for run in runs)
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "generate", "report", "run"])
@@ -496,15 +589,14 @@ def test_what_is_named_at_inference_is_not_what_the_model_was_trained_with(
 ):
     """But `run` trains with it. Everything else on the command line is of both."""
     (tmp_path / "keys.txt").write_text("a\n")
-    swap = ["--takedowns", str(tmp_path / "keys.txt"), "--seed", "3", "retriever:exact"]
+    swap = ["--takedowns", str(tmp_path / "keys.txt"), "--batches.rows", "4", "retriever:exact"]
     own = ["--prompt", "a fox"] if stage == "generate" else []
     assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), *own, *swap) == 0
-    work = {"evaluate": "evaluate_all", "generate": "generate", "report": "report", "run": "evaluate_all"}[stage]
-    (given,) = [arguments for name, arguments in called if name == work]
-    experiment, trained = (given[0], given[2]) if stage == "report" else given[:2]
-    own_paths = {"workdir": str(tmp_path / "new"), "seed": 3}
-    assert experiment == replace(tiny(), **own_paths, takedowns=str(tmp_path / "keys.txt"), retriever=Exact())
-    assert trained == (experiment if stage == "run" else replace(tiny(), **own_paths))
+    work = {"evaluate": "evaluate", "generate": "generate", "report": "report", "run": "evaluate"}[stage]
+    run = next(given[0] for name, given in called if name == work)
+    base = replace(tiny(), workdir=str(tmp_path / "new"), batches=replace(tiny().batches, rows=4))
+    assert run.experiment == replace(base, takedowns=str(tmp_path / "keys.txt"), retriever=Exact())
+    assert run.trained == (run.experiment if stage == "run" else base)
 
 
 @pytest.mark.parametrize("stage", ["run", "train", "prepare", "encoders"])
@@ -563,9 +655,36 @@ def test_an_interrupt_has_its_own_exit_code(
 
 
 def test_a_second_run_makes_nothing(rac3: Command, workdir: Path):
-    before = {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")}
+
+    def made() -> dict[str, str]:
+        """All but what is written each time: the report, and the experiment with the place of the workdir."""
+        return {name: digest for name, digest in tree(workdir).items() if not name.startswith(("report/", EXPERIMENT))}
+
+    before, stored = made(), json.loads((workdir / EXPERIMENT).read_text())["experiment"]
     assert rac3("run", TINY, "--workdir", str(workdir)) == 0
-    assert {name: digest for name, digest in tree(workdir).items() if not name.startswith("report/")} == before
+    assert made() == before
+    assert json.loads((workdir / EXPERIMENT).read_text())["experiment"] == stored | {"workdir": str(workdir)}
+
+
+def test_a_finished_workdir_is_a_config(
+    rac3: Command, refused: Refused, workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """That of its own experiment, also after it was moved; the same images as by the config's file."""
+    own = ["--prompt", "a red fox", "--samples", "2", "--seed", "4"]
+    assert rac3("generate", TINY, "--workdir", str(workdir), *own, "--out", str(tmp_path / "by config")) == 0
+    moved = workdir.rename(tmp_path / "moved")
+    before = tree(moved)
+    assert rac3("generate", str(moved), *own) == 0
+    made = {name: digest for name, digest in tree(moved).items() if name not in before}
+    assert set(made) == {"generated/a-red-fox-0.png", "generated/a-red-fox-1.png"}
+    by_config = tree(tmp_path / "by config")
+    assert {name.removeprefix("generated/"): digest for name, digest in made.items()} == by_config
+    assert not workdir.exists()
+    assert rac3("evaluate", str(moved), "--task", "retrieval", "retriever:exact") == 0
+    assert "Exact, as configured" in capsys.readouterr().out
+    line = refused("generate", str(moved), "--prompt", "a fox", "--text.vocab-size", "290")
+    assert f"run `rac3 encoders {moved} --text.vocab-size 290`" in line
+    assert "holds no experiment.json" in refused("generate", str(tmp_path / "by config"), "--prompt", "a fox")
 
 
 def test_the_retriever_is_swapped_on_the_command_line(rac3: Command, workdir: Path):
@@ -607,11 +726,11 @@ def test_documents_named_by_hand_are_all_in_context(
 @pytest.mark.parametrize(("shown", "hidden"), [("text", "is_image"), ("image", "is_text")])
 def test_a_prompt_has_one_modality_of_what_is_retrieved(shown: str, hidden: str, workdir: Path):
     experiment = replace(tiny(), batches=replace(tiny().batches, retrieved=shown))
-    session = Run(experiment, Workdir(workdir, "tiny"), tiny())
-    found = session.retrieve("a fox", k=2)
+    run = Run(experiment, Workdir(workdir, "tiny"), tiny())
+    found = run.retrieve("a fox", k=2)
     assert len(found) == 2
-    sequences = session._sequences(found)
-    vocabulary = session.builder.vocabulary
+    sequences = run.in_context([each.tokens for each in found], main=40)
+    vocabulary = run.builder.vocabulary
     assert len(sequences) == 2
     for sequence in sequences:
         assert not getattr(vocabulary, hidden)(sequence.ids).any()
