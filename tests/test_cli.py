@@ -191,7 +191,7 @@ def get_config(): return replace(tiny, data=replace(tiny.data, SPLIT=Small()))
 def test_more_leaves_than_documents_are_refused(refused: Refused, workdir: Path):
     arguments = ["--workdir", str(workdir), "retriever:scann", "--retriever.num-leaves", "4000"]
     before = tree(workdir)
-    assert "num_leaves=4000 is more than the 36 documents" in refused("index", TINY, *arguments)
+    assert "num_leaves=4000 exceeds the 36 documents" in refused("index", TINY, *arguments)
     assert before.items() <= tree(workdir).items()
 
 
