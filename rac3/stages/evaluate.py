@@ -18,7 +18,7 @@ from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
 from rac3.evaluation.entities import emblem_accuracy, name_accuracy
-from rac3.evaluation.perplexity import image_group, make_losses, perplexity, text_group
+from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
@@ -186,9 +186,9 @@ def _evaluate_split(held_out: _HeldOut, split: Split, folder: Any) -> dict[str, 
     most = settings.num_retrieved if held_out.memory is not None else 0
     with Progress(f"evaluate {held_out.name} on {split}", most + 3, "parts") as bar:
         by_k: dict[str, dict[str, float | None]] = {"image": {}, "text": {}}
-        token_losses = make_losses(held_out.generator.model)
+        cross_entropy = make_token_cross_entropy(held_out.generator.model)
         for k in range(most + 1):
-            for modality, value in _perplexities(held_out, token_losses, items, neighbors, k).items():
+            for modality, value in _perplexities(held_out, cross_entropy, items, neighbors, k).items():
                 by_k[modality][str(k)] = value
             bar.update()
         images, scores = _images(held_out, items, neighbors[:, 0], most)
@@ -212,7 +212,7 @@ def _evaluate_split(held_out: _HeldOut, split: Split, folder: Any) -> dict[str, 
 
 def _perplexities(
     held_out: _HeldOut,
-    token_losses: Any,
+    cross_entropy: Any,
     items: list[TokenizedDocument],
     neighbors: Int[np.ndarray, "n parts depth"],
     k: int,
@@ -234,7 +234,7 @@ def _perplexities(
             if len(group.tokens) <= most:
                 groups.append(group)
         length = max([held_out.experiment.batches.row, *(len(group.tokens) for group in groups)])
-        out[modality] = perplexity(token_losses, held_out.generator.params, groups, kind, length)
+        out[modality] = perplexity(cross_entropy, held_out.generator.params, groups, kind, length)
     return out
 
 

@@ -15,10 +15,10 @@ from jaxtyping import PyTree
 from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig, use_mesh
 from rac3.execution.progress import Progress
+from rac3.model.losses import Metrics
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.metrics import MetricsWriter
 from rac3.training.state import TrainState
-from rac3.training.step import Metrics
 
 Stream = Callable[[Sequence[int]], Iterator[tuple[PyTree, Sequence[int]]]]  # position -> (batch, position after it)
 

@@ -18,10 +18,10 @@ from rac3.clip.model import CLIP, CLIPConfig
 from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.experiment import Experiment
+from rac3.model.losses import Metrics
 from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, one_each
 from rac3.tokens.text import Tokenizer
 from rac3.training.state import TrainState, apply_gradients
-from rac3.training.step import Metrics
 
 IMAGES = ClipImages(steps="cut, scale")
 

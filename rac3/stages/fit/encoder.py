@@ -17,10 +17,10 @@ from rac3.devices.mesh import use_mesh
 from rac3.documents.document import Document, Reject
 from rac3.execution.progress import progress
 from rac3.experiment import Experiment, Split
+from rac3.model.losses import Metrics
 from rac3.training.loop import TrainingConfig, fit
 from rac3.training.optimizer import OptimizerConfig
 from rac3.training.state import TrainState, create_state
-from rac3.training.step import Metrics
 from rac3.weights.fitting import FitConfig
 
 

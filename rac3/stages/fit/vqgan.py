@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float, PyTree, UInt8
 
 from rac3.documents.document import Document, prepare_image
 from rac3.experiment import Experiment
+from rac3.model.losses import Metrics
 from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, one_each
 from rac3.training.state import TrainState, apply_gradients, create_state
-from rac3.training.step import Metrics
 from rac3.vqgan.discriminator import Discriminator, discriminator_loss, generator_loss
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN, Images, Params, preprocess

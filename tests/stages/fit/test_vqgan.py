@@ -18,13 +18,13 @@ from rac3.devices.mesh import use_mesh
 from rac3.documents.document import Document, Image
 from rac3.documents.world import World
 from rac3.experiment import Data, Experiment
+from rac3.model.losses import Metrics
 from rac3.stages.fit.encoder import Fitting, adam
 from rac3.stages.fit.vqgan import fit_vqgan, make_step, vqgan_fitting
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.loop import put
 from rac3.training.metrics import read_metrics
 from rac3.training.state import TrainState, create_state
-from rac3.training.step import Metrics
 from rac3.vqgan.discriminator import AdversarialConfig, Discriminator
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN, VQGANConfig
