@@ -98,9 +98,9 @@ class BatchStream:
       config: the batch.
       seed: of every draw.
       documents: the training documents.
-      neighbors: row numbers in `documents` of each document's neighbors, best first; -1 is none. Query `2 * view + part`
-        of a document asks with its text (part 0) or its image (part 1). The neighbors of one block are read at a time.
-        None trains without retrieval (K = 0).
+      neighbors: row numbers in `documents` of each document's neighbors, best first; -1 is none. Query
+        `2 * view + part` of a document asks with its text (part 0) or its image (part 1). The neighbors of one block
+        are read at a time. None trains without retrieval (K = 0).
       builder: makes the groups.
       hosts, host: this host reads its share of each batch's rows.
       withdrawn: documents that are not trained on.

@@ -22,7 +22,7 @@ from rac3.stages.memory import withdrawn_rows
 from rac3.stages.retrieve import read_neighbors
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
-from rac3.training.loop import fit
+from rac3.training.loop import training_loop
 from rac3.training.state import create_state
 from rac3.training.step import make_train_step
 
@@ -75,7 +75,9 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
         draft.counts["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         step = make_train_step(model, optimizer, experiment.training.loss_chunk)
         label = f"train {model_name(experiment)}"
-        fit(label, experiment.training, state, step, batches, StreamState(), draft.folder, experiment.mesh, mesh)
+        training_loop(
+            label, experiment.training, state, step, batches, StreamState(), draft.folder, experiment.mesh, mesh
+        )
 
 
 def training_stream(experiment: Experiment, workdir: Workdir, vocabulary: Vocabulary) -> BatchStream:

@@ -46,7 +46,7 @@ class TrainingConfig:
                 raise InputError(f"training.{name}={getattr(self, name)} is below 1; use at least 1")
 
 
-def fit(
+def training_loop(
     label: str,
     config: TrainingConfig,
     state: TrainState,

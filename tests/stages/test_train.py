@@ -71,7 +71,7 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
 
         return call
 
-    for name in ("create_state", "make_train_step", "training_stream", "fit"):
+    for name in ("create_state", "make_train_step", "training_stream", "training_loop"):
         monkeypatch.setattr(stage, name, watched(name, getattr(stage, name)))
     monkeypatch.setattr(OptimizerConfig, "build", watched("build", OptimizerConfig.build))
     for name in ("open_vqgan", "open_text", "open_documents", "read_neighbors"):
@@ -87,14 +87,14 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
     assert calls["build"] == (experiment.optimizer, experiment.training.steps)
     assert calls["create_state"][1:3] == (results["build"], experiment.seed)
     assert calls["make_train_step"][1:] == (results["build"], training.loss_chunk)
-    label, config, _, step, _, start, *_ = calls["fit"]
+    label, config, _, step, _, start, *_ = calls["training_loop"]
     assert (label, config, start) == ("train ra_cm3", training, StreamState())
     assert step == results["make_train_step"]
     assert results["training_stream"].seed == experiment.seed
 
     made = store.require(recipes.train(experiment), "")
     assert sorted(path.name for path in (made.folder / "checkpoints").iterdir()) == ["5", "6"]
-    state = results["fit"]
+    state = results["training_loop"]
     assert made.manifest["counts"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
     params = open_params(experiment, store, model)
     assert jax.tree.structure(params) == jax.tree.structure(state.params)
@@ -105,6 +105,6 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
     kernel = sharded["params"]["blocks"]["mlp_in"]["kernel"]
     assert (kernel.shape, kernel.sharding.shard_shape(kernel.shape)) == ((2, 32, 64), (2, 16, 32))
 
-    del calls["fit"]
+    del calls["training_loop"]
     train(experiment, store)
-    assert "fit" not in calls  # that is done
+    assert "training_loop" not in calls  # that is done

@@ -21,7 +21,7 @@ from rac3.devices.mesh import MeshConfig, use_mesh
 from rac3.model.transformer import TransformerConfig
 from rac3.training import loop
 from rac3.training.checkpoint import Checkpoints
-from rac3.training.loop import TrainingConfig, fit, put
+from rac3.training.loop import TrainingConfig, put, training_loop
 from rac3.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from rac3.training.optimizer import OptimizerConfig
 from rac3.training.state import TrainState, create_state
@@ -82,7 +82,7 @@ def initial() -> tuple[TrainState, TrainState]:
 
 def run(folder: Path, step, stream: loop.Stream, config: TrainingConfig = CONFIG) -> TrainState:
     state = jax.device_put(*initial())
-    return fit("train", config, state, step, stream, [0, 0], folder, MESH, MESH.build())
+    return training_loop("train", config, state, step, stream, [0, 0], folder, MESH, MESH.build())
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.experiment import Experiment
 from rac3.model.losses import Metrics
-from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, one_each
+from rac3.stages.fit.encoder import FitTask, adam, fit_encoder, one_each
 from rac3.tokens.text import Tokenizer
 from rac3.training.state import TrainState, apply_gradients
 
@@ -71,8 +71,8 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
     def batch(rows: np.ndarray) -> PyTree:
         return ids[rows], mask[rows], images[rows]
 
-    fitting = Fitting("fit CLIP", init, optimizer, step, len(pairs), batch)
-    state = fit_encoder(experiment, experiment.clip.fit, fitting, folder)
+    task = FitTask("fit CLIP", init, optimizer, step, len(pairs), batch)
+    state = fit_encoder(experiment, experiment.clip.fit, task, folder)
     return ClipCheckpoint(config, jax.device_get(state.params), tokenizer, IMAGES)
 
 

@@ -18,7 +18,7 @@ from rac3.documents.document import Document, Reject
 from rac3.execution.progress import progress
 from rac3.experiment import Experiment, Split
 from rac3.model.losses import Metrics
-from rac3.training.loop import TrainingConfig, fit
+from rac3.training.loop import TrainingConfig, training_loop
 from rac3.training.optimizer import OptimizerConfig
 from rac3.training.state import TrainState, create_state
 from rac3.weights.fitting import FitConfig
@@ -67,7 +67,7 @@ def one_each(values: dict[str, Array]) -> Metrics:
 
 
 @dataclass(frozen=True)
-class Fitting:
+class FitTask:
     """What an encoder's fitting is made of.
 
     Attributes:
@@ -90,7 +90,7 @@ class Fitting:
     frozen: PyTree = None
 
 
-def fit_encoder(experiment: Experiment, config: FitConfig, fitting: Fitting, folder: Path) -> TrainState:
+def fit_encoder(experiment: Experiment, config: FitConfig, task: FitTask, folder: Path) -> TrainState:
     """Fits with the training loop, the batch cut over the `data` and `fsdp` axes of the experiment's mesh and the
     parameters whole on each device. The rows of a step are a function of (seed, step); a process reads its share of
     them, so that a step sees the same rows however many processes there are."""
@@ -101,18 +101,18 @@ def fit_encoder(experiment: Experiment, config: FitConfig, fitting: Fitting, fol
     def stream(position: Sequence[int]) -> Iterator[tuple[PyTree, Sequence[int]]]:
         number = position[0]
         while True:
-            rows = np.random.default_rng([experiment.seed, number]).integers(fitting.items, size=size)
+            rows = np.random.default_rng([experiment.seed, number]).integers(task.items, size=size)
             number += 1
-            yield fitting.batch(np.split(rows, jax.process_count())[jax.process_index()]), [number]
+            yield task.batch(np.split(rows, jax.process_count())[jax.process_index()]), [number]
 
     with use_mesh(experiment.mesh, mesh):
-        state = create_state(fitting.init, fitting.optimizer, experiment.seed, experiment.mesh, mesh)
-        state = fitting.start(state, mesh)
-        frozen = jax.device_put(fitting.frozen, state.step.sharding)
-    compiled = jax.jit(fitting.step, donate_argnums=0)
+        state = create_state(task.init, task.optimizer, experiment.seed, experiment.mesh, mesh)
+        state = task.start(state, mesh)
+        frozen = jax.device_put(task.frozen, state.step.sharding)
+    compiled = jax.jit(task.step, donate_argnums=0)
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         return compiled(state, batch, frozen)
 
     training = TrainingConfig(steps=config.steps, checkpoint_every=max(50, config.steps // 5), log_every=20, keep=1)
-    return fit(fitting.label, training, state, step, stream, [0], folder, experiment.mesh, mesh)
+    return training_loop(task.label, training, state, step, stream, [0], folder, experiment.mesh, mesh)

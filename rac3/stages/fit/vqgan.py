@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from rac3.documents.document import Document, prepare_image
 from rac3.experiment import Experiment
 from rac3.model.losses import Metrics
-from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, one_each
+from rac3.stages.fit.encoder import FitTask, adam, fit_encoder, one_each
 from rac3.training.state import TrainState, apply_gradients, create_state
 from rac3.vqgan.discriminator import Discriminator, discriminator_loss, generator_loss
 from rac3.vqgan.frozen import FrozenVQGAN
@@ -47,12 +47,12 @@ def fit_vqgan(experiment: Experiment, documents: Sequence[Document], folder: Pat
     Raises:
       InputError: the weights of the perceptual loss can't be read.
     """
-    state = fit_encoder(experiment, experiment.vqgan.fit, vqgan_fitting(experiment, documents), folder)
+    state = fit_encoder(experiment, experiment.vqgan.fit, vqgan_task(experiment, documents), folder)
     params = state.params if state.extra.average is None else state.extra.average
     return jax.device_get(with_codebook(params, state.extra.codebook))
 
 
-def vqgan_fitting(experiment: Experiment, documents: Sequence[Document]) -> Fitting:
+def vqgan_task(experiment: Experiment, documents: Sequence[Document]) -> FitTask:
     config = experiment.vqgan
     objective = config.objective
     perceptual = load_lpips(objective.perceptual.weights) if objective.perceptual.weights else None
@@ -79,7 +79,7 @@ def vqgan_fitting(experiment: Experiment, documents: Sequence[Document]) -> Fitt
         return images[rows]
 
     step = make_step(experiment, model, optimizer, adversary)
-    return Fitting("fit VQGAN", init, optimizer, step, len(images), batch, start, perceptual)
+    return FitTask("fit VQGAN", init, optimizer, step, len(images), batch, start, perceptual)
 
 
 @dataclass(frozen=True)

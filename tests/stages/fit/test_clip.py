@@ -76,7 +76,7 @@ def one_step(folder: Path) -> Fitted:
     seen: dict[str, Any] = {}
     clip = replace(EXPERIMENT.clip, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
 
-    def watched(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
+    def watched(experiment: Experiment, config: FitConfig, given: fitting.FitTask, folder: Path) -> TrainState:
         seen["step"] = given.step
         seen["before"] = jax.device_get(jax.jit(given.init)(jax.random.key(experiment.seed)))
         seen["batch"] = given.batch(np.random.default_rng([experiment.seed, 0]).integers(given.items, size=ROWS))
@@ -104,11 +104,11 @@ def close(one: Any, other: Any) -> bool:
 
 def prepared(
     experiment: Experiment, given: list[Document], params: Any, folder: Path
-) -> tuple[fitting.Fitting, ClipCheckpoint]:
+) -> tuple[fitting.FitTask, ClipCheckpoint]:
     """What `fit_clip` hands to the training loop, and the checkpoint that it makes of `params`; nothing is fitted."""
     handed = []
 
-    def skipped(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
+    def skipped(experiment: Experiment, config: FitConfig, given: fitting.FitTask, folder: Path) -> TrainState:
         assert config == experiment.clip.fit != experiment.vqgan.fit
         handed.append(given)
         return TrainState(np.zeros((), np.int32), params, ())

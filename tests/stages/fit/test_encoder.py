@@ -16,8 +16,8 @@ from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import Document, Reject, Text
 from rac3.documents.world import World
 from rac3.experiment import Data, Experiment
-from rac3.stages.fit import encoder as fitting
-from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, fitting_documents, one_each, read_documents
+from rac3.stages.fit import encoder as encoder_module
+from rac3.stages.fit.encoder import FitTask, adam, fit_encoder, fitting_documents, one_each, read_documents
 from rac3.training.loop import TrainingConfig
 from rac3.training.state import TrainState, apply_gradients
 from rac3.weights.fitting import FitConfig
@@ -105,7 +105,7 @@ def fit(folder: Path, steps: int, seed: int = 0, mesh: MeshConfig = EIGHT) -> tu
         gradient = {"number": frozen * jnp.mean(batch)}
         return apply_gradients(state, gradient, optimizer, state.extra + 1), one_each({"loss": gradient["number"]})
 
-    made = Fitting(
+    made = FitTask(
         "fit", lambda key: {"number": jax.random.normal(key, ())}, optimizer, step, ITEMS, batch, start,
         jnp.float32(FROZEN),
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_a_long_fit_is_saved_a_few_times(tmp_path: Path, monkeypatch: pytest.Mon
         seen.append((config.steps, config.checkpoint_every, config.keep, rest[2], rest[3]))
         return state.replace(step=jnp.int32(steps), extra=jnp.int32(100 + steps))
 
-    monkeypatch.setattr(fitting, "fit", watched)
+    monkeypatch.setattr(encoder_module, "training_loop", watched)
     fit(tmp_path, steps)
     assert seen == [(steps, every, 1, [0], tmp_path)]
 
@@ -165,5 +165,5 @@ def test_two_processes_share_the_rows_of_a_step(tmp_path: Path, monkeypatch: pyt
         assert np.concatenate(halves).tolist() == whole.tolist()
         return state.replace(step=jnp.int32(4), extra=jnp.int32(104))
 
-    monkeypatch.setattr(fitting, "fit", watched)
+    monkeypatch.setattr(encoder_module, "training_loop", watched)
     fit(tmp_path, 4)

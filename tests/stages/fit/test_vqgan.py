@@ -19,8 +19,8 @@ from rac3.documents.document import Document, Image
 from rac3.documents.world import World
 from rac3.experiment import Data, Experiment
 from rac3.model.losses import Metrics
-from rac3.stages.fit.encoder import Fitting, adam
-from rac3.stages.fit.vqgan import fit_vqgan, make_step, vqgan_fitting
+from rac3.stages.fit.encoder import FitTask, adam
+from rac3.stages.fit.vqgan import fit_vqgan, make_step, vqgan_task
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.loop import put
 from rac3.training.metrics import read_metrics
@@ -63,13 +63,13 @@ class Run:
     """The steps of an experiment one by one, on some of the devices; compiled once, as `fit_vqgan` compiles them."""
 
     def __init__(self, documents: list[Document], devices: int) -> None:
-        self.fitting = vqgan_fitting(EXPERIMENT, documents)
+        self.task = vqgan_task(EXPERIMENT, documents)
         self.config, self.mesh = EXPERIMENT.mesh, EXPERIMENT.mesh.build(jax.devices()[:devices])
-        self.step = jax.jit(self.fitting.step, donate_argnums=0)
+        self.step = jax.jit(self.task.step, donate_argnums=0)
         self.copy = jax.jit(partial(jax.tree.map, jnp.copy))
         with use_mesh(self.config, self.mesh):
-            state = create_state(self.fitting.init, self.fitting.optimizer, EXPERIMENT.seed, self.config, self.mesh)
-            self.first: TrainState = self.fitting.start(state, self.mesh)
+            state = create_state(self.task.init, self.task.optimizer, EXPERIMENT.seed, self.config, self.mesh)
+            self.first: TrainState = self.task.start(state, self.mesh)
 
     def go(self, state: TrainState, steps: int) -> list[tuple[TrainState, Metrics]]:
         """What comes after each step."""
@@ -77,8 +77,8 @@ class Run:
         with use_mesh(self.config, self.mesh):
             for _ in range(steps):
                 rows = np.random.default_rng(int(state.step)).integers(24, size=16)
-                batch = put(self.fitting.batch(rows), self.config, self.mesh)
-                state, metrics = self.step(self.copy(state), batch, self.fitting.frozen)
+                batch = put(self.task.batch(rows), self.config, self.mesh)
+                state, metrics = self.step(self.copy(state), batch, self.task.frozen)
                 out.append((state, {name: (float(a), float(b)) for name, (a, b) in metrics.items()}))
         return out
 
@@ -121,7 +121,7 @@ def test_the_players_meet_at_the_start_step(run: Run, whole):
 def test_the_discriminator_tells_pictures_from_their_reconstructions(run: Run, whole):
     """The third step, whose update of the discriminator is the first with a learning rate: hinge losses by hand."""
     (before, _), (after, metrics) = jax.device_get(whole[1:3])
-    real = jnp.asarray(run.fitting.batch(np.random.default_rng(2).integers(24, size=16)) / np.float32(127.5) - 1)
+    real = jnp.asarray(run.task.batch(np.random.default_rng(2).integers(24, size=16)) / np.float32(127.5) - 1)
     variables = {"params": with_codebook(before.params, before.extra.codebook)}
     fake = jax.jit(lambda variables: VQGAN(MODEL).apply(variables, real, train=True).reconstruction)(variables)
 
@@ -153,7 +153,7 @@ def test_the_average_follows_the_parameters_after_each_step(run: Run, whole):
 
 def test_the_codebook_follows_the_encoder(run: Run, whole):
     (before, _), (after, _) = jax.device_get(whole[:2])
-    real = jnp.asarray(run.fitting.batch(np.random.default_rng(1).integers(24, size=16)) / np.float32(127.5) - 1)
+    real = jnp.asarray(run.task.batch(np.random.default_rng(1).integers(24, size=16)) / np.float32(127.5) - 1)
     latents = jax.jit(partial(VQGAN(MODEL).apply, method="latents"))({"params": before.params}, real)
     vectors, codebook = np.asarray(latents).reshape(-1, 4), before.extra.codebook
     codes = np.argmin(np.sum((vectors[:, None] - codebook.embedding) ** 2, axis=-1), axis=1)
@@ -170,8 +170,7 @@ def test_a_codebook_begins_with_images_that_the_seed_draws(documents, run: Run, 
     monkeypatch.setattr("rac3.stages.fit.vqgan.init_codebook_from_batch", seen)
     plain = replace(EXPERIMENT, vqgan=replace(TOKENIZER, objective=VQGANObjective()))
     begun = [
-        vqgan_fitting(replace(plain, seed=seed), documents).start(run.first, run.mesh).extra.codebook
-        for seed in (0, 1, 0)
+        vqgan_task(replace(plain, seed=seed), documents).start(run.first, run.mesh).extra.codebook for seed in (0, 1, 0)
     ]
     assert all(each.embedding.shape == (64, 3) for each in begun)  # four batches
     for name in ("embedding", "cluster_size"):
@@ -193,7 +192,7 @@ def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("rac3.stages.fit.vqgan.vqgan_step", step)
     for seed, number in ((0, 0), (0, 1), (1, 0), (0, 1)):
-        made = make_step(replace(EXPERIMENT, seed=seed), VQGAN(MODEL), run.fitting.optimizer, None)
+        made = make_step(replace(EXPERIMENT, seed=seed), VQGAN(MODEL), run.task.optimizer, None)
         with pytest.raises(SeenEnoughError):
             made(run.first.replace(step=jnp.int32(number)), jnp.full((2, 8, 8, 3), 50, jnp.uint8), None)
     assert len(set(seen)) == 3
@@ -203,7 +202,7 @@ def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):
 def test_it_is_fitted_as_its_own_settings_say(documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
 
-    def skipped(experiment: Experiment, config: FitConfig, fitting: Fitting, folder: Path) -> TrainState:
+    def skipped(experiment: Experiment, config: FitConfig, task: FitTask, folder: Path) -> TrainState:
         seen.append(config)
         raise InputError("enough")
 
@@ -220,10 +219,10 @@ def test_it_is_fitted_as_its_own_settings_say(documents, tmp_path: Path, monkeyp
 
 def test_every_image_of_a_document_is_a_row(documents):
     two = replace(documents[0], segments=documents[0].segments + documents[1].segments)
-    fitting = vqgan_fitting(EXPERIMENT, [two, documents[2]])
-    assert fitting.items == 3
+    task = vqgan_task(EXPERIMENT, [two, documents[2]])
+    assert task.items == 3
     for row, document in enumerate(documents[:3]):
-        np.testing.assert_array_equal(fitting.batch(np.array([row]))[0], document.images[0].pixels())
+        np.testing.assert_array_equal(task.batch(np.array([row]))[0], document.images[0].pixels())
 
 
 def test_many_devices_as_one(documents, whole):
