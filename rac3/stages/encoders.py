@@ -11,9 +11,9 @@ from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
 from rac3.clip.checkpoints import load_clip
 from rac3.clip.encoder import Encoder
+from rac3.documents.reader import read_documents
 from rac3.experiment import Experiment
 from rac3.stages.fit.clip import fit_clip
-from rac3.stages.fit.encoder import fitting_documents
 from rac3.stages.fit.vqgan import fit_vqgan
 from rac3.tokens.text import Tokenizer
 from rac3.training.checkpoint import CHECKPOINTS
@@ -38,7 +38,10 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
         "vqgan": experiment.vqgan.fit.max_documents,
         "clip": experiment.clip.fit.max_documents,
     }
-    read = lru_cache(maxsize=1)(partial(fitting_documents, experiment))  # the limits are equal more often than not
+    sources = {**experiment.data.memory, **experiment.data.sources()}
+    fit_on = {split: sources[split] for split in experiment.data.fit_on}
+    # The limits are equal more often than not.
+    read = lru_cache(maxsize=1)(partial(read_documents, fit_on, Path(experiment.data_dir), experiment.filter))
     for recipe in missing:
         documents = read(limits[recipe.stage]) if checkpoints[recipe.stage] is None else []
         with workdir.write(recipe) as draft:
@@ -52,12 +55,14 @@ def fit_encoders(experiment: Experiment, workdir: Workdir) -> None:
             elif recipe.stage == "vqgan" and experiment.vqgan.checkpoint is not None:
                 _convert_vqgan(Path(experiment.vqgan.checkpoint), experiment.vqgan.resolution, draft.folder)
             elif recipe.stage == "vqgan":
-                params = fit_vqgan(experiment, documents, draft.folder)
+                mesh = experiment.mesh.build()
+                params = fit_vqgan(experiment.vqgan, experiment.seed, mesh, documents, draft.folder)
                 save_vqgan(draft.folder, experiment.vqgan.model, params)
             elif experiment.clip.checkpoint is not None:
                 load_clip(experiment.clip.checkpoint).save(draft.folder)
             else:
-                fit_clip(experiment, documents, draft.folder).save(draft.folder)
+                mesh = experiment.mesh.build()
+                fit_clip(experiment.clip, experiment.seed, mesh, documents, draft.folder).save(draft.folder)
             shutil.rmtree(draft.folder / CHECKPOINTS, ignore_errors=True)  # of the fitting: no more needed
 
 

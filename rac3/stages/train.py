@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -12,7 +11,6 @@ from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.loader import BatchStream, StreamState
-from rac3.devices.mesh import shardings_of, use_mesh
 from rac3.experiment import Experiment
 from rac3.model.transformer import Transformer
 from rac3.stages.embed import open_documents
@@ -23,7 +21,7 @@ from rac3.stages.retrieve import read_neighbors
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.loop import training_loop
-from rac3.training.state import create_state
+from rac3.training.state import new_state
 from rac3.training.step import make_train_step
 
 
@@ -70,14 +68,11 @@ def train(experiment: Experiment, workdir: Workdir) -> None:
     model = build_model(experiment, vocabulary, codec.tokens_per_image)
     optimizer = experiment.optimizer.build(experiment.training.steps)
     with workdir.write(recipe) as draft:
-        with use_mesh(experiment.mesh, mesh):
-            state = create_state(initializer(model), optimizer, experiment.seed, experiment.mesh, mesh)
-        draft.counts["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        new = new_state(initializer(model), optimizer, experiment.seed, mesh)
+        draft.counts["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(new.abstract.params))
         step = make_train_step(model, optimizer, experiment.training.loss_chunk)
         label = f"train {model_name(experiment)}"
-        training_loop(
-            label, experiment.training, state, step, batches, StreamState(), draft.folder, experiment.mesh, mesh
-        )
+        training_loop(label, experiment.training, new, step, batches, draft.folder, mesh)
 
 
 def training_stream(experiment: Experiment, workdir: Workdir, vocabulary: Vocabulary) -> BatchStream:
@@ -99,14 +94,7 @@ def training_stream(experiment: Experiment, workdir: Workdir, vocabulary: Vocabu
 def open_params(experiment: Experiment, workdir: Workdir, model: Transformer) -> PyTree:
     """The parameters that `train` ended with, laid out over this machine's mesh."""
     folder = workdir.require(recipes.train(experiment), "rac3 train").folder
-    mesh = experiment.mesh.build()
-    boxed = jax.eval_shape(initializer(model), jax.random.key(0))
-    shardings = shardings_of(experiment.mesh, mesh, boxed)
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings,
-    )
+    like = experiment.mesh.build().abstract(jax.eval_shape(initializer(model), jax.random.key(0)))
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     params = checkpoints.restore_params(like)
     checkpoints.close()

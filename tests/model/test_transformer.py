@@ -13,7 +13,7 @@ import pytest
 from plain_transformer import plain_logits, random_params
 
 from rac3.config import InputError
-from rac3.devices.mesh import MeshConfig, use_mesh
+from rac3.devices.mesh import MeshConfig
 from rac3.model.attention import attend, packed_mask
 from rac3.model.losses import cross_entropy
 from rac3.model.transformer import Transformer, TransformerConfig
@@ -363,8 +363,7 @@ def test_residual_writers_start_smaller(model):
 
 def test_a_layout_without_a_rule_raises(model, params, batch):
     rules = tuple(rule for rule in MeshConfig().rules if rule[0] != "mlp")
-    config = MeshConfig(rules=rules)
-    with use_mesh(config, config.build()), pytest.raises(InputError, match="'mlp' has no rule"):
+    with MeshConfig(rules=rules).build().use(), pytest.raises(InputError, match="'mlp' has no rule"):
         jax.eval_shape(model.apply, params, *batch)
 
 

@@ -12,7 +12,6 @@ import tiny_config
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
-from rac3.batches.loader import StreamState
 from rac3.batches.masking import Masking
 from rac3.devices.mesh import MeshConfig
 from rac3.retrieval.baselines import NoRetriever
@@ -21,6 +20,8 @@ from rac3.stages.embed import open_documents
 from rac3.stages.train import build_model, open_params, train, training_stream
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.optimizer import OptimizerConfig
+from rac3.training.state import NewState, TrainState
+from rac3.training.step import make_train_step
 
 TINY = tiny_config.get_config()
 
@@ -58,6 +59,43 @@ def test_the_stream_is_that_of_the_experiment(
     assert set(plan.main[plan.epoch == 0].tolist()) == set(range(len(stream.documents))) - {3}
 
 
+def test_a_killed_run_resumes_without_a_new_state(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its state alone is 18 bytes a parameter, of which there is room for one."""
+    store, training = Workdir(workdir, "tiny"), replace(TINY.training, checkpoint_every=1)
+    experiment = replace(TINY, retriever=NoRetriever(), seed=TINY.seed + 7, training=training)
+    for name in ("open_vqgan", "open_text", "open_documents"):
+        there = getattr(stage, name)
+        monkeypatch.setattr(stage, name, lambda experiment, *rest, there=there: there(TINY, *rest))
+    make, made = stage.new_state, []
+
+    def new(*given: Any) -> NewState:
+        state = make(*given)
+        return NewState(state.abstract, lambda: made.append(state) or state.create())
+
+    class KilledError(Exception):
+        pass
+
+    def killed(model: Any, *rest: Any) -> Any:
+        step = make_train_step(model, *rest)
+
+        def one(state: TrainState, batch: Any) -> Any:
+            if int(state.step) == 2:
+                raise KilledError
+            return step(state, batch)
+
+        return one
+
+    monkeypatch.setattr(stage, "new_state", new)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "make_train_step", killed)
+        with pytest.raises(KilledError):
+            train(experiment, store)
+    assert len(made) == 1
+    train(experiment, store)
+    assert len(made) == 1
+    assert store.find(recipes.train(experiment)) is not None
+
+
 def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.MonkeyPatch):
     """With another seed, on the documents and neighbors of the finished run."""
     calls: dict[str, tuple[Any, ...]] = {}
@@ -71,7 +109,7 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
 
         return call
 
-    for name in ("create_state", "make_train_step", "training_stream", "training_loop"):
+    for name in ("new_state", "make_train_step", "training_stream", "training_loop"):
         monkeypatch.setattr(stage, name, watched(name, getattr(stage, name)))
     monkeypatch.setattr(OptimizerConfig, "build", watched("build", OptimizerConfig.build))
     for name in ("open_vqgan", "open_text", "open_documents", "read_neighbors"):
@@ -85,11 +123,12 @@ def test_training_is_that_of_the_experiment(workdir: Path, monkeypatch: pytest.M
     model = calls["make_train_step"][0]
     assert model == build_model(experiment, results["training_stream"].builder.vocabulary, 16)
     assert calls["build"] == (experiment.optimizer, experiment.training.steps)
-    assert calls["create_state"][1:3] == (results["build"], experiment.seed)
+    mesh = experiment.mesh.build()
+    assert calls["new_state"][1:] == (results["build"], experiment.seed, mesh)
     assert calls["make_train_step"][1:] == (results["build"], training.loss_chunk)
-    label, config, _, step, _, start, *_ = calls["training_loop"]
-    assert (label, config, start) == ("train ra_cm3", training, StreamState())
-    assert step == results["make_train_step"]
+    label, config, new, step, _, _, on_mesh = calls["training_loop"]
+    assert (label, config, on_mesh) == ("train ra_cm3", training, mesh)
+    assert (new, step) == (results["new_state"], results["make_train_step"])
     assert results["training_stream"].seed == experiment.seed
 
     made = store.require(recipes.train(experiment), "")

@@ -10,10 +10,10 @@ from plain_cm3_loss import MODEL, VOCAB, packed, plain_cm3_loss
 from plain_transformer import random_params
 
 from rac3.batches.packing import IGNORED, PackedBatch
-from rac3.devices.mesh import MeshConfig, use_mesh
+from rac3.devices.mesh import MeshConfig
 from rac3.training.loop import put
 from rac3.training.optimizer import OptimizerConfig
-from rac3.training.state import TrainState, create_state
+from rac3.training.state import TrainState, new_state
 from rac3.training.step import make_train_step
 
 
@@ -62,10 +62,10 @@ def train_one(config: MeshConfig, devices: list | None = None) -> tuple[PyTree, 
     """One step of plain gradient descent, whose update is the gradient: Adam would blow small errors up."""
     mesh = config.build(devices)
     optimizer = optax.sgd(1.0)
-    with use_mesh(config, mesh):
-        state = create_state(init, optimizer, 0, config, mesh)
+    with mesh.use():
+        state = new_state(init, optimizer, 0, mesh).create()
         before = jax.device_get(state.params)
-        state, metrics = make_train_step(MODEL, optimizer, chunk=8)(state, put(random_batch(), config, mesh))
+        state, metrics = make_train_step(MODEL, optimizer, chunk=8)(state, put(random_batch(), mesh))
     gradients = jax.tree.map(lambda old, new: old - new, before, jax.device_get(state.params))
     assert int(state.step) == 1
     return gradients, jax.device_get(metrics)
@@ -101,14 +101,13 @@ def test_the_norm_of_the_gradients_is_reported(on_one_device):
 
 def test_training_learns():
     """Thirty steps on one batch: the loss falls by half from log(vocabulary)."""
-    config = MeshConfig()
-    mesh = config.build(jax.devices()[:1])
+    mesh = MeshConfig().build(jax.devices()[:1])
     optimizer = OptimizerConfig(peak_lr=1e-2).build(30)
     batch = random_batch()
-    with use_mesh(config, mesh):
-        state = create_state(init, optimizer, 0, config, mesh)
+    with mesh.use():
+        state = new_state(init, optimizer, 0, mesh).create()
         step = make_train_step(MODEL, optimizer)
-        placed = put(batch, config, mesh)
+        placed = put(batch, mesh)
         losses = []
         for _ in range(30):
             state, metrics = step(state, placed)
