@@ -31,9 +31,10 @@ from measure import hardware
 
 from rac3.cli import parse
 from rac3.config import InputError, canonical, load_config_module
+from rac3.documents.document import Document
+from rac3.documents.reader import read_documents
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.experiment import Experiment
-from rac3.stages.fit.encoder import fitting_documents, read_documents
 from rac3.stages.fit.vqgan import fit_vqgan
 from rac3.training.metrics import read_metrics
 from rac3.vqgan.codec import VQGANCodec
@@ -57,20 +58,28 @@ def with_steps(experiment: Experiment, steps: int) -> Experiment:
 def fit_within(experiment: Experiment, seconds: float) -> dict[str, Any]:
     """Fit and measure; times are in seconds."""
     limit = experiment.vqgan.fit.max_documents
-    documents = fitting_documents(experiment, limit)
-    held_out = read_documents(experiment, ["validation"], limit)
+    sources = {**experiment.data.memory, **experiment.data.sources()}
+
+    def read(*splits: str) -> list[Document]:
+        named = {split: sources[split] for split in splits}
+        return read_documents(named, Path(experiment.data_dir), experiment.filter, limit)
+
+    def fit(steps: int, folder: str) -> Any:
+        config = with_steps(experiment, steps).vqgan
+        return fit_vqgan(config, experiment.seed, experiment.mesh.build(), documents, Path(folder))
+
+    documents, held_out = read(*experiment.data.fit_on), read("validation")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        fit_vqgan(with_steps(experiment, TRIAL), documents, Path(folder))
+        fit(TRIAL, folder)
         step_seconds = sum(line["step_seconds"] for line in read_metrics(Path(folder))[1:]) / 2
     trial = time.monotonic() - started
     steps = int((seconds - trial - (trial - TRIAL * step_seconds)) / step_seconds)
     if steps < 1:
         raise InputError(f"--budget-minutes {seconds / 60:g} ends while the fit compiles; use more")
     cpu = time.process_time()
-    experiment = with_steps(experiment, steps)
     with tempfile.TemporaryDirectory() as folder:
-        params = fit_vqgan(experiment, documents, Path(folder))
+        params = fit(steps, folder)
         last = read_metrics(Path(folder))[-1]
     took, cpu = time.monotonic() - started, time.process_time() - cpu
     codec = VQGANCodec(VQGAN(experiment.vqgan.model), params)
@@ -86,7 +95,7 @@ def fit_within(experiment: Experiment, seconds: float) -> dict[str, Any]:
         "seconds": took,
         "cpu_seconds": cpu,
         "last_metrics": last,
-        "vqgan": canonical(experiment.vqgan),
+        "vqgan": canonical(with_steps(experiment, steps).vqgan),
     }
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +32,6 @@ from rac3.batches.masking import Masking
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, fingerprint, from_plain, load_config_module, to_plain
-from rac3.devices.mesh import shardings_of
 from rac3.documents.document import Document
 from rac3.documents.store import DocumentStore, Keys, Texts, TokenizedDocument, hash64
 from rac3.experiment import Experiment, Split
@@ -261,13 +259,7 @@ class Run:
         return self._open(self.training_recipe, self._restore)
 
     def _restore(self, folder: Path) -> PyTree:
-        config = self.experiment.mesh
-        boxed = jax.eval_shape(initializer(self.model), jax.random.key(0))
-        like = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            nn.unbox(boxed),
-            shardings_of(config, config.build(), boxed),
-        )
+        like = self.experiment.mesh.build().abstract(jax.eval_shape(initializer(self.model), jax.random.key(0)))
         checkpoints = Checkpoints(folder / CHECKPOINTS)
         params = checkpoints.restore_params(like)
         checkpoints.close()

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "rac3"
 FLOORS = (
     ("config",),
     ("artifacts", "weights", "devices"),
-    ("execution", "documents", "tokens"),
+    ("execution",),
+    ("documents", "tokens"),
     ("vqgan", "clip", "retrieval", "batches"),
     ("model",),
     ("training", "generation"),
@@ -24,6 +25,13 @@ FLOORS = (
     ("stages",),
     ("plan", "report"),
     ("cli",),
+)
+# Not even from a lower floor: (importer, imported, why).
+FORBIDDEN = (
+    ("training", "retrieval", "the two meet at the neighbors artifact"),
+    ("generation", "training", "it depends on parameters, not on how they were trained"),
+    ("evaluation", "training", "it depends on parameters, not on how they were trained"),
+    ("stages.fit", "experiment", "a fit takes what it uses"),
 )
 # The order inside a package. Modules that are not listed come after the listed ones, in any order without a cycle.
 ORDER = {
@@ -39,7 +47,7 @@ ORDER = {
         "port",
     ),
     "execution": ("progress", "shards"),
-    "documents": ("document", "filter", "webdataset", "tfds", "world", "store"),
+    "documents": ("document", "filter", "webdataset", "tfds", "world", "reader", "store"),
     "tokens": ("vocabulary", "text", "html"),
     "vqgan": (
         "model",
@@ -115,10 +123,10 @@ def place(module: tuple[str, ...]) -> int:
 
 def violation(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
     text = f"{'.'.join(module)} imports {'.'.join(imported)}"
-    if (module[0], imported[0]) == ("training", "retrieval"):
-        return f"{text}: the two meet at the neighbors artifact"
-    takes = module[0] in TAKE_AN_EXPERIMENT and module[:2] != ("stages", "fit")
-    if imported == ("experiment",) and not takes:
+    for importer, forbidden, why in FORBIDDEN:
+        if ".".join(module).startswith(importer + ".") and imported[0] == forbidden:
+            return f"{text}: {why}"
+    if imported == ("experiment",) and module[0] not in TAKE_AN_EXPERIMENT:
         return f"{text}: workers take what they use"
     if module[0] == imported[0] == "stages" and imported[1] != "fit":
         return f"{text}: a stage reads what another has written through the run"
@@ -158,6 +166,10 @@ def test_no_import_goes_round_in_a_circle():
     ("module", "imported"),
     [
         (("training", "loop"), ("retrieval", "exact")),
+        (("evaluation", "perplexity"), ("training", "step")),
+        (("generation", "decode"), ("training", "state")),
+        (("stages", "fit", "clip"), ("experiment",)),
+        (("execution", "shards"), ("documents", "document")),
         (("batches", "loader"), ("retrieval", "exact")),
         (("batches", "draws"), ("batches", "loader")),
         (("documents", "world"), ("tokens", "html")),
@@ -165,7 +177,6 @@ def test_no_import_goes_round_in_a_circle():
         (("recipes",), ("run",)),
         (("run",), ("stages", "train")),
         (("stages", "evaluate"), ("stages", "retrieve")),
-        (("stages", "fit", "clip"), ("experiment",)),
         (("generation", "generator"), ("experiment",)),
         (("retrieval", "exact"), ("clip", "encoder")),
         (("experiment",), ("report",)),

@@ -98,9 +98,9 @@ class BatchStream:
       config: the batch.
       seed: of every draw.
       documents: the training documents.
-      neighbors: row numbers in `documents` of each document's neighbors, best first, for each of its queries: those of
-        a text and of an image in turn, for each view. -1 is none. Those of a block are read at a time. None trains
-        without retrieval (K = 0).
+      neighbors: row numbers in `documents` of each document's neighbors, best first; -1 is none. Query
+        `2 * view + part` of a document asks with its text (part 0) or its image (part 1). The neighbors of one block
+        are read at a time. None trains without retrieval (K = 0).
       builder: makes the groups.
       hosts, host: this host reads its share of each batch's rows.
       withdrawn: documents that are not trained on.
@@ -195,9 +195,12 @@ class BatchStream:
         k = choices[(draws.uniform(self.seed, epoch, main, draws.NUM_RETRIEVED)[:, 0] * len(choices)).astype(int)]
         query = (draws.uniform(self.seed, epoch, main, draws.QUERY)[:, 0] * self.neighbors.shape[1]).astype(int)
         candidates = self.neighbors[main][:, :, : self.config.candidates].astype(np.int64)
-        pool, other = (candidates[np.arange(len(main)), each] for each in (query, query ^ 1))
-        pool, other = (np.where(self._retrieved_lengths[ids] > 0, ids, -1) for ids in (pool, other))
-        pool = np.where((pool >= 0).any(1, keepdims=True), pool, other)  # a document of one part has one query
+        view, part = np.divmod(query, 2)
+        other_part = 2 * view + 1 - part
+        pool, of_other_part = (candidates[np.arange(len(main)), each] for each in (query, other_part))
+        pool, of_other_part = (np.where(self._retrieved_lengths[ids] > 0, ids, -1) for ids in (pool, of_other_part))
+        # A document without this part has no query of it: the other part of the same view asks instead.
+        pool = np.where((pool >= 0).any(1, keepdims=True), pool, of_other_part)
         pool = np.pad(pool, ((0, 0), (0, max(0, most - pool.shape[1]))), constant_values=-1)
         keys = draws.uniform(self.seed, epoch, main, draws.NEIGHBOR, pool.shape[1])
         rank = np.where(pool >= 0, keys, 2.0).argsort(1).argsort(1)

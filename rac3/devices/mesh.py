@@ -1,6 +1,7 @@
 """The device mesh, and the table that maps logical axes to mesh axes."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 
 # Logical axis -> mesh axes. Parameters: FSDP shards `embed`; tensor parallelism shards heads, mlp and vocab (Megatron's
-# column and row splits). Activations name `batch` and `heads` or `mlp`; their `seq` and `embed` are not sharded.
+# column- and row-parallel layers). Activations name `batch` and `heads` or `mlp`; their `seq` and `embed` stay whole.
 DEFAULT_RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("seq", None),
@@ -47,7 +48,7 @@ class MeshConfig:
         if self.data == 0 or self.data < -1:
             raise InputError(f"mesh.data={self.data} is not a size; use -1 (all devices left) or at least 1")
 
-    def build(self, devices: list[Any] | None = None) -> Mesh:
+    def build(self, devices: list[Any] | None = None) -> "DeviceMesh":
         """The mesh over `devices` (default: all).
 
         Raises:
@@ -61,26 +62,66 @@ class MeshConfig:
                 f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not fit the "
                 f"{len(devices)} devices; make the product {len(devices)}"
             )
-        return Mesh(np.array(devices).reshape(data, self.fsdp, self.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+        grid = np.array(devices).reshape(data, self.fsdp, self.tensor)
+        return DeviceMesh(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), self.rules)
 
-    def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
-        """The mesh axes of an array with the logical axes `names`; None is an axis that is not sharded.
+
+@dataclass(frozen=True)
+class DeviceMesh:
+    """Devices in a grid of `AXES`, and the rules that shard arrays over it by their logical axes."""
+
+    jax_mesh: Mesh
+    rules: Rules
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """The mesh axes of an array with the logical axes `names`; an axis of no name (None) is not sharded.
 
         Raises:
           InputError: a name has no rule.
         """
         return _spec(self.rules, names)
 
+    def sharding(self, *names: str | None) -> NamedSharding:
+        """The sharding of an array whose first axes are `names`. Without names, every device holds all of it.
 
-@contextlib.contextmanager
-def use_mesh(config: MeshConfig, mesh: Mesh) -> Iterator[Mesh]:
-    """Set `mesh` and the axis rules for everything traced inside."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(config.rules):
-        yield mesh
+        Raises:
+          InputError: a name that has no rule.
+        """
+        return NamedSharding(self.jax_mesh, self.spec(*names))
+
+    def num_shards(self, name: str) -> int:
+        """Into how many shards an array is split along the logical axis `name`.
+
+        Raises:
+          InputError: a name that has no rule.
+        """
+        return math.prod(self.jax_mesh.shape[axis] for axis in _mesh_axes(self.rules, name) or ())
+
+    def abstract(self, boxed: Any) -> Any:
+        """A tree of arrays that are not allocated: shapes, dtypes, and shardings on this mesh.
+
+        Args:
+          boxed: shapes and dtypes, as of `jax.eval_shape`; leaves may be boxed with the names of their logical axes.
+
+        Raises:
+          InputError: a name that has no rule.
+        """
+
+        def one(leaf: Any) -> jax.ShapeDtypeStruct:
+            value, names = (leaf.value, leaf.names) if isinstance(leaf, nn.LogicallyPartitioned) else (leaf, ())
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=self.sharding(*names))
+
+        return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Sets the mesh and the rules for everything that is traced inside."""
+        with jax.set_mesh(self.jax_mesh), nn.logical_axis_rules(self.rules):
+            yield
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain the sharding of an activation by its logical axes. Without a mesh, the identity.
+    """Shards an activation by its logical axes, by the rules of the mesh in use. Without a mesh it is the identity.
 
     Raises:
       InputError: a name has no rule.
@@ -90,20 +131,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(nn.get_logical_axis_rules(), names))
 
 
-def shardings_of(config: MeshConfig, mesh: Mesh, abstract: Any) -> Any:
-    """The sharding of each leaf of an abstract state; boxed leaves name their logical axes, others are replicated."""
-
-    def one(leaf: Any) -> NamedSharding:
-        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
-        return NamedSharding(mesh, config.spec(tuple(names)))
-
-    return jax.tree.map(one, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+def _spec(rules: Iterable[tuple[str, Any]], names: Iterable[str | None]) -> PartitionSpec:
+    return PartitionSpec(*(None if name is None else _mesh_axes(rules, name) for name in names))
 
 
-def _spec(rules: Iterable[tuple[str, str | tuple[str, ...] | None]], names: tuple[str | None, ...]) -> PartitionSpec:
-    """As `MeshConfig.spec`. Flax's own lookup silently leaves an axis without a rule unsharded."""
+def _mesh_axes(rules: Iterable[tuple[str, Any]], name: str) -> tuple[str, ...] | None:
+    """What the table says of a logical axis. Flax's own lookup would silently replicate an axis that has no rule."""
     table = dict(rules)
-    for name in names:
-        if name is not None and name not in table:
-            raise InputError(f"logical axis {name!r} has no rule in mesh.rules; add ({name!r}, None) or a mesh axis")
-    return PartitionSpec(*(None if name is None else table[name] for name in names))
+    if name not in table:
+        raise InputError(f"logical axis {name!r} has no rule in mesh.rules; add ({name!r}, None) or a mesh axis")
+    return table[name]

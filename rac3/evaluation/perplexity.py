@@ -9,9 +9,9 @@ from jaxtyping import PyTree
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masked, move_spans
 from rac3.batches.packing import Group, PackedBatch, pack, packed_row
+from rac3.model.losses import token_cross_entropy
 from rac3.model.transformer import Transformer
 from rac3.tokens.html import Sequenced
-from rac3.training.step import losses
 
 ROWS = 16  # rows of a batch
 
@@ -32,12 +32,13 @@ def text_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequ
     return builder.join([*[_whole(document) for document in retrieved], move_spans(builder.vocabulary, main, spans)])
 
 
-def make_losses(model: Transformer) -> Callable[[PyTree, PackedBatch], jax.Array]:
-    return jax.jit(lambda params, batch: losses(model, params, batch))
+def make_token_cross_entropy(model: Transformer) -> Callable[[PyTree, PackedBatch], jax.Array]:
+    """(params, batch) -> -log p of each target in nats, jitted."""
+    return jax.jit(lambda params, batch: token_cross_entropy(model, params, batch))
 
 
 def perplexity(
-    token_losses: Callable[[PyTree, PackedBatch], jax.Array],
+    cross_entropy: Callable[[PyTree, PackedBatch], jax.Array],
     params: PyTree,
     groups: Sequence[Group],
     kind: int,
@@ -51,7 +52,7 @@ def perplexity(
         blank = jax.tree.map(np.zeros_like, chosen[0])
         padded = chosen + [blank] * (ROWS - len(chosen))
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
-        nats = np.asarray(token_losses(params, batch), np.float64)
+        nats = np.asarray(cross_entropy(params, batch), np.float64)
         total += float(nats[batch.kind == kind].sum())
         count += int((batch.kind == kind).sum())
     return float(np.exp(total / count)) if count else None

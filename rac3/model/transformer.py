@@ -58,9 +58,9 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        cache: KVCache | None,
         mask: Bool[Array, "batch 1 seq slots"],
         positions: Int[Array, "batch seq"],
+        cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
         config = self.config
         output_std = config.init_std / (2 * config.num_layers) ** 0.5
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # mask and positions are those of all layers, each has its cache
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config)
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
             mask = packed_mask(segments)
         else:
             mask = (jnp.arange(cache.keys.shape[-3])[None, None, :] <= positions[:, :, None])[:, None]
-        x, cache = self.blocks(x, cache, mask, positions)
+        x, cache = self.blocks(x, mask, positions, cache)
         return self.final_norm(x), cache
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:

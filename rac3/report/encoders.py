@@ -13,12 +13,12 @@ from jaxtyping import Float, Int, UInt8
 from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError
 from rac3.documents.document import pixels_of, plain_json, prepare_image
+from rac3.documents.reader import read_documents
 from rac3.evaluation.reconstruction import codebook_use, psnr, ssim
 from rac3.experiment import Experiment, Split
 from rac3.report.page import CM3_COLOR, OTHER_COLOR, OWN_COLOR, Picture, figure, sheet, table
 from rac3.report.plots import Line, plot
 from rac3.run import Run
-from rac3.stages.fit.encoder import read_documents
 from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.frozen import FrozenVQGAN
 
@@ -73,7 +73,8 @@ def encoders_report(run: Run, images: int) -> Path:
 
 
 def _reconstruct(experiment: Experiment, codec: ImageTokenizer, split: Split, limit: int) -> Reconstructed:
-    documents = read_documents(experiment, [split], limit)
+    source = {split: experiment.data.sources()[split]}
+    documents = read_documents(source, Path(experiment.data_dir), experiment.filter, limit)
     images = [image for document in documents for image in document.images][:limit]
     if not images:
         raise InputError(f"the first {len(documents)} documents of {split} have no images; raise --report-images")

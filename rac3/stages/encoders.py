@@ -4,7 +4,7 @@ Fitted models may see what the memory holds, as a public CLIP has seen the web; 
 """
 
 import shutil
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from rac3 import recipes
@@ -12,9 +12,9 @@ from rac3.artifacts.workdir import Draft
 from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.published import load_clip
 from rac3.documents.document import Document
+from rac3.documents.reader import read_documents
 from rac3.run import Run
 from rac3.stages.fit.clip import fit_clip
-from rac3.stages.fit.encoder import fitting_documents
 from rac3.stages.fit.vqgan import fit_vqgan
 from rac3.tokens.text import TextTokenizer
 from rac3.training.checkpoint import CHECKPOINTS
@@ -36,7 +36,10 @@ def fit_encoders(run: Run) -> None:
         if isinstance(config, TextTokenizer | FrozenVQGAN | FrozenCLIP) and not run.workdir.find(run.recipe(of))
     ]
     missing.sort(key=lambda pair: pair[1].checkpoint is None)
-    read = lru_cache(maxsize=1)(lambda limit: fitting_documents(experiment, limit))  # most limits are equal
+    sources = {**experiment.data.memory, **experiment.data.sources()}
+    fit_on = {split: sources[split] for split in experiment.data.fit_on}
+    # Most limits are equal.
+    read = lru_cache(maxsize=1)(partial(read_documents, fit_on, Path(experiment.data_dir), experiment.filter))
     for recipe, config in missing:
         limit = recipes.text_documents(experiment) if isinstance(config, TextTokenizer) else config.fit.max_documents
         documents = read(limit) if config.checkpoint is None else []
@@ -61,9 +64,10 @@ def _make(run: Run, config: TextTokenizer | FrozenVQGAN | FrozenCLIP, documents:
             loaded.save(draft.folder)
             print(f"VQGAN {config.checkpoint}: {loaded.summary()}")
         else:
-            params = fit_vqgan(experiment, documents, draft.folder)
+            params = fit_vqgan(config, experiment.seed, experiment.mesh.build(), documents, draft.folder)
             VQGANCheckpoint(config.model, params).save(draft.folder)
     elif config.checkpoint is not None:
         load_clip(config.checkpoint).save(draft.folder)
     else:
-        fit_clip(experiment, documents, draft.folder).save(draft.folder)
+        mesh = experiment.mesh.build()
+        fit_clip(config, experiment.seed, mesh, documents, draft.folder).save(draft.folder)

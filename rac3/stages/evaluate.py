@@ -16,7 +16,7 @@ from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
 from rac3.evaluation.entities import emblem_accuracy, name_accuracy
-from rac3.evaluation.perplexity import image_group, make_losses, perplexity, text_group
+from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
 from rac3.evaluation.recall import clip_metrics
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
@@ -112,9 +112,9 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         name += f" with {type(experiment.retriever).__name__.lower()}"
     with Progress(f"evaluate {name} on {split}", most + 3, "parts") as bar:
         by_k: dict[str, dict[str, float | None]] = {"image": {}, "text": {}}
-        token_losses = make_losses(run.model)
+        cross_entropy = make_token_cross_entropy(run.model)
         for k in range(most + 1):
-            for modality, value in _perplexities(run, token_losses, items, neighbors, k).items():
+            for modality, value in _perplexities(run, cross_entropy, items, neighbors, k).items():
                 by_k[modality][str(k)] = value
             bar.update()
         images, scores = _images(run, split, items, neighbors[:, 0], most)
@@ -138,7 +138,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
 
 def _perplexities(
     run: Run,
-    token_losses: Any,
+    cross_entropy: Any,
     items: list[TokenizedDocument],
     neighbors: Int[np.ndarray, "n parts depth"],
     k: int,
@@ -161,7 +161,7 @@ def _perplexities(
             if len(group.tokens) <= most:
                 groups.append(group)
         length = max([run.experiment.batches.row, *(len(group.tokens) for group in groups)])
-        out[modality] = perplexity(token_losses, params, groups, kind, length)
+        out[modality] = perplexity(cross_entropy, params, groups, kind, length)
     return out
 
 

@@ -7,10 +7,9 @@ from jaxtyping import PyTree
 
 from rac3 import recipes
 from rac3.batches.loader import StreamState
-from rac3.devices.mesh import use_mesh
 from rac3.run import Run, initializer
-from rac3.training.loop import fit
-from rac3.training.state import create_state
+from rac3.training.loop import training_loop
+from rac3.training.state import new_state
 from rac3.training.step import make_train_step
 
 
@@ -32,9 +31,8 @@ def train(run: Run) -> None:
 
     optimizer = experiment.optimizer.build(experiment.training.steps)
     with run.workdir.write(recipe) as draft:
-        with use_mesh(experiment.mesh, mesh):
-            state = create_state(initializer(model), optimizer, experiment.seed, experiment.mesh, mesh)
-        draft.counts["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        new = new_state(initializer(model), optimizer, experiment.seed, mesh)
+        draft.counts["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(new.abstract.params))
         step = make_train_step(model, optimizer, experiment.training.loss_chunk)
         label = f"train {experiment.model_name}"
-        fit(label, experiment.training, state, step, batches, StreamState(), draft.folder, experiment.mesh, mesh)
+        training_loop(label, experiment.training, new, step, batches, draft.folder, mesh)

@@ -1,4 +1,4 @@
-"""The one training loop: for the CM3 Transformer, and for encoders that are fitted here."""
+"""The one training loop: for the CM3 Transformer, and for the encoders that are fitted."""
 
 import contextlib
 import time
@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from rac3.config import InputError
-from rac3.devices.mesh import MeshConfig, use_mesh
+from rac3.devices.mesh import DeviceMesh
 from rac3.execution.progress import Progress
+from rac3.model.losses import Metrics
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.metrics import MetricsWriter
-from rac3.training.state import TrainState
-from rac3.training.step import Metrics
+from rac3.training.state import NewState, TrainState
 
-Stream = Callable[[Sequence[int]], Iterator[tuple[PyTree, Sequence[int]]]]  # position -> (batch, position after it)
+Position = Sequence[int]  # of a stream of batches; () is its beginning
+Stream = Callable[[Position], Iterator[tuple[PyTree, Position]]]  # from a position on: (batch, position after it)
 
 
 @dataclass(frozen=True)
@@ -46,58 +46,63 @@ class TrainingConfig:
                 raise InputError(f"training.{name}={getattr(self, name)} is below 1; use at least 1")
 
 
-def fit(
+def training_loop(
     label: str,
     config: TrainingConfig,
-    state: TrainState,
-    step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    new: NewState,
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
     stream: Stream,
-    start: Sequence[int],
     folder: Path,
-    mesh_config: MeshConfig,
-    mesh: Mesh,
+    mesh: DeviceMesh,
 ) -> TrainState:
-    """Trains `state` to `config.steps` steps, from the newest checkpoint below `folder` if there is one.
+    """Trains to `config.steps` steps: from the newest checkpoint below `folder`, or else from a new state.
 
-    A run that was killed and goes on ends in the same state, bit for bit, as one that was not: the checkpoint holds
-    the position of the stream, and nothing else is random.
+    A run that is killed and resumed ends in the same state, bit for bit, as one that is not: the checkpoint holds the
+    position of the stream, and nothing else is random. A resumed run allocates the state once, to restore it.
+
+    Args:
+      label: names the run in its progress lines.
+      step: (state, batch) -> (next state, metrics); the state is donated.
+      stream: batches of this process's rows.
+      folder: takes the checkpoints and the metrics.
+
+    Raises:
+      InputError: the checkpoint is of a model of another shape.
     """
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep)
-    with contextlib.closing(checkpoints), use_mesh(mesh_config, mesh):
-        restored = checkpoints.restore(state)
-        if restored is not None:
-            state, start = restored
+    with contextlib.closing(checkpoints), mesh.use():
+        position: Position
+        state, position = checkpoints.restore(new.abstract) or (new.create(), ())
         done = int(state.step)
         bar = Progress(label, config.steps, "steps", done)
         with contextlib.closing(MetricsWriter(folder, done)) as writer, bar:
             window = _Window(writer)
-            batches = stream(start) if done < config.steps else iter(())
+            batches = stream(position) if done < config.steps else iter(())
             while done < config.steps:
                 waiting = time.monotonic()
-                batch, start = next(batches)
+                batch, position = next(batches)
                 wait = time.monotonic() - waiting
-                state, metrics = step_fn(state, put(batch, mesh_config, mesh))
+                state, metrics = step(state, put(batch, mesh))
                 done += 1
                 window.add(metrics, wait)
                 saves = done % config.checkpoint_every == 0 or done == config.steps
                 # Metrics are read one window late, so that the device never waits for the host.
                 if done % config.log_every == 0 or saves:
                     window.close(done)
-                # A run that goes on from here must find all lines up to here, so these are written before the state.
+                # A run that resumes from here must find all lines up to here, so they are written before the state.
                 if saves:
                     window.flush()
-                    checkpoints.save(done, state, list(start))
+                    checkpoints.save(done, state, list(position))
                 bar.update(1, window.note)
     return state
 
 
-def put(batch: PyTree, config: MeshConfig, mesh: Mesh) -> PyTree:
-    """This host's rows -> global arrays, cut over the batch axis."""
+def put(batch: PyTree, mesh: DeviceMesh) -> PyTree:
+    """This process's rows -> global arrays, sharded over the batch axis."""
 
     def one(x: np.ndarray) -> jax.Array:
         names = ("batch",) + (None,) * (np.ndim(x) - 1)
-        sharding = jax.sharding.NamedSharding(mesh, config.spec(names))
-        return jax.make_array_from_process_local_data(sharding, x)
+        return jax.make_array_from_process_local_data(mesh.sharding(*names), x)
 
     return jax.tree.map(one, batch)
 

@@ -1,6 +1,8 @@
-"""What training changes, allocated straight into its shardings."""
+"""The training state: made abstract first, then allocated or restored straight into its shardings."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, no_type_check
 
 import flax.linen as nn
@@ -8,10 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
-from rac3.devices.mesh import MeshConfig, shardings_of
+from rac3.devices.mesh import DeviceMesh
 
 
 @no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind
@@ -24,17 +25,26 @@ class TrainState(flax.struct.PyTreeNode):
     extra: PyTree = None
 
 
-def create_state(
-    init: Callable[[Array], PyTree],
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    mesh_config: MeshConfig,
-    mesh: Mesh,
-) -> TrainState:
-    """A new state: abstract first, then its shardings, then allocated under `jit`; no device ever holds it whole.
+@dataclass(frozen=True)
+class NewState:
+    """The state that a run starts from, before it takes any memory.
+
+    Attributes:
+      abstract: its shapes, dtypes and shardings (`jax.ShapeDtypeStruct`). A checkpoint is restored into these.
+      create: allocates it. A run that resumes from a checkpoint never calls this.
+    """
+
+    abstract: TrainState
+    create: Callable[[], TrainState]
+
+
+def new_state(
+    init: Callable[[Array], PyTree], optimizer: optax.GradientTransformation, seed: int, mesh: DeviceMesh
+) -> NewState:
+    """Parameters of `init`, and the optimizer's state for them; no device ever holds more than its shards.
 
     Args:
-      init: random key -> parameters, whose leaves may carry logical axis names.
+      init: random key -> parameters, whose leaves may be boxed with the names of their logical axes.
     """
 
     def build(key: Array) -> TrainState:
@@ -42,14 +52,17 @@ def create_state(
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     key = jax.random.key(seed)
-    shardings = shardings_of(mesh_config, mesh, jax.eval_shape(build, key))
+    abstract = mesh.abstract(jax.eval_shape(build, key))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # It runs once: to compile it quickly matters more than to run it quickly.
     options = {"xla_backend_optimization_level": 0}
-    return jax.jit(lambda key: nn.unbox(build(key)), out_shardings=shardings, compiler_options=options)(key)
+    create = jax.jit(lambda key: nn.unbox(build(key)), out_shardings=shardings, compiler_options=options)
+    return NewState(abstract, partial(create, key))
 
 
 def apply_gradients(
     state: TrainState, gradients: PyTree, optimizer: optax.GradientTransformation, extra: Any = None
 ) -> TrainState:
+    """The state after one update; `extra` takes the place of what the state carried."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, extra)

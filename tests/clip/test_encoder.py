@@ -8,7 +8,7 @@ import pytest
 from rac3.clip.encoder import ClipText, MixedEncoder, mix, query_dropout_keys
 from rac3.clip.model import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.config import InputError
-from rac3.devices.mesh import MeshConfig, use_mesh
+from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import prepare_image
 from rac3.tokens.text import TextTokenizer, Tokenizer
 
@@ -168,8 +168,7 @@ def test_shapes_compile_once(tokenizer, params):
 
 def test_inside_the_mesh_of_another_model(encoder):
     expected = encoder.embed_texts(TEXTS)
-    mesh_config = MeshConfig(fsdp=2)
-    with use_mesh(mesh_config, mesh_config.build()):
+    with MeshConfig(fsdp=2).build().use():
         np.testing.assert_allclose(encoder.embed_texts(TEXTS), expected, atol=1e-6)
         np.testing.assert_allclose(encoder.embed_images(pictures(3)), encoder.embed_images(pictures(3)), atol=1e-6)
 

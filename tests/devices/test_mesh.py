@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rac3.config import InputError
-from rac3.devices.mesh import MeshConfig, constrain, shardings_of, use_mesh
+from rac3.devices.mesh import MeshConfig, constrain
 from rac3.model.transformer import TransformerConfig
 from rac3.training.optimizer import OptimizerConfig
-from rac3.training.state import TrainState
+from rac3.training.state import TrainState, new_state
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,11 @@ from rac3.training.state import TrainState
     ],
 )
 def test_the_mesh_holds_every_device_once(config: MeshConfig, shape: tuple[int, int, int]):
-    mesh = config.build()
+    mesh = config.build().jax_mesh
     assert mesh.devices.shape == shape
     assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
-    assert MeshConfig().build(jax.devices()[:1]).devices.shape == (1, 1, 1)
+    assert MeshConfig().build(jax.devices()[:1]).jax_mesh.devices.shape == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -48,26 +48,32 @@ def test_sizes_are_checked(sizes: dict[str, int]):
 
 
 def test_an_axis_without_a_rule_raises_wherever_it_is_named():
-    config = MeshConfig()
-    mesh = config.build()
+    mesh = MeshConfig().build()
     boxed = {"kernel": nn.LogicallyPartitioned(jnp.zeros((4, 8)), ("embed", "experts"))}
     with pytest.raises(InputError, match=r"'experts' has no rule.*add \('experts', None\)"):
-        config.spec(("embed", "experts"))
+        mesh.spec("embed", "experts")
     with pytest.raises(InputError, match="'experts' has no rule"):
-        shardings_of(config, mesh, boxed)
-    with use_mesh(config, mesh), pytest.raises(InputError, match="'experts' has no rule"):
+        mesh.num_shards("experts")
+    with pytest.raises(InputError, match="'experts' has no rule"):
+        mesh.abstract(boxed)
+    with mesh.use(), pytest.raises(InputError, match="'experts' has no rule"):
         jax.jit(lambda x: constrain(x, "batch", "experts")).lower(jnp.zeros((8, 8)))
-    own = MeshConfig(rules=(*config.rules, ("experts", ("fsdp",))))
-    assert own.spec(("experts", None)) == PartitionSpec(("fsdp",), None)
+    own = MeshConfig(rules=(*mesh.rules, ("experts", ("fsdp",)))).build()
+    assert own.spec("experts", None) == PartitionSpec(("fsdp",), None)
+
+
+def test_the_number_of_shards_is_that_of_the_axes_of_the_rule():
+    mesh = MeshConfig(fsdp=2, tensor=2).build()
+    assert [mesh.num_shards(name) for name in ("batch", "embed", "heads", "seq")] == [4, 2, 2, 1]
 
 
 def test_constrain_lays_an_activation_out():
     x = jnp.arange(16.0).reshape(8, 2)
     np.testing.assert_array_equal(constrain(x, "no", "mesh"), x)  # without a mesh, nothing is looked up
-    config = MeshConfig(fsdp=2, tensor=2)
-    with use_mesh(config, config.build()) as mesh:
+    mesh = MeshConfig(fsdp=2, tensor=2).build()
+    with mesh.use():
         y = jax.jit(lambda x: constrain(x, "batch", "heads"))(x)
-    assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh.jax_mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2)
     np.testing.assert_array_equal(y, x)
 
 
@@ -78,7 +84,6 @@ def test_no_large_array_of_the_paper_model_stays_whole(shape: dict[str, int]):
     The share is 1/(fsdp x tensor) where an array has both axes; the position and offset tables have only `embed`.
     """
     config = MeshConfig(**shape)
-    mesh = config.build()
     model = TransformerConfig().build(60_032, 4096, 1024)
     optimizer = OptimizerConfig().build(1000)
 
@@ -88,13 +93,16 @@ def test_no_large_array_of_the_paper_model_stays_whole(shape: dict[str, int]):
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     boxed = jax.eval_shape(build, jax.random.key(0))
-    shardings = jax.tree.leaves(shardings_of(config, mesh, boxed))
-    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
-    parameters = sum(leaf.size for _, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(boxed).params))
+    abstract = config.build().abstract(boxed)
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(nn.unbox(boxed))] == [
+        (leaf.shape, leaf.dtype) for _, leaf in leaves
+    ]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     assert 2.6e9 < parameters < 2.8e9
     total = 0
-    for (path, leaf), sharding in zip(leaves, shardings, strict=True):
-        held = np.prod(sharding.shard_shape(leaf.shape), dtype=np.int64) * leaf.dtype.itemsize
+    for path, leaf in leaves:
+        held = np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64) * leaf.dtype.itemsize
         total += held
         places = re.search("position_embedding|offset_embedding", jax.tree_util.keystr(path))
         parts = config.fsdp if places else config.fsdp * config.tensor
@@ -110,23 +118,20 @@ def _is_vector(path: tuple) -> bool:
 
 
 def test_a_new_state_is_allocated_in_its_shardings():
-    from rac3.training.state import create_state
-
-    config = MeshConfig(fsdp=4, tensor=2)
-    mesh = config.build()
+    mesh = MeshConfig(fsdp=4, tensor=2).build()
 
     def init(key: jax.Array):
         make = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("embed", "mlp"))
         return {"kernel": make(key, (8, 6), jnp.float32), "scale": jnp.ones(3)}
 
-    state = create_state(init, optax.adam(1e-3), 0, config, mesh)
-    expected = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    state = new_state(init, optax.adam(1e-3), 0, mesh).create()
+    expected = NamedSharding(mesh.jax_mesh, PartitionSpec("fsdp", "tensor"))
     for kernel in (state.params["kernel"], state.opt_state[0].mu["kernel"], state.opt_state[0].nu["kernel"]):
         assert isinstance(kernel, jax.Array)
         assert kernel.sharding.is_equivalent_to(expected, 2)
     assert state.params["scale"].sharding.is_fully_replicated
     assert int(state.step) == 0
-    one = create_state(init, optax.adam(1e-3), 0, MeshConfig(), MeshConfig().build(jax.devices()[:1]))
+    one = new_state(init, optax.adam(1e-3), 0, MeshConfig().build(jax.devices()[:1])).create()
     np.testing.assert_array_equal(
         one.params["kernel"], state.params["kernel"]
     )  # a function of the seed, not of the mesh

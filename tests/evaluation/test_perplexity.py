@@ -7,7 +7,7 @@ import pytest
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT
-from rac3.evaluation.perplexity import image_group, make_losses, perplexity, text_group
+from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
 from rac3.model.transformer import Transformer, TransformerConfig
 from rac3.tokens.html import Segment, Sequenced, encode
 from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
@@ -66,20 +66,20 @@ def test_packed_perplexity_is_that_of_each_group_alone(
         count += len(main)
         in_range = VOCABULARY.is_image(group.targets) if wanted == "image" else VOCABULARY.is_text(group.targets)
         assert in_range[main].all()
-    value = perplexity(make_losses(model), params, groups, kind, 64)
+    value = perplexity(make_token_cross_entropy(model), params, groups, kind, 64)
     assert value == pytest.approx(float(np.exp(total / count)), rel=1e-5)
 
 
 def test_no_target_of_the_kind_has_no_perplexity(model: Transformer, params) -> None:
     text_only = encode(VOCABULARY, [Segment(False, np.arange(4))])
     image_only = encode(VOCABULARY, [Segment(True, np.arange(4))])
-    losses = make_losses(model)
+    cross_entropy = make_token_cross_entropy(model)
     for group, without, with_some in (
         (image_group(BUILDER, [image_only], text_only), MAIN_IMAGE, MAIN_TEXT),
         (text_group(BUILDER, [text_only], image_only), MAIN_TEXT, MAIN_IMAGE),
     ):
-        assert perplexity(losses, params, [group], without, 64) is None
-        assert perplexity(losses, params, [group], with_some, 64) is not None
+        assert perplexity(cross_entropy, params, [group], without, 64) is None
+        assert perplexity(cross_entropy, params, [group], with_some, 64) is not None
 
 
 def test_all_rows_of_all_batches_count_each_target_once() -> None:
@@ -87,13 +87,13 @@ def test_all_rows_of_all_batches_count_each_target_once() -> None:
     groups = [image_group(BUILDER, [], document(i)) for i in range(40)]
     seen = []
 
-    def losses(params, batch):
+    def cross_entropy(params, batch):
         seen.append(batch.tokens.shape)
         return batch.targets / 100
 
     ids = np.concatenate([document(i).ids for i in range(40)])
     wanted = np.exp(np.mean(ids[VOCABULARY.is_image(ids)]) / 100)
-    assert perplexity(losses, None, groups, MAIN_IMAGE, 14) == pytest.approx(wanted, rel=1e-6)
+    assert perplexity(cross_entropy, None, groups, MAIN_IMAGE, 14) == pytest.approx(wanted, rel=1e-6)
     assert seen == [(16, 14)] * 3  # one program for all of them
 
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_transformer import plain_logits, plain_nats, random_params
+from plain_transformer import plain_logits, random_params
 
 from rac3.config import InputError
-from rac3.devices.mesh import MeshConfig, use_mesh
+from rac3.devices.mesh import MeshConfig
 from rac3.model.attention import attend, packed_mask
-from rac3.model.losses import token_losses
+from rac3.model.losses import cross_entropy
 from rac3.model.transformer import Transformer, TransformerConfig
 
 # init_std is large, so that attention is far from uniform and every path matters
@@ -292,48 +292,6 @@ def test_the_backward_pass_keeps_what_it_says():
     assert (3, 5, 4, 7, 7) in kept_of_layers("none")
 
 
-def test_no_logits_are_kept_for_the_backward_pass():
-    hidden, targets, table = jnp.zeros((2, 21, 16)), jnp.zeros((2, 21), jnp.int32), jnp.zeros((50, 16))
-
-    def backward(hidden, table):
-        return jax.vjp(lambda *x: token_losses(lambda part: part @ x[1].T, x[0], targets, 7), hidden, table)[1]
-
-    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, hidden, table))]
-    assert (3, 2, 7, 16) in shapes
-    assert all(shape == table.shape for shape in shapes if 50 in shape)
-
-
-@pytest.mark.parametrize("chunk", [1, 8, 21, 64])
-def test_the_chunked_loss_is_the_plain_loss(chunk):
-    """21 positions: chunks that divide them, that do not, and one that is larger."""
-    rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.normal(size=(2, 21, 16)), jnp.float32)
-    table = jnp.asarray(rng.normal(size=(50, 16)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 50, (2, 21)), jnp.int32)
-    weight = jnp.asarray(rng.random((2, 21)), jnp.float32)
-
-    np.testing.assert_allclose(
-        token_losses(lambda part: part @ table.T, hidden, targets, chunk)[0],
-        plain_nats(np.float64(hidden[0]) @ np.float64(table).T, np.asarray(targets[0])),
-        rtol=RTOL,
-    )
-
-    def plain(hidden, table):
-        log_probs = jax.nn.log_softmax(hidden @ table.T)
-        return -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-
-    def chunked(hidden, table):
-        return token_losses(lambda part: part @ table.T, hidden, targets, chunk)
-
-    np.testing.assert_allclose(chunked(hidden, table), plain(hidden, table), rtol=RTOL)
-    expected, got = (
-        jax.grad(lambda hidden, table, of=of: jnp.sum(of(hidden, table) * weight), (0, 1))(hidden, table)
-        for of in (plain, chunked)
-    )
-    for one, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=RTOL * np.abs(other).max())
-
-
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_counts(batch):
     model = dataclasses.replace(CONFIG, dtype="bfloat16").build(VOCAB, POSITIONS, IMAGE)
     boxed = jax.eval_shape(model.init, jax.random.key(0), *batch)
@@ -364,7 +322,7 @@ def test_bfloat16_multiplies_matrices_in_bfloat16_and_takes_softmaxes_in_float32
 
     def loss(params):
         hidden, _ = model.apply(params, *batch)
-        return token_losses(lambda part: model.apply(params, part, method="logits"), hidden, batch[0])
+        return cross_entropy(lambda part: model.apply(params, part, method="logits"), hidden, batch[0])
 
     batch = [jnp.asarray(field) for field in batch]
     found: dict[str, list[Any]] = {}
@@ -405,8 +363,7 @@ def test_residual_writers_start_smaller(model):
 
 def test_a_layout_without_a_rule_raises(model, params, batch):
     rules = tuple(rule for rule in MeshConfig().rules if rule[0] != "mlp")
-    config = MeshConfig(rules=rules)
-    with use_mesh(config, config.build()), pytest.raises(InputError, match="'mlp' has no rule"):
+    with MeshConfig(rules=rules).build().use(), pytest.raises(InputError, match="'mlp' has no rule"):
         jax.eval_shape(model.apply, params, *batch)
 
 

@@ -13,14 +13,14 @@ import PIL.Image
 import pytest
 import tiny_config
 
-from rac3 import recipes
-from rac3.artifacts.workdir import Workdir
+from rac3.artifacts.workdir import MANIFEST, Workdir
 from rac3.clip.checkpoint import ClipCheckpoint
+from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.model import CLIP
 from rac3.config import InputError
+from rac3.devices.mesh import DeviceMesh, MeshConfig
 from rac3.documents.document import Document, Image, Picture, pixels_of, prepare_image
 from rac3.documents.world import World
-from rac3.experiment import Experiment
 from rac3.run import Run
 from rac3.stages import encoders
 from rac3.stages.encoders import fit_encoders
@@ -28,6 +28,7 @@ from rac3.stages.fit.clip import IMAGES, clip_config
 from rac3.tokens.text import TextTokenizer
 from rac3.vqgan.checkpoint import VQGANCheckpoint
 from rac3.vqgan.codec import VQGANCodec
+from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN
 from rac3.weights.fitting import FitConfig
 
@@ -46,9 +47,9 @@ def drawn(shapes: dict, seed: int = 0) -> dict:
     return jax.tree.map(draw, shapes)
 
 
-def vqgan_params(experiment: Experiment) -> dict:
-    size = experiment.vqgan.model.resolution
-    model = VQGAN(experiment.vqgan.model)
+def vqgan_params(config: FrozenVQGAN) -> dict:
+    size = config.model.resolution
+    model = VQGAN(config.model)
     return drawn(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"])
 
 
@@ -70,6 +71,7 @@ class Fits:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: dict[str, list[str]] = {}
+        self.asked: dict[str, tuple[FrozenVQGAN | FrozenCLIP, int, DeviceMesh]] = {}
         self.read: set[str] = set()
         read, fit_text = World.read, TextTokenizer.fit
 
@@ -87,19 +89,26 @@ class Fits:
         monkeypatch.setattr(encoders, "fit_vqgan", self.vqgan)
         monkeypatch.setattr(encoders, "fit_clip", self.clip)
 
-    def vqgan(self, experiment: Experiment, documents: list[Document], folder: Path) -> dict:
+    def vqgan(self, config: FrozenVQGAN, seed: int, mesh: DeviceMesh, documents: list[Document], folder: Path) -> dict:
         self.given["vqgan"] = [document.text for document in documents]
+        self.asked["vqgan"] = (config, seed, mesh)
         (folder / "checkpoints").mkdir()
-        return vqgan_params(experiment)
+        return vqgan_params(config)
 
-    def clip(self, experiment: Experiment, documents: list[Document], folder: Path) -> ClipCheckpoint:
+    def clip(
+        self, config: FrozenCLIP, seed: int, mesh: DeviceMesh, documents: list[Document], folder: Path
+    ) -> ClipCheckpoint:
         self.given["clip"] = [document.text for document in documents]
-        tokenizer = TextTokenizer().load(folder.parents[1] / "text" / recipes.text(experiment).fingerprint)
-        config = clip_config(experiment, tokenizer)
-        size = config.vision_config.image_size
+        self.asked["clip"] = (config, seed, mesh)
+        (text,) = (folder.parents[1] / "text").glob(f"*/{MANIFEST}")
+        tokenizer = TextTokenizer().load(text.parent)
+        architecture = clip_config(config, tokenizer)
+        size = architecture.vision_config.image_size
         ids, pixels = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, size, size, 3))
-        shapes = jax.eval_shape(CLIP(config).init, jax.random.key(0), ids, jnp.ones((1, 4), bool), pixels)["params"]
-        return ClipCheckpoint(config, drawn(shapes), tokenizer, IMAGES)
+        shapes = jax.eval_shape(CLIP(architecture).init, jax.random.key(0), ids, jnp.ones((1, 4), bool), pixels)[
+            "params"
+        ]
+        return ClipCheckpoint(architecture, drawn(shapes), tokenizer, IMAGES)
 
 
 @pytest.fixture
@@ -129,7 +138,7 @@ def test_each_encoder_reads_its_own_number_of_documents_evenly(
 
     def fit(name: str) -> Any:
         def see(*arguments: Any) -> None:
-            found[name] = [document.key for document in arguments[1]]
+            found[name] = [document.key for document in arguments[3]]
             raise SeenError
 
         return see
@@ -163,6 +172,23 @@ def test_no_held_out_document_is_read_while_encoders_are_fitted(fits: Fits, tmp_
         for item in World.read(getattr(TINY.data, split), Path(), "000000")
     }
     assert not held_out & {text for given in fits.given.values() for text in given}
+
+
+def test_a_withdrawn_part_of_the_memory_has_been_fitted_on(fits: Fits, tmp_path: Path):
+    """It still decides what the encoders are."""
+    experiment = replace(TINY, data=replace(TINY.data, fit_on=("memory",), withdrawn=("memory",)))
+    fit_encoders(Run(experiment, Workdir(tmp_path / "runs", "tiny")))
+    assert fits.read == {"memory"}
+
+
+def test_encoders_are_fitted_as_the_experiment_says(fits: Fits, tmp_path: Path):
+    experiment = replace(TINY, seed=TINY.seed + 3, mesh=MeshConfig(data=2, fsdp=4))
+    fit_encoders(Run(experiment, Workdir(tmp_path / "runs", "tiny")))
+    mesh = experiment.mesh.build()
+    assert fits.asked == {
+        "vqgan": (experiment.vqgan, experiment.seed, mesh),
+        "clip": (experiment.clip, experiment.seed, mesh),
+    }
 
 
 def test_only_what_is_missing_is_fitted(fits: Fits, tmp_path: Path):
@@ -204,7 +230,7 @@ def test_what_is_opened_is_what_was_fitted_in_the_dtype_of_the_config(fits: Fits
         assert codec.config == model
         assert (codec.codebook_size, codec.tokens_per_image, codec.resolution) == (24, 100, 40)
         decode = jax.jit(partial(VQGAN(model, dtype).apply, method="decode"))
-        plain = np.asarray(decode({"params": vqgan_params(experiment)}, codes))
+        plain = np.asarray(decode({"params": vqgan_params(experiment.vqgan)}, codes))
         drawn_in[dtype] = codec.decode(codes)
         # rounded after sums that may be taken in another order, in bfloat16 with 8 bits of mantissa
         error = np.abs(drawn_in[dtype] - (np.clip(plain, -1, 1) + 1) * 127.5)
@@ -225,7 +251,7 @@ def test_a_checkpoint_is_converted_at_the_resolution_of_the_config(
 
     def load(path: Path, resolution: int | None) -> VQGANCheckpoint:
         loaded.append((path, resolution))
-        return VQGANCheckpoint(config, vqgan_params(TINY), "some family")
+        return VQGANCheckpoint(config, vqgan_params(TINY.vqgan), "some family")
 
     monkeypatch.setattr(encoders, "load_vqgan", load)
     experiment = replace(TINY, vqgan=replace(TINY.vqgan, checkpoint=str(path), resolution=24))
@@ -239,7 +265,7 @@ def test_a_checkpoint_is_converted_at_the_resolution_of_the_config(
 @pytest.fixture(scope="module")
 def codec() -> VQGANCodec:
     """A codec that takes 8 pictures at a time, whose codes are vectors of pictures, so that all are in use."""
-    params = vqgan_params(TINY)
+    params = vqgan_params(TINY.vqgan)
     pixels = np.stack([prepare_image(pixels_of(image), 40) for image in pictures(8)]) / np.float32(127.5) - 1
     latents = jax.jit(partial(VQGAN(TINY.vqgan.model).apply, method="latents"))({"params": params}, pixels)
     rows = np.asarray(latents).reshape(-1, TINY.vqgan.model.embed_dim)

@@ -23,7 +23,7 @@ from rac3.config import load_config_module
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, draw
-from rac3.evaluation.perplexity import make_losses
+from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Experiment, Split
 from rac3.generation.sampling import Sampling
@@ -188,8 +188,8 @@ def test_perplexity_is_that_of_the_plain_model_after_what_the_prompt_retrieved(
     other = by_hand(run, items, [[memory[i] for i in row[1 - part, :2]] for row in neighbors], part)
     values = [*expected, other]
     assert min(abs(a / b - 1) for n, a in enumerate(values) for b in values[:n]) > 1e-3  # all can be told apart
-    losses = make_losses(run.model)
-    found = [_perplexities(run, losses, items, neighbors, k)[modality] for k in range(3)]
+    cross_entropy = make_token_cross_entropy(run.model)
+    found = [_perplexities(run, cross_entropy, items, neighbors, k)[modality] for k in range(3)]
     assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of some 100 terms
 
 
@@ -447,7 +447,7 @@ def test_perplexity_drops_the_last_documents_that_do_not_fit(run: Run, items, ne
         fitting = [
             documents[: 2 if length <= positions else 1] for documents, length in zip(found, lengths, strict=True)
         ]
-        value = _perplexities(small, make_losses(small.model), items, neighbors, 2)["image"]
+        value = _perplexities(small, make_token_cross_entropy(small.model), items, neighbors, 2)["image"]
         assert value == pytest.approx(by_hand(small, items, fitting, TEXT), rel=1e-5)
 
 
@@ -460,13 +460,16 @@ def test_a_document_longer_than_the_context_has_no_perplexity(
     small = in_context(run, max(lengths) - 1)
     fitting = [item for item, length in zip(items, lengths, strict=True) if length < max(lengths)]
     assert 0 < len(fitting) < 4
-    value = _perplexities(small, make_losses(small.model), items, neighbors, 2)[modality]
+    value = _perplexities(small, make_token_cross_entropy(small.model), items, neighbors, 2)[modality]
     assert value == pytest.approx(by_hand(small, fitting, [[]] * len(fitting), part), rel=1e-5)
     assert _too_long(small, items)[modality] == 4 - len(fitting)
     assert _too_long(in_context(run, max(lengths)), items)[modality] == 0
     tiny = in_context(run, min(lengths) - masks - 1)
     assert _too_long(tiny, items) == {"image": 4, "text": 4}
-    assert _perplexities(tiny, make_losses(tiny.model), items, neighbors, 2) == {"image": None, "text": None}
+    assert _perplexities(tiny, make_token_cross_entropy(tiny.model), items, neighbors, 2) == {
+        "image": None,
+        "text": None,
+    }
 
 
 def pairs(compared: Mapping[str, Run]) -> dict[str, tuple[Experiment, Experiment]]:

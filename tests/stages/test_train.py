@@ -13,7 +13,6 @@ from handmade import PlainCodec, document, experiment_of, workdir_of
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
-from rac3.batches.loader import StreamState
 from rac3.batches.masking import Masking
 from rac3.devices.mesh import MeshConfig
 from rac3.retrieval.baselines import NoRetriever
@@ -26,6 +25,8 @@ from rac3.stages.retrieve import index, retrieve
 from rac3.stages.train import train
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.optimizer import OptimizerConfig
+from rac3.training.state import NewState, TrainState
+from rac3.training.step import make_train_step
 
 TINY = tiny_config.get_config()
 SHORT = replace(TINY.evaluation, max_caption_tokens=8)
@@ -68,6 +69,42 @@ def test_the_stream_is_that_of_the_experiment(
     assert set(plan.main[plan.epoch == 0].tolist()) == set(range(len(stream.documents))) - {3}
 
 
+def test_a_killed_run_resumes_without_a_new_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its state alone is 18 bytes a parameter, of which there is room for one."""
+    training = replace(TINY.training, checkpoint_every=1)
+    experiment = experiment_of(DOCUMENTS, seed=TINY.seed + 7, training=training, retriever=NoRetriever())
+    run = Run(experiment, workdir_of(experiment, tmp_path / "workdir"))
+    ingest(run)
+    make, made = stage.new_state, []
+
+    def new(*given: Any) -> NewState:
+        state = make(*given)
+        return NewState(state.abstract, lambda: made.append(state) or state.create())
+
+    class KilledError(Exception):
+        pass
+
+    def killed(model: Any, *rest: Any) -> Any:
+        step = make_train_step(model, *rest)
+
+        def one(state: TrainState, batch: Any) -> Any:
+            if int(state.step) == 2:
+                raise KilledError
+            return step(state, batch)
+
+        return one
+
+    monkeypatch.setattr(stage, "new_state", new)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "make_train_step", killed)
+        with pytest.raises(KilledError):
+            train(run)
+    assert len(made) == 1
+    train(run)
+    assert len(made) == 1
+    assert run.workdir.find(run.recipe(recipes.train)) is not None
+
+
 def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: dict[str, tuple[Any, ...]] = {}
     results: dict[str, Any] = {}
@@ -80,7 +117,7 @@ def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.
 
         return call
 
-    for name in ("create_state", "make_train_step", "fit"):
+    for name in ("new_state", "make_train_step", "training_loop"):
         monkeypatch.setattr(stage, name, watched(name, getattr(stage, name)))
     monkeypatch.setattr(OptimizerConfig, "build", watched("build", OptimizerConfig.build))
     monkeypatch.setattr(Run, "training_stream", watched("training_stream", Run.training_stream))
@@ -94,16 +131,17 @@ def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.
     model = calls["make_train_step"][0]
     assert model == run.model
     assert calls["build"] == (experiment.optimizer, experiment.training.steps)
-    assert calls["create_state"][1:3] == (results["build"], experiment.seed)
+    mesh = experiment.mesh.build()
+    assert calls["new_state"][1:] == (results["build"], experiment.seed, mesh)
     assert calls["make_train_step"][1:] == (results["build"], training.loss_chunk)
-    label, config, _, step, _, start, *_ = calls["fit"]
-    assert (label, config, start) == ("train ra_cm3", training, StreamState())
-    assert step == results["make_train_step"]
+    label, config, new, step, _, _, on_mesh = calls["training_loop"]
+    assert (label, config, on_mesh) == ("train ra_cm3", training, mesh)
+    assert (new, step) == (results["new_state"], results["make_train_step"])
     assert results["training_stream"].seed == experiment.seed
 
     made = run.artifact(recipes.train)
     assert sorted(path.name for path in (made.folder / "checkpoints").iterdir()) == ["5", "6"]
-    state = results["fit"]
+    state = results["training_loop"]
     assert made.manifest["counts"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert jax.tree.structure(run.params) == jax.tree.structure(state.params)
     for one, other in zip(jax.tree.leaves(run.params), jax.tree.leaves(state.params), strict=True):
@@ -115,6 +153,6 @@ def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.
     kernel = sharded["params"]["blocks"]["mlp_in"]["kernel"]
     assert (kernel.shape, kernel.sharding.shard_shape(kernel.shape)) == ((2, 32, 64), (2, 16, 32))
 
-    del calls["fit"]
+    del calls["training_loop"]
     train(run)
-    assert "fit" not in calls  # that is done
+    assert "training_loop" not in calls  # that is done

@@ -14,7 +14,7 @@ from rac3.devices.mesh import MeshConfig
 from rac3.model.transformer import TransformerConfig
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.optimizer import OptimizerConfig
-from rac3.training.state import TrainState, create_state
+from rac3.training.state import TrainState, new_state
 
 MESHES = {
     "one": (MeshConfig(), 1),
@@ -49,9 +49,9 @@ def abstract_state(**fields) -> TrainState:
 
 
 @cache
-def new_state(mesh: str = "one", seed: int = 0) -> TrainState:
+def state_on(mesh: str = "one", seed: int = 0) -> TrainState:
     config, devices = MESHES[mesh]
-    return create_state(initializer(), OPTIMIZER, seed, config, config.build(jax.devices()[:devices]))
+    return new_state(initializer(), OPTIMIZER, seed, config.build(jax.devices()[:devices])).create()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     checkpoints = Checkpoints(folder, keep=2)
     for step in (3, 5, 7):
-        state = jax.tree.map(lambda x, step=step: x + jnp.asarray(step, x.dtype), new_state("many"))
+        state = jax.tree.map(lambda x, step=step: x + jnp.asarray(step, x.dtype), state_on("many"))
         checkpoints.save(step, state, [step, 1])
     checkpoints.close()
     return folder, state
@@ -76,7 +76,7 @@ def assert_equal(one, other) -> None:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_newest_state_comes_back_on_any_mesh(saved, mesh):
     folder, state = saved
-    like = new_state(mesh, seed=1)
+    like = state_on(mesh, seed=1)
     checkpoints = Checkpoints(folder)
     restored, position = checkpoints.restore(like)
     checkpoints.close()
@@ -90,7 +90,7 @@ def test_the_newest_state_comes_back_on_any_mesh(saved, mesh):
 def test_the_newest_parameters_alone(saved):
     folder, state = saved
     checkpoints = Checkpoints(folder)
-    params = checkpoints.restore_params(new_state("other", seed=1).params)
+    params = checkpoints.restore_params(state_on("other", seed=1).params)
     checkpoints.close()
     assert_equal(params, state.params)
 

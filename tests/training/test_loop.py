@@ -1,6 +1,7 @@
 """The loop: a run that is stopped and goes on ends as one that was not."""
 
 import dataclasses
+import gc
 import json
 import struct
 import types
@@ -17,18 +18,18 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rac3.batches.packing import PackedBatch
 from rac3.config import InputError
-from rac3.devices.mesh import MeshConfig, use_mesh
+from rac3.devices.mesh import MeshConfig
 from rac3.model.transformer import TransformerConfig
 from rac3.training import loop
 from rac3.training.checkpoint import Checkpoints
-from rac3.training.loop import TrainingConfig, fit, put
+from rac3.training.loop import TrainingConfig, put, training_loop
 from rac3.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from rac3.training.optimizer import OptimizerConfig
-from rac3.training.state import TrainState, create_state
+from rac3.training.state import NewState, TrainState, new_state
 from rac3.training.step import make_train_step
 
 MODEL = TransformerConfig(num_layers=1, embed=16, num_heads=2, mlp=16, dtype="float32").build(128, 16, 4)
-MESH = MeshConfig(fsdp=2, tensor=2)
+MESH = MeshConfig(fsdp=2, tensor=2).build()
 CONFIG = TrainingConfig(steps=13, checkpoint_every=4, log_every=3)
 LOGGED = [3, 4, 6, 8, 9, 12, 13]
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2).build(CONFIG.steps)
@@ -54,7 +55,8 @@ class Stream:
 
     def __call__(self, position: Sequence[int]) -> Iterator[tuple[PackedBatch, Sequence[int]]]:
         self.starts.append(list(position))
-        place = position[0] * 5 + position[1]
+        row, column = position or (0, 0)
+        place = row * 5 + column
         while place != self.stop:
             place += 1
             yield batch_at(place - 1), list(divmod(place, 5))
@@ -67,22 +69,24 @@ def step():
 
 
 @cache
-def initial() -> tuple[TrainState, TrainState]:
-    """The state that every run here starts from, in host memory as steps donate theirs, and its shardings."""
-    mesh = MESH.build()
+def initial() -> NewState:
+    """The state that every run here starts from. It is kept in host memory, as steps donate theirs."""
 
     def init(key: jax.Array):
         ids = jnp.zeros((1, 2), jnp.int32)
         return MODEL.init(key, ids, ids, ids, ids)
 
-    with use_mesh(MESH, mesh):
-        state = create_state(init, OPTIMIZER, 0, MESH, mesh)
-    return jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state)
+    new = new_state(init, OPTIMIZER, 0, MESH)
+    with MESH.use():
+        values = jax.device_get(new.create())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, new.abstract)
+    return NewState(new.abstract, lambda: jax.device_put(values, shardings))
 
 
-def run(folder: Path, step, stream: loop.Stream, config: TrainingConfig = CONFIG) -> TrainState:
-    state = jax.device_put(*initial())
-    return fit("train", config, state, step, stream, [0, 0], folder, MESH, MESH.build())
+def run(
+    folder: Path, step, stream: loop.Stream, config: TrainingConfig = CONFIG, new: NewState | None = None
+) -> TrainState:
+    return training_loop("train", config, new or initial(), step, stream, folder, MESH)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +95,9 @@ def uninterrupted(step, tmp_path_factory: pytest.TempPathFactory) -> tuple[Train
     return run(folder, step, Stream()), read_metrics(folder)
 
 
-@pytest.mark.parametrize(("stop", "start"), [(9, [1, 3]), (3, [0, 0]), (4, [0, 4])])
+@pytest.mark.parametrize(("stop", "start"), [(9, [1, 3]), (3, []), (4, [0, 4])])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, step, uninterrupted, stop: int, start: list[int]):
-    """Stopped behind a checkpoint, before the first one, and right at one; then run again."""
+    """Stopped after a checkpoint, before the first one, and right at one; then run again."""
     with pytest.raises(StopHereError):
         run(tmp_path, step, Stream(stop))
     again = Stream()
@@ -110,10 +114,37 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, step, uninterrupted, 
         assert all(one[name] == other[name] for name in one.keys() - timings)
 
 
+def no_new_state() -> TrainState:
+    raise AssertionError("a resumed run makes a new state")
+
+
+def live_bytes() -> int:
+    """Of all arrays on the devices of this process."""
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_a_resumed_run_never_makes_a_new_state_and_holds_one(tmp_path: Path, step):
+    with pytest.raises(StopHereError):
+        run(tmp_path, step, Stream(9))
+    held, before = [], live_bytes()
+
+    def watched(state: TrainState, batch: PackedBatch):
+        held.append(live_bytes() - before - sum(leaf.nbytes for leaf in jax.tree.leaves(batch)))
+        return step(state, batch)
+
+    abstract = initial().abstract
+    run(tmp_path, watched, Stream(), new=NewState(abstract, no_new_state))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    until_it_is_saved = held[:4]  # steps 9 to 12; orbax has copies while it writes
+    assert size <= min(until_it_is_saved)
+    assert max(until_it_is_saved) < 1.02 * size  # the rest is metrics
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, step, uninterrupted):
     run(tmp_path, step, Stream())
     again = Stream(stop=0)
-    state = run(tmp_path, step, again)
+    state = run(tmp_path, step, again, new=NewState(initial().abstract, no_new_state))
     assert again.starts == []
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(uninterrupted[0]), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -157,9 +188,9 @@ def test_steps_run_on_the_mesh(tmp_path: Path, step):
 
 
 def test_a_step_takes_over_the_memory_of_its_state(step):
-    state, mesh = jax.device_put(*initial()), MESH.build()
-    with use_mesh(MESH, mesh):
-        step(state, put(batch_at(0), MESH, mesh))
+    state = initial().create()
+    with MESH.use():
+        step(state, put(batch_at(0), MESH))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
@@ -243,10 +274,9 @@ def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_put_cuts_the_rows_over_data_and_fsdp():
-    mesh = MESH.build()
-    batch = put(batch_at(0), MESH, mesh)
-    expected = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def test_put_shards_the_rows_over_data_and_fsdp():
+    batch = put(batch_at(0), MESH)
+    expected = NamedSharding(MESH.jax_mesh, PartitionSpec(("data", "fsdp")))
     for field, whole in zip(jax.tree.leaves(batch), jax.tree.leaves(batch_at(0)), strict=True):
         assert field.sharding.is_equivalent_to(expected, 2)
         np.testing.assert_array_equal(field, whole)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from rac3.devices.mesh import MeshConfig
-from rac3.training.state import TrainState, apply_gradients, create_state
+from rac3.training.state import TrainState, apply_gradients, new_state
 
 
 def test_parameters_are_drawn_from_the_seed():
@@ -15,7 +15,7 @@ def test_parameters_are_drawn_from_the_seed():
 
     mesh = MeshConfig().build()
     for seed in (0, 7):
-        state = create_state(init, optax.adam(0.1), seed, MeshConfig(), mesh)
+        state = new_state(init, optax.adam(0.1), seed, mesh).create()
         np.testing.assert_array_equal(state.params["kernel"], jax.random.normal(jax.random.key(seed), (3, 2)))
 
 

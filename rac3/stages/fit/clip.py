@@ -1,4 +1,4 @@
-"""Fit CLIP on the captioned images of the training and memory documents."""
+"""Fit CLIP on the captioned images of some documents."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,21 +13,27 @@ from jaxtyping import Array, PyTree
 from rac3.clip.checkpoint import TOKENIZER, ClipCheckpoint
 from rac3.clip.contrastive import contrastive_loss, crop_images, crop_texts
 from rac3.clip.encoder import ClipText
+from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.images import ClipImages
 from rac3.clip.model import CLIP, CLIPConfig
 from rac3.config import InputError
+from rac3.devices.mesh import DeviceMesh
 from rac3.documents.document import Document
-from rac3.experiment import Experiment
-from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, one_each
+from rac3.model.losses import Metrics
+from rac3.stages.fit.encoder import FitTask, adam, fit_encoder, one_each
 from rac3.tokens.text import Tokenizer
-from rac3.training.state import TrainState, apply_gradients
-from rac3.training.step import Metrics
+from rac3.training.state import TrainState, apply_gradients, new_state
 
 IMAGES = ClipImages(steps="crop, scale")
 
 
-def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path) -> ClipCheckpoint:
-    """A CLIP that is fitted on `documents`; `folder` keeps the state of an interrupted fitting.
+def fit_clip(
+    config: FrozenCLIP, seed: int, mesh: DeviceMesh, documents: Sequence[Document], folder: Path
+) -> ClipCheckpoint:
+    """A CLIP that is fitted on the documents with text and an image: their whole text, and their first image.
+
+    Args:
+      folder: keeps the checkpoints, from which a killed fit resumes.
 
     Raises:
       InputError: no document has both text and an image.
@@ -35,17 +41,17 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
     pairs = [document for document in documents if document.text and document.images]
     if not pairs:
         raise InputError("no training document has both text and an image; CLIP is fitted on such pairs")
-    if experiment.clip.tokenizer.checkpoint is None:
-        experiment.clip.tokenizer.fit((document.text for document in pairs), folder / TOKENIZER)
-    tokenizer = experiment.clip.tokenizer.load(folder / TOKENIZER)
-    config = clip_config(experiment, tokenizer)
-    model = CLIP(config)
+    if config.tokenizer.checkpoint is None:
+        config.tokenizer.fit((document.text for document in pairs), folder / TOKENIZER)
+    tokenizer = config.tokenizer.load(folder / TOKENIZER)
+    architecture = clip_config(config, tokenizer)
+    model = CLIP(architecture)
     apply: Any = model.apply  # flax types its result by what is mutable
-    size = config.vision_config.image_size
+    size = architecture.vision_config.image_size
     images = np.stack([IMAGES.square(document.images[0].pixels(), size) for document in pairs])
-    ids, mask = ClipText.fitted(tokenizer, config.text_config)([document.text for document in pairs])
+    ids, mask = ClipText.fitted(tokenizer, architecture.text_config)([document.text for document in pairs])
     mean, deviation = np.array(IMAGES.mean) * 255, np.array(IMAGES.std) * 255
-    optimizer = adam(experiment.clip.fit, experiment.clip.fit.steps)
+    optimizer = adam(config.fit, config.fit.steps)
 
     def pixels_of(raw: Array) -> Array:
         return (raw.astype(jnp.float32) - mean) / deviation
@@ -56,27 +62,27 @@ def fit_clip(experiment: Experiment, documents: Sequence[Document], folder: Path
 
     def step(state: TrainState, batch: tuple[Array, Array, Array], _: None) -> tuple[TrainState, Metrics]:
         ids, mask, pixels = batch
-        text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(experiment.seed), state.step))
-        ids, mask = crop_texts(text_key, ids, mask, experiment.clip.text_crop)
-        pixels = crop_images(image_key, pixels_of(pixels), experiment.clip.image_crop)
+        text_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        ids, mask = crop_texts(text_key, ids, mask, config.text_crop)
+        pixels = crop_images(image_key, pixels_of(pixels), config.image_crop)
 
-        def objective(params: PyTree) -> tuple[Array, dict[str, Array]]:
+        def loss_of(params: PyTree) -> tuple[Array, dict[str, Array]]:
             text, image, scale = apply({"params": params}, ids, mask, pixels)
             same = jnp.all(ids[:, None] == ids[None], axis=-1)
-            return contrastive_loss(text, image, scale, same, experiment.clip.max_logit_scale)
+            return contrastive_loss(text, image, scale, same, config.max_logit_scale)
 
-        (_, values), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (_, values), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         return apply_gradients(state, gradients, optimizer), one_each(values)
 
     def batch(rows: np.ndarray) -> PyTree:
         return ids[rows], mask[rows], images[rows]
 
-    fitting = Fitting("fit CLIP", init, optimizer, step, len(pairs), batch)
-    state = fit_encoder(experiment, experiment.clip.fit, fitting, folder)
-    return ClipCheckpoint(config, jax.device_get(state.params), tokenizer, IMAGES)
+    task = FitTask("fit CLIP", new_state(init, optimizer, seed, mesh), step, len(pairs), batch)
+    state = fit_encoder(config.fit, task, seed, mesh, folder)
+    return ClipCheckpoint(architecture, jax.device_get(state.params), tokenizer, IMAGES)
 
 
-def clip_config(experiment: Experiment, tokenizer: Tokenizer) -> CLIPConfig:
-    """The CLIP of the experiment with the vocabulary of its tokenizer: its ids, then `<bos>` and `<eos>`."""
-    text = replace(experiment.clip.model.text_config, vocab_size=tokenizer.size + 2, eos_token_id=tokenizer.size + 1)
-    return replace(experiment.clip.model, text_config=text)
+def clip_config(config: FrozenCLIP, tokenizer: Tokenizer) -> CLIPConfig:
+    """The CLIP of the config, with the vocabulary of its tokenizer: its ids, then `<bos>` and `<eos>`."""
+    text = replace(config.model.text_config, vocab_size=tokenizer.size + 2, eos_token_id=tokenizer.size + 1)
+    return replace(config.model, text_config=text)

@@ -1,4 +1,4 @@
-"""What fitting the encoders here has in common: the documents, the optimizer, and a run of the training loop."""
+"""What fitting an encoder takes, whichever it is: an optimizer, random rows for each step, and the training loop."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,51 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
-from rac3.config import InputError
-from rac3.devices.mesh import use_mesh
-from rac3.documents.document import Document, Reject
-from rac3.execution.progress import progress
-from rac3.experiment import Experiment, Split
-from rac3.training.loop import TrainingConfig, fit
+from rac3.devices.mesh import DeviceMesh
+from rac3.model.losses import Metrics
+from rac3.training.loop import TrainingConfig, training_loop
 from rac3.training.optimizer import OptimizerConfig
-from rac3.training.state import TrainState, create_state
-from rac3.training.step import Metrics
+from rac3.training.state import NewState, TrainState
 from rac3.weights.fitting import FitConfig
-
-
-def fitting_documents(experiment: Experiment, limit: int) -> list[Document]:
-    """At most `limit` documents of `Data.fit_on` that pass the filter, evenly from all shards."""
-    return read_documents(experiment, experiment.data.fit_on, limit)
-
-
-def read_documents(experiment: Experiment, splits: Sequence[Split], limit: int) -> list[Document]:
-    """At most `limit` documents of the splits' sources that pass the filter, evenly from all shards.
-
-    Raises:
-      InputError: there are none.
-    """
-    sources = {**experiment.data.memory, **experiment.data.sources()}
-    data_dir = Path(experiment.data_dir)
-    shards = [(split, shard) for split in splits for shard in sources[split].shards(data_dir)]
-    share = -(-limit // len(shards))
-    documents: list[Document] = []
-    for split, shard in progress(shards, f"read {' and '.join(splits)} documents", len(shards), "shards"):
-        taken = 0
-        for item in sources[split].read(data_dir, shard):
-            if isinstance(item, Reject) or experiment.filter.reason(item.metadata):
-                continue
-            documents.append(item)
-            taken += 1
-            if taken == share:
-                break
-    if not documents:
-        raise InputError(
-            f"the source of {' and '.join(splits)} gives no documents that pass the filter; check data_dir and filter"
-        )
-    return documents[:limit]
 
 
 def adam(config: FitConfig, steps: int) -> optax.GradientTransformation:
@@ -63,56 +26,52 @@ def adam(config: FitConfig, steps: int) -> optax.GradientTransformation:
 
 
 def one_each(values: dict[str, Array]) -> Metrics:
+    """Means over a batch as metrics of one count each, so that all batches weigh the same."""
     return {name: (value, jnp.ones(())) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """What an encoder's fitting is made of.
+class FitTask:
+    """What is fitted, and on what.
 
     Attributes:
       label: names the run in its progress lines.
-      init: random key -> parameters.
+      new: the state that it starts from; parameters without logical axes are whole on each device.
       step: (state, batch, `frozen`) -> (next state, metrics), to be compiled.
-      items: rows of the data.
-      batch: rows -> what `step` takes of them.
-      start: completes a new state, which has no `extra` yet, on its mesh.
+      items: the number of rows of the data.
+      batch: row numbers -> what `step` takes of those rows.
       frozen: arrays that steps read and checkpoints don't hold.
     """
 
     label: str
-    init: Callable[[Array], PyTree]
-    optimizer: optax.GradientTransformation
+    new: NewState
     step: Callable[[TrainState, Any, PyTree], tuple[TrainState, Metrics]]
     items: int
-    batch: Callable[[np.ndarray], PyTree]
-    start: Callable[[TrainState, Mesh], TrainState] = lambda state, mesh: state
+    batch: Callable[[Int[np.ndarray, " rows"]], PyTree]
     frozen: PyTree = None
 
 
-def fit_encoder(experiment: Experiment, config: FitConfig, fitting: Fitting, folder: Path) -> TrainState:
-    """Fits with the training loop, the batch cut over the `data` and `fsdp` axes of the experiment's mesh and the
-    parameters whole on each device. The rows of a step are a function of (seed, step); a process reads its share of
-    them, so that a step sees the same rows however many processes there are."""
-    mesh = experiment.mesh.build()
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-config.batch // parts) * parts
+def fit_encoder(config: FitConfig, task: FitTask, seed: int, mesh: DeviceMesh, folder: Path) -> TrainState:
+    """Runs the training loop over random rows; `folder` keeps the checkpoints, from which a killed fit resumes.
+
+    The rows of a step are a function of (seed, step), and each process reads its share of them: a step sees the same
+    rows however many processes there are.
+    """
+    shards = mesh.num_shards("batch")
+    size = -(-config.batch // shards) * shards
 
     def stream(position: Sequence[int]) -> Iterator[tuple[PyTree, Sequence[int]]]:
-        number = position[0]
+        (number,) = position or (0,)
         while True:
-            rows = np.random.default_rng([experiment.seed, number]).integers(fitting.items, size=size)
+            rows = np.random.default_rng([seed, number]).integers(task.items, size=size)
             number += 1
-            yield fitting.batch(np.split(rows, jax.process_count())[jax.process_index()]), [number]
+            yield task.batch(np.split(rows, jax.process_count())[jax.process_index()]), [number]
 
-    with use_mesh(experiment.mesh, mesh):
-        state = create_state(fitting.init, fitting.optimizer, experiment.seed, experiment.mesh, mesh)
-        state = fitting.start(state, mesh)
-        frozen = jax.device_put(fitting.frozen, state.step.sharding)
-    compiled = jax.jit(fitting.step, donate_argnums=0)
+    frozen = jax.device_put(task.frozen, mesh.sharding())
+    compiled = jax.jit(task.step, donate_argnums=0)
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         return compiled(state, batch, frozen)
 
     training = TrainingConfig(steps=config.steps, checkpoint_every=max(50, config.steps // 5), log_every=20, keep=1)
-    return fit(fitting.label, training, state, step, stream, [0], folder, experiment.mesh, mesh)
+    return training_loop(task.label, training, task.new, step, stream, folder, mesh)

@@ -1,4 +1,4 @@
-"""Fit the VQGAN on the images of the training and memory documents."""
+"""Fit the VQGAN on the images of some documents."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree, UInt8
 
+from rac3.devices.mesh import DeviceMesh
 from rac3.documents.document import Document, prepare_image
-from rac3.experiment import Experiment
-from rac3.stages.fit.encoder import Fitting, adam, fit_encoder, one_each
-from rac3.training.state import TrainState, apply_gradients, create_state
-from rac3.training.step import Metrics
+from rac3.model.losses import Metrics
+from rac3.stages.fit.encoder import FitTask, adam, fit_encoder, one_each
+from rac3.training.state import NewState, TrainState, apply_gradients, new_state
 from rac3.vqgan.discriminator import Discriminator, discriminator_loss, generator_loss
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN, Images, Params, preprocess
@@ -34,52 +33,83 @@ from rac3.vqgan.perceptual import LPIPS, load_lpips
 
 @no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind
 class VQGANExtra(flax.struct.PyTreeNode):
-    """What fitting carries beside the generator's parameters and optimizer; None for what is switched off."""
+    """What a fit carries besides the generator's parameters and optimizer state; None for what is switched off."""
 
     codebook: CodebookState
     average: Params | None  # of the generator's parameters
     discriminator: TrainState | None  # whose `step` counts its own updates
 
 
-def fit_vqgan(experiment: Experiment, documents: Sequence[Document], folder: Path) -> Params:
-    """The fitted parameters, averaged if `ema_decay` says so; checkpoints of the run are below `folder` while it lasts.
+def fit_vqgan(config: FrozenVQGAN, seed: int, mesh: DeviceMesh, documents: Sequence[Document], folder: Path) -> Params:
+    """The parameters of a VQGAN that is fitted on all images of the documents; averages if `ema_decay` says so.
+
+    Args:
+      folder: keeps the checkpoints, from which a killed fit resumes.
 
     Raises:
       InputError: the weights of the perceptual loss can't be read.
     """
-    state = fit_encoder(experiment, experiment.vqgan.fit, vqgan_fitting(experiment, documents), folder)
+    state = fit_encoder(config.fit, vqgan_task(config, seed, mesh, documents), seed, mesh, folder)
     params = state.params if state.extra.average is None else state.extra.average
     return jax.device_get(with_codebook(params, state.extra.codebook))
 
 
-def vqgan_fitting(experiment: Experiment, documents: Sequence[Document]) -> Fitting:
-    config = experiment.vqgan
-    objective = config.objective
-    perceptual = load_lpips(objective.perceptual.weights) if objective.perceptual.weights else None
-    model, optimizer = VQGAN(config.model), adam(config.fit, config.fit.steps)
-    adversary = open_adversary(config) if objective.adversarial.weight else None
+def vqgan_task(config: FrozenVQGAN, seed: int, mesh: DeviceMesh, documents: Sequence[Document]) -> FitTask:
+    """The fit of a VQGAN, with its discriminator if the objective has one; a row is an image."""
+    weights = config.objective.perceptual.weights
+    perceptual = load_lpips(weights) if weights else None
+    optimizer, adversary = adam(config.fit, config.fit.steps), open_adversary(config)
     images = np.stack(
         [prepare_image(image.pixels(), config.model.resolution) for document in documents for image in document.images]
     )
 
-    def init(key: Array) -> PyTree:
-        return model.init(key, preprocess(images[:1]))["params"]
-
-    def start(state: TrainState, mesh: Mesh) -> TrainState:
-        rng = np.random.default_rng([experiment.seed, 1])
-        some = preprocess(images[rng.integers(len(images), size=4 * config.fit.batch)])
-        first = jax.jit(init_codebook_from_batch, static_argnums=0)
-        codebook = first(model, state.params, some, jax.random.key(experiment.seed))
-        codebook = jax.device_put(codebook, state.step.sharding)
-        average = jax.tree.map(jnp.copy, state.params) if objective.ema_decay else None
-        discriminator = None if adversary is None else adversary.create(experiment, mesh)
-        return state.replace(extra=VQGANExtra(codebook, average, discriminator))
-
     def batch(rows: np.ndarray) -> PyTree:
         return images[rows]
 
-    step = make_step(experiment, model, optimizer, adversary)
-    return Fitting("fit VQGAN", init, optimizer, step, len(images), batch, start, perceptual)
+    new = new_vqgan_state(config, seed, mesh, images, optimizer, adversary)
+    step = make_step(config, seed, optimizer, adversary)
+    return FitTask("fit VQGAN", new, step, len(images), batch, perceptual)
+
+
+def new_vqgan_state(
+    config: FrozenVQGAN,
+    seed: int,
+    mesh: DeviceMesh,
+    images: UInt8[np.ndarray, "images height width 3"],
+    optimizer: optax.GradientTransformation,
+    adversary: "Adversary | None",
+) -> NewState:
+    """New parameters with a codebook of vectors of some of the images, and, if they are switched on, the average of the
+    parameters and the discriminator."""
+    model = VQGAN(config.model)
+
+    def init(key: Array) -> PyTree:
+        return model.init(key, preprocess(images[:1]))["params"]
+
+    def codebook_of(params: Params) -> CodebookState:
+        rng = np.random.default_rng([seed, 1])
+        some = preprocess(images[rng.integers(len(images), size=4 * config.fit.batch)])
+        return jax.jit(init_codebook_from_batch, static_argnums=0)(model, params, some, jax.random.key(seed))
+
+    generator = new_state(init, optimizer, seed, mesh)
+    discriminator = None if adversary is None else adversary.new_state(config.model.resolution, seed, mesh)
+    averages = config.objective.ema_decay > 0
+    abstract = VQGANExtra(
+        mesh.abstract(jax.eval_shape(codebook_of, generator.abstract.params)),
+        generator.abstract.params if averages else None,
+        None if discriminator is None else discriminator.abstract,
+    )
+
+    def create() -> TrainState:
+        state = generator.create()
+        extra = VQGANExtra(
+            jax.device_put(codebook_of(state.params), mesh.sharding()),
+            jax.tree.map(jnp.copy, state.params) if averages else None,
+            None if discriminator is None else discriminator.create(),
+        )
+        return state.replace(extra=extra)
+
+    return NewState(generator.abstract.replace(extra=abstract), create)
 
 
 @dataclass(frozen=True)
@@ -89,13 +119,11 @@ class Adversary:
     model: Discriminator
     optimizer: optax.GradientTransformation
 
-    def create(self, experiment: Experiment, mesh: Mesh) -> TrainState:
-        size = experiment.vqgan.model.resolution
-
+    def new_state(self, resolution: int, seed: int, mesh: DeviceMesh) -> NewState:
         def init(key: Array) -> PyTree:
-            return self.model.init(key, jnp.zeros((1, size, size, 3)))["params"]
+            return self.model.init(key, jnp.zeros((1, resolution, resolution, 3)))["params"]
 
-        return create_state(init, self.optimizer, experiment.seed, experiment.mesh, mesh)
+        return new_state(init, self.optimizer, seed, mesh)
 
     def judge(self, params: Params, images: Images) -> Array:
         apply: Any = self.model.apply  # flax types its result by what is mutable
@@ -120,20 +148,23 @@ class Adversary:
         return jax.lax.cond(active, learn, lambda: (state, jnp.zeros(())))
 
 
-def open_adversary(config: FrozenVQGAN) -> Adversary:
+def open_adversary(config: FrozenVQGAN) -> Adversary | None:
+    """None if the objective has no adversarial loss."""
     adversarial = config.objective.adversarial
+    if not adversarial.weight:
+        return None
     return Adversary(Discriminator(adversarial), adam(config.fit, config.fit.steps - adversarial.start))
 
 
 def make_step(
-    experiment: Experiment, model: VQGAN, optimizer: optax.GradientTransformation, adversary: Adversary | None
+    config: FrozenVQGAN, seed: int, optimizer: optax.GradientTransformation, adversary: Adversary | None
 ) -> Callable[[TrainState, UInt8[Array, "batch height width 3"], LPIPS | None], tuple[TrainState, Metrics]]:
     """One step of both players. Each answers to the other as it was before the step: the discriminator learns from the
     reconstructions that the generator's loss was computed on, so that there is no second forward pass."""
-    objective = experiment.vqgan.objective
+    model, objective = VQGAN(config.model), config.objective
 
     def step(state: TrainState, pixels: Array, perceptual: LPIPS | None) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         images, extra = preprocess(pixels), state.extra
         active = state.step >= objective.adversarial.start
         opposing = None if adversary is None else partial(adversary.generator_loss, extra.discriminator, active)

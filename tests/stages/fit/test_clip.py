@@ -21,18 +21,20 @@ import tiny_config
 
 from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.contrastive import contrastive_loss
+from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError
+from rac3.devices.mesh import DeviceMesh, MeshConfig
 from rac3.documents.document import Document, Image, Text
-from rac3.experiment import Experiment
-from rac3.stages.fit import clip as fit_clip
-from rac3.stages.fit import encoder as fitting
+from rac3.stages.fit import clip as clip_module
+from rac3.stages.fit import encoder as encoder_module
+from rac3.stages.fit.clip import fit_clip
+from rac3.stages.fit.encoder import FitTask
 from rac3.tokens.text import TextTokenizer
 from rac3.training.state import TrainState
 from rac3.weights.fitting import FitConfig
 
 ROWS = 16
-EXPERIMENT = tiny_config.get_config()
-EXPERIMENT = replace(EXPERIMENT, clip=replace(EXPERIMENT.clip, fit=FitConfig(steps=7, batch=ROWS)))
+CONFIG = replace(tiny_config.get_config().clip, fit=FitConfig(steps=7, batch=ROWS))
 WORDS = ("red", "blue", "green", "old", "small")
 
 
@@ -74,18 +76,18 @@ class Fitted:
 def one_step(folder: Path) -> Fitted:
     """One step of the real `fit_clip` on all devices, without augmentation, by plain descent at rate 1."""
     seen: dict[str, Any] = {}
-    clip = replace(EXPERIMENT.clip, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
+    config = replace(CONFIG, text_crop=0.0, image_crop=1.0, fit=FitConfig(steps=1, batch=ROWS))
 
-    def watched(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
-        seen["step"] = given.step
-        seen["before"] = jax.device_get(jax.jit(given.init)(jax.random.key(experiment.seed)))
-        seen["batch"] = given.batch(np.random.default_rng([experiment.seed, 0]).integers(given.items, size=ROWS))
-        return fitting.fit_encoder(experiment, config, given, folder)
+    def watched(config: FitConfig, task: FitTask, seed: int, mesh: DeviceMesh, folder: Path) -> TrainState:
+        seen["step"] = task.step
+        seen["before"] = jax.device_get(task.new.create().params)
+        seen["batch"] = task.batch(np.random.default_rng([seed, 0]).integers(task.items, size=ROWS))
+        return encoder_module.fit_encoder(config, task, seed, mesh, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_clip, "adam", lambda config, steps: optax.sgd(1.0))
-        patch.setattr(fit_clip, "fit_encoder", watched)
-        checkpoint = fit_clip.fit_clip(replace(EXPERIMENT, clip=clip), documents(), folder)
+        patch.setattr(clip_module, "adam", lambda config, steps: optax.sgd(1.0))
+        patch.setattr(clip_module, "fit_encoder", watched)
+        checkpoint = fit_clip(config, 0, MeshConfig().build(), documents(), folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return Fitted(**seen, after=checkpoint.params, loss=json.loads(lines[-1])["loss"])
 
@@ -103,24 +105,25 @@ def close(one: Any, other: Any) -> bool:
 
 
 def prepared(
-    experiment: Experiment, given: list[Document], params: Any, folder: Path
-) -> tuple[fitting.Fitting, ClipCheckpoint]:
+    config: FrozenCLIP, given: list[Document], params: Any, folder: Path, seed: int = 0
+) -> tuple[FitTask, ClipCheckpoint]:
     """What `fit_clip` hands to the training loop, and the checkpoint that it makes of `params`; nothing is fitted."""
-    handed = []
+    handed, mesh = [], MeshConfig().build()
 
-    def skipped(experiment: Experiment, config: FitConfig, given: fitting.Fitting, folder: Path) -> TrainState:
-        assert config == experiment.clip.fit != experiment.vqgan.fit
-        handed.append(given)
+    def skipped(fit: FitConfig, task: FitTask, *rest: Any) -> TrainState:
+        assert fit == config.fit != FitConfig()
+        assert rest == (seed, mesh, folder)
+        handed.append(task)
         return TrainState(np.zeros((), np.int32), params, ())
 
-    def adam(config: FitConfig, steps: int) -> optax.GradientTransformation:
-        assert (config, steps) == (experiment.clip.fit, experiment.clip.fit.steps)
-        return fitting.adam(config, steps)
+    def adam(fit: FitConfig, steps: int) -> optax.GradientTransformation:
+        assert (fit, steps) == (config.fit, config.fit.steps)
+        return encoder_module.adam(fit, steps)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_clip, "fit_encoder", skipped)
-        patch.setattr(fit_clip, "adam", adam)
-        checkpoint = fit_clip.fit_clip(experiment, given, folder)
+        patch.setattr(clip_module, "fit_encoder", skipped)
+        patch.setattr(clip_module, "adam", adam)
+        checkpoint = fit_clip(config, seed, mesh, given, folder)
     return handed[0], checkpoint
 
 
@@ -128,8 +131,8 @@ def test_the_loss_sees_the_vectors_that_the_encoder_gives_later(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Row by row: the caption of a document with its own image, as `MixedEncoder` reads both from the artifact."""
-    clip = replace(EXPERIMENT.clip, text_crop=0.0, image_crop=1.0, max_logit_scale=7.0)
-    handed, checkpoint = prepared(replace(EXPERIMENT, clip=clip), documents(), fitted.before, tmp_path)
+    config = replace(CONFIG, text_crop=0.0, image_crop=1.0, max_logit_scale=7.0)
+    handed, checkpoint = prepared(config, documents(), fitted.before, tmp_path)
     text = checkpoint.config.text_config
     assert (text.vocab_size, text.eos_token_id) == (checkpoint.tokenizer.size + 2, checkpoint.tokenizer.size + 1)
 
@@ -138,8 +141,8 @@ def test_the_loss_sees_the_vectors_that_the_encoder_gives_later(
         given = {"text": text, "image": image, "scale": scale, "same": same, "max_scale": jnp.float32(max_scale)}
         return value, metrics | given
 
-    monkeypatch.setattr(fit_clip, "contrastive_loss", loss)
-    state = TrainState(np.zeros((), np.int32), fitted.before, handed.optimizer.init(fitted.before))
+    monkeypatch.setattr(clip_module, "contrastive_loss", loss)
+    state = handed.new.create().replace(params=fitted.before)
     _, metrics = jax.jit(handed.step)(state, handed.batch(np.arange(ROWS)), None)
     seen = {name: np.asarray(value) for name, (value, _) in metrics.items()}
 
@@ -171,12 +174,12 @@ def test_each_step_draws_its_own_crops_as_the_config_says(
         calls.append(("image", tuple(jax.random.key_data(key).tolist()), smallest))
         raise SeenEnoughError
 
-    monkeypatch.setattr(fit_clip, "crop_texts", texts)
-    monkeypatch.setattr(fit_clip, "crop_images", images)
-    experiment = replace(EXPERIMENT, clip=replace(EXPERIMENT.clip, text_crop=0.25, image_crop=0.5))
+    monkeypatch.setattr(clip_module, "crop_texts", texts)
+    monkeypatch.setattr(clip_module, "crop_images", images)
+    config = replace(CONFIG, text_crop=0.25, image_crop=0.5)
     batch = jax.tree.map(jnp.asarray, fitted.batch)
     for seed, number in ((0, 0), (0, 1), (1, 0), (0, 1)):
-        handed, _ = prepared(replace(experiment, seed=seed), documents(), fitted.before, tmp_path)
+        handed, _ = prepared(config, documents(), fitted.before, tmp_path, seed)
         with pytest.raises(SeenEnoughError):
             handed.step(TrainState(jnp.int32(number), fitted.before, ()), batch, None)
     assert [(name, share) for name, _, share in calls] == [("text", 0.25), ("image", 0.5)] * 4
@@ -185,18 +188,26 @@ def test_each_step_draws_its_own_crops_as_the_config_says(
     assert keys[2:4] == keys[6:8]  # a function of seed and step
 
 
+def test_each_seed_begins_with_its_own_parameters(fitted: Fitted, tmp_path: Path):
+    for seed, same in ((0, True), (1, False)):
+        handed, _ = prepared(CONFIG, documents(), fitted.before, tmp_path, seed)
+        params = jax.tree.leaves(handed.new.create().params)
+        pairs = zip(params, jax.tree.leaves(fitted.before), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs) is same
+
+
 def test_it_is_fitted_on_documents_with_text_and_image(fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, fit, captions = documents(), TextTokenizer.fit, []
     text, image = (replace(whole[0], segments=whole[0].segments[part : part + 1]) for part in (0, 1))
     with pytest.raises(InputError, match="no training document has both text and an image"):
-        fit_clip.fit_clip(EXPERIMENT, [text, image], tmp_path)
+        fit_clip(CONFIG, 0, MeshConfig().build(), [text, image], tmp_path)
 
     def recorded(tokenizer: TextTokenizer, texts, folder: Path) -> None:
         captions.extend(texts)
         fit(tokenizer, captions, folder)
 
     monkeypatch.setattr(TextTokenizer, "fit", recorded)
-    handed, _ = prepared(EXPERIMENT, [text, *whole[1:5], image], fitted.before, tmp_path)
+    handed, _ = prepared(CONFIG, [text, *whole[1:5], image], fitted.before, tmp_path)
     assert handed.items == 4
     assert captions == [document.text for document in whole[1:5]]
 

@@ -8,23 +8,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import PIL.Image
 import pytest
 from jaxtyping import PyTree
 
 from rac3 import recipes
 from rac3.config import InputError
-from rac3.devices.mesh import use_mesh
+from rac3.devices.mesh import DeviceMesh, MeshConfig
 from rac3.documents.document import Document, Image
 from rac3.documents.world import World
 from rac3.experiment import Data, Experiment
-from rac3.stages.fit.encoder import Fitting, adam
-from rac3.stages.fit.vqgan import fit_vqgan, make_step, vqgan_fitting
+from rac3.model.losses import Metrics
+from rac3.stages.fit.encoder import FitTask, adam
+from rac3.stages.fit.vqgan import fit_vqgan, make_step, vqgan_task
 from rac3.training.checkpoint import Checkpoints
 from rac3.training.loop import put
 from rac3.training.metrics import read_metrics
-from rac3.training.state import TrainState, create_state
-from rac3.training.step import Metrics
+from rac3.training.state import TrainState
 from rac3.vqgan.discriminator import AdversarialConfig, Discriminator
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN, VQGANConfig
@@ -42,7 +43,6 @@ TOKENIZER = FrozenVQGAN(
     objective=VQGANObjective(ema_decay=0.99, adversarial=ADVERSARIAL),
     fit=FitConfig(steps=4, batch=16, peak_lr=1e-3, b1=0.5, b2=0.9),
 )
-EXPERIMENT = Experiment(name="fit", data=Data(World("train")), vqgan=TOKENIZER)
 STEPS = 4
 CHANNELS = (2, 2, 4, 4, 4)  # in the place of VGG16's
 
@@ -60,25 +60,24 @@ def documents() -> list[Document]:
 
 
 class Run:
-    """The steps of an experiment one by one, on some of the devices; compiled once, as `fit_vqgan` compiles them."""
+    """The steps of a fit one by one, on some of the devices; compiled once, as `fit_vqgan` compiles them."""
 
     def __init__(self, documents: list[Document], devices: int) -> None:
-        self.fitting = vqgan_fitting(EXPERIMENT, documents)
-        self.config, self.mesh = EXPERIMENT.mesh, EXPERIMENT.mesh.build(jax.devices()[:devices])
-        self.step = jax.jit(self.fitting.step, donate_argnums=0)
+        self.mesh = MeshConfig().build(jax.devices()[:devices])
+        self.task = vqgan_task(TOKENIZER, 0, self.mesh, documents)
+        self.step = jax.jit(self.task.step, donate_argnums=0)
         self.copy = jax.jit(partial(jax.tree.map, jnp.copy))
-        with use_mesh(self.config, self.mesh):
-            state = create_state(self.fitting.init, self.fitting.optimizer, EXPERIMENT.seed, self.config, self.mesh)
-            self.first: TrainState = self.fitting.start(state, self.mesh)
+        with self.mesh.use():
+            self.first: TrainState = self.task.new.create()
 
     def go(self, state: TrainState, steps: int) -> list[tuple[TrainState, Metrics]]:
         """What comes after each step."""
         out = []
-        with use_mesh(self.config, self.mesh):
+        with self.mesh.use():
             for _ in range(steps):
                 rows = np.random.default_rng(int(state.step)).integers(24, size=16)
-                batch = put(self.fitting.batch(rows), self.config, self.mesh)
-                state, metrics = self.step(self.copy(state), batch, self.fitting.frozen)
+                batch = put(self.task.batch(rows), self.mesh)
+                state, metrics = self.step(self.copy(state), batch, self.task.frozen)
                 out.append((state, {name: (float(a), float(b)) for name, (a, b) in metrics.items()}))
         return out
 
@@ -121,7 +120,7 @@ def test_the_players_meet_at_the_start_step(run: Run, whole):
 def test_the_discriminator_tells_pictures_from_their_reconstructions(run: Run, whole):
     """The third step, whose update of the discriminator is the first with a learning rate: hinge losses by hand."""
     (before, _), (after, metrics) = jax.device_get(whole[1:3])
-    real = jnp.asarray(run.fitting.batch(np.random.default_rng(2).integers(24, size=16)) / np.float32(127.5) - 1)
+    real = jnp.asarray(run.task.batch(np.random.default_rng(2).integers(24, size=16)) / np.float32(127.5) - 1)
     variables = {"params": with_codebook(before.params, before.extra.codebook)}
     fake = jax.jit(lambda variables: VQGAN(MODEL).apply(variables, real, train=True).reconstruction)(variables)
 
@@ -153,7 +152,7 @@ def test_the_average_follows_the_parameters_after_each_step(run: Run, whole):
 
 def test_the_codebook_follows_the_encoder(run: Run, whole):
     (before, _), (after, _) = jax.device_get(whole[:2])
-    real = jnp.asarray(run.fitting.batch(np.random.default_rng(1).integers(24, size=16)) / np.float32(127.5) - 1)
+    real = jnp.asarray(run.task.batch(np.random.default_rng(1).integers(24, size=16)) / np.float32(127.5) - 1)
     latents = jax.jit(partial(VQGAN(MODEL).apply, method="latents"))({"params": before.params}, real)
     vectors, codebook = np.asarray(latents).reshape(-1, 4), before.extra.codebook
     codes = np.argmin(np.sum((vectors[:, None] - codebook.embedding) ** 2, axis=-1), axis=1)
@@ -168,16 +167,21 @@ def test_a_codebook_begins_with_images_that_the_seed_draws(documents, run: Run, 
         return CodebookState(images[:, 0, 0], jax.random.key_data(key).astype(jnp.float32), images[:1])
 
     monkeypatch.setattr("rac3.stages.fit.vqgan.init_codebook_from_batch", seen)
-    plain = replace(EXPERIMENT, vqgan=replace(TOKENIZER, objective=VQGANObjective()))
-    begun = [
-        vqgan_fitting(replace(plain, seed=seed), documents).start(run.first, run.mesh).extra.codebook
-        for seed in (0, 1, 0)
-    ]
+    plain = replace(TOKENIZER, objective=VQGANObjective())
+    begun = [vqgan_task(plain, seed, run.mesh, documents).new.create().extra.codebook for seed in (0, 1, 0)]
     assert all(each.embedding.shape == (64, 3) for each in begun)  # four batches
     for name in ("embedding", "cluster_size"):
         one, other, again = (np.asarray(getattr(each, name)) for each in begun)
         np.testing.assert_array_equal(one, again)
         assert not np.array_equal(one, other)
+
+
+def test_each_seed_begins_with_its_own_players(documents, run: Run):
+    first, other = (vqgan_task(TOKENIZER, seed, run.mesh, documents).new.create() for seed in (0, 1))
+    assert_trees_equal(first, run.first)
+    for one, another in ((first, other), (first.extra.discriminator, other.extra.discriminator)):
+        pairs = zip(jax.tree.leaves(one.params), jax.tree.leaves(another.params), strict=True)
+        assert any(not np.array_equal(a, b) for a, b in pairs)
 
 
 def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -193,7 +197,7 @@ def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("rac3.stages.fit.vqgan.vqgan_step", step)
     for seed, number in ((0, 0), (0, 1), (1, 0), (0, 1)):
-        made = make_step(replace(EXPERIMENT, seed=seed), VQGAN(MODEL), run.fitting.optimizer, None)
+        made = make_step(TOKENIZER, seed, optax.sgd(1.0), None)
         with pytest.raises(SeenEnoughError):
             made(run.first.replace(step=jnp.int32(number)), jnp.full((2, 8, 8, 3), 50, jnp.uint8), None)
     assert len(set(seen)) == 3
@@ -203,27 +207,29 @@ def test_each_step_has_its_own_key(run: Run, monkeypatch: pytest.MonkeyPatch):
 def test_it_is_fitted_as_its_own_settings_say(documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
 
-    def skipped(experiment: Experiment, config: FitConfig, fitting: Fitting, folder: Path) -> TrainState:
-        seen.append(config)
+    def skipped(config: FitConfig, task: FitTask, seed: int, mesh: DeviceMesh, folder: Path) -> TrainState:
+        seen.append((config, seed, mesh, folder))
         raise InputError("enough")
 
     def recorded(config: FitConfig, steps: int):
         seen.append((config, steps))
         return adam(config, steps)
 
+    mesh = MeshConfig().build()
     monkeypatch.setattr("rac3.stages.fit.vqgan.fit_encoder", skipped)
     monkeypatch.setattr("rac3.stages.fit.vqgan.adam", recorded)
     with pytest.raises(InputError, match="enough"):
-        fit_vqgan(EXPERIMENT, documents[:1], tmp_path)
-    assert seen == [(TOKENIZER.fit, 4), (TOKENIZER.fit, 3), TOKENIZER.fit]  # generator, discriminator from step 1, loop
+        fit_vqgan(TOKENIZER, 5, mesh, documents[:1], tmp_path)
+    # generator, discriminator from step 1, loop
+    assert seen == [(TOKENIZER.fit, 4), (TOKENIZER.fit, 3), (TOKENIZER.fit, 5, mesh, tmp_path)]
 
 
 def test_every_image_of_a_document_is_a_row(documents):
     two = replace(documents[0], segments=documents[0].segments + documents[1].segments)
-    fitting = vqgan_fitting(EXPERIMENT, [two, documents[2]])
-    assert fitting.items == 3
+    task = vqgan_task(TOKENIZER, 0, MeshConfig().build(), [two, documents[2]])
+    assert task.items == 3
     for row, document in enumerate(documents[:3]):
-        np.testing.assert_array_equal(fitting.batch(np.array([row]))[0], document.images[0].pixels())
+        np.testing.assert_array_equal(task.batch(np.array([row]))[0], document.images[0].pixels())
 
 
 def test_many_devices_as_one(documents, whole):
@@ -239,12 +245,33 @@ def test_many_devices_as_one(documents, whole):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
+def test_a_new_state_is_as_its_abstract_form_says(run: Run):
+    new, abstract = run.first, run.task.new.abstract
+    assert jax.tree.structure(new) == jax.tree.structure(abstract)
+    for (path, leaf), like in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(abstract), strict=True):
+        assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype), jax.tree_util.keystr(path)
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+
+
+def test_a_resumed_fit_makes_no_new_state(run: Run, documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_new_state() -> TrainState:
+        raise AssertionError("a resumed fit makes a new state")
+
+    def task(*given) -> FitTask:
+        made = vqgan_task(*given)
+        return replace(made, new=replace(made.new, create=no_new_state))
+
+    fitted = fit_vqgan(TOKENIZER, 0, run.mesh, documents, tmp_path)
+    monkeypatch.setattr("rac3.stages.fit.vqgan.vqgan_task", task)
+    assert_trees_equal(fit_vqgan(TOKENIZER, 0, run.mesh, documents, tmp_path), fitted)
+
+
 def test_a_restored_run_goes_on_bit_for_bit(run: Run, whole, tmp_path: Path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, whole[1][0], [2])
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
-    restored = checkpoints.restore(run.first)
+    restored = checkpoints.restore(run.task.new.abstract)
     checkpoints.close()
     assert restored is not None
     resumed = run.go(restored[0], STEPS - 2)
@@ -253,11 +280,11 @@ def test_a_restored_run_goes_on_bit_for_bit(run: Run, whole, tmp_path: Path):
 
 
 def test_the_average_and_the_codebook_are_kept(run: Run, documents, tmp_path: Path):
-    fitted = fit_vqgan(EXPERIMENT, documents, tmp_path)
+    fitted = fit_vqgan(TOKENIZER, 0, MeshConfig().build(), documents, tmp_path)
     (line,) = read_metrics(tmp_path)
     assert {"discriminator_loss", "generator_loss", "adaptive_weight", "psnr", "loss"} <= line.keys()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    restored = checkpoints.restore(run.first)
+    restored = checkpoints.restore(run.task.new.abstract)
     checkpoints.close()
     assert restored is not None
     state = restored[0]
@@ -283,7 +310,7 @@ def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path, 
     objective = VQGANObjective(perceptual=PerceptualConfig((str(file),)))
     fit = FitConfig(steps=1, batch=8)
     tokenizer = FrozenVQGAN(model=replace(MODEL, resolution=16), objective=objective, fit=fit)
-    experiment = replace(EXPERIMENT, vqgan=tokenizer)
+    experiment = Experiment(name="fit", data=Data(World("train")), vqgan=tokenizer)
     with pytest.raises(InputError, match=r"perceptual\.weights.*weights\.pth' do not exist"):
         recipes.vqgan(experiment)
 
@@ -291,7 +318,7 @@ def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path, 
     before = recipes.vqgan(experiment).fingerprint
     torch.save(weights, file)
     assert recipes.vqgan(experiment).fingerprint != before
-    fit_vqgan(experiment, documents, tmp_path / "run")
+    fit_vqgan(tokenizer, 0, MeshConfig().build(), documents, tmp_path / "run")
     (line,) = read_metrics(tmp_path / "run")
     assert line["perceptual"] > 0
     assert line["loss"] > 2 * line["l1"] + 4 * line["mse"] + line["perceptual"]  # and what is of the latents
