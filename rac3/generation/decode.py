@@ -1,8 +1,7 @@
-"""Cached decoding: prefill the prompts, then one id at a time, within what the grammar allows.
+"""Decoding with a KV cache: prefill the prompts, then draw one id at a time under a grammar.
 
-What is generated is a whole text or image, from its first id on. The grammar of the two tasks is small. An image is
-exactly its grid: `count` ids of the image range. A caption is text ids up to `count`, or until `<eoi>`. So a grammar is
-a set of allowed ids, a stop id and a count, whatever is generated.
+The output is a whole text or image, from its first id on. An image is exactly its grid: `count` image ids. A caption is
+text ids until `<eoi>`, at most `count`. For either task, a grammar is a set of allowed ids, a stop id and a count.
 """
 
 from collections.abc import Sequence
@@ -24,12 +23,12 @@ from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """What may be generated.
+    """Which ids an output may have, and how it ends.
 
     Attributes:
-      allowed: True at ids that may follow.
-      count: how many ids at most; exactly this many where there is no stop id.
-      stop: the id that ends a row, -1 if none does.
+      allowed: True at the ids that may be drawn.
+      count: the largest number of ids; without a stop id, the exact number.
+      stop: the id that ends the output; -1 is none.
     """
 
     allowed: Bool[np.ndarray, " vocab"]
@@ -44,16 +43,18 @@ def image_grammar(vocabulary: Vocabulary, tokens_per_image: int) -> Grammar:
 
 
 def caption_grammar(vocabulary: Vocabulary, max_tokens: int) -> Grammar:
-    """Text until `<eoi>`."""
+    """Text until `<eoi>`, at most `max_tokens` ids."""
     allowed = vocabulary.is_text(np.arange(vocabulary.padded_size))
     allowed[END_OF_INFILL] = True
     return Grammar(allowed, max_tokens, END_OF_INFILL)
 
 
 class Generated(NamedTuple):
-    """Ids after each prompt (cut at the stop id, which is left out), and the mean log probability of each row's ids.
+    """The output of each row.
 
-    The mean is over the ids and the stop id, in nats per id.
+    Attributes:
+      ids: without the prompt and the stop id.
+      mean_log_prob: of the ids and the stop id, in nats per id; at temperature 1, among the ids that are allowed.
     """
 
     ids: list[Int[np.ndarray, " _"]]
@@ -70,12 +71,15 @@ def generate(
     keys: Key[Array, " rows"],
     batch: int = 64,
 ) -> Generated:
-    """Continues each prompt; `keys` are one per prompt.
+    """Continues each prompt. A row's output is a function of its prompt and key; it does not depend on other rows.
 
-    Prompts are padded to a multiple of 32 and rows to `batch`, so that few shapes compile.
+    Prompts are padded to a multiple of 32 tokens, and rows to a power of two up to `batch`, so that few shapes compile.
+
+    Args:
+      keys: one of each prompt.
 
     Raises:
-      InputError: a prompt that leaves no room for what is to be generated, or a longer text than the model knows.
+      InputError: a prompt leaves no room for the output, or a text is longer than those that the model is trained on.
     """
     longest = max(len(prompt) for prompt in prompts)
     if longest + grammar.count > model.max_positions:
@@ -133,7 +137,7 @@ def _decode(
     allowed: Bool[Array, " vocab"],
     keys: Key[Array, " rows"],
 ) -> tuple[Int[Array, "rows count"], Float[Array, "rows count"]]:
-    """Prefill, then `count` steps. Rows that have stopped go on unseen: the rest of the batch needs the step anyway."""
+    """Prefill, then `count` steps. Rows that have stopped continue unseen: the rest of the batch needs the steps."""
     apply: Any = partial(model.apply, params)  # flax types its result by what is mutable
     rows, width = tokens.shape
     cache = model.empty_cache(rows, width + count)

@@ -1,4 +1,4 @@
-"""A trained model with what it takes to prompt it."""
+"""A trained model that continues prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from rac3.tokens.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Generator:
-    """The model, its parameters, and the tokens it speaks."""
+    """The model, its parameters and its vocabulary; `tokens_per_image` is the number of codes of an image."""
 
     model: Transformer
     params: PyTree

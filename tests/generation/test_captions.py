@@ -12,7 +12,7 @@ from rac3.tokens.html import Segment, Sequenced, encode
 from rac3.tokens.vocabulary import Vocabulary
 
 IMAGES = [np.arange(start, start + 9, dtype=np.int32) for start in (0, 10, 20)]
-MASK = 78  # behind the 8 specials, 40 text ids and 30 codes
+MASK = 78  # after the 8 specials, 40 text ids and 30 codes
 
 
 def document(vocabulary: Vocabulary, size: int) -> Sequenced:

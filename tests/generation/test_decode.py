@@ -164,8 +164,8 @@ def test_a_caption_of_one_id_is_the_best_one(params, prompts, log_probs_of):
     assert any(len(ids) == 1 for ids in out.ids)
 
 
-def test_each_id_is_drawn_with_noise_of_its_own(params, prompts):
-    """A model of zeros gives all 30 codes one probability, whatever came before. Ids of two steps, or of two rows, are
+def test_each_id_is_drawn_with_its_own_noise(params, prompts):
+    """A model of zeros gives all 30 codes the same probability after any prompt. Ids of two steps, or of two rows, are
     then equal 1 time in 30: of 9,216 and 2,295 pairs, within 5 deviations."""
     zeros, grammar = jax.tree.map(np.zeros_like, params), image_grammar(VOCABULARY, IMAGE)
     out = generate(MODEL, zeros, VOCABULARY, [prompts[0]] * 256, grammar, Sampling(), keys(256))
@@ -200,7 +200,7 @@ def test_prompts_are_padded_within_the_positions_of_the_model(params, log_probs_
     assert out.mean_log_prob[0] == pytest.approx(mean, abs=1e-4)
 
 
-def test_a_longer_text_than_the_model_knows_is_refused(params, prompts):
+def test_a_longer_text_than_the_model_is_trained_on_is_refused(params, prompts):
     """Positions inside a text have rows in a table, which a longer text would leave."""
     short = MODEL.clone(max_segment_tokens=9)
     with pytest.raises(InputError, match=r"a text of 10 tokens, given or to generate, exceeds the 9"):
@@ -210,7 +210,7 @@ def test_a_longer_text_than_the_model_knows_is_refused(params, prompts):
         generate(short, params, VOCABULARY, [prompt], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
 
 
-def test_a_text_of_just_what_the_model_knows_is_taken(params, prompts):
+def test_a_text_as_long_as_those_the_model_is_trained_on_is_taken(params, prompts):
     """Of 9 ids in the prompt, for a table of 9 places and that of markup."""
     short = MODEL.clone(max_segment_tokens=9)
     rows = {"params": {**params["params"], "offset_embedding": params["params"]["offset_embedding"][:10]}}
