@@ -28,7 +28,7 @@ def generate_captions(
     Args:
       images: VQGAN codes of each image.
       retrieved: the documents in context for each image.
-      max_tokens: of a caption.
+      max_tokens: of a caption; it also ends where the context does.
 
     Returns:
       the caption of each image, as ids of the text tokenizer.
@@ -40,8 +40,6 @@ def generate_captions(
     prompts = [
         image_to_caption(vocabulary, documents, codes) for documents, codes in zip(retrieved, images, strict=True)
     ]
-    longest = max(len(prompt) for prompt in prompts)
-    count = min(max_tokens, generator.model.max_positions - longest)
-    ids, log_probs = generator.samples(prompts, caption_grammar(vocabulary, max(1, count)), sampling, samples, seed)
+    ids, log_probs = generator.samples(prompts, caption_grammar(vocabulary, max_tokens), sampling, samples, seed)
     best = best_by_perplexity(log_probs)
     return [row[choice] - NUM_SPECIALS for row, choice in zip(ids, best.tolist(), strict=True)]
