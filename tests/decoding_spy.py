@@ -42,8 +42,9 @@ def watch_decoding(monkeypatch: pytest.MonkeyPatch, real: bool = True) -> list[C
         if real:
             out = decode(model, params, vocabulary, prompts, grammar, sampling, keys)
         else:
-            assert max(map(len, prompts)) + grammar.count <= model.max_positions
-            out = made_up(grammar, bits)
+            room = [model.max_positions - len(prompt) for prompt in prompts]
+            assert min(room) >= grammar.shortest
+            out = made_up(grammar, bits, room)
         calls.append(Call([prompt.tolist() for prompt in prompts], grammar, sampling, bits, out))
         return out
 
@@ -51,13 +52,13 @@ def watch_decoding(monkeypatch: pytest.MonkeyPatch, real: bool = True) -> list[C
     return calls
 
 
-def made_up(grammar: Grammar, keys: list[tuple[int, ...]]) -> Generated:
+def made_up(grammar: Grammar, keys: list[tuple[int, ...]], room: list[int]) -> Generated:
     """What the grammar allows, drawn evenly by each row's key: without a model, hence at once."""
     allowed = np.setdiff1d(np.flatnonzero(grammar.allowed), [grammar.stop])
     ids, scores = [], []
-    for key in keys:
+    for key, limit in zip(keys, np.minimum(grammar.count, room).tolist(), strict=True):
         rng = np.random.default_rng(key)
-        count = grammar.count if grammar.stop < 0 else int(rng.integers(1, grammar.count + 1))
+        count = limit if grammar.stop < 0 else int(rng.integers(1, limit + 1))
         ids.append(rng.choice(allowed, count).astype(np.int32))
         scores.append(-rng.random())
     return Generated(ids, np.array(scores, np.float32))

@@ -1,8 +1,8 @@
 """The training batches: a pure function of (seed, position), read through grain.
 
-Documents come in a new order every epoch. The stream of groups is cut into blocks; a block's groups are planned from
-lengths alone (who is retrieved, how long the group is, which row it goes to) and its rows are then read and built in
-parallel, each host its own. The state of the stream is two numbers.
+Documents are shuffled again for each epoch. The stream of groups is split into blocks. A block is planned from lengths
+alone: which documents each group retrieves, how long the group is, and which row it goes to. The rows are then read and
+built in parallel, by each host its share. The state of the stream is two numbers.
 """
 
 from collections.abc import Iterator
@@ -25,17 +25,17 @@ from rac3.documents.store import DocumentStore, Shown
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """What a training batch is made of. Lengths are in tokens.
+    """What a training batch consists of. Lengths are in tokens.
 
     Attributes:
       context_length: the longest group: retrieved documents and main document (paper: 4096).
-      row_length: the length of a packed row; 0 means `context_length`. Longer rows waste less.
-      rows: rows in the global batch.
+      row_length: the length of a packed row; 0 is `context_length`. Longer rows have less padding.
+      rows: rows of the global batch.
       num_retrieved: K is drawn uniformly from these (paper: 0, 1, 2).
-      retrieved: what is put in context of a retrieved document, in training and at inference: all of it, or its images
-        or texts alone (paper, appendix C.3). A document that has none of these is not retrieved.
+      retrieved: which part of a retrieved document is in context, in training and at inference: all of it, or only its
+        images or texts (paper, appendix C.3). A document without such a part is not retrieved.
       retrieved_weight: alpha, the loss weight of retrieved documents (paper, eq. 2-3: 0.1).
-      candidates: the K documents are drawn from this many at the top of the selected neighbors.
+      candidates: the K documents are drawn from the first this many selected neighbors.
       masking: CM3 masking.
       read_threads: threads of the loader on each host.
     """
@@ -76,14 +76,20 @@ class BatchConfig:
 
 
 class StreamState(NamedTuple):
-    """Where the stream stands: the next batch is batch `batch` of block `block`."""
+    """The position of the stream: the next batch is batch `batch` of block `block`."""
 
     block: int = 0
     batch: int = 0
 
 
 class BlockPlan(NamedTuple):
-    """The groups of one block. A group's documents are its neighbors (-1 is none), then its main document."""
+    """The groups of one block. A group's documents are its neighbors (-1 is none), then its main document.
+
+    Attributes:
+      epoch: of each group.
+      main, neighbors: row numbers in the document store.
+      rows: group numbers of each packed row.
+    """
 
     epoch: Int[np.ndarray, " groups"]
     main: Int[np.ndarray, " groups"]
@@ -95,18 +101,18 @@ class BatchStream:
     """An endless stream of `PackedBatch`es, restored exactly from a `StreamState`.
 
     Args:
-      config: the batch.
-      seed: of every draw.
+      config: what a batch consists of.
+      seed: of all draws.
       documents: the training documents.
       neighbors: row numbers in `documents` of each document's neighbors, best first; -1 is none. Query
         `2 * view + part` of a document asks with its text (part 0) or its image (part 1). The neighbors of one block
         are read at a time. None trains without retrieval (K = 0).
-      builder: makes the groups.
-      hosts, host: this host reads its share of each batch's rows.
-      withdrawn: documents that are not trained on.
+      builder: builds the groups.
+      hosts, host: the number of hosts, and which one this is; each reads its share of the rows of a batch.
+      withdrawn: row numbers of documents that are not trained on.
 
     Raises:
-      InputError: no documents, or a document that is longer than the context.
+      InputError: there are no documents, one is longer than the context, or the hosts can't share the rows evenly.
     """
 
     def __init__(
@@ -129,14 +135,14 @@ class BatchStream:
         self.config, self.seed, self.documents, self.neighbors = config, seed, documents, neighbors
         self.builder, self.hosts, self.host = builder, hosts, host
         self._retrieved_lengths = documents.shown_lengths(builder.retrieved)
-        # Whole batches are taken from a block, and the rows behind the last are dropped: of 64 batches or more, so that
-        # it is under 2%. Retrieved documents make groups longer than documents, and the batches more.
+        # Rows after the last whole batch of a block are dropped. Blocks have at least 64 batches, so that these are
+        # under 2%: retrieved documents make groups longer than their main document, and the rows more.
         groups_per_row = -(-config.row // int(documents.lengths.mean()))
         self.block_groups = max(4096, 64 * config.rows * groups_per_row)
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def batches(self, state: StreamState) -> Iterator[tuple[PackedBatch, StreamState]]:
-        """Batches from `state` on, each with the state that comes after it."""
+        """Batches from `state` on, each with the state after it."""
         import grain
 
         local = self.config.rows // self.hosts
@@ -153,7 +159,7 @@ class BatchStream:
             block, first = block + 1, 0
 
     def plan(self, block: int) -> BlockPlan:
-        """Which groups the block holds and how they are packed; reads no documents."""
+        """The groups of a block and how they are packed; reads no documents."""
         number = np.arange(block * self.block_groups, (block + 1) * self.block_groups)
         epoch, place = np.divmod(number, len(self._main))
         main = np.empty_like(number)
@@ -161,7 +167,7 @@ class BatchStream:
             main[epoch == each] = self._order(int(each))[place[epoch == each]]
         neighbors = self._draw_neighbors(epoch, main)
         lengths = self._lengths(epoch, main, neighbors)
-        # A group that is too long loses its least relevant documents first.
+        # A group that is too long drops its least relevant documents first.
         for column in reversed(range(neighbors.shape[1])):
             too_long = lengths.sum(1) > self.config.context_length
             lengths[too_long, column] = 0
@@ -169,10 +175,10 @@ class BatchStream:
         return BlockPlan(epoch, main, neighbors, pack(lengths.sum(1), self.config.row))
 
     def row(self, plan: BlockPlan, number: int) -> PackedBatch:
-        """Row `number` of a block, without its rows axis."""
+        """Row `number` of a block, without the rows axis."""
         groups = []
         for group in plan.rows[number]:
-            slots = np.append(np.arange(1, 1 + plan.neighbors.shape[1]), 0)  # the masking stream of each document
+            slots = np.append(np.arange(1, 1 + plan.neighbors.shape[1]), 0)  # the stream of each document's mask draws
             epoch, main = int(plan.epoch[group]), int(plan.main[group])
             members = np.append(plan.neighbors[group], main)
             kept = members >= 0
@@ -187,7 +193,7 @@ class BatchStream:
         return np.random.default_rng([self.seed, draws.ORDER, epoch]).permutation(self._main)
 
     def _draw_neighbors(self, epoch: np.ndarray, main: np.ndarray) -> Int[np.ndarray, "groups max_k"]:
-        """K, the query (its view and part), and K of its top candidates, kept in their order."""
+        """Draws K, the query (its view and part), and K of its first candidates, which stay in their order."""
         if self.neighbors is None:
             return np.full((len(main), 0), -1, np.int64)
         choices = np.array(self.config.num_retrieved)
@@ -209,7 +215,7 @@ class BatchStream:
         return np.where(np.take_along_axis(taken, first, 1), np.take_along_axis(pool, first, 1), -1)
 
     def _lengths(self, epoch: np.ndarray, main: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
-        """Tokens of each group by document: neighbors, then main; room for the mask spans included."""
+        """Tokens of each document of each group, neighbors first, with room for the mask spans."""
         masking, columns = self.builder.masking, []
         for slot in [*range(1, 1 + neighbors.shape[1]), 0]:
             member = neighbors[:, slot - 1] if slot else main
@@ -221,10 +227,10 @@ class BatchStream:
 
 
 def check_context(config: BatchConfig, longest: int) -> None:
-    """Refuses a context that is too short for one document.
+    """Refuses a context that is too short for the longest document.
 
     Raises:
-      InputError: with the length that is needed.
+      InputError: names the length that is needed.
     """
     needed = longest + (TOKENS_PER_SPAN * config.masking.max_spans if config.masking.preset != "none" else 0)
     if needed > config.context_length:
@@ -235,7 +241,7 @@ def check_context(config: BatchConfig, longest: int) -> None:
 
 
 class _BlockRows:
-    """The rows of one block that this host reads, as a grain source."""
+    """This host's rows of one block, as a grain source."""
 
     def __init__(self, stream: BatchStream, plan: BlockPlan, size: int, local: int) -> None:
         self.stream, self.plan, self.size, self.local = stream, plan, size, local

@@ -1,4 +1,4 @@
-"""Does a generated image show, or a generated caption name, the right entity?"""
+"""Accuracy of entities: whether a generated image shows, or a generated caption names, the right one."""
 
 import re
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from rac3.documents.world import Entity, nearest_entities
 def emblem_accuracy(
     images: UInt8[np.ndarray, "images height width 3"], wanted: Sequence[str], entities: Sequence[Entity]
 ) -> float:
-    """Share of the images of the procedural world whose emblem is nearest, in pixels, to the wanted entity's."""
+    """Share of the images whose emblem is nearest, in pixels, to that of the wanted entity of the procedural world."""
     names, _ = nearest_entities(images, entities)
     return float(np.mean([name == right for name, right in zip(names, wanted, strict=True)]))
 
 
 def name_accuracy(captions: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of the captions that hold the wanted name as whole words, whatever their case."""
+    """Share of the captions that contain the wanted name as whole words, in any case."""
     found = [
         re.search(rf"(?<!\w){re.escape(name.lower())}(?!\w)", caption.lower()) is not None
         for caption, name in zip(captions, wanted, strict=True)

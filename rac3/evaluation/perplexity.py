@@ -1,4 +1,4 @@
-"""Held-out perplexity by modality, with the documents that the prompt retrieves in context."""
+"""Perplexity of held-out documents by modality, with the documents that the prompt retrieves in context."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,12 +17,12 @@ ROWS = 16  # rows of a batch
 
 
 def image_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequenced) -> Group:
-    """Caption to image: the document as it is, behind what its text retrieved."""
+    """Caption to image: the documents that the text retrieved, then the main document as it is."""
     return builder.join([*[_whole(document) for document in retrieved], _whole(main)])
 
 
 def text_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequenced) -> Group:
-    """Image to caption: all text of the document behind a sentinel, after what its image retrieved.
+    """Image to caption: the documents that the image retrieved, then the main document with all its text masked.
 
     main: <img alt=" <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> a red fox <eoi> <eod>
     """
@@ -44,7 +44,13 @@ def perplexity(
     kind: int,
     row_length: int,
 ) -> float | None:
-    """exp of the mean -log p over the targets of one kind (`MAIN_TEXT`, `MAIN_IMAGE`); None if there are none."""
+    """exp of the mean -log p over the targets of one kind; None without such targets.
+
+    Args:
+      cross_entropy: (params, batch) -> -log p of each target in nats.
+      kind: `MAIN_TEXT` or `MAIN_IMAGE`.
+      row_length: tokens of the rows that the groups are packed into.
+    """
     rows = pack(np.array([len(group.tokens) for group in groups], np.int64), row_length)
     total, count = 0.0, 0
     for start in range(0, len(rows), ROWS):

@@ -1,4 +1,4 @@
-"""Retrieval recall: does what comes back show what the query shows?"""
+"""Recall of retrieval: whether the right documents are among the first neighbors."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,8 +9,8 @@ from rac3.clip.encoder import mix
 from rac3.documents.document import Document
 
 KS = (1, 5, 10)
-BLOCK_SCORES = 2**24  # at once: 64 MiB, whatever the number of documents
-TIE = 1e-6  # of vectors of norm 1: what float32 adds up differently from row to row
+BLOCK_SCORES = 2**24  # scores in memory at once: 64 MiB for any number of documents
+TIE = 1e-6  # between scores of vectors of norm 1: float32 sums differ this much from row to row
 
 
 def recall_at(
@@ -19,10 +19,11 @@ def recall_at(
     query_entities: Sequence[str],
     memory_entities: Sequence[str] | Mapping[int, str],
 ) -> float:
-    """Share of the queries with a document of their own entity among the first `k` neighbors (-1 is none).
+    """Share of the queries that have a document of their entity among the first `k` neighbors.
 
     Args:
-      memory_entities: of each document of the memory, or of those among `neighbors`.
+      neighbors: memory ids, best first; -1 is none.
+      memory_entities: by memory id, of all documents or only of those in `neighbors`.
     """
     hits = [
         any(number >= 0 and memory_entities[number] == entity for number in row[:k].tolist())
@@ -38,14 +39,14 @@ def pair_recall(
     texts: Int[np.ndarray, " documents"],
     images: Int[np.ndarray, " documents"],
 ) -> dict[int, float]:
-    """For each k, the share of the queries with a right answer among the `k` of the highest inner product.
+    """For each k, the share of the queries with a right answer among the `k` of highest inner product.
 
-    Row i of `queries` and of `answers` are the two halves of document i, L2 norm 1. Captions repeat, and pictures do:
-    the half of any document with the same text or the same image is right too. A wrong answer that scores as high as
-    the best right one stands before it, so that a model that gives all documents one vector finds nothing.
+    Row i of `queries` and row i of `answers` are the two parts of document i, with L2 norm 1. Captions and pictures
+    repeat, so an answer is right if its document has the text or the image of the query's. A wrong answer that ties
+    with the best right one ranks above it: a model that gives all documents the same vector finds nothing.
 
     Args:
-      texts, images: numbers that are equal where the documents' texts, or images, are.
+      texts, images: numbers that are equal where the texts, or the images, of documents are equal.
     """
     documents = len(queries)
     block = max(1, BLOCK_SCORES // max(1, documents))

@@ -1,4 +1,4 @@
-"""How much of a picture an image tokenizer keeps, and how much of its codebook it uses.
+"""How well an image tokenizer reconstructs pictures, and how much of its codebook it uses.
 
 PSNR = 10 log10(255^2 / MSE)                                              dB, per picture over all its values
 SSIM = mean of (2 a b + c1)(2 cov + c2) / ((a^2 + b^2 + c1)(va + vb + c2))  at most 1 (Wang et al. 2004, eq. 13)
@@ -24,11 +24,12 @@ Pictures = UInt8[np.ndarray, "batch height width channel"]
 
 
 class CodebookUse(NamedTuple):
-    """How codes are spread over a codebook.
+    """How evenly the codes of a codebook are used.
 
     Attributes:
-      used: share of the codebook's codes that occur at least once.
-      perplexity: exp of the entropy of their frequencies, from 1 to the size of the codebook, reached by even use.
+      used: share of the codes that occur at least once.
+      perplexity: exp of the entropy of the codes' frequencies: 1 if one code is all, the codebook's size if all are
+        equally frequent.
     """
 
     used: float
@@ -46,23 +47,24 @@ def psnr(truth: Pictures, pictures: Pictures) -> Float[np.ndarray, " batch"]:
 
 
 def ssim(truth: Pictures, pictures: Pictures) -> Float[np.ndarray, " batch"]:
-    """Structural similarity of each picture: over all places of a Gaussian window, on each channel, averaged.
+    """Structural similarity of each picture: the mean over all places of a Gaussian window and over the channels.
 
-    The window is 11 x 11 pixels with a deviation of 1.5; on pictures with a shorter side, it is cut to that.
+    The window is 11 x 11 pixels with a standard deviation of 1.5; for smaller pictures, it is as large as their shorter
+    side.
     """
     parts = [np.asarray(_ssim(a, b), np.float64) for a, b in _in_parts(truth, pictures)]
     return np.concatenate(parts)
 
 
 def codebook_use(codes: Int[np.ndarray, "*shape"], size: int) -> CodebookUse:
-    """Of the codes of some pictures, all in [0, size)."""
+    """The use of a codebook of `size` codes by some pictures, whose codes lie in [0, size)."""
     share = np.bincount(codes.ravel(), minlength=size) / codes.size
     entropy = -np.sum(share[share > 0] * np.log(share[share > 0]))
     return CodebookUse(float((share > 0).mean()), float(np.exp(entropy)))
 
 
 def _in_parts(a: Pictures, b: Pictures) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-    """Few at a time: as floats, ten thousand pictures would not fit."""
+    """A few pictures at a time: ten thousand do not fit into memory as floats."""
     return [(a[start : start + AT_ONCE], b[start : start + AT_ONCE]) for start in range(0, len(a), AT_ONCE)]
 
 
@@ -72,7 +74,7 @@ def _ssim(a: Array, b: Array) -> Float[Array, " batch"]:
     rows, columns = (_blur(size, window) for size in a.shape[1:3])
 
     def mean(x: Array) -> Array:
-        """Under the window at every place where it fits; two narrow products, since the Gaussian separates."""
+        """The weighted mean under the window at every place; the Gaussian is separable, so by rows, then columns."""
         once = jnp.einsum("ih,bhwc->biwc", rows, x, precision="highest")
         return jnp.einsum("jw,biwc->bijc", columns, once, precision="highest")
 
@@ -86,7 +88,7 @@ def _ssim(a: Array, b: Array) -> Float[Array, " batch"]:
 
 @functools.cache
 def _blur(size: int, window: int) -> np.ndarray:
-    """Row i holds the weights of the window that begins at pixel i."""
+    """The window as a matrix: row i has its weights where it begins at pixel i."""
     weights = np.exp(-0.5 * ((np.arange(window) - (window - 1) / 2) / SIGMA) ** 2)
     matrix = np.zeros((size - window + 1, size), np.float32)
     for place in range(len(matrix)):
@@ -95,7 +97,7 @@ def _blur(size: int, window: int) -> np.ndarray:
 
 
 def reconstruction_metrics(codec: ImageTokenizer, images: Sequence[Picture]) -> dict[str, float]:
-    """Means of PSNR (dB, at most 60) and SSIM over the images; the share and the perplexity of the codes in use."""
+    """Mean PSNR (dB; a picture counts at most 60) and SSIM over the images, and the use of the codebook."""
     truth = np.stack([prepare_image(pixels_of(image), codec.resolution) for image in images])
     codes = codec.encode(images)
     pictures = codec.decode(codes)

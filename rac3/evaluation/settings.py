@@ -1,4 +1,4 @@
-"""What is evaluated, and how much of it."""
+"""The settings of an evaluation."""
 
 from dataclasses import dataclass, field
 
@@ -11,13 +11,13 @@ class EvaluationConfig:
     """Evaluation on the validation and test splits.
 
     Attributes:
-      num_retrieved: documents in context where the retriever is on; perplexity is given at 0 to this many.
-      documents: at most this many of each split.
-      image_samples: images per caption, of which CLIP keeps the best (paper, section 4.2: 10).
-      caption_samples: captions per image, of which the lowest perplexity is kept (paper: 32).
+      num_retrieved: documents in context for a model that retrieves; perplexity is measured with 0 to this many.
+      documents: the largest number of documents of each split.
+      image_samples: images per caption, of which the one with the best CLIP score is kept (paper, section 4.2: 10).
+      caption_samples: captions per image, of which the one with the lowest perplexity is kept (paper: 32).
       image_sampling, caption_sampling: how ids are drawn.
-      max_caption_tokens: longest caption.
-      control: also evaluate the model with the `random` retriever in place of its own.
+      max_caption_tokens: tokens of the longest caption.
+      control: also evaluate the model with the `random` retriever instead of its own.
     """
 
     num_retrieved: int = 2

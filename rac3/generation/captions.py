@@ -1,4 +1,4 @@
-"""Image to caption (paper, section 4.2): N samples, the one of lowest perplexity is kept."""
+"""Image to caption (paper, section 4.2): of several samples, the one with the lowest perplexity."""
 
 from collections.abc import Sequence
 
@@ -23,13 +23,23 @@ def generate_captions(
     max_tokens: int,
     seed: int,
 ) -> list[Int[np.ndarray, " _"]]:
-    """Text ids of the best of `samples` captions for each image (as VQGAN codes), behind what it retrieved."""
+    """For each image, the best of `samples` captions, given the documents that the image retrieved.
+
+    Args:
+      images: VQGAN codes of each image.
+      retrieved: the documents in context for each image.
+      max_tokens: of a caption; it also ends where the context does.
+
+    Returns:
+      the caption of each image, as ids of the text tokenizer.
+
+    Raises:
+      InputError: a prompt that leaves no room for a caption.
+    """
     vocabulary = generator.vocabulary
     prompts = [
         image_to_caption(vocabulary, documents, codes) for documents, codes in zip(retrieved, images, strict=True)
     ]
-    longest = max(len(prompt) for prompt in prompts)
-    count = min(max_tokens, generator.model.max_positions - longest)
-    ids, log_probs = generator.samples(prompts, caption_grammar(vocabulary, max(1, count)), sampling, samples, seed)
+    ids, log_probs = generator.samples(prompts, caption_grammar(vocabulary, max_tokens), sampling, samples, seed)
     best = best_by_perplexity(log_probs)
     return [row[choice] - NUM_SPECIALS for row, choice in zip(ids, best.tolist(), strict=True)]

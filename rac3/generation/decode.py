@@ -1,8 +1,8 @@
-"""Cached decoding: prefill the prompts, then one id at a time, within what the grammar allows.
+"""Decoding with a KV cache: prefill the prompts, then draw one id at a time under a grammar.
 
-What is generated is a whole text or image, from its first id on. The grammar of the two tasks is small. An image is
-exactly its grid: `count` ids of the image range. A caption is text ids up to `count`, or until `<eoi>`. So a grammar is
-a set of allowed ids, a stop id and a count, whatever is generated.
+The output is a whole text or image, from its first id on. An image is exactly its grid: `count` image ids. A caption is
+text ids until `<eoi>`, at most `count` of them, and ends where the context does. For either task, a grammar is a set of
+allowed ids, a stop id and a count.
 """
 
 from collections.abc import Sequence
@@ -24,17 +24,22 @@ from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """What may be generated.
+    """Which ids an output may have, and how it ends.
 
     Attributes:
-      allowed: True at ids that may follow.
-      count: how many ids at most; exactly this many where there is no stop id.
-      stop: the id that ends a row, -1 if none does.
+      allowed: True at the ids that may be drawn.
+      count: the largest number of ids; without a stop id, the exact number.
+      stop: the id that ends the output; -1 is none.
     """
 
     allowed: Bool[np.ndarray, " vocab"]
     count: int
     stop: int
+
+    @property
+    def shortest(self) -> int:
+        """The number of ids of the shortest output, which must fit into the context."""
+        return self.count if self.stop < 0 else 1
 
 
 def image_grammar(vocabulary: Vocabulary, tokens_per_image: int) -> Grammar:
@@ -44,16 +49,18 @@ def image_grammar(vocabulary: Vocabulary, tokens_per_image: int) -> Grammar:
 
 
 def caption_grammar(vocabulary: Vocabulary, max_tokens: int) -> Grammar:
-    """Text until `<eoi>`."""
+    """Text until `<eoi>`, at most `max_tokens` ids."""
     allowed = vocabulary.is_text(np.arange(vocabulary.padded_size))
     allowed[END_OF_INFILL] = True
     return Grammar(allowed, max_tokens, END_OF_INFILL)
 
 
 class Generated(NamedTuple):
-    """Ids after each prompt (cut at the stop id, which is left out), and the mean log probability of each row's ids.
+    """The output of each row.
 
-    The mean is over the ids and the stop id, in nats per id.
+    Attributes:
+      ids: without the prompt and the stop id.
+      mean_log_prob: of the ids and the stop id, in nats per id; at temperature 1, among the ids that are allowed.
     """
 
     ids: list[Int[np.ndarray, " _"]]
@@ -70,26 +77,30 @@ def generate(
     keys: Key[Array, " rows"],
     batch: int = 64,
 ) -> Generated:
-    """Continues each prompt; `keys` are one per prompt.
+    """Continues each prompt. A row's output is a function of its prompt and key; it does not depend on other rows.
 
-    Prompts are padded to a multiple of 32 and rows to `batch`, so that few shapes compile.
+    Prompts are padded to a multiple of 32 tokens, and rows to a power of two up to `batch`, so that few shapes compile.
+
+    Args:
+      keys: one of each prompt.
 
     Raises:
-      InputError: a prompt that leaves no room for what is to be generated, or a longer text than the model knows.
+      InputError: a prompt leaves no room for the output, or a text is longer than those that the model is trained on.
     """
     longest = max(len(prompt) for prompt in prompts)
-    if longest + grammar.count > model.max_positions:
+    if longest + grammar.shortest > model.max_positions:
         raise InputError(
-            f"a prompt of {longest} tokens and {grammar.count} to generate exceed the {model.max_positions} positions "
-            "of the model; use fewer retrieved documents or a shorter prompt"
+            f"a prompt of {longest} tokens and {grammar.shortest} to generate exceed the {model.max_positions} "
+            "positions of the model; use fewer retrieved documents or a shorter prompt"
         )
-    segment = max(grammar.count, *(int(segment_offsets(vocabulary, prompt).max()) for prompt in prompts))
+    limits = [min(grammar.count, model.max_positions - len(prompt)) for prompt in prompts]
+    segment = max(*limits, *(int(segment_offsets(vocabulary, prompt).max()) for prompt in prompts))
     if segment > model.max_segment_tokens:
         raise InputError(
             f"a text of {segment} tokens, given or to generate, exceeds the {model.max_segment_tokens} that the model "
             "was trained for (max_text_tokens); use a shorter one"
         )
-    width = min(-(-longest // 32) * 32, model.max_positions - grammar.count)
+    width = min(-(-longest // 32) * 32, model.max_positions)
     allowed = jnp.asarray(grammar.allowed)
     rows: list[np.ndarray] = []
     scores = []
@@ -99,14 +110,14 @@ def generate(
         chunk_keys = keys[start : start + len(chunk)]
         tokens, offsets, lengths = _pad([chunk[i] for i in filled], width, vocabulary)
         ids, log_probs = _decode(
-            model, sampling, grammar.count, params, tokens, offsets, lengths, allowed, chunk_keys[filled]
+            model, sampling, max(limits), params, tokens, offsets, lengths, allowed, chunk_keys[filled]
         )
         ids, log_probs = np.asarray(ids)[: len(chunk)], np.asarray(log_probs)[: len(chunk)]
-        for row, log_prob in zip(ids, log_probs, strict=True):
-            stops = np.flatnonzero(row == grammar.stop)
-            end = int(stops[0]) if len(stops) else grammar.count
+        for row, log_prob, limit in zip(ids, log_probs, limits[start : start + batch], strict=True):
+            stops = np.flatnonzero(row[:limit] == grammar.stop)
+            end = int(stops[0]) if len(stops) else limit
             rows.append(row[:end])
-            scores.append(log_prob[: end + 1].mean())
+            scores.append(log_prob[: min(end + 1, limit)].mean())
     return Generated(rows, np.array(scores, np.float32))
 
 
@@ -133,10 +144,10 @@ def _decode(
     allowed: Bool[Array, " vocab"],
     keys: Key[Array, " rows"],
 ) -> tuple[Int[Array, "rows count"], Float[Array, "rows count"]]:
-    """Prefill, then `count` steps. Rows that have stopped go on unseen: the rest of the batch needs the step anyway."""
+    """Prefill, then `count` steps. Rows that have stopped continue unseen: the rest of the batch needs the steps."""
     apply: Any = partial(model.apply, params)  # flax types its result by what is mutable
     rows, width = tokens.shape
-    cache = model.empty_cache(rows, width + count)
+    cache = model.empty_cache(rows, min(width + count, model.max_positions))
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
     hidden, cache = apply(tokens, positions, offsets, None, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -148,7 +159,9 @@ def _decode(
     def advance(carry: tuple[Array, PyTree], step: Array) -> tuple[tuple[Array, PyTree], tuple[Array, Array]]:
         hidden, cache = carry
         ids, log_prob = draw(hidden, step)
-        hidden, cache = apply(ids[:, None], (lengths + step)[:, None], jnp.full((rows, 1), step + 1), None, cache)
+        # Rows at the end of the context have ended; they stay at its last position while others continue.
+        positions = jnp.minimum(lengths + step, model.max_positions - 1)[:, None]
+        hidden, cache = apply(ids[:, None], positions, jnp.full((rows, 1), step + 1), None, cache)
         return (hidden[:, 0], cache), (ids, log_prob)
 
     (last, _), (ids, log_probs) = jax.lax.scan(advance, (last, cache), jnp.arange(count - 1))

@@ -1,4 +1,4 @@
-"""Caption to image (paper, section 4.2): N samples, each exactly one image."""
+"""Caption to image (paper, section 4.2)."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,11 @@ def generate_images(
     samples: int,
     seed: int,
 ) -> Int[np.ndarray, "prompts samples tokens"]:
-    """VQGAN codes of `samples` images for each caption (as text ids), behind the documents retrieved for it.
+    """VQGAN codes of `samples` images for each caption, given the documents that the caption retrieved.
+
+    Args:
+      captions: ids of the text tokenizer.
+      retrieved: the documents in context for each caption.
 
     Raises:
       InputError: an empty caption, or a prompt that leaves no room for the image.

@@ -1,4 +1,4 @@
-"""What stands before the ids that are generated: retrieved documents, then the main document as far as it is given.
+"""Prompts: retrieved documents, then the given part of the main document.
 
     caption to image: <eod> m1 <eod> m2 <eod> <img alt=" a red fox " src="
     image to caption: <eod> m1 <eod> m2 <eod> <img alt=" <mask:0> " src=" I0 I1 I2 I3 "> <mask:0>
@@ -19,7 +19,7 @@ from rac3.tokens.vocabulary import EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, Voca
 def caption_to_image(
     vocabulary: Vocabulary, retrieved: Sequence[Sequenced], text_ids: Sequence[int] | Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " seq"]:
-    """The prompt that an image follows.
+    """The prompt whose continuation is an image.
 
     Raises:
       InputError: the caption is empty.
@@ -33,7 +33,7 @@ def caption_to_image(
 def image_to_caption(
     vocabulary: Vocabulary, retrieved: Sequence[Sequenced], codes: Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " seq"]:
-    """The prompt that a caption follows."""
+    """The prompt whose continuation is a caption."""
     mask = [vocabulary.mask(0)]
     return _join(retrieved, [[IMAGE_ALT], mask, [IMAGE_SOURCE], vocabulary.from_image(codes), [IMAGE_END], mask])
 

@@ -1,4 +1,4 @@
-"""How the next id is drawn from the scores."""
+"""Sampling: how the next id is drawn from the logits."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from rac3.config import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature, then nucleus (arXiv 1904.09751).
+    """Temperature, then nucleus sampling (arXiv 1904.09751).
 
     Attributes:
-      temperature: 0 takes the best id.
-      top_p: the smallest set of ids with at least this much probability stays; 1 keeps all.
+      temperature: of the softmax; 0 takes the most probable id.
+      top_p: draw from the smallest set of ids whose probabilities sum to at least this; 1 keeps all ids.
     """
 
     temperature: float = 1.0
@@ -37,7 +37,7 @@ def sample(
     """An id for each row, and its log probability among the allowed ids at temperature 1, in nats.
 
     Args:
-      keys: one per row, so that a row's draw does not depend on the batch it is in.
+      keys: one per row, so that a row's draw does not depend on the rest of the batch.
     """
     logits = jnp.where(allowed, logits, -jnp.inf)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
@@ -52,7 +52,7 @@ def sample(
 
 
 def _nucleus(probs: Float[Array, "batch vocab"], top_p: float) -> Bool[Array, "batch vocab"]:
-    """The most probable ids, up to and with the one that brings their sum to `top_p`."""
+    """The most probable ids, up to and including the one that brings their sum to `top_p`."""
     order = jnp.sort(probs, axis=-1, descending=True)
     before = jnp.cumsum(order, axis=-1) - order
     least = jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Causal attention inside packed segments, and over a key-value cache while decoding."""
+"""Causal attention within packed segments, and over a KV cache while decoding."""
 
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ Dtype = jnp.dtype | str
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the positions decoded so far; a token at position p lives in slot p.
+    """Keys and values of the positions decoded so far; those of position p are in slot p.
 
-    Right-padded prompts leave garbage in the slots behind their end. It is never seen: a query at position p attends
-    to slots up to p, and each is overwritten before the position is reached.
+    Right-padded prompts leave garbage in the slots after their end. It is never seen: a query at position p attends to
+    slots 0 to p, and each of these is overwritten before decoding reaches its position.
     """
 
     keys: Float[Array, "*layers batch slots heads head_dim"]
@@ -24,7 +24,7 @@ class KVCache(NamedTuple):
 
 
 def packed_mask(segments: Int[Array, "batch seq"]) -> Bool[Array, "batch 1 seq seq"]:
-    """Who sees whom in a packed row: earlier tokens of the same group. Padding (segment 0) sees padding only.
+    """Which tokens a token of a packed row attends to: itself and earlier ones of its group. Padding is segment 0.
 
     segments 1 1 1 2 2 0      x . . . . .
                               x x . . . .
@@ -54,8 +54,8 @@ def attend(
 class SelfAttention(nn.Module):
     """Multi-head self-attention with biases, as in OPT.
 
-    Without a cache, tokens attend inside their segment. With a cache, they are written to the slots of their
-    positions and attend to all slots up to their own.
+    With a cache, keys and values are written to the slots of their positions, and queries attend to the whole cache
+    under `mask`. The cache that is returned holds them.
     """
 
     num_heads: int

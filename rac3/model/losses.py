@@ -47,7 +47,7 @@ def cross_entropy(
 def token_cross_entropy(
     model: Transformer, params: PyTree, batch: PackedBatch, chunk: int = 512
 ) -> Float[Array, "rows seq"]:
-    """-log p(target) in nats for each token of a batch; padding has one too, which means nothing."""
+    """-log p(target) in nats for each token of a batch. Values at padding have no meaning."""
     apply: Any = model.apply  # flax types its result by what is mutable
     hidden, _ = apply(params, batch.tokens, batch.positions, batch.offsets, batch.segments)
     targets = jnp.asarray(batch.targets)
@@ -60,7 +60,7 @@ def cm3_loss(
     """L_main + alpha L_retr (paper, eq. 2-3) in nats per unit of loss weight, and the loss by kind of target.
 
     Returns:
-      the loss; and metrics: `loss`, `loss/KIND` of each of `KIND_NAMES` (unweighted), and `tokens` that are no padding.
+      the loss, and metrics: `loss`; `loss/KIND`, unweighted, for each of `KIND_NAMES`; `tokens` that are not padding.
     """
     nats = token_cross_entropy(model, params, batch, chunk)
     weight = jnp.sum(batch.loss_weight)

@@ -1,4 +1,4 @@
-"""The CM3 Transformer: a pre-LayerNorm decoder of the OPT shape (paper, section 4.1)."""
+"""The CM3 Transformer: a pre-LayerNorm decoder with the architecture of OPT (paper, section 4.1)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,16 +15,18 @@ from rac3.model.attention import KVCache, SelfAttention, packed_mask
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The generator. The defaults are the paper's 2.7B model; its vocabulary and positions come from the data.
+    """The generator. The defaults are the paper's 2.7B model; vocabulary and context length come from the data.
 
     Attributes:
       embed, num_heads, mlp: widths; `num_heads` divides `embed`.
-      offset_embedding: embed the place of a token in its text or image, besides its place in the group. Retrieved and
-        main documents stand at shifting places; with this, "the same patch in the retrieved image" or "the same word
-        in the retrieved caption" is a match of keys rather than arithmetic on positions. OPT lacks it.
+      offset_embedding: embed a token's place in its text or image, in addition to its position in the group. The
+        position of a document varies with what stands before it; with this, "the same patch in the retrieved image" or
+        "the same word in the retrieved caption" is a match of keys rather than arithmetic on positions. OPT has none.
       dtype: of the computation. Parameters are float32.
-      remat: what the backward pass keeps of a layer: `none` all, `dots` the matrix products, `full` its input only.
-      init_std: of normal initializers; those that write to the residual stream are scaled by 1/sqrt(2 num_layers).
+      remat: which activations of a layer are kept for the backward pass: `none` recomputes none and keeps all, `dots`
+        keeps the matrix products, `full` keeps only the layer's input.
+      init_std: standard deviation of the initial weights; those that write to the residual stream have it divided by
+        sqrt(2 num_layers).
     """
 
     num_layers: int = 32
@@ -50,7 +52,7 @@ class TransformerConfig:
 
 
 class Block(nn.Module):
-    """LayerNorm, attention, LayerNorm, ReLU MLP, each behind a residual."""
+    """LayerNorm and attention, then LayerNorm and a ReLU MLP, each with a residual connection around it."""
 
     config: TransformerConfig
 
@@ -82,12 +84,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Ids -> hidden states; `logits` -> scores over the vocabulary with the tied embedding.
+    """Ids -> hidden states; hidden states -> `logits` over the vocabulary, by the tied embedding.
 
     Attributes:
       vocab_size: rows of the embedding table (`Vocabulary.padded_size`).
-      max_positions: the longest group, in tokens.
-      max_segment_tokens: the longest text or image, in tokens.
+      max_positions: tokens of the longest group.
+      max_segment_tokens: tokens of the longest text or image.
     """
 
     config: TransformerConfig
@@ -112,7 +114,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),  # mask and positions are those of all layers, each has its cache
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # all layers share mask and positions; each has its own cache
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config)
@@ -126,14 +128,17 @@ class Transformer(nn.Module):
         segments: Int[Array, "batch seq"] | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
-        """Hidden states behind the final norm, and the cache with these tokens in it.
+        """Hidden states after the final norm, and the cache with these tokens in it.
 
         Args:
           tokens: ids.
-          positions: place of each token in its group, from 0.
-          offsets: 1 + the place of a token in its text or image (raster order), 0 at markup.
-          segments: the group of each token, 0 for padding; needed without a cache.
-          cache: with it, the tokens continue what it holds.
+          positions: the place of each token in its group, from 0.
+          offsets: 1 + the place of each token in its text or image (raster order), 0 at markup.
+          segments: the group of each token, from 1; 0 is padding. Required without a cache, unused with one.
+          cache: of the tokens that these continue.
+
+        Raises:
+          ValueError: neither segments nor a cache.
         """
         dtype = self.config.dtype
         x = jnp.take(self.token_embedding, tokens, axis=0).astype(dtype)
@@ -151,12 +156,12 @@ class Transformer(nn.Module):
         return self.final_norm(x), cache
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Float32 scores over the vocabulary."""
+        """Logits in float32, whatever the dtype of the model."""
         table = self.token_embedding.astype(self.config.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache of zeros for `slots` positions. Bytes: 2 * layers * batch * slots * embed * itemsize."""
+        """A cache for `slots` positions, of zeros. It takes 2 * layers * batch * slots * embed * itemsize bytes."""
         shape = (
             self.config.num_layers,
             batch,

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: orbax, asynchronous, restored onto any mesh."""
+"""Checkpoints of a training run: written asynchronously by orbax, restored onto any mesh."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ import orbax.checkpoint as ocp
 from rac3.config import InputError
 from rac3.training.state import TrainState
 
-CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, below its own
+CHECKPOINTS = "checkpoints"  # the subfolder of a run's folder that holds them
 StreamPosition = list[int]
 
 
 class Checkpoints:
-    """The checkpoints below `folder`: the training state, and where the stream of batches stood."""
+    """The checkpoints in `folder`: each is a training state and the position of the stream of batches."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
@@ -22,7 +22,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, state: TrainState, position: StreamPosition) -> None:
-        """Starts to save; training goes on while the state is written."""
+        """Starts to save. Training continues while the state is written."""
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -31,7 +31,10 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, StreamPosition] | None:
-        """The newest checkpoint in the shardings of `like` (arrays or abstract ones), or None if there is none.
+        """The newest checkpoint, or None if there is none.
+
+        Args:
+          like: arrays, or abstract arrays (`jax.ShapeDtypeStruct`), with the shapes and shardings to restore into.
 
         Raises:
           InputError: the checkpoint is of a model of another shape.
@@ -48,7 +51,10 @@ class Checkpoints:
         return restored["state"], restored["stream"]["position"]
 
     def restore_params(self, like: Any) -> Any:
-        """Only the parameters of the newest checkpoint, in the shardings of `like`.
+        """The parameters of the newest checkpoint, without the rest of the state.
+
+        Args:
+          like: as for `restore`, of the parameters.
 
         Raises:
           InputError: there is no checkpoint, or it is of a model of another shape.
@@ -67,12 +73,12 @@ class Checkpoints:
         return restored["params"]
 
     def close(self) -> None:
-        """Waits until the last save is whole."""
+        """Waits until the last save is complete."""
         self.manager.wait_until_finished()
         self.manager.close()
 
     def _check_shapes(self, step: int, wanted: Any) -> None:
-        """Compares `wanted` with the part of the checkpoint that has its top-level names."""
+        """Compares `wanted` with the part of the checkpoint under the same top-level names."""
         with ocp.PyTreeCheckpointer() as checkpointer:
             stored = checkpointer.metadata((self.folder / str(step) / "state").absolute()).item_metadata.tree
         have = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
@@ -88,6 +94,6 @@ class Checkpoints:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """A leaf's place, alike for dicts, dataclasses and named tuples: what orbax stores as nested names."""
+    """A leaf's path as orbax stores it: nested names, the same for dicts, dataclasses and named tuples."""
     parts = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path]
     return "/".join(str(part) for part in parts)

@@ -25,13 +25,13 @@ Stream = Callable[[Position], Iterator[tuple[PyTree, Position]]]  # from a posit
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long to train and what to write on the way.
+    """How long to train, and how often to save and log.
 
     Attributes:
       steps: optimizer steps.
       checkpoint_every, log_every: in steps.
-      keep: checkpoints to keep.
-      loss_chunk: positions whose logits exist at once.
+      keep: the number of checkpoints to keep.
+      loss_chunk: positions of a row whose logits are in memory at once.
     """
 
     steps: int = 100_000
@@ -108,7 +108,7 @@ def put(batch: PyTree, mesh: DeviceMesh) -> PyTree:
 
 
 class _Window:
-    """Sums the metrics of the steps between two log lines, on the device, and writes them when the next one ends."""
+    """The metrics of the steps between two log lines: summed on the device, written when the next window ends."""
 
     def __init__(self, writer: MetricsWriter) -> None:
         self.writer = writer
@@ -130,7 +130,7 @@ class _Window:
         self.sums, self.steps, self.wait, self.started = None, 0, 0.0, time.monotonic()
 
     def flush(self) -> None:
-        """Writes the window that was closed last, if any. A mean over nothing (no retrieved text, say) is left out."""
+        """Writes the window that was closed last, if any, without means over nothing (no retrieved text, say)."""
         if self.pending is None:
             return
         step, sums, steps, wait, seconds = self.pending

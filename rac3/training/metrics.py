@@ -1,4 +1,4 @@
-"""What a run reports while it trains: JSON lines and TensorBoard."""
+"""The metrics of a training run, as JSON lines and for TensorBoard."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to `folder/metrics.jsonl` and to TensorBoard event files beside it; only the first process writes.
+    """Appends to `folder/metrics.jsonl`, and to event files in `folder/tensorboard`. Only the first process writes.
 
     Lines of steps after `start` are dropped first: a resumed run writes them again.
     """
@@ -46,7 +46,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run so far; a last line that a kill cut short is left out."""
+    """The lines of a run so far, without a last line that a kill truncated."""
     path = folder / METRICS_FILE
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:

@@ -12,11 +12,11 @@ from rac3.config import InputError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The defaults are the paper's: Adam, linear decay to 0, clipping by the global norm.
+    """Adam with a linear decay of the learning rate to 0, and gradients clipped by their global norm, as in the paper.
 
     Attributes:
-      warmup_steps: steps of linear rise to `peak_lr`; cut to a tenth of a run that is shorter than ten times it.
-      weight_decay: decoupled, on matrices only; the paper names none.
+      warmup_steps: steps of linear rise to `peak_lr`, but at most a tenth of the run.
+      weight_decay: decoupled, on matrices only; the paper mentions none.
     """
 
     peak_lr: float = 1e-4
@@ -56,7 +56,7 @@ class OptimizerConfig:
 
 
 def _matrices(params: PyTree) -> PyTree:
-    """True for what decays: matrices, not the biases and scales (which nn.scan stacks to one axis more)."""
+    """True where weights decay: at matrices, but not at biases and scales, which nn.scan stacks to matrices too."""
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]

@@ -1,4 +1,4 @@
-"""The stream of batches: a pure function of (seed, position), whatever the number of hosts and restarts."""
+"""The stream of batches: a pure function of (seed, position), for any number of hosts and restarts."""
 
 import dataclasses
 from itertools import islice, pairwise
@@ -289,14 +289,14 @@ def test_a_group_that_is_too_long_loses_its_least_relevant_document(store, neigh
     config = dataclasses.replace(PLAIN, context_length=int(lengths.max()) * 2 + 10)
     plan = stream(store, neighbors, config).plan(0)
     np.testing.assert_array_equal(wide.main, plan.main)
-    cut = 0
+    dropped = 0
     for main, all_of_them, kept in zip(plan.main, wide.neighbors, plan.neighbors, strict=True):
         members = [int(each) for each in all_of_them if each >= 0]
         while lengths[[main, *members]].sum() > config.context_length:
             members.pop()
-            cut += 1
+            dropped += 1
         assert [each for each in kept if each >= 0] == members
-    assert cut > 20
+    assert dropped > 20
 
 
 def test_no_group_is_longer_than_the_context(store, neighbors):

@@ -24,4 +24,4 @@ def test_true_pictures_score_one_and_wrong_names_zero() -> None:
 
 def test_names_count_as_whole_words_only() -> None:
     captions = ["Vormika on grass", "a vormikas flag", "the flag of vormika, in rain", ""]
-    assert name_accuracy(captions, ["vormika", "vormika", "Vormika", "VORMIKA"]) == 0.5  # whatever their case
+    assert name_accuracy(captions, ["vormika", "vormika", "Vormika", "VORMIKA"]) == 0.5  # in any case

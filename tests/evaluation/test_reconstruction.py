@@ -42,7 +42,7 @@ def plain_ssim(a: np.ndarray, b: np.ndarray) -> float:
 def test_ssim_is_the_definition(size):
     a = pictures(2, *size, 3)
     b = np.clip(a + np.random.default_rng(1).normal(0, 40, a.shape), 0, 255).astype(np.uint8)
-    # variances as differences of squares in float32: 255^2 * 2^-24 beside c2 = 58
+    # variances as differences of squares in float32: 255^2 * 2^-24, next to c2 = 58
     np.testing.assert_allclose(ssim(a, b), [plain_ssim(x, y) for x, y in zip(a, b, strict=True)], atol=1e-4)
     np.testing.assert_allclose(ssim(a, a), 1, atol=1e-6)
 

@@ -12,7 +12,7 @@ from rac3.tokens.html import Segment, Sequenced, encode
 from rac3.tokens.vocabulary import Vocabulary
 
 IMAGES = [np.arange(start, start + 9, dtype=np.int32) for start in (0, 10, 20)]
-MASK = 78  # behind the 8 specials, 40 text ids and 30 codes
+MASK = 78  # after the 8 specials, 40 text ids and 30 codes
 
 
 def document(vocabulary: Vocabulary, size: int) -> Sequenced:
@@ -44,14 +44,38 @@ def test_samples_and_seed_are_passed_on(generator: Generator, calls: list[Call])
     assert not set(calls[0].keys) & set(calls[1].keys)
 
 
-@pytest.mark.parametrize(("asked", "given"), [(2, 2), (3, 3), (4, 3), (50, 3)])
-def test_a_caption_ends_where_the_context_does(generator: Generator, calls: list[Call], asked: int, given: int):
-    """The longest prompt has 61 of the 64 positions."""
+def lengths(call: Call, samples: int) -> list[int]:
+    """Of the longest sample of each prompt."""
+    return [max(map(len, ids)) for _, ids, _ in call.samples(samples)]
+
+
+@pytest.mark.parametrize(("asked", "limits"), [(2, (2, 2)), (3, (3, 3)), (4, (3, 4)), (50, (3, 49))])
+def test_a_caption_ends_where_its_context_does(
+    generator: Generator, calls: list[Call], asked: int, limits: tuple[int, int]
+):
+    """One prompt has 61 of the 64 positions, and the other one 15."""
     longest = [document(generator.vocabulary, 39), document(generator.vocabulary, 7)]
-    captions = generate_captions(generator, IMAGES[:2], [longest, []], Sampling(), 2, asked, seed=0)
-    assert max(map(len, calls[0].prompts)) == 61
-    assert calls[0].grammar.count == given
-    assert max(map(len, captions)) <= given
+    captions = generate_captions(generator, IMAGES[:2], [longest, []], Sampling(), 40, asked, seed=0)
+    assert [len(prompt) for prompt, _, _ in calls[0].samples(40)] == [61, 15]
+    first, second = lengths(calls[0], 40)
+    assert first == limits[0]
+    assert limits[0] < second <= limits[1] or second == limits[1]
+    assert len(captions[0]) <= limits[0]
+
+
+def test_a_caption_next_to_a_long_prompt_is_the_caption_alone(generator: Generator, calls: list[Call]):
+    """And the other way around: neither prompt changes how long the captions of the other may be."""
+    longest = [document(generator.vocabulary, 39), document(generator.vocabulary, 7)]
+    both, *alone = (
+        [caption.tolist() for caption in generate_captions(generator, images, retrieved, Sampling(), 20, 30, seed=1)]
+        for images, retrieved in ((IMAGES[:2], [longest, []]), (IMAGES[:1], [longest]), (IMAGES[1:2], [[]]))
+    )
+    assert both == [caption for captions in alone for caption in captions]
+    together, *parts = ([(ids, means) for _, ids, means in call.samples(20)] for call in calls)
+    for (ids, means), (own_ids, own_means) in zip(together, [part for each in parts for part in each], strict=True):
+        assert ids == own_ids
+        np.testing.assert_allclose(means, own_means, atol=1e-4)
+    assert lengths(calls[0], 20)[0] == 3 < lengths(calls[0], 20)[1]
 
 
 def test_a_prompt_that_leaves_no_room_for_a_caption_is_refused(generator: Generator):

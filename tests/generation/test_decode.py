@@ -1,5 +1,7 @@
 """Cached decoding against computing everything again for each id, and what the grammars allow."""
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from rac3.config import InputError
+from rac3.generation import decode
 from rac3.generation.decode import Generated, Grammar, caption_grammar, generate, image_grammar
 from rac3.generation.sampling import Sampling
 from rac3.model.transformer import TransformerConfig
@@ -154,6 +157,50 @@ def test_a_row_does_not_depend_on_its_batch(params, prompts):
         np.testing.assert_allclose(one.mean_log_prob, other.mean_log_prob, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def long_prompt() -> np.ndarray:
+    """Of 60 of the 64 positions."""
+    text = VOCABULARY.from_text(np.random.default_rng(1).integers(0, 40, 57))
+    return np.array([EOD, IMAGE_ALT, *text, IMAGE_SOURCE], np.int32)
+
+
+TEXT_ALONE = replace(caption_grammar(VOCABULARY, 10), allowed=VOCABULARY.is_text(np.arange(128)))  # it never stops
+
+
+def test_a_row_ends_with_its_context_and_others_continue(params, prompts, long_prompt, log_probs_of):
+    """After 4 ids, whose mean log probability it has."""
+    both = [long_prompt, prompts[0]]
+    out = generate(MODEL, params, VOCABULARY, both, TEXT_ALONE, GREEDY, keys(2))
+    for prompt, ids, mean, count in zip(both, out.ids, out.mean_log_prob, (4, 10), strict=True):
+        expected, expected_mean = greedy(log_probs_of, prompt, replace(TEXT_ALONE, count=count))
+        assert ids.tolist() == expected
+        assert len(ids) == count
+        assert mean == pytest.approx(expected_mean, abs=1e-4)
+
+
+def test_rows_of_each_batch_have_their_own_limits(params, prompts, long_prompt):
+    both = [prompts[0], long_prompt]
+    out = generate(MODEL, params, VOCABULARY, both, TEXT_ALONE, GREEDY, keys(2), batch=1)
+    assert [len(ids) for ids in out.ids] == [10, 4]
+
+
+def test_rows_that_have_ended_look_up_no_position_out_of_range(
+    params, prompts, long_prompt, monkeypatch: pytest.MonkeyPatch
+):
+    """Such a look-up gives NaN, which would be in what is decoded unseen."""
+    decoded, real = [], decode._decode
+
+    def watched(*given):
+        decoded.append(real(*given))
+        return decoded[-1]
+
+    monkeypatch.setattr(decode, "_decode", watched)
+    generate(MODEL, params, VOCABULARY, [long_prompt, prompts[0]], TEXT_ALONE, GREEDY, keys(2))
+    ((_, log_probs),) = decoded
+    assert log_probs.shape == (2, 10)
+    assert np.isfinite(log_probs).all()
+
+
 def test_a_caption_of_one_id_is_the_best_one(params, prompts, log_probs_of):
     grammar = caption_grammar(VOCABULARY, 1)
     out = generate(MODEL, params, VOCABULARY, prompts, grammar, GREEDY, keys(3))
@@ -164,8 +211,8 @@ def test_a_caption_of_one_id_is_the_best_one(params, prompts, log_probs_of):
     assert any(len(ids) == 1 for ids in out.ids)
 
 
-def test_each_id_is_drawn_with_noise_of_its_own(params, prompts):
-    """A model of zeros gives all 30 codes one probability, whatever came before. Ids of two steps, or of two rows, are
+def test_each_id_is_drawn_with_its_own_noise(params, prompts):
+    """A model of zeros gives all 30 codes the same probability after any prompt. Ids of two steps, or of two rows, are
     then equal 1 time in 30: of 9,216 and 2,295 pairs, within 5 deviations."""
     zeros, grammar = jax.tree.map(np.zeros_like, params), image_grammar(VOCABULARY, IMAGE)
     out = generate(MODEL, zeros, VOCABULARY, [prompts[0]] * 256, grammar, Sampling(), keys(256))
@@ -183,12 +230,15 @@ def test_a_prompt_that_leaves_no_room_is_refused(params):
     prompt = np.full(POSITIONS - IMAGE + 1, 9, np.int32)
     with pytest.raises(InputError, match=r"a prompt of 56 tokens and 9 to generate exceed the 64 positions"):
         generate(MODEL, params, VOCABULARY, [prompt], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
+    full = np.full(POSITIONS, 9, np.int32)
+    with pytest.raises(InputError, match=r"a prompt of 64 tokens and 1 to generate exceed the 64 positions"):
+        generate(MODEL, params, VOCABULARY, [full], caption_grammar(VOCABULARY, 5), GREEDY, keys(1))
     out = generate(MODEL, params, VOCABULARY, [prompt[1:]], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
     assert len(out.ids[0]) == IMAGE
 
 
 def test_prompts_are_padded_within_the_positions_of_the_model(params, log_probs_of):
-    """A prompt of 40 ids would be padded to 64; there are 60 positions, of which 9 are for the image."""
+    """A prompt of 40 ids would be padded to 64, of which there are 60."""
     table = params["params"]["position_embedding"][:60]
     cropped = {"params": {**params["params"], "position_embedding": table}}
     ids = np.random.default_rng(0).integers(0, 40, 37)
@@ -200,7 +250,7 @@ def test_prompts_are_padded_within_the_positions_of_the_model(params, log_probs_
     assert out.mean_log_prob[0] == pytest.approx(mean, abs=1e-4)
 
 
-def test_a_longer_text_than_the_model_knows_is_refused(params, prompts):
+def test_a_longer_text_than_the_model_is_trained_on_is_refused(params, prompts):
     """Positions inside a text have rows in a table, which a longer text would leave."""
     short = MODEL.clone(max_segment_tokens=9)
     with pytest.raises(InputError, match=r"a text of 10 tokens, given or to generate, exceeds the 9"):
@@ -210,7 +260,7 @@ def test_a_longer_text_than_the_model_knows_is_refused(params, prompts):
         generate(short, params, VOCABULARY, [prompt], image_grammar(VOCABULARY, IMAGE), GREEDY, keys(1))
 
 
-def test_a_text_of_just_what_the_model_knows_is_taken(params, prompts):
+def test_a_text_as_long_as_those_the_model_is_trained_on_is_taken(params, prompts):
     """Of 9 ids in the prompt, for a table of 9 places and that of markup."""
     short = MODEL.clone(max_segment_tokens=9)
     rows = {"params": {**params["params"], "offset_embedding": params["params"]["offset_embedding"][:10]}}

@@ -38,6 +38,21 @@ def test_all_samples_of_all_prompts_are_drawn_apart(generator: Generator, calls:
     assert len({tuple(ids.tolist()) for samples in nested for ids in samples}) == 12
 
 
+def test_a_sample_depends_on_its_prompt_and_number_alone(generator: Generator):
+    """Not on the other prompts of the call, on their order, or on how many samples are drawn."""
+    grammar = image_grammar(generator.vocabulary, 9)
+
+    def drawn(prompts: list[np.ndarray], count: int) -> list[list[list[int]]]:
+        nested, _ = generator.samples(prompts, grammar, Sampling(), count, seed=3)
+        return [[ids.tolist() for ids in samples] for samples in nested]
+
+    together = drawn(PROMPTS, 3)
+    assert drawn(PROMPTS[::-1], 3) == together[::-1]
+    assert [drawn([prompt], 3)[0] for prompt in PROMPTS] == together
+    assert drawn([PROMPTS[1], PROMPTS[0], PROMPTS[1]], 2) == [together[number][:2] for number in (1, 0, 1)]
+    assert [samples[:3] for samples in drawn(PROMPTS, 5)] == together
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_samples_are_a_function_of_the_seed(generator: Generator, seed: int):
     def drawn(seed: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Images of captions: the prompt, and which sample stands where."""
+"""Images of captions: the prompt, and the order of the samples."""
 
 import numpy as np
 from decoding_spy import Call

@@ -1,4 +1,4 @@
-"""Prompts are what training shows, cut where generation starts."""
+"""A prompt is the start of a training group."""
 
 import numpy as np
 import pytest

@@ -39,7 +39,7 @@ def params(model):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Ids that are all different, so that a row of the embedding table stands for one position."""
+    """Ids that are all different, so that each row of the embedding table belongs to one position."""
     tokens = np.arange(1, 41, dtype=np.int32).reshape(2, 20)
     positions = np.array([[*range(7), *range(5), *range(4), *range(4)], [*range(12), *range(8)]])
     offsets = (tokens % 3 * (tokens % 4)).astype(np.int32)
@@ -217,7 +217,7 @@ def test_a_packed_group_is_as_if_it_were_alone(hidden_of, params, batch):
 
 @pytest.mark.parametrize("width", [1, 12])
 def test_cached_decoding_agrees_with_the_whole_sequence(model, params, logits_of, width):
-    """Token by token (width 1), and behind right-padded prompts of different lengths (width 12)."""
+    """Token by token (width 1), and after right-padded prompts of different lengths (width 12)."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, VOCAB, (3, 20)).astype(np.int32)
     offsets = rng.integers(0, IMAGE + 1, (3, 20)).astype(np.int32)
@@ -271,7 +271,7 @@ def test_what_the_backward_pass_keeps_does_not_change_the_gradients(params, batc
 
 
 def kept_of_layers(remat: str) -> list[tuple[int, ...]]:
-    """The shapes of the activations that the backward pass keeps of each of 3 layers; sizes tell the axes apart."""
+    """The shapes of the activations that the backward pass keeps of each of 3 layers; all axes differ in size."""
     layers, rows, seq = 3, 5, 7
     model = dataclasses.replace(CONFIG, num_layers=layers, remat=remat).build(VOCAB, POSITIONS, IMAGE)
     ids = jnp.zeros((rows, seq), jnp.int32)

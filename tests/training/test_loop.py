@@ -1,4 +1,4 @@
-"""The loop: a run that is stopped and goes on ends as one that was not."""
+"""The loop: a run that is killed and resumed ends as one that is not."""
 
 import dataclasses
 import gc
@@ -164,7 +164,7 @@ def test_checkpoints_are_every_so_many_steps_and_at_the_end(tmp_path: Path, step
 
 
 def test_all_lines_up_to_a_checkpoint_are_on_disk_before_it(tmp_path: Path, step, monkeypatch: pytest.MonkeyPatch):
-    """A run that is killed right after it goes on from there and writes none of them again."""
+    """A run that is killed right after a checkpoint resumes from it and writes none of these lines again."""
     save, seen = Checkpoints.save, []
 
     def watched(self: Checkpoints, number: int, *rest) -> None:
@@ -236,7 +236,7 @@ def test_a_resumed_run_writes_over_the_lines_it_repeats(tmp_path: Path):
         writer.write(number, {"loss": float(number)})
     writer.close()
     with (tmp_path / METRICS_FILE).open("a") as file:
-        file.write('{"step": 40, "lo')  # cut short by a kill
+        file.write('{"step": 40, "lo')  # truncated by a kill
     assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20, 30]
     writer = MetricsWriter(tmp_path, 20)
     writer.write(30, {"loss": 0.5})

@@ -41,7 +41,7 @@ class VQGANExtra(flax.struct.PyTreeNode):
 
 
 def fit_vqgan(config: FrozenVQGAN, seed: int, mesh: DeviceMesh, documents: Sequence[Document], folder: Path) -> Params:
-    """The parameters of a VQGAN that is fitted on all images of the documents; averages if `ema_decay` says so.
+    """The parameters of a VQGAN that is fitted on all images of the documents: their average if `ema_decay` is set.
 
     Args:
       folder: keeps the checkpoints, from which a killed fit resumes.
@@ -114,7 +114,7 @@ def new_vqgan_state(
 
 @dataclass(frozen=True)
 class Adversary:
-    """What is fixed of the discriminator; its optimizer runs over the steps from `adversarial.start` on."""
+    """The discriminator without its state; its optimizer runs over the steps from `adversarial.start` on."""
 
     model: Discriminator
     optimizer: optax.GradientTransformation
@@ -130,13 +130,13 @@ class Adversary:
         return apply({"params": params}, images)
 
     def generator_loss(self, state: TrainState, active: Bool[Array, ""], fake: Images) -> Float[Array, ""]:
-        """0 unless `active`."""
+        """The adversarial loss of the generator; 0 unless `active`."""
         return jax.lax.cond(active, lambda: generator_loss(self.judge(state.params, fake)), lambda: jnp.zeros(()))
 
     def update(
         self, state: TrainState, active: Bool[Array, ""], real: Images, fake: Images
     ) -> tuple[TrainState, Float[Array, ""]]:
-        """One step of the discriminator, and its loss before that; unless `active`, the state as it is, and 0."""
+        """The state after one step, and the loss before it; unless `active`, the state as it is, and 0."""
 
         def loss(params: Params) -> Array:
             return discriminator_loss(self.judge(params, real), self.judge(params, fake))
@@ -159,8 +159,8 @@ def open_adversary(config: FrozenVQGAN) -> Adversary | None:
 def make_step(
     config: FrozenVQGAN, seed: int, optimizer: optax.GradientTransformation, adversary: Adversary | None
 ) -> Callable[[TrainState, UInt8[Array, "batch height width 3"], LPIPS | None], tuple[TrainState, Metrics]]:
-    """One step of both players. Each answers to the other as it was before the step: the discriminator learns from the
-    reconstructions that the generator's loss was computed on, so that there is no second forward pass."""
+    """One step of both players, each against the other as it was before the step: the discriminator learns from the
+    reconstructions that the generator's loss is computed on, so there is no second forward pass."""
     model, objective = VQGAN(config.model), config.objective
 
     def step(state: TrainState, pixels: Array, perceptual: LPIPS | None) -> tuple[TrainState, Metrics]:

@@ -148,7 +148,7 @@ def test_the_loss_sees_the_vectors_that_the_encoder_gives_later(
 
     some, encoder = documents()[:ROWS], checkpoint.encoder()
     images = encoder.embed_images([document.images[0] for document in some])
-    assert np.abs(np.diff(images, axis=0)).max(axis=1).min() > 1e-3  # the rows are told apart
+    assert np.abs(np.diff(images, axis=0)).max(axis=1).min() > 1e-3  # the rows differ
     np.testing.assert_allclose(seen["image"], images, atol=1e-5)
     np.testing.assert_allclose(seen["text"], encoder.embed_texts([document.text for document in some]), atol=1e-5)
     np.testing.assert_allclose(seen["scale"], fitted.before["logit_scale"])
