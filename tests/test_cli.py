@@ -534,7 +534,7 @@ def test_the_model_is_evaluated_beside_cm3_and_with_random_documents(called: Cal
         assert len({id(given[0]) for _, given in work[first : first + 3]}) == 1
         assert work[first + 1][1][1] == ("validation", "test")  # of train, neighbors are there since it was trained on
     own = replace(tiny(), workdir=str(tmp_path / "new"))
-    exact, random = (replace(own, retriever=each) for each in (Exact(), Random(num_neighbors=32)))
+    exact, random = (replace(own, retriever=kind(num_neighbors=Exact().num_neighbors)) for kind in (Exact, Random))
     runs = [given[0] for name, given in work if name == "evaluate"]
     assert [(run.experiment, run.trained) for run in runs] == [
         (exact, own),
@@ -683,7 +683,7 @@ def test_a_finished_workdir_is_a_config(
     assert rac3("evaluate", str(moved), "--task", "retrieval", "retriever:exact") == 0
     assert "Exact, as configured" in capsys.readouterr().out
     line = refused("generate", str(moved), "--prompt", "a fox", "--text.vocab-size", "290")
-    assert f"run `rac3 encoders {moved} --text.vocab-size 290`" in line
+    assert f"run `rac3 ingest {moved} --text.vocab-size 290`" in line
     assert "holds no experiment.json" in refused("generate", str(tmp_path / "by config"), "--prompt", "a fox")
 
 

@@ -32,3 +32,9 @@ class Recipe:
         """The fingerprints of all artifacts that the content depends on: the inputs, their inputs, and so on."""
         direct = self.inputs.values()
         return frozenset(recipe.fingerprint for recipe in direct).union(*(recipe.reads for recipe in direct))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
