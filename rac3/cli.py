@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
-from rac3.config import InputError, load_config_module
+from rac3.config import InputError, load_config_module, shipped_configs
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
 from rac3.execution.ray import Ray
@@ -98,7 +98,7 @@ def _load(config: str) -> Experiment:
     Raises:
       InputError: the config cannot be loaded, or gives something else.
     """
-    if Path(config).is_dir():
+    if Path(config).is_dir() and config not in shipped_configs():
         experiment = load(config).experiment
         return dataclasses.replace(experiment, workdir=config)
     module = load_config_module(config)

@@ -20,7 +20,7 @@ from commands import ROOT, started, wait_until
 from rac3 import recipes
 from rac3.artifacts.arrays import read_array
 from rac3.artifacts.workdir import MANIFEST, Workdir
-from rac3.cli import STAGES, NoOptions, _preparing, parse
+from rac3.cli import STAGES, NoOptions, _load, _preparing, parse
 from rac3.config import InputError, load_config_module
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
@@ -825,3 +825,9 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, rac3: Command, 
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_a_folder_named_like_a_shipped_config_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _load("quickstart").name == "quickstart"
