@@ -112,6 +112,7 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
+@pytest.mark.slow
 def test_an_encoder_of_the_config_embeds_documents_and_queries(
     config: Callable[[str], Path], rac3: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -133,6 +134,7 @@ def test_an_encoder_of_the_config_embeds_documents_and_queries(
     assert re.search(r"embed +- +- +not known of this encoder", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_an_image_tokenizer_of_the_config_goes_through_the_whole_chain(
     config: Callable[[str], Path], rac3: Command, tmp_path: Path
 ):
