@@ -178,7 +178,7 @@ def train(experiment: Experiment) -> Recipe:
     batches = canonical(experiment.batches)
     del batches["read_threads"]  # how fast, not what
     model = canonical(experiment.model)
-    del model["remat"]  # time for memory
+    del model["remat"], model["attention"]  # time for memory; up to rounding
     config = {
         "model": model,
         "optimizer": experiment.optimizer,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -129,6 +129,40 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(nn.get_logical_axis_rules(), names))
+
+
+def map_shards(
+    function: Callable[..., Any], inputs: Sequence[Sequence[str | None]], outputs: Any
+) -> Callable[..., Any]:
+    """`function`, run by each device on its shards of the arrays, by the rules of the mesh in use. Without a mesh it is
+    the function itself.
+
+    Args:
+      inputs: the logical axes of each argument.
+      outputs: the logical axes of the result, or a list of them for a function of several results.
+
+    Raises:
+      InputError: a name has no rule.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    rules = nn.get_logical_axis_rules()
+    several = isinstance(outputs, list)
+    out_specs: Any = tuple(_spec(rules, each) for each in outputs) if several else _spec(rules, outputs)
+    return jax.shard_map(
+        function, in_specs=tuple(_spec(rules, each) for each in inputs), out_specs=out_specs, check_vma=False
+    )
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The axes of the mesh in use that a logical axis is sharded over; none without a mesh.
+
+    Raises:
+      InputError: the name has no rule.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return ()
+    return _mesh_axes(nn.get_logical_axis_rules(), name) or ()
 
 
 def _spec(rules: Iterable[tuple[str, Any]], names: Iterable[str | None]) -> PartitionSpec:

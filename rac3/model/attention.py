@@ -1,13 +1,14 @@
-"""Causal attention within packed segments, and over a KV cache while decoding."""
+"""Self-attention within packed groups, and over a KV cache while decoding."""
 
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rac3.devices.mesh import constrain
+from rac3.model.packed import PackedAttention, attend
+from rac3.model.product import product
 
 Dtype = jnp.dtype | str
 
@@ -23,39 +24,11 @@ class KVCache(NamedTuple):
     values: Float[Array, "*layers batch slots heads head_dim"]
 
 
-def packed_mask(segments: Int[Array, "batch seq"]) -> Bool[Array, "batch 1 seq seq"]:
-    """Which tokens a token of a packed row attends to: itself and earlier ones of its group. Padding is segment 0.
-
-    segments 1 1 1 2 2 0      x . . . . .
-                              x x . . . .
-                              x x x . . .
-                              . . . x . .
-                              . . . x x .
-                              . . . . . x
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    causal = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
-    return (same & causal)[:, None]
-
-
-def attend(
-    query: Float[Array, "batch seq heads head_dim"],
-    key: Float[Array, "batch slots heads head_dim"],
-    value: Float[Array, "batch slots heads head_dim"],
-    mask: Bool[Array, "batch 1 seq slots"],
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Scaled dot-product attention; logits and softmax in float32."""
-    scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention with biases, as in OPT.
 
-    With a cache, keys and values are written to the slots of their positions, and queries attend to the whole cache
-    under `mask`. The cache that is returned holds them.
+    Without a cache, tokens attend within their groups. With one, keys and values are written to the slots of their
+    positions, and a query attends to the slots up to its own position. The cache that is returned holds them.
     """
 
     num_heads: int
@@ -63,12 +36,13 @@ class SelfAttention(nn.Module):
     dtype: Dtype
     init_std: float
     output_init_std: float
+    packed: PackedAttention
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        mask: Bool[Array, "batch 1 seq slots"],
+        segments: Int[Array, "batch seq"] | None,
         positions: Int[Array, "batch seq"],
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
@@ -77,19 +51,22 @@ class SelfAttention(nn.Module):
             "qkv_kernel", (x.shape[-1], 3, *heads), ("embed", None, "heads", "head_dim"), self.init_std
         )
         qkv_bias = self._bias("qkv_bias", (3, *heads), (None, "heads", "head_dim"))
-        qkv = jnp.einsum("bse,ethd->tbshd", x, qkv_kernel) + qkv_bias[:, None, None]
-        query, key, value = qkv
-        query = constrain(query, "batch", "seq", "heads", None)
+        qkv = constrain(product(x, qkv_kernel) + qkv_bias, "batch", None, None, "heads", None)
+        query, key, value = (qkv[:, :, part] for part in range(3))
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             cache = KVCache(cache.keys.at[rows, positions].set(key), cache.values.at[rows, positions].set(value))
-            key, value = cache
-        out = attend(query, key, value, mask)
+            seen = jnp.arange(cache.keys.shape[1])[None, None, :] <= positions[:, :, None]
+            out = attend(query, *cache, seen[:, None])
+        elif segments is not None:
+            out = query if self.is_initializing() else self.packed(query, key, value, segments)
+        else:
+            raise ValueError("a call without a cache needs the segments of the packed rows")
         out_kernel = self._kernel(
             "out_kernel", (*heads, x.shape[-1]), ("heads", "head_dim", "embed"), self.output_init_std
         )
         out_bias = self._bias("out_bias", (x.shape[-1],), ("embed",))
-        return jnp.einsum("bshd,hde->bse", out, out_kernel) + out_bias, cache
+        return product(out, out_kernel, axes=2) + out_bias, cache
 
     def _kernel(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)

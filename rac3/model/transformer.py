@@ -6,11 +6,14 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rac3.config import InputError
 from rac3.devices.mesh import constrain
-from rac3.model.attention import KVCache, SelfAttention, packed_mask
+from rac3.model.attention import KVCache, SelfAttention
+from rac3.model.blockwise import SAVED
+from rac3.model.packed import AttentionName, PackedAttention, choose_attention
+from rac3.model.product import dot_general
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,11 @@ class TransformerConfig:
         position of a document varies with what stands before it; with this, "the same patch in the retrieved image" or
         "the same word in the retrieved caption" is a match of keys rather than arithmetic on positions. OPT has none.
       dtype: of the computation. Parameters are float32.
+      attention: the form of attention over packed rows (`rac3.model.packed`): `auto` is the fastest one that agrees
+        with the plain one on this device.
       remat: which activations of a layer are kept for the backward pass: `none` recomputes none and keeps all, `dots`
-        keeps the matrix products, `full` keeps only the layer's input.
+        keeps the matrix products and the attention's output, `attention` the layer's input and the attention's output,
+        `full` only the layer's input.
       init_std: standard deviation of the initial weights; those that write to the residual stream have it divided by
         sqrt(2 num_layers).
     """
@@ -35,7 +41,8 @@ class TransformerConfig:
     mlp: int = 10240
     offset_embedding: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "dots"
+    attention: AttentionName = "auto"
+    remat: Literal["none", "dots", "attention", "full"] = "dots"
     init_std: float = 0.006
 
     def __post_init__(self) -> None:
@@ -47,20 +54,45 @@ class TransformerConfig:
                 f"model.num_heads={self.num_heads} does not divide model.embed={self.embed}; use heads of 64 to 128"
             )
 
-    def build(self, vocab_size: int, max_positions: int, max_segment_tokens: int) -> "Transformer":
-        return Transformer(self, vocab_size, max_positions, max_segment_tokens)
+    def build(self, vocab_size: int, max_positions: int, max_segment_tokens: int, max_groups: int = 0) -> "Transformer":
+        """The model, with the form of attention that suits this process's devices.
+
+        Args:
+          max_groups: the most groups in a packed row; 0 is unknown.
+
+        Raises:
+          InputError: the form of attention that is named cannot be used here.
+        """
+        packed = choose_attention(self.attention, self.embed // self.num_heads, self.dtype, max_positions, max_groups)
+        return Transformer(self, vocab_size, max_positions, max_segment_tokens, packed)
+
+
+def _saved(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether the backward pass keeps what a primitive makes: the attention's output, and what its kernel keeps."""
+    name = params.get("name") if primitive.name == "name" else primitive.name
+    return name == SAVED or primitive.name.startswith("dot_product_attention_fwd")
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _saved
+    ),
+    "attention": _saved,
+    "full": None,
+}
 
 
 class Block(nn.Module):
     """LayerNorm and attention, then LayerNorm and a ReLU MLP, each with a residual connection around it."""
 
     config: TransformerConfig
+    packed: PackedAttention
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        mask: Bool[Array, "batch 1 seq slots"],
+        segments: Int[Array, "batch seq"] | None,
         positions: Int[Array, "batch seq"],
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
@@ -72,8 +104,9 @@ class Block(nn.Module):
             dtype=config.dtype,
             init_std=config.init_std,
             output_init_std=output_std,
+            packed=self.packed,
             name="attention",
-        )(_layer_norm(config, "attention_norm")(x), mask, positions, cache)
+        )(_layer_norm(config, "attention_norm")(x), segments, positions, cache)
         x = constrain(x + attended, "batch", "seq", None)
         hidden = _dense(config, config.mlp, ("embed", "mlp"), config.init_std, "mlp_in")(
             _layer_norm(config, "mlp_norm")(x)
@@ -90,12 +123,14 @@ class Transformer(nn.Module):
       vocab_size: rows of the embedding table (`Vocabulary.padded_size`).
       max_positions: tokens of the longest group.
       max_segment_tokens: tokens of the longest text or image.
+      packed: attention over packed rows.
     """
 
     config: TransformerConfig
     vocab_size: int
     max_positions: int
     max_segment_tokens: int
+    packed: PackedAttention
 
     def setup(self) -> None:
         def table(name: str, rows: int, axis: str) -> Any:
@@ -108,16 +143,15 @@ class Transformer(nn.Module):
             self.offset_embedding = table("offset_embedding", self.max_segment_tokens + 1, "positions")
         block: Any = Block
         if self.config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),  # all layers share mask and positions; each has its own cache
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # all layers share segments and positions; each has its own cache
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.config)
+        )(self.config, self.packed)
         self.final_norm = _layer_norm(self.config, "final_norm")
 
     def __call__(
@@ -146,19 +180,16 @@ class Transformer(nn.Module):
         if self.config.offset_embedding:
             x = x + jnp.take(self.offset_embedding, offsets, axis=0).astype(dtype)
         x = constrain(x, "batch", "seq", None)
-        if cache is None:
-            if segments is None:
-                raise ValueError("a call without a cache needs the segments of the packed rows")
-            mask = packed_mask(segments)
-        else:
-            mask = (jnp.arange(cache.keys.shape[-3])[None, None, :] <= positions[:, :, None])[:, None]
-        x, cache = self.blocks(x, mask, positions, cache)
+        x, cache = self.blocks(x, segments, positions, cache)
         return self.final_norm(x), cache
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Logits in float32, whatever the dtype of the model."""
-        table = self.token_embedding.astype(self.config.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, self.output_table(), preferred_element_type=jnp.float32)
+
+    def output_table(self) -> Float[Array, "vocab embed"]:
+        """The token embedding in the dtype of the model: what hidden states are multiplied with."""
+        return jnp.asarray(self.token_embedding, self.config.dtype)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache for `slots` positions, of zeros. It takes 2 * layers * batch * slots * embed * itemsize bytes."""
@@ -186,6 +217,7 @@ def _dense(config: TransformerConfig, features: int, axes: tuple[str, str], std:
     return nn.Dense(
         features,
         dtype=config.dtype,
+        dot_general=dot_general,
         kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
         name=name,

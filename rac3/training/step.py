@@ -1,5 +1,6 @@
 """The training step of the CM3 Transformer."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,4 +25,17 @@ def make_train_step(
         metrics["gradient_norm"] = (optax.tree.norm(gradients), jnp.ones(()))
         return apply_gradients(state, gradients, optimizer), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=_cpu_options())
+
+
+@functools.cache
+def _cpu_options() -> dict[str, str]:
+    """On CPUs, XLA's library of kernels is for matrix products only: its sums along an axis take ten times as long."""
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}  # another version of XLA, without this experimental option
+    return options

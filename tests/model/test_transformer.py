@@ -14,8 +14,9 @@ from plain_transformer import plain_logits, random_params
 
 from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
-from rac3.model.attention import attend, packed_mask
-from rac3.model.losses import cross_entropy
+from rac3.model.blockwise import blockwise_attention
+from rac3.model.losses import weighted_cross_entropy
+from rac3.model.packed import attend, packed_mask
 from rac3.model.transformer import Transformer, TransformerConfig
 
 # init_std is large, so that attention is far from uniform and every path matters
@@ -257,7 +258,7 @@ def test_offsets_tell_the_places_in_a_segment_apart(hidden_of, params, batch):
 
 def test_what_the_backward_pass_keeps_does_not_change_the_gradients(params, batch):
     gradients = []
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "attention", "full"):
         model = dataclasses.replace(CONFIG, remat=remat).build(VOCAB, POSITIONS, IMAGE)
 
         def loss(params, model=model):
@@ -281,15 +282,28 @@ def kept_of_layers(remat: str) -> list[tuple[int, ...]]:
 
     params = random_params(model)
     shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, params))]
-    return sorted(shape for shape in shapes if shape[0] == layers and {rows, seq} <= set(shape[1:]))
+    return sorted(shape for shape in shapes if shape[:1] == (layers,) and {rows, seq} <= set(shape[1:]))
 
 
 def test_the_backward_pass_keeps_what_it_says():
-    """Of a layer: its input; or also the products qkv, out and mlp_in; or all, the attention weights with it."""
-    of_input, of_qkv, of_mlp = (3, 5, 7, 32), (3, 3, 4, 8, 5, 7), (3, 5, 7, 48)
+    """Of a layer: its input; or also the attention's output and the log-sum-exp of each query; or also the products of
+    qkv, out and mlp_in; or all."""
+    of_input, of_attention, of_lse = (3, 5, 7, 32), (3, 5, 4, 7, 8), (3, 5, 4, 7)
+    of_qkv, of_mlp = (3, 5, 7, 3, 4, 8), (3, 5, 7, 48)
     assert kept_of_layers("full") == [of_input]
-    assert kept_of_layers("dots") == sorted([of_input, of_qkv, of_input, of_mlp])
-    assert (3, 5, 4, 7, 7) in kept_of_layers("none")
+    assert kept_of_layers("attention") == sorted([of_input, of_attention, of_lse])
+    assert kept_of_layers("dots") == sorted([of_input, of_attention, of_lse, of_qkv, of_input, of_mlp])
+    assert len(kept_of_layers("none")) > 6
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
+def test_attention_runs_again_only_where_its_output_is_not_kept(remat, times):
+    """Counted by its exponentials: two in a forward pass, one in the backward pass."""
+    model = dataclasses.replace(CONFIG, remat=remat).build(VOCAB, POSITIONS, IMAGE)
+    ids = jnp.ones((2, 7), jnp.int32)
+    gradient = jax.grad(lambda params: jnp.sum(model.apply(params, ids, ids, ids, ids)[0]))
+    names = [each.primitive.name for each in equations(jax.make_jaxpr(gradient)(random_params(model)).jaxpr)]
+    assert names.count("exp") == 2 * times + 1
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_counts(batch):
@@ -314,27 +328,35 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 yield from equations(inner)
 
 
-def test_bfloat16_multiplies_matrices_in_bfloat16_and_takes_softmaxes_in_float32(batch):
-    """Read off the program: seven products (qkv, scores, values, out, two of the MLP, logits) of bfloat16, of which
-    scores and logits come out as float32; the exponentials and the logarithm of attention and of the loss, and the
-    norms, in float32."""
-    model = dataclasses.replace(CONFIG, dtype="bfloat16").build(VOCAB, POSITIONS, IMAGE)
+@pytest.mark.parametrize("attention", ["plain", "blockwise"])
+def test_bfloat16_multiplies_matrices_in_bfloat16_and_takes_softmaxes_in_float32(batch, attention):
+    """Read off the program of loss and gradients: each product has two bfloat16 operands, forward and backward; the
+    exponentials and logarithms of attention and loss, and the norms, are in float32. The plain attention's backward
+    pass is JAX's own, which multiplies the float32 gradient of its logits."""
+    model = dataclasses.replace(CONFIG, dtype="bfloat16", attention=attention).build(VOCAB, POSITIONS, IMAGE)
+    batch = [jnp.asarray(field) for field in batch]
 
     def loss(params):
         hidden, _ = model.apply(params, *batch)
-        return cross_entropy(lambda part: model.apply(params, part, method="logits"), hidden, batch[0])
+        table = model.apply(params, method="output_table")
+        return weighted_cross_entropy(hidden, table, batch[0], jnp.ones(batch[0].shape))[0]
 
-    batch = [jnp.asarray(field) for field in batch]
+    program = loss if attention == "plain" else jax.grad(loss)
     found: dict[str, list[Any]] = {}
-    results = []
-    for equation in equations(jax.make_jaxpr(loss)(random_params(model)).jaxpr):
+    for equation in equations(jax.make_jaxpr(program)(random_params(model)).jaxpr):
         found.setdefault(equation.primitive.name, []).append([var.aval.dtype for var in equation.invars])
-        results += [var.aval.dtype for var in equation.outvars if equation.primitive.name == "dot_general"]
-    assert found["dot_general"] == [[jnp.bfloat16] * 2] * 7
-    assert results == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 4, jnp.float32]
-    assert found["exp"] == [[jnp.float32]] * 2
-    assert found["log"] == [[jnp.float32]]
-    assert found["rsqrt"] == [[jnp.float32]] * 3
+    # Forward: qkv, scores, values, out, two of the MLP, logits. Backward: two of each; and attention's scores again.
+    assert found["dot_general"] == [[jnp.bfloat16] * 2] * (7 if attention == "plain" else 7 + 14 + 1)
+    for name in ("exp", "log", "rsqrt"):
+        assert {dtype for dtypes in found[name] for dtype in dtypes} == {jnp.dtype("float32")}
+
+
+def test_sums_of_many_products_are_kept_in_float32():
+    """Scores, values and logits of bfloat16 come out in float32: 300 products of 1 + 2^-7 are not 300 in bfloat16."""
+    ones = jnp.ones((1, 300, 1, 8), jnp.bfloat16)
+    values = jnp.full((1, 300, 1, 8), 1 + 2**-7, jnp.bfloat16)
+    out = blockwise_attention(ones, ones, values, jnp.ones((1, 300), jnp.int32))
+    np.testing.assert_array_equal(np.float32(out), 1 + 2**-7)
 
 
 def test_the_defaults_are_the_paper_model():
@@ -363,7 +385,7 @@ def test_residual_writers_start_smaller(model):
 
 def test_a_layout_without_a_rule_raises(model, params, batch):
     rules = tuple(rule for rule in MeshConfig().rules if rule[0] != "mlp")
-    with MeshConfig(rules=rules).build().use(), pytest.raises(InputError, match="'mlp' has no rule"):
+    with MeshConfig(rules=rules).build(jax.devices()[:1]).use(), pytest.raises(InputError, match="'mlp' has no rule"):
         jax.eval_shape(model.apply, params, *batch)
 
 

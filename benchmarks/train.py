@@ -1,0 +1,304 @@
+"""The training step against torch: same weights, same batch, same threads; the memory of attention; compile times.
+
+    python benchmarks/train.py [--threads 1 2] [--rounds 9] [--json FILE] [--only step memory compile checkpoint]
+
+`step`: forward, backward, clipping and AdamW of 4 layers of width 512 in float32, against transformers' OPT with
+torch's fused AdamW, eager and with scaled_dot_product_attention; on a row of one group, and on a row of packed groups,
+for which SDPA gets a block-diagonal mask. Losses are compared first. Each number of threads gets its own process,
+pinned to as many cores, which runs all of them alternately. Prints the median ratio (above 1: ours is faster) with its
+extremes, and our share of the rate of a large matrix product. Needs the extra `parity`.
+
+`memory`: temporary bytes of attention with 32 heads of 80, forward and backward, from the compiled program.
+`compile`: seconds to compile the step of 8 and of 32 layers.
+`checkpoint`: the share of a save that the training loop waits for.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from measure import interleaved, ratio, record
+
+PACKAGES = ("rac3", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "transformers", "numpy")
+PARTS = ("step", "memory", "compile", "checkpoint")
+LAYERS, WIDTH, HEADS, VOCAB = 4, 512, 8, 8192
+ROWS = {"one group of 1,024": [1024], "a row of 4,096, four groups": [1000, 1100, 950, 1046]}
+
+
+def training_case(lengths: list[int]) -> tuple[Any, Any, Any]:
+    """(model, parameters, batch) of one row that holds groups of these lengths."""
+    import flax.linen as nn
+    import jax
+    import numpy as np
+
+    from rac3.batches.packing import MAIN_TEXT, PackedBatch
+    from rac3.model.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=LAYERS, embed=WIDTH, num_heads=HEADS, mlp=4 * WIDTH, offset_embedding=False, dtype="float32",
+        remat="none", init_std=0.02,
+    )  # fmt: skip
+    model = config.build(VOCAB, max(lengths), 1)
+    rng, seq = np.random.default_rng(0), sum(lengths)
+    ids = rng.integers(0, VOCAB, (2, 1, seq)).astype(np.int32)
+    zeros = np.zeros((1, seq), np.int32)
+    batch = PackedBatch(
+        tokens=ids[0],
+        targets=ids[1],
+        segments=np.repeat(np.arange(1, len(lengths) + 1), lengths)[None].astype(np.int32),
+        positions=np.concatenate([np.arange(length) for length in lengths])[None].astype(np.int32),
+        offsets=zeros,
+        loss_weight=np.ones((1, seq), np.float32),
+        kind=zeros + MAIN_TEXT,
+    )
+    init = jax.jit(model.init)(jax.random.key(0), batch.tokens, batch.positions, batch.offsets, batch.segments)
+    return model, nn.unbox(init), batch
+
+
+def our_step(model: Any, params: Any, batch: Any) -> tuple[Callable[[], float], float]:
+    """A call that trains one step and gives its loss, and the FLOPs of matrix products without attention's."""
+    import jax
+    import jax.numpy as jnp
+
+    from rac3.training.optimizer import OptimizerConfig
+    from rac3.training.state import TrainState
+    from rac3.training.step import make_train_step
+
+    optimizer = OptimizerConfig().build(1000)
+    params = jax.tree.map(jnp.array, params)
+    holder = [TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))]
+    step, batch = make_train_step(model, optimizer), jax.tree.map(jnp.asarray, batch)
+
+    def call() -> float:
+        state, metrics = step(holder[0], batch)
+        holder[0] = jax.block_until_ready(state)
+        total, count = metrics["loss"]
+        return float(total) / float(count)
+
+    return call, 6 * (LAYERS * 12 * WIDTH**2 + VOCAB * WIDTH) * batch.tokens.size
+
+
+def torch_step(params: Any, batch: Any, attention: str) -> Callable[[], float]:
+    """The same by transformers and torch."""
+    import numpy as np
+    import torch
+    import transformers
+
+    seq = batch.tokens.shape[1]
+    model = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=VOCAB, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, ffn_dim=4 * WIDTH, max_position_embeddings=seq, dropout=0.0,
+            attn_implementation=attention, use_cache=False,
+        )
+    ).train()  # fmt: skip
+    load_opt(model, params)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    ids, targets = torch.tensor(np.int64(batch.tokens)), torch.tensor(np.int64(batch.targets))
+    more: dict[str, Any] = {}
+    if batch.segments.max() > 1:
+        segments = batch.segments[0]
+        seen = (segments[:, None] == segments[None, :]) & np.tril(np.ones((seq, seq), bool))
+        bias = torch.where(torch.tensor(seen), 0.0, torch.finfo(torch.float32).min)
+        more = {"attention_mask": bias[None, None], "position_ids": torch.tensor(np.int64(batch.positions))}
+
+    def call() -> float:
+        optimizer.zero_grad()
+        logits = model(ids, **more).logits
+        loss = torch.nn.functional.cross_entropy(logits[0], targets[0])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss)
+
+    return call
+
+
+def load_opt(model: Any, params: Any) -> None:
+    """Gives transformers' OPT our weights."""
+    import numpy as np
+    import torch
+
+    ours = params["params"]
+    positions = np.asarray(ours["position_embedding"])
+    table = model.model.decoder.embed_positions.weight.shape[0]
+    state = {
+        "embed_tokens.weight": ours["token_embedding"],
+        "embed_positions.weight": np.pad(positions, ((2, table - 2 - len(positions)), (0, 0))),  # OPT's begin at row 2
+        "final_layer_norm.weight": ours["final_norm"]["scale"],
+        "final_layer_norm.bias": ours["final_norm"]["bias"],
+    }
+    blocks = ours["blocks"]
+    for layer in range(LAYERS):
+        prefix, attention = f"layers.{layer}.", blocks["attention"]
+        for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            kernel, bias = attention["qkv_kernel"][layer][:, part], attention["qkv_bias"][layer][part]
+            state[f"{prefix}self_attn.{name}.weight"] = kernel.reshape(WIDTH, WIDTH).T
+            state[f"{prefix}self_attn.{name}.bias"] = bias.reshape(WIDTH)
+        state[f"{prefix}self_attn.out_proj.weight"] = attention["out_kernel"][layer].reshape(WIDTH, WIDTH).T
+        state[f"{prefix}self_attn.out_proj.bias"] = attention["out_bias"][layer]
+        for theirs, name in (("self_attn_layer_norm", "attention_norm"), ("final_layer_norm", "mlp_norm")):
+            state[f"{prefix}{theirs}.weight"] = blocks[name]["scale"][layer]
+            state[f"{prefix}{theirs}.bias"] = blocks[name]["bias"][layer]
+        for theirs, name in (("fc1", "mlp_in"), ("fc2", "mlp_out")):
+            state[f"{prefix}{theirs}.weight"] = blocks[name]["kernel"][layer].T
+            state[f"{prefix}{theirs}.bias"] = blocks[name]["bias"][layer]
+    model.model.decoder.load_state_dict({name: torch.tensor(np.array(value)) for name, value in state.items()})
+
+
+def steps(threads: int, rounds: int) -> list[dict[str, Any]]:
+    """In this process, pinned to `threads` cores."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    import torch
+
+    torch.set_num_threads(threads)
+    best, rows = product_rate(), []
+    for name, lengths in ROWS.items():
+        model, params, batch = training_case(lengths)
+        ours, flops = our_step(model, params, batch)
+        calls = {"ours": ours, **{each: torch_step(params, batch, each) for each in ("sdpa", "eager")}}
+        losses = {each: call() for each, call in calls.items()}
+        if max(losses.values()) - min(losses.values()) > 1e-4:
+            sys.exit(f"the losses of the same weights on the same batch differ: {losses}")
+        times = interleaved(calls, rounds)
+        row = {
+            "case": name,
+            "threads": threads,
+            "sdpa_over_ours": ratio(times["sdpa"], times["ours"]),
+            "eager_over_ours": ratio(times["eager"], times["ours"]),
+            "seconds": {each: round(min(found), 3) for each, found in times.items()},
+            "share_of_matmul_rate": round(flops / min(times["ours"]) / best, 3),
+            "matmul_gflops": round(best / 1e9),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def product_rate() -> float:
+    """FLOP/s of a large matrix product in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048
+    x = jnp.ones((size, size))
+    product = jax.jit(jnp.dot)
+    times = interleaved({"product": lambda: jax.block_until_ready(product(x, x))}, 7)
+    return float(2 * size**3 / min(times["product"]))
+
+
+def attention_memory() -> list[dict[str, Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    from rac3.model.packed import FORMS, PackedAttention
+
+    rows = []
+    for seq in (4096, 16_384):
+        for form in ("plain", "blockwise"):
+            attend = functools.partial(FORMS[form], PackedAttention(form))
+
+            def both(q: Any, k: Any, v: Any, segments: Any, cotangent: Any, attend: Any = attend) -> Any:
+                out, transpose = jax.vjp(functools.partial(attend, segments=segments), q, k, v)
+                return out, transpose(cotangent)
+
+            x = jax.ShapeDtypeStruct((1, seq, 32, 80), jnp.float32)
+            ids = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+            analysis = jax.jit(both).lower(x, x, x, ids, x).compile().memory_analysis()
+            rows.append({"row": seq, "form": form, "temporary_gb": round(analysis.temp_size_in_bytes / 1e9, 3)})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def compile_seconds() -> list[dict[str, Any]]:
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from rac3.batches.packing import PackedBatch
+    from rac3.model.transformer import TransformerConfig
+    from rac3.training.optimizer import OptimizerConfig
+    from rac3.training.state import TrainState
+    from rac3.training.step import make_train_step
+
+    rows = []
+    for layers in (8, 32):
+        model = TransformerConfig(num_layers=layers, embed=WIDTH, num_heads=HEADS, mlp=4 * WIDTH).build(VOCAB, 1024, 1)
+        ids, optimizer = jax.ShapeDtypeStruct((1, 1024), jnp.int32), OptimizerConfig().build(1000)
+
+        def state(key: Any, model: Any = model, optimizer: Any = optimizer) -> Any:
+            params = nn.unbox(model.init(key, *[jnp.zeros((1, 2), jnp.int32)] * 4))
+            return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+        weights = jax.ShapeDtypeStruct((1, 1024), jnp.float32)
+        batch = PackedBatch(ids, ids, ids, ids, ids, weights, ids)
+        lowered = make_train_step(model, optimizer).lower(jax.eval_shape(state, jax.random.key(0)), batch)
+        started = time.perf_counter()
+        lowered.compile()
+        rows.append({"layers": layers, "seconds": round(time.perf_counter() - started, 2)})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def checkpoint_share() -> dict[str, Any]:
+    """Seconds that a save blocks, and takes in all, of the state of about 100 million parameters."""
+    import jax.numpy as jnp
+
+    from rac3.training.checkpoint import Checkpoints
+    from rac3.training.state import TrainState
+
+    arrays = {f"layer{number}": jnp.ones((1024, 1024)) * number for number in range(100)}
+    state = TrainState(jnp.zeros((), jnp.int32), arrays, {"mu": arrays, "nu": arrays})
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder))
+        started = time.perf_counter()
+        checkpoints.save(1, state, [0, 0])
+        blocked = time.perf_counter() - started
+        checkpoints.close()
+        whole = time.perf_counter() - started
+    row = {"gigabytes": 1.26, "blocked_seconds": round(blocked, 3), "seconds": round(whole, 3)}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # where a child process writes its results
+    arguments = parser.parse_args()
+    if arguments.rows:
+        arguments.rows.write_text(json.dumps(steps(arguments.threads[0], arguments.rounds)))
+        return
+    results: dict[str, Any] = {}
+    if "step" in arguments.only:
+        results["step"] = []
+        for threads in arguments.threads:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = Path(folder) / "rows.json"
+                options = ["--threads", str(threads), "--rounds", str(arguments.rounds), "--rows", str(rows)]
+                subprocess.run([sys.executable, __file__, *options], check=True)
+                results["step"] += json.loads(rows.read_text())
+    if "memory" in arguments.only:
+        results["memory"] = attention_memory()
+    if "compile" in arguments.only:
+        results["compile"] = compile_seconds()
+    if "checkpoint" in arguments.only:
+        results["checkpoint"] = checkpoint_share()
+    if arguments.json:
+        command = f"python benchmarks/train.py --rounds {arguments.rounds}"
+        arguments.json.write_text(record(command, PACKAGES, results))
+
+
+if __name__ == "__main__":
+    main()
