@@ -29,6 +29,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.run import Run, describe, load
+from rac3.training.preemption import RUN_AGAIN, PreemptedError
 from rac3.vqgan.frozen import FrozenVQGAN
 
 RETRIEVERS: dict[str, Callable[[], Retriever]] = {
@@ -45,7 +46,11 @@ USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,rando
 
 
 def main() -> None:
-    """The entry point: exit code 0, or 2 with one line on bad input; a traceback only with `--debug`."""
+    """The entry point. A traceback is shown only with `--debug`.
+
+    Exit codes: 0; 2 with one line on bad input; 75 if training was asked to stop, and is saved: run the command again;
+    130 if anything else was interrupted.
+    """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
@@ -55,6 +60,9 @@ def main() -> None:
             raise
         print(f"rac3: {error}", file=sys.stderr)
         sys.exit(2)
+    except PreemptedError as stopped:
+        print(f"rac3: {stopped}", file=sys.stderr)
+        sys.exit(RUN_AGAIN)
     except KeyboardInterrupt:
         print("rac3: interrupted; run the same command to go on", file=sys.stderr)
         sys.exit(130)
