@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import logging
@@ -11,6 +12,7 @@ import re
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -29,6 +31,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.run import Run, describe, load
+from rac3.training.checkpoint import SaveError
 from rac3.training.preemption import RUN_AGAIN, PreemptedError
 from rac3.vqgan.frozen import FrozenVQGAN
 
@@ -42,14 +45,15 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
 }
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
 AT_INFERENCE = ("evaluate", "generate", "report")  # stages that leave the model as it is
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a process's limit
 USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,random,none} [its overrides]]"
 
 
 def main() -> None:
-    """The entry point. A traceback is shown only with `--debug`.
+    """The entry point: one line on errors that a person can do something about, a traceback with `--debug`.
 
-    Exit codes: 0; 2 with one line on bad input; 75 if training was asked to stop, and is saved: run the command again;
-    130 if anything else was interrupted.
+    Exit codes: 0; 1 if a checkpoint can't be written, or the disk is full; 2 on bad input; 75 if training was asked to
+    stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
@@ -60,6 +64,17 @@ def main() -> None:
             raise
         print(f"rac3: {error}", file=sys.stderr)
         sys.exit(2)
+    except SaveError as error:
+        if debug:
+            raise
+        print(f"rac3: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if debug or error.errno not in FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"rac3: {os.strerror(error.errno)}{where}; make room, and run the same command to go on", file=sys.stderr)
+        sys.exit(1)
     except PreemptedError as stopped:
         print(f"rac3: {stopped}", file=sys.stderr)
         sys.exit(RUN_AGAIN)
@@ -488,4 +503,13 @@ def _quiet() -> None:
     """Keeps libraries' notes out of the progress lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax logs, it also raises
+    unraisable = sys.unraisablehook
+
+    def report(found: Any) -> None:
+        """At the first part of a checkpoint that fails, orbax leaves the others to fail later, unheard."""
+        files = [frame.filename for frame in traceback.extract_tb(found.exc_traceback)]
+        if not any("orbax" in file or "asyncio" in file for file in files):
+            unraisable(found)
+
+    sys.unraisablehook = report
