@@ -34,6 +34,7 @@ def train(run: Run, processes: Processes) -> None:
     processes.compare(f"{experiment.model_name} before anything is read", same)
     if processes.from_first("the state of the artifact", run.workdir.find(recipe) is not None):
         return
+    processes.at("its artifacts")
     mesh = experiment.mesh.build()
     model, stream = run.model, run.training_stream(mesh.share(experiment.batches.rows))
     optimizer = experiment.optimizer.build(experiment.training.steps)
