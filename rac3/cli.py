@@ -33,6 +33,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.run import Run, describe, load
+from rac3.training.preemption import RUN_AGAIN, PreemptedError
 from rac3.vqgan.frozen import FrozenVQGAN
 
 RETRIEVERS: dict[str, Callable[[], Retriever]] = {
@@ -49,16 +50,23 @@ USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,rando
 
 
 def main() -> None:
-    """The entry point: exit code 0, or 2 with one line on bad input; a traceback only with `--debug`."""
+    """The entry point. A traceback is shown only with `--debug`.
+
+    Exit codes: 0; 2 with one line on bad input; 75 if training was asked to stop, and is saved: run the command again;
+    130 if anything else was interrupted.
+    """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
         run([argument for argument in arguments if argument != "--debug"])
     except InputError as error:
-        if debug:
+        if debug and not jax.distributed.is_initialized():
             raise
-        print(f"rac3: {error}", file=sys.stderr)
+        print(traceback.format_exc() if debug else f"rac3: {error}", file=sys.stderr)
         _exit(2)
+    except PreemptedError as stopped:
+        print(f"rac3: {stopped}", file=sys.stderr)
+        _exit(RUN_AGAIN)
     except KeyboardInterrupt:
         print("rac3: interrupted; run the same command to go on", file=sys.stderr)
         _exit(130)
@@ -374,9 +382,9 @@ class TrainOptions:
 def _train(run: Run, options: Any) -> None:
     stall_minutes = run.experiment.training.stall_minutes
     if isinstance(options, TrainOptions):
-        started = options.distributed.start(stall_minutes)
+        started = options.distributed.start(stall_minutes, (PreemptedError,))
     else:  # all stages in one process
-        started = Processes(stall_minutes=stall_minutes)
+        started = Processes(stall_minutes=stall_minutes, orderly=(PreemptedError,))
     with started as processes:
         _train_with(run, processes)
 

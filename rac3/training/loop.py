@@ -17,6 +17,7 @@ from rac3.execution.progress import Progress
 from rac3.model.losses import Metrics
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.metrics import MetricsWriter
+from rac3.training.preemption import PreemptedError, Preemption
 from rac3.training.state import NewState, TrainState
 
 Position = Sequence[int]  # of a stream of batches; () is its beginning
@@ -75,9 +76,10 @@ def training_loop(
 
     Raises:
       InputError: the checkpoint is of a model of another shape.
+      PreemptedError: SIGTERM or SIGINT came; the last step is saved.
     """
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep)
-    with contextlib.closing(checkpoints), mesh.use():
+    with Preemption() as preemption, contextlib.closing(checkpoints), mesh.use():
         position: Position
         at("the newest checkpoint", 0)
         state, position = checkpoints.restore(new.abstract) or (new.create(), ())
@@ -95,7 +97,8 @@ def training_loop(
                 state, metrics = step(state, put(batch, mesh))
                 done += 1
                 window.add(metrics, wait)
-                saves = done % config.checkpoint_every == 0 or done == config.steps
+                stops = preemption.reached(done, checkpoints.manager.reached_preemption)
+                saves = stops or done % config.checkpoint_every == 0 or done == config.steps
                 # Metrics are read one window late, so that the device never waits for the host.
                 if done % config.log_every == 0 or saves:
                     at("the metrics of the steps so far", done)
@@ -106,6 +109,8 @@ def training_loop(
                     at("the checkpoint", done)
                     checkpoints.save(done, state, list(position))
                 bar.update(1, window.note)
+                if stops:
+                    raise PreemptedError(f"{label}: stopped after step {done}, saved; run the same command to go on")
         at("the last checkpoint", done)
     return state
 
