@@ -14,14 +14,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union
+from typing import Annotated, Any, Literal, Union
 
 import jax
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, load_config_module, shipped_configs
-from rac3.devices.processes import Distributed, Processes, end
+from rac3.devices.processes import Distributed, Processes, leave
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
 from rac3.execution.ray import Ray
@@ -63,25 +63,18 @@ def main() -> None:
         if debug and not jax.distributed.is_initialized():
             raise
         print(traceback.format_exc() if debug else f"rac3: {error}", file=sys.stderr)
-        _exit(2)
+        leave(2)
     except PreemptedError as stopped:
         print(f"rac3: {stopped}", file=sys.stderr)
-        _exit(RUN_AGAIN)
+        leave(RUN_AGAIN)
     except KeyboardInterrupt:
         print("rac3: interrupted; run the same command to go on", file=sys.stderr)
-        _exit(130)
+        leave(130)
     except Exception:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        _exit(1)
-
-
-def _exit(code: int) -> NoReturn:
-    """Ends the command. One process of several ends at once: JAX would wait for the others, which have ended."""
-    if jax.distributed.is_initialized():
-        end(code)
-    sys.exit(code)
+        leave(1)
 
 
 def run(arguments: Sequence[str]) -> None:

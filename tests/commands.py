@@ -71,16 +71,28 @@ def started(folder: Path, *arguments: str, devices: int = 8) -> Iterator[Command
         process.close()
 
 
-@contextmanager
-def many_started(folder: Path, count: int, *arguments: str, devices: int = 8) -> Iterator[list[Command]]:
-    """One `rac3 ARGUMENTS` in `count` processes that find each other; they share the devices."""
+def free_port() -> int:
+    """One on which nothing listens now."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        place = "--distributed.coordinator", f"localhost:{free.getsockname()[1]}", "--distributed.processes", str(count)
+        return free.getsockname()[1]
+
+
+@contextmanager
+def many_started(
+    folder: Path, count: int, *arguments: str, last: tuple[str, ...] = (), devices: int = 8
+) -> Iterator[list[Command]]:
+    """One `rac3 ARGUMENTS` in `count` processes that find each other; they share the devices.
+
+    Args:
+      last: more arguments of the last process alone.
+    """
+    place = "--distributed.coordinator", f"localhost:{free_port()}", "--distributed.processes", str(count)
+    place, share = (*place, "--distributed.process"), devices // count
     with ExitStack() as stack:
         yield [
             stack.enter_context(
-                started(folder, *arguments, *place, "--distributed.process", str(number), devices=devices // count)
+                started(folder, *arguments, *(last if number == count - 1 else ()), *place, str(number), devices=share)
             )
             for number in range(count)
         ]

@@ -25,13 +25,15 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import jax
+from jax._src.distributed import global_state  # jax.distributed has no barriers that do without devices
 
 from rac3.config import InputError
 
 STALLED = 76  # the exit code of a process that has not got on for too long: run the same command again
+FAILED = "rac3/failed"  # key of the coordination service
 COMPILING = "compilation"
 LONGEST = 7 * 24 * 3600 * 1000  # milliseconds at a barrier; the watchdog ends a process that waits there for too long
-PARTING = 15.0  # seconds that a process that fails stays, so that all others hear why
+PARTING = 15.0  # seconds that the first process stays after a failure, so that all others hear of it
 LISTENING = 1.0  # seconds between two looks for failures
 
 T = TypeVar("T")
@@ -103,10 +105,9 @@ class Distributed:
                 f"{self.start_seconds} s ({str(error).splitlines()[0]}); start all of them, with that address and "
                 "numbers of their own, or raise --distributed.start-seconds"
             ) from error
-        from jax._src import distributed  # jax.distributed has no barriers that do without devices
-
-        client = distributed.global_state.client
-        return Processes(place.processes, place.process, client, stall_minutes=stall_minutes, orderly=orderly)
+        return Processes(
+            place.processes, place.process, global_state.client, stall_minutes=stall_minutes, orderly=orderly
+        )
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,11 @@ class Processes:
         if error is not None and not isinstance(error, self.orderly):
             code = 2 if isinstance(error, InputError) else 1
             message = str(error) if code == 2 else f"{type(error).__name__}: {error}"
-            self._tell({"from": str(self), "code": code, "message": message.partition("\n")[0]})
             self._done.set()
+            if self.client is not None:
+                failure = {"from": str(self), "code": code, "message": message.partition("\n")[0]}
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed before
+                    self.client.key_value_set(FAILED, json.dumps(failure))
             return
         if self.client is not None:
             self.at("the end of the other processes")
@@ -268,22 +272,6 @@ class Processes:
 
     # Failing together.
 
-    def _tell(self, failure: dict[str, Any]) -> None:
-        """Tells the others why this process ends, unless one has failed before, and waits until they have heard."""
-        if self.client is None:
-            return
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self.client.key_value_set("rac3/failed", json.dumps(failure))
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._part()
-
-    def _part(self) -> None:
-        """Says that this process has heard of the failure. The first one, without which no other hears, leaves last."""
-        self.client.key_value_set(f"rac3/heard/{self.number}", "", allow_overwrite=True)
-        until = time.monotonic() + PARTING
-        while time.monotonic() < until and len(self.client.key_value_dir_get("rac3/heard/")) < self.count:
-            time.sleep(0.05)
-
     def _listen(self) -> None:
         """The thread that ends this process once another one has failed. It also says what this one does."""
         said = ""
@@ -292,12 +280,12 @@ class Processes:
                 if said != (said := str(self.activity)):
                     self.client.key_value_set(f"rac3/at/{self.number}", f"{self}: {said}", allow_overwrite=True)
                 self.others = dict(self.client.key_value_dir_get("rac3/at/"))
-                failure = json.loads(self.client.key_value_try_get("rac3/failed"))
+                failure = json.loads(self.client.key_value_try_get(FAILED))
             except jax.errors.JaxRuntimeError:  # no failure, or no connection: JAX's own threads see to that
                 continue
             if not self._done.is_set():
-                self._part()
-                end(failure["code"], f"{failure['from']} failed: {failure['message']}")
+                _say(f"{failure['from']} failed: {failure['message']}")
+                leave(failure["code"])
 
     # The watchdog.
 
@@ -316,7 +304,8 @@ class Processes:
             still = 0.0 if compiles or moves != self._moves else still + min(passed, 2 * pause)
             moves = self._moves
             if still >= limit:
-                end(STALLED, self._stalled(limit))
+                _say(self._stalled(limit))
+                os._exit(STALLED)
 
     def _stalled(self, limit: float) -> str:
         own = f"rac3/at/{self.number}"
@@ -362,16 +351,33 @@ def main_thread() -> str:
     return " > ".join(names) or "no Python code"
 
 
-def end(code: int, message: str = "") -> NoReturn:
-    """Ends this process now: threads of its own, or of JAX, may wait for processes that are gone."""
+def leave(code: int) -> NoReturn:
+    """Ends the command after a failure.
 
-    def last_words() -> None:
+    One of several processes ends at once, as threads of JAX would wait for others that have ended. The coordination
+    service ends with the first one, which therefore waits until all others have heard of the failure.
+    """
+    client = global_state.client
+    if client is None:
+        sys.exit(code)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f"rac3/heard/{global_state.process_id}", "", allow_overwrite=True)
+        until = time.monotonic() + (PARTING if global_state.process_id == 0 else 0.0)
+        while time.monotonic() < until and len(client.key_value_dir_get("rac3/heard/")) < global_state.num_processes:
+            time.sleep(0.05)
+    _say("")
+    os._exit(code)
+
+
+def _say(message: str) -> None:
+    """Prints, and flushes what was printed before. Waits for no reader who is gone."""
+
+    def say() -> None:
         if message:
             print(f"rac3: {message}", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
 
-    speaker = threading.Thread(target=last_words, daemon=True)  # nobody may read them
+    speaker = threading.Thread(target=say, daemon=True)
     speaker.start()
     speaker.join(5.0)
-    os._exit(code)
