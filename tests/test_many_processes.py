@@ -207,6 +207,18 @@ def test_a_process_that_is_stopped_or_lost_ends_the_other(workdir: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_no_process_outlives_the_first(workdir: Path, tmp_path: Path):
+    """The coordination service, which is in it, is what JAX itself watches: it aborts."""
+    endless = "--training.steps", "100000", "--training.log-every", "1"
+    with many_started(tmp_path, 2, "train", TINY, "--workdir", str(workdir), *endless) as both:
+        wait_until(lambda: any(each.stat().st_size for each in workdir.glob("train/*/metrics.jsonl")), both[0])
+        both[0].kill()
+        begun = time.monotonic()
+        assert both[1].wait() == -signal.SIGABRT
+        assert time.monotonic() - begun < 20
+
+
+@pytest.mark.slow
 def test_a_process_with_other_code_is_named(workdir: Path, tmp_path: Path):
     """An install of rac3 that is one comment older."""
     shutil.copytree(ROOT / "rac3", tmp_path / "old" / "rac3")
@@ -218,6 +230,7 @@ def test_a_process_with_other_code_is_named(workdir: Path, tmp_path: Path):
         subprocess.Popen(
             [*command, *place, "--distributed.process", str(number)],
             env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT / 'tests'}"},
+            cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -130,7 +130,7 @@ def from_slurm(environ: Mapping[str, str]) -> Place | None:
         return None
     tasks, nodes = int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_STEP_NUM_NODES"])
     port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096  # two jobs may share a node
-    alone = tasks == nodes or len(environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    alone = tasks <= nodes or len(environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
     return Place(
         f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
         tasks,
@@ -333,11 +333,12 @@ def differences(found: Mapping[int, Mapping[str, Any]]) -> str:
     return "; ".join(messages) and "; ".join(messages) + "; start all processes with the same rac3, config and jax"
 
 
-def code_digest() -> str:
-    """Of the files of rac3."""
-    package = Path(__file__).parents[1]
+def code_digest(package: Path = Path(__file__).parents[1]) -> str:
+    """Of the files of rac3, without its configs: their names and what is in them."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] == "configs":
+            continue
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
