@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from rac3.artifacts.workdir import MANIFEST, Workdir
 from rac3.devices.processes import STALLED
 from rac3.run import Run
 from rac3.training.checkpoint import CHECKPOINTS
+from rac3.training.loop import TrainingConfig
 from rac3.training.metrics import read_metrics
 
 TINY = str(Path(__file__).parent / "tiny_config.py")
@@ -43,10 +45,9 @@ def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
     return shutil.copytree(finished_workdir[1], tmp_path / "tiny", ignore=shutil.ignore_patterns("train"))
 
 
-def trained(workdir: Path, **training) -> Run:
-    """The RA-CM3 of a workdir, which is there."""
-    tiny = tiny_config.get_config()
-    run = Run(replace(tiny, training=replace(tiny.training, **training)), Workdir(workdir, "tiny"))
+def trained(workdir: Path, **changed: Any) -> Run:
+    """The RA-CM3 of a workdir, which is there; `changed` are fields of the tiny experiment."""
+    run = Run(replace(tiny_config.get_config(), **changed), Workdir(workdir, "tiny"))
     assert run.workdir.find(run.recipe(recipes.train)), list((workdir / "train").glob("*"))
     return run
 
@@ -85,6 +86,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(
 
 
 LONG = ("--no-compare-with-cm3", "--training.steps", "30", "--training.checkpoint-every", "10")
+LONGER = TrainingConfig(steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def whole(finished_workdir: tuple[Path, Path], tmp_path_factory: pytest.TempPath
     workdir = shutil.copytree(finished_workdir[1], folder / "tiny", ignore=shutil.ignore_patterns("train"))
     with started(folder, "train", TINY, "--workdir", str(workdir), *LONG) as command:
         assert command.wait() == 0, command.err()
-    return trained(workdir, steps=30)
+    return trained(workdir, training=LONGER)
 
 
 @pytest.mark.slow
@@ -110,7 +112,22 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
     assert list((workdir / "train").glob("*.partial")), "it had ended already"
     with many_started(tmp_path, then, *arguments) as commands:
         assert [command.wait() for command in commands] == [0] * then, [command.err() for command in commands]
-    assert_same(trained(workdir, steps=30), whole)
+    assert_same(trained(workdir, training=LONGER), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", [("--mesh.tensor", "8"), ("--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.tensor", "2")]
+)
+def test_any_mesh_over_two_processes_is_that_of_one(workdir: Path, tmp_path: Path, mesh: tuple[str, ...]):
+    """With `tensor` of 8, one group spans both processes, and both need the same rows."""
+    eight = "--no-compare-with-cm3", "--model.num-heads", "8", *mesh
+    alone = shutil.copytree(workdir, tmp_path / "alone")
+    with started(tmp_path, "train", TINY, "--workdir", str(alone), *eight) as command:
+        assert command.wait() == 0, command.err()
+    train_together(workdir, tmp_path, *eight)
+    model = replace(tiny_config.get_config().model, num_heads=8)
+    assert_same(*(trained(each, model=model) for each in (workdir, alone)))
 
 
 def ended(folder: Path, workdir: Path, *arguments: str, config: str = TINY, last: tuple[str, ...] = ()):

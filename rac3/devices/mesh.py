@@ -113,7 +113,8 @@ class DeviceMesh:
                 f"multiple of {shards}, or a smaller mesh.data x mesh.fsdp"
             )
         held: dict[int, set[int]] = {}
-        for device, (index,) in self.sharding("batch").devices_indices_map((rows,)).items():
+        held_by: Mapping[Any, Any] = self.sharding("batch").devices_indices_map((rows,))
+        for device, (index,) in held_by.items():
             held.setdefault(device.process_index, set()).update(range(rows)[index])
         return share_of(held, rows, jax.process_index())
 

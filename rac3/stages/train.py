@@ -19,15 +19,16 @@ from rac3.training.state import TrainState, new_state
 from rac3.training.step import make_train_step
 
 
-def train(run: Run, processes: Processes) -> None:
+def train(run: Run, processes: Processes | None = None) -> None:
     """Trains the model of the experiment, unless that is done; goes on from its newest checkpoint.
 
-    All processes call it. The first one owns the artifact, the others fill its folder with it.
+    All processes call it; None trains in this one alone. The first one owns the artifact, the others help to fill it.
 
     Raises:
       InputError: a context too short for one document, sizes that can't be divided over the mesh, a mesh that does not
         divide the devices, a checkpoint of another model, processes that differ.
     """
+    processes = processes or Processes()
     experiment, recipe = run.experiment, run.recipe(recipes.train)
     versions = f"jax {jax.__version__}, jaxlib {jax.lib.__version__}"
     same = {"code": code_digest(), "config": fingerprint(experiment), "jax": versions, "input": recipe.fingerprint}
@@ -71,7 +72,7 @@ def written_together(workdir: Workdir, recipe: Recipe, processes: Processes) -> 
 
 
 def compared(step: Any, processes: Processes) -> Callable[[TrainState, PyTree], Any]:
-    """A jitted step that is compiled once all processes have lowered it to the same program.
+    """A jitted step; several processes compile it once all have lowered it to the same program.
 
     Programs that differ would wait for each other forever.
     """
@@ -79,10 +80,16 @@ def compared(step: Any, processes: Processes) -> Callable[[TrainState, PyTree], 
 
     def run(state: TrainState, batch: PyTree) -> Any:
         if not compiled:
-            lowered = step.lower(state, batch)
-            processes.compare("the program", {"program": fingerprint(lowered.as_text())})
-            processes.at(COMPILING)
-            compiled.append(lowered.compile())
+            compiled.append(compile_with(state, batch))
         return compiled[0](state, batch)
+
+    def compile_with(state: TrainState, batch: PyTree) -> Any:
+        processes.at(COMPILING)
+        if processes.count == 1:
+            return step  # compiles when it is called
+        lowered = step.lower(state, batch)
+        processes.compare("the program", {"program": fingerprint(lowered.as_text())})
+        processes.at(COMPILING)
+        return lowered.compile()
 
     return run

@@ -205,11 +205,13 @@ def test_a_draft_that_comes_late_is_waited_for(workdir: Workdir, monkeypatch: py
     """As on a network file system, where a new folder shows after a while."""
     monkeypatch.setattr("rac3.artifacts.workdir.VISIBLE", 0.3)
     folder = workdir.path / "documents" / f"{RECIPE.fingerprint}.partial"
-    with pytest.raises(
-        InputError, match=r"\.partial, which another process has made, can't be seen on .*all hosts share"
+    with (
+        pytest.raises(
+            InputError, match=r"\.partial, which another process has made, can't be seen on .*all hosts share"
+        ),
+        workdir.join(RECIPE),
     ):
-        with workdir.join(RECIPE):
-            pass
+        pass
     timer = threading.Timer(0.1, folder.mkdir, kwargs={"parents": True})
     timer.start()
     with workdir.join(RECIPE) as draft:
