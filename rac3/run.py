@@ -274,8 +274,12 @@ class Run:
         """Builds sequences of whole documents, as prompts hold them."""
         return GroupBuilder(self.vocabulary, Masking("none"), 1.0, self.experiment.batches.retrieved)
 
-    def training_stream(self) -> BatchStream:
-        """This process's share of the batches that the experiment trains on."""
+    def training_stream(self, share: tuple[int, int] = (1, 0)) -> BatchStream:
+        """The batches that the experiment trains on.
+
+        Args:
+          share: the number of shares of the rows of each batch, and the one that is read.
+        """
         config, neighbors = self.experiment.batches, None
         if self.experiment.retrieves:
             neighbors = self.neighbors("train")
@@ -285,8 +289,7 @@ class Run:
             self.documents("train"),
             neighbors,
             GroupBuilder(self.vocabulary, config.masking, config.retrieved_weight, config.retrieved),
-            jax.process_count(),
-            jax.process_index(),
+            *share,
             self.withdrawn_rows("train"),
         )
 

@@ -232,6 +232,7 @@ FITTED: dict[str, Row] = {
     "training.checkpoint_every": (5, NOTHING),
     "training.log_every": (5, NOTHING),
     "training.keep": (5, NOTHING),
+    "training.stall_minutes": (5.0, NOTHING),
     "training.loss_chunk": (5, NOTHING),
     "mesh.data": (1, NOTHING),
     "mesh.fsdp": (2, NOTHING),

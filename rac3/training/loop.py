@@ -33,6 +33,8 @@ class TrainingConfig:
       checkpoint_every, log_every: in steps.
       keep: the number of checkpoints to keep.
       loss_chunk: positions of a row whose logits are in memory at once.
+      stall_minutes: a process ends, with code 76, when it has not got on for so long: it can't know whether what it
+        waits for will ever come. A compilation may take longer. 0 waits forever.
     """
 
     steps: int = 100_000
@@ -40,11 +42,14 @@ class TrainingConfig:
     log_every: int = 20
     keep: int = 2
     loss_chunk: int = 512
+    stall_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "checkpoint_every", "log_every", "keep", "loss_chunk"):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name}={getattr(self, name)} is below 1; use at least 1")
+        if not 0 <= self.stall_minutes < float("inf"):
+            raise InputError(f"training.stall_minutes={self.stall_minutes} is no time; use 30, or 0 to wait forever")
 
 
 def training_loop(
@@ -55,6 +60,7 @@ def training_loop(
     stream: Stream,
     folder: Path,
     mesh: DeviceMesh,
+    at: Callable[[str, int], None] = lambda waits_for, step: None,
 ) -> TrainState:
     """Trains to `config.steps` steps: from the newest checkpoint below `folder`, or else from a new state.
 
@@ -66,6 +72,7 @@ def training_loop(
       step: (state, batch) -> (next state, metrics); the state is donated.
       stream: batches of this process's rows.
       folder: takes the checkpoints and the metrics.
+      at: is told what the loop waits for next, and for which step.
 
     Raises:
       InputError: the checkpoint is of a model of another shape.
@@ -75,16 +82,19 @@ def training_loop(
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep)
     with Preemption() as preemption, contextlib.closing(checkpoints), mesh.use():
         position: Position
+        at("the newest checkpoint", 0)
         state, position = checkpoints.restore(new.abstract) or (new.create(), ())
         done = int(state.step)
-        bar = Progress(label, config.steps, "steps", done)
+        bar = Progress(label, config.steps, "steps", done, shown=jax.process_index() == 0)
         with contextlib.closing(MetricsWriter(folder, done)) as writer, bar:
             window = _Window(writer)
             batches = stream(position) if done < config.steps else iter(())
             while done < config.steps:
+                at("a batch", done + 1)
                 waiting = time.monotonic()
                 batch, position = next(batches)
                 wait = time.monotonic() - waiting
+                at("the step", done + 1)
                 state, metrics = step(state, put(batch, mesh))
                 done += 1
                 window.add(metrics, wait)
@@ -93,14 +103,17 @@ def training_loop(
                 saves = stops or done % config.checkpoint_every == 0 or done == config.steps
                 # Metrics are read one window late, so that the device never waits for the host.
                 if done % config.log_every == 0 or saves:
+                    at("the metrics of the steps so far", done)
                     window.close(done)
                 # A run that resumes from here must find all lines up to here, so they are written before the state.
                 if saves:
                     window.flush()
+                    at("the checkpoint", done)
                     checkpoints.save(done, state, list(position))
                 bar.update(1, window.note)
                 if stops:
                     raise PreemptedError(f"{label}: stopped after step {done}, saved; run the same command to go on")
+        at("the last checkpoint", done)
     return state
 
 

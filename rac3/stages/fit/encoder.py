@@ -56,16 +56,20 @@ def fit_encoder(config: FitConfig, task: FitTask, seed: int, mesh: DeviceMesh, f
 
     The rows of a step are a function of (seed, step), and each process reads its share of them: a step sees the same
     rows however many processes there are.
+
+    Raises:
+      InputError: the processes can't feed equal shares of the rows.
     """
     shards = mesh.num_shards("batch")
     size = -(-config.batch // shards) * shards
+    shares, own = mesh.share(size)
 
     def stream(position: Sequence[int]) -> Iterator[tuple[PyTree, Sequence[int]]]:
         (number,) = position or (0,)
         while True:
             rows = np.random.default_rng([seed, number]).integers(task.items, size=size)
             number += 1
-            yield task.batch(np.split(rows, jax.process_count())[jax.process_index()]), [number]
+            yield task.batch(np.split(rows, shares)[own]), [number]
 
     frozen = jax.device_put(task.frozen, mesh.sharding())
     compiled = jax.jit(task.step, donate_argnums=0)
