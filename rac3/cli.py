@@ -21,7 +21,7 @@ import jax
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
-from rac3.config import InputError, load_config_module, shipped_configs
+from rac3.config import InputError, check_finite, load_config_module, shipped_configs
 from rac3.devices.processes import Distributed, Processes, leave
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
@@ -217,7 +217,9 @@ def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Exp
     values = {name: getattr(parsed, name) for name in fields if hasattr(config, name) and name not in own}
     values["executor"] = getattr(parsed, parsed.executor)
     values["data"] = MemoryOptions(parsed.add_memory, parsed.withdraw_memory).of(config.data)
-    return dataclasses.replace(config, **values), options(**{name: getattr(parsed, name) for name in own})
+    own_values = {name: getattr(parsed, name) for name in own}
+    check_finite(own_values)
+    return dataclasses.replace(config, **values), options(**own_values)
 
 
 def _default(field: dataclasses.Field) -> Any:

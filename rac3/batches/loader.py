@@ -174,6 +174,13 @@ class BatchStream:
             neighbors[too_long, column] = -1
         return BlockPlan(epoch, main, neighbors, pack(lengths.sum(1), self.config.row))
 
+    def keys(self, state: StreamState) -> list[str]:
+        """The keys of all documents of the next batch of all hosts, sorted."""
+        plan, first = self.plan(state.block), state.batch * self.config.rows
+        groups = [group for row in plan.rows[first : first + self.config.rows] for group in row]
+        documents = set(plan.main[groups].tolist()) | set(plan.neighbors[groups].ravel().tolist()) - {-1}
+        return sorted(item.document.key for item in self.documents.many(sorted(documents)))
+
     def row(self, plan: BlockPlan, number: int) -> PackedBatch:
         """Row `number` of a block, without the rows axis."""
         groups = []

@@ -1,7 +1,10 @@
 """Train: pre-retrieved batches -> a CM3 Transformer. Reads artifacts only; no retriever runs here."""
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -11,7 +14,8 @@ from rac3 import recipes
 from rac3.artifacts.recipe import Recipe
 from rac3.artifacts.workdir import Draft, Workdir
 from rac3.batches.loader import StreamState
-from rac3.config import fingerprint
+from rac3.config import InputError, fingerprint
+from rac3.devices.mesh import DeviceMesh
 from rac3.devices.processes import COMPILING, Processes, code_digest
 from rac3.run import Run, initializer
 from rac3.training.loop import training_loop
@@ -37,18 +41,43 @@ def train(run: Run, processes: Processes | None = None) -> None:
         return
     processes.at("its artifacts")
     mesh = experiment.mesh.build()
-    model, stream = run.model, run.training_stream(mesh.share(experiment.batches.rows))
-    optimizer = experiment.optimizer.build(experiment.training.steps)
+    training, rows = experiment.training, experiment.batches.rows
+    model, stream = run.model, run.training_stream(mesh.share(rows))
+    shards = mesh.num_shards("batch")
+    if rows % (shards * training.microbatches):
+        raise InputError(
+            f"training.microbatches={training.microbatches} can't divide the {rows // shards} rows of each of the "
+            f"{shards} shards of mesh.data x mesh.fsdp; use a divisor of {rows // shards}, or other batches.rows"
+        )
+    schedule = experiment.optimizer.schedule(training.steps)
+    optimizer = experiment.optimizer.build(training.steps)
     new = new_state(initializer(model), optimizer, experiment.seed, mesh)
 
     def batches(position: Sequence[int]) -> Iterator[tuple[PyTree, Sequence[int]]]:
         return stream.batches(StreamState(*position))
 
+    def documents(position: Sequence[int]) -> list[str]:
+        return stream.keys(StreamState(*position))
+
     with written_together(run.workdir, recipe, processes) as draft:
         draft.counts["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(new.abstract.params))
-        step = compared(make_train_step(model, optimizer, experiment.training.loss_chunk), processes)
         label = f"train {experiment.model_name}"
-        training_loop(label, experiment.training, new, step, batches, draft.folder, mesh, processes.at)
+        if processes.first:
+            print(f"{label}: {_machine(mesh)}", file=sys.stderr)
+        step = make_train_step(
+            model, optimizer, training.loss_chunk, training.microbatches, training.max_skipped, schedule
+        )
+        step = compared(step, processes)
+        training_loop(label, training, new, step, batches, draft.folder, mesh, processes.at, documents)
+
+
+def _machine(mesh: DeviceMesh) -> str:
+    """What a run runs on, in one line."""
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("rac3", "jax", "jaxlib"))
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.jax_mesh.shape.items())
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    flags = os.environ.get("XLA_FLAGS", "").strip() or "none"
+    return f"{packages}; mesh of {shape} on {devices}, {jax.process_count()} processes; XLA_FLAGS: {flags}"
 
 
 @contextlib.contextmanager
