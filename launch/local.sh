@@ -32,9 +32,9 @@ trap 'kill -TERM $(jobs -pr) 2>/dev/null' INT TERM
 
 left=$processes
 while ((left)); do
-    ended= code=0
+    code=0
     wait -n -p ended || code=$?
-    [[ -n $ended ]] || continue # a signal came, and no process has ended
+    [[ -n ${ended:-} ]] || continue # a signal came, and no process has ended
     ((left--))
     ((code)) || continue
     for ((tenth = 0; tenth < 100; tenth++)); do

@@ -139,7 +139,7 @@ def local(tmp_path: Path):
 
 
 def test_local_starts_processes_that_find_each_other(local):
-    process = local('printf "%s|" "$@"; echo', "3", "my config.py", "--workdir", "/shared/my runs")
+    process = local('line=$(printf "%s|" "$@"); echo "$line"', "3", "my config.py", "--workdir", "/shared/my runs")
     lines = sorted(process.communicate()[0].splitlines())
     assert process.returncode == 0
     places = []
@@ -308,7 +308,7 @@ def test_the_job_has_the_fields_of_kubernetes(jobset: dict[str, Any]):
     client = pytest.importorskip("kubernetes.client")
 
     def check(kind: str, value: Any, where: str) -> None:
-        if kind.startswith("list["):
+        if kind.startswith(("list[", "List[")):
             for number, each in enumerate(value):
                 check(kind[5:-1], each, f"{where}[{number}]")
         elif model := getattr(client, kind, None):
