@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import logging
@@ -33,6 +34,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.run import Run, describe, load
+from rac3.training.checkpoint import SaveError
 from rac3.training.preemption import RUN_AGAIN, PreemptedError
 from rac3.vqgan.frozen import FrozenVQGAN
 
@@ -46,35 +48,43 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
 }
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
 AT_INFERENCE = ("evaluate", "generate", "report")  # stages that leave the model as it is
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a process's limit
 USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,random,none} [its overrides]]"
 
 
 def main() -> None:
-    """The entry point. A traceback is shown only with `--debug`.
+    """The entry point: one line on errors that a person can do something about, a traceback with `--debug`.
 
-    Exit codes: 0; 2 with one line on bad input; 75 if training was asked to stop, and is saved: run the command again;
-    130 if anything else was interrupted.
+    Exit codes: 0; 1 if a checkpoint can't be written, or the disk is full; 2 on bad input; 75 if training was asked to
+    stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
         run([argument for argument in arguments if argument != "--debug"])
-    except InputError as error:
-        if debug and not jax.distributed.is_initialized():
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = _ending(error)
+        shows_all = not line or (debug and code in (1, 2))
+        if shows_all and not jax.distributed.is_initialized():
             raise
-        print(traceback.format_exc() if debug else f"rac3: {error}", file=sys.stderr)
-        leave(2)
-    except PreemptedError as stopped:
-        print(f"rac3: {stopped}", file=sys.stderr)
-        leave(RUN_AGAIN)
-    except KeyboardInterrupt:
-        print("rac3: interrupted; run the same command to go on", file=sys.stderr)
-        leave(130)
-    except Exception:
-        if not jax.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        leave(1)
+        print(traceback.format_exc() if shows_all else f"rac3: {line}", file=sys.stderr)
+        leave(code)
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line of an error; "" if only its traceback tells what happened."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, PreemptedError):
+        return RUN_AGAIN, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; run the same command to go on"
+    if isinstance(error, SaveError):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        return 1, f"{os.strerror(error.errno)}{where}; make room, and run the same command to go on"
+    return 1, ""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -523,4 +533,13 @@ def _quiet() -> None:
     """Keeps libraries' notes out of the progress lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax logs, it also raises
+    unraisable = sys.unraisablehook
+
+    def report(found: Any) -> None:
+        """At the first part of a checkpoint that fails, orbax leaves the others to fail later, unheard."""
+        files = [frame.filename for frame in traceback.extract_tb(found.exc_traceback)]
+        if not any("orbax" in file or "asyncio" in file for file in files):
+            unraisable(found)
+
+    sys.unraisablehook = report

@@ -77,7 +77,7 @@ ORDER = {
     "retrieval": ("memory", "retriever", "selection", "open_memory", "scann", "exact", "faiss", "fixed", "baselines"),
     "batches": ("draws", "masking", "packing", "groups", "loader"),
     "model": ("attention", "transformer", "losses"),
-    "training": ("optimizer", "state", "step", "checkpoint", "metrics", "preemption", "loop"),
+    "training": ("optimizer", "state", "step", "checksum", "checkpoint", "metrics", "preemption", "loop"),
     "generation": ("sampling", "decode", "prompts", "rerank", "generator"),
     "report": ("table", "plots", "page", "samples"),
 }

@@ -76,6 +76,7 @@ def training_loop(
 
     Raises:
       InputError: the checkpoint is of a model of another shape.
+      SaveError: a checkpoint can't be written; the run ends soon after.
       PreemptedError: SIGTERM or SIGINT came; the last step is saved.
     """
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep)
@@ -97,6 +98,7 @@ def training_loop(
                 state, metrics = step(state, put(batch, mesh))
                 done += 1
                 window.add(metrics, wait)
+                checkpoints.check()
                 stops = preemption.reached(done, checkpoints.manager.reached_preemption)
                 saves = stops or done % config.checkpoint_every == 0 or done == config.steps
                 # Metrics are read one window late, so that the device never waits for the host.

@@ -1,7 +1,8 @@
-"""Real signals: a command that is told to stop saves, says so by its exit code, and goes on as if nothing had been."""
+"""Real commands that end early, by signals or on a full disk: what they save, their last line and their exit code."""
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -102,6 +103,20 @@ def test_a_second_interrupt_ends_at_once(command: tuple[str, ...], tmp_path: Pat
             send(process, signal.SIGINT)
         assert process.wait() == -signal.SIGINT
         assert "stopped after" not in process.err()
+
+
+def test_a_full_disk_ends_a_run_after_its_last_checkpoint(command: tuple[str, ...], tmp_path: Path):
+    """From the first checkpoint on, the kernel lets the process write no file above 64 kB, which is enough for metrics."""
+    often = (*command[: -len(LONG)], "--training.steps", str(STEPS), "--training.checkpoint-every", "5")
+    with started(tmp_path, *often) as process:
+        wait_until(lambda: bool(list(Path(command[3]).glob("train/*.partial/checkpoints/5"))), process)
+        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (64_000, resource.RLIM_INFINITY))
+        assert process.wait() == 1, process.err()
+    *progress, last = process.err().splitlines()
+    saved = sorted(int(path.name) for path in (run_folder(command) / CHECKPOINTS).iterdir())  # and no half of another
+    assert last.startswith(f"rac3: the checkpoint of step {saved[-1] + 5} can't be written to ")
+    assert last.endswith(f": File too large; once that is fixed, run the same command to go on from step {saved[-1]}")
+    assert all(line.startswith("train ra_cm3: ") for line in progress)
 
 
 def test_the_handlers_that_were_there_return():
