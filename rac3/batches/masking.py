@@ -9,10 +9,11 @@ stays inside one text or one image, and sentinels carry no loss.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from rac3.config import InputError
 from rac3.tokens.html import Sequenced
@@ -67,61 +68,61 @@ class Masking:
         """The number of spans to draw for each document; overlapping spans are dropped later."""
         if self.preset == "none":
             return np.zeros(len(draws), np.int64)
-        k = np.arange(self.max_spans)
-        factorials = np.cumprod(np.maximum(k, 1).astype(np.float64))
-        cumulative = np.cumsum(np.exp(-self.mean_spans) * self.mean_spans**k / factorials)
-        drawn = np.searchsorted(cumulative, draws[:, 0], side="right")
+        drawn = np.searchsorted(self._cumulative, draws[:, 0], side="right")
         return np.clip(drawn, 1 if self.preset in ("cm3", "cm3leon") else 0, self.max_spans)
 
-
-class Masked(NamedTuple):
-    """A masked document. `scored` is False for ids without loss as targets: the sentinels."""
-
-    ids: Int[np.ndarray, " seq"]
-    offsets: Int[np.ndarray, " seq"]
-    scored: Bool[np.ndarray, " seq"]
+    @cached_property
+    def _cumulative(self) -> Float[np.ndarray, " max_spans"]:
+        """The chances of at most 0, 1, ... spans."""
+        k = np.arange(self.max_spans)
+        factorials = np.cumprod(np.maximum(k, 1).astype(np.float64))
+        return np.cumsum(np.exp(-self.mean_spans) * self.mean_spans**k / factorials)
 
 
 def mask_document(
     masking: Masking, vocabulary: Vocabulary, document: Sequenced, draws: Float[np.ndarray, " draws"]
-) -> Masked:
+) -> Sequenced:
     """Mask one document, which ends with `<eod>`, with `masking.draws_per_document` uniform draws.
 
     The result is at most `TOKENS_PER_SPAN * masking.num_spans(draws)` longer.
     """
-    return move_spans(vocabulary, document, choose_spans(masking, vocabulary, document.ids, draws))
+    return move_spans(vocabulary, document, choose_spans(masking, document, draws))
 
 
-def move_spans(vocabulary: Vocabulary, document: Sequenced, spans: Sequence[tuple[int, int]]) -> Masked:
+def move_spans(vocabulary: Vocabulary, document: Sequenced, spans: Sequence[tuple[int, int]]) -> Sequenced:
     """Move each of the sorted [start, end) `spans` to the end of the document, after its sentinel."""
-    ids, offsets = document
-    pieces, all_offsets, scored = [], [], []
-
-    def emit(new_ids: np.ndarray, new_offsets: np.ndarray, counts: bool) -> None:
-        pieces.append(new_ids)
-        all_offsets.append(new_offsets)
-        scored.append(np.full(len(new_ids), counts))
-
-    def emit_special(token: int, counts: bool) -> None:
-        emit(np.array([token], np.int32), np.zeros(1, np.int32), counts)
-
+    if not spans:
+        return document
+    length = len(document.ids) + TOKENS_PER_SPAN * len(spans)
+    ids, offsets = np.empty(length, np.int32), np.zeros(length, np.int32)
     place = 0
+
+    def emit(start: int, end: int) -> None:
+        nonlocal place
+        ids[place : place + end - start] = document.ids[start:end]
+        offsets[place : place + end - start] = document.offsets[start:end]
+        place += end - start
+
+    def emit_special(token: int) -> None:
+        nonlocal place
+        ids[place] = token
+        place += 1
+
+    begin = 0
     for index, (start, end) in enumerate(spans):
-        emit(ids[place:start], offsets[place:start], True)
-        emit_special(vocabulary.mask(index), False)
-        place = end
-    emit(ids[place:-1], offsets[place:-1], True)
+        emit(begin, start)
+        emit_special(vocabulary.mask(index))
+        begin = end
+    emit(begin, len(document.ids) - 1)
     for index, (start, end) in enumerate(spans):
-        emit_special(vocabulary.mask(index), False)
-        emit(ids[start:end], offsets[start:end], True)
-        emit_special(END_OF_INFILL, True)
-    emit(ids[-1:], offsets[-1:], True)
-    return Masked(np.concatenate(pieces), np.concatenate(all_offsets), np.concatenate(scored))
+        emit_special(vocabulary.mask(index))
+        emit(start, end)
+        emit_special(END_OF_INFILL)
+    emit(len(document.ids) - 1, len(document.ids))
+    return Sequenced(ids, offsets)
 
 
-def choose_spans(
-    masking: Masking, vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"], draws: Float[np.ndarray, " draws"]
-) -> list[tuple[int, int]]:
+def choose_spans(masking: Masking, document: Sequenced, draws: Float[np.ndarray, " draws"]) -> list[tuple[int, int]]:
     """Draw sorted, non-overlapping [start, end) spans, which never include the final `<eod>`.
 
     The ends of a span are two uniform draws over the document. For spans inside segments, the first end is drawn from
@@ -131,32 +132,32 @@ def choose_spans(
     wanted = int(masking.num_spans(draws[None])[0])
     if wanted == 0:
         return []
-    inside = masking.preset != "cm3"
-    length = len(ids) - 1
-    candidates = np.flatnonzero(vocabulary.is_text(ids) | vocabulary.is_image(ids)) if inside else np.arange(length)
-    taken = np.zeros(len(ids), bool)
+    length = len(document.ids) - 1
+    segments = [(0, length)] if masking.preset == "cm3" else segments_of(document)
+    candidates = sum(high - low for low, high in segments)
     spans: list[tuple[int, int]] = []
-    for first_draw, second_draw, whole_draw in draws[1 : 1 + 3 * wanted].reshape(-1, 3):
-        if len(candidates) == 0:
-            break
-        first = int(candidates[int(first_draw * len(candidates))])
-        second = int(second_draw * length)
-        if inside:
-            low, high = _segment_around(vocabulary, ids, first)
-            second = min(max(second, low), high - 1)
-            if whole_draw < masking.whole_segments:
-                first, second = low, high - 1
+    for first_draw, second_draw, whole_draw in draws[1 : 1 + 3 * wanted].reshape(-1, 3).tolist():
+        first, (low, high) = _nth(segments, int(first_draw * candidates))
+        second = min(max(int(second_draw * length), low), high - 1)
+        if whole_draw < masking.whole_segments:
+            first, second = low, high - 1
         start, end = min(first, second), max(first, second) + 1
-        if not taken[start:end].any():
-            taken[start:end] = True
+        if all(end <= other_start or other_end <= start for other_start, other_end in spans):
             spans.append((start, end))
     return sorted(spans)
 
 
-def _segment_around(vocabulary: Vocabulary, ids: np.ndarray, place: int) -> tuple[int, int]:
-    """The [start, end) of the text or image around `place`."""
-    image = vocabulary.is_image(ids)
-    same = image if image[place] else vocabulary.is_text(ids)
-    others = np.flatnonzero(~same)
-    after = int(np.searchsorted(others, place))
-    return (int(others[after - 1]) + 1 if after else 0), (int(others[after]) if after < len(others) else len(ids))
+def segments_of(document: Sequenced) -> list[tuple[int, int]]:
+    """The [start, end) of each text and image of a document that is not masked."""
+    markup = np.flatnonzero(document.offsets == 0)
+    edges = zip([-1, *markup[:-1].tolist()], markup.tolist(), strict=True)
+    return [(before + 1, after) for before, after in edges if after > before + 1]
+
+
+def _nth(segments: Sequence[tuple[int, int]], number: int) -> tuple[int, tuple[int, int]]:
+    """The place of the id that has this number among those of all segments, and its segment."""
+    for low, high in segments:
+        if number < high - low:
+            return low + number, (low, high)
+        number -= high - low
+    raise ValueError(f"there are {number} ids too few")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rac3.batches import draws
-from rac3.batches.masking import TOKENS_PER_SPAN, Masked, Masking, choose_spans, mask_document
+from rac3.batches.masking import TOKENS_PER_SPAN, Masking, choose_spans, mask_document
 from rac3.config import InputError
 from rac3.tokens.html import Segment, Sequenced, encode
 from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, NUM_MASKS, Vocabulary
@@ -33,7 +33,7 @@ def drawn(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Se
     return [(document(*shape, rng=rng), row) for row in rows]
 
 
-def many(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Sequenced, np.ndarray, Masked]]:
+def many(masking: Masking, shape: tuple[int, ...], count: int) -> list[tuple[Sequenced, np.ndarray, Sequenced]]:
     return [
         (sequence, row, mask_document(masking, VOCABULARY, sequence, row))
         for sequence, row in drawn(masking, shape, count)
@@ -62,7 +62,7 @@ def test_the_example_of_the_module():
     t, i = [8, 9, 10], [48, 49, 50, 51]
     sequence = Sequenced(
         np.array([IMAGE_ALT, *t, IMAGE_SOURCE, *i, IMAGE_END, EOD], np.int32),
-        np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 0, 0], np.int32),
+        np.array([0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0], np.int32),
     )
     row = np.zeros(Masking().draws_per_document)
     row[0] = 0.5  # one span, as 0.368 < 0.5 < 0.736
@@ -71,17 +71,15 @@ def test_the_example_of_the_module():
     mask = VOCABULARY.mask(0)
     expected = [IMAGE_ALT, t[0], mask, IMAGE_SOURCE, *i, IMAGE_END, mask, *t[1:], END_OF_INFILL, EOD]
     np.testing.assert_array_equal(masked.ids, expected)
-    np.testing.assert_array_equal(masked.offsets, [0, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0])
-    np.testing.assert_array_equal(masked.scored, np.array(expected) != mask)
+    np.testing.assert_array_equal(masked.offsets, [0, 1, 0, 0, 1, 2, 3, 4, 0, 0, 2, 3, 0, 0])
 
 
 @pytest.mark.parametrize("preset", ["ra_cm3", "cm3", "cm3leon", "none"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unmasking_gives_the_document_back(preset, shape):
     masking = Masking(preset, mean_spans=3.0)
-    for sequence, row, (ids, offsets, scored) in many(masking, shape, 40):
+    for sequence, row, (ids, offsets) in many(masking, shape, 40):
         assert unmask(ids, offsets) == (sequence.ids.tolist(), sequence.offsets.tolist())
-        np.testing.assert_array_equal(scored, ids < VOCABULARY.mask_start)  # no loss at sentinels, and only there
         assert len(ids) <= len(sequence.ids) + TOKENS_PER_SPAN * int(masking.num_spans(row[None])[0])
         assert ids.dtype == offsets.dtype == np.int32
 
@@ -91,7 +89,7 @@ def test_spans_are_sorted_apart_and_inside_one_segment(preset):
     masking = Masking(preset, mean_spans=4.0)
     crossing = 0
     for sequence, row in drawn(masking, (6, 16, 5, 9), 150):
-        spans = choose_spans(masking, VOCABULARY, sequence.ids, row)
+        spans = choose_spans(masking, sequence, row)
         flat = [edge for span in spans for edge in span]
         assert flat == sorted(flat)
         assert all(start < end < len(sequence.ids) for start, end in spans)  # never the final <eod>
@@ -129,7 +127,7 @@ def test_whole_captions_and_images_are_masked_now_and_then():
     wholes = {"text": 0, "image": 0}
     masking = Masking("cm3leon")
     for sequence, row in drawn(masking, (4, 9), 800):
-        for start, end in choose_spans(masking, VOCABULARY, sequence.ids, row):
+        for start, end in choose_spans(masking, sequence, row):
             wholes["text"] += (start, end) == (1, 5)
             wholes["image"] += (start, end) == (6, 15)
     assert min(wholes.values()) >= 5
@@ -141,9 +139,7 @@ def test_a_share_of_the_spans_grows_to_the_whole_segment():
     def share_of_wholes(whole_segments: float) -> float:
         masking = Masking(whole_segments=whole_segments)
         spans = [
-            span
-            for sequence, row in drawn(masking, (12, 16), 400)
-            for span in choose_spans(masking, VOCABULARY, sequence.ids, row)
+            span for sequence, row in drawn(masking, (12, 16), 400) for span in choose_spans(masking, sequence, row)
         ]
         return sum(span in ((1, 13), (14, 30)) for span in spans) / len(spans)
 
@@ -179,14 +175,14 @@ def test_spans_of_given_draws_by_hand(masking, spans, expected):
     row = np.full(masking.draws_per_document, 0.99)
     row[0] = (0.3, 0.5, 0.8)[len(spans)]  # below 36.8% none, below 73.6% one, below 92.0% two
     row[1 : 1 + 3 * len(spans)] = np.ravel(spans)
-    assert choose_spans(masking, VOCABULARY, sequence.ids, row) == expected
+    assert choose_spans(masking, sequence, row) == expected
 
 
 def test_as_many_spans_as_there_are_sentinels():
     masking = Masking(mean_spans=200.0)
     assert masking.max_spans == VOCABULARY.num_masks == NUM_MASKS
-    for sequence, row, (ids, offsets, _) in many(masking, (3,) * 100, 20):
-        number = len(choose_spans(masking, VOCABULARY, sequence.ids, row))
+    for sequence, row, (ids, offsets) in many(masking, (3,) * 100, 20):
+        number = len(choose_spans(masking, sequence, row))
         assert 12 <= number <= 16  # of 16 in 100 segments, a pair or two hit the same one
         assert unmask(ids, offsets) == (sequence.ids.tolist(), sequence.offsets.tolist())
 
