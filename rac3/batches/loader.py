@@ -27,7 +27,7 @@ from rac3.config import InputError
 from rac3.documents.store import DocumentStore, Shown
 
 BLOCK_ROWS = 1024  # of a block, at least: its last rows are less full, since no later group can go into them
-BLOCK_BATCHES = 8  # of a block, at least: the next one is planned while they are trained on
+BLOCK_BATCHES = 4  # of a block, at least: the next one is planned while they are trained on
 
 
 @dataclass(frozen=True)

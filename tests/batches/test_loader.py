@@ -140,10 +140,10 @@ def test_every_group_of_the_stream_is_in_one_row(store, neighbors):
             first = plan.stop
 
 
-def test_a_block_has_at_least_eight_batches(store):
+def test_a_block_has_at_least_four_batches(store):
     """So that the next one is planned in time, however large a batch."""
     made = stream(store, None, dataclasses.replace(PLAIN, rows=2000))
-    assert BatchStream(made.config, 0, store, None, made.builder).block_batches == 8
+    assert BatchStream(made.config, 0, store, None, made.builder).block_batches == 4
 
 
 def test_rows_hold_at_most_max_groups(store, neighbors):
