@@ -232,7 +232,7 @@ def _peak_bytes() -> int:
 
 
 def stalls(folder: Path) -> dict[str, Any]:
-    """Waits for batches over three blocks: as fast as they come, and with the pauses of steps that take twice as long."""
+    """Waits for batches over three blocks: as fast as they come, and with pauses of twice that time."""
     made = stream(folder, 16_384, 32, read_threads=4)
     count = 3 * made.block_batches
     batches = made.batches(StreamState())

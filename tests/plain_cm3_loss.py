@@ -52,18 +52,22 @@ def packed(alpha: float) -> PackedBatch:
 
 
 def plain_cm3_loss(params: PyTree, alpha: float) -> tuple[float, dict[str, float]]:
-    """Equations 2 and 3 of the paper, one group at a time, per unit of weight; and the mean loss by kind."""
+    """Equations 2 and 3 of the paper, one group at a time, per unit of weight; and the mean loss by kind.
+
+    Two passes over each group: log p(memory), without the main document, and log p(main | memory).
+    """
     a, b, c = (spelled(*each) for each in DOCUMENTS)
     nats: dict[str, list[float]] = {}
     for *retrieved, main in [(a, b, c), (b,), (a, MASKED)]:
-        ids, offsets = np.array([(EOD, 0), *(pair for part in (*retrieved, main) for pair in part)]).T
-        losses = plain_nats(plain_logits(params, 4, ids[:-1], offsets[:-1]), ids[1:])
-        for place, (target, loss) in enumerate(zip(ids[1:], losses, strict=True)):
-            if target != MASK:
-                part = MAIN if len(losses) - place <= len(main) else RETRIEVED
-                kind = "text" if 8 <= target < 48 else "image" if 48 <= target < 78 else "markup"
-                nats.setdefault(part, []).append(loss)
-                nats.setdefault(f"{part}/{kind}", []).append(loss)
+        memory = [pair for document in retrieved for pair in document]
+        for part, context, scored in ((RETRIEVED, [], memory), (MAIN, memory, main)):
+            ids, offsets = np.array([(EOD, 0), *context, *scored]).T
+            losses = plain_nats(plain_logits(params, 4, ids[:-1], offsets[:-1]), ids[1:]) if scored else []
+            for target, loss in zip(ids[len(context) + 1 :], losses[len(context) :], strict=True):
+                if target != MASK:
+                    kind = "text" if 8 <= target < 48 else "image" if 48 <= target < 78 else "markup"
+                    nats.setdefault(part, []).append(loss)
+                    nats.setdefault(f"{part}/{kind}", []).append(loss)
     total = sum(nats[MAIN]) + alpha * sum(nats[RETRIEVED])
     weight = len(nats[MAIN]) + alpha * len(nats[RETRIEVED])
     return total / weight, {name: float(np.mean(losses)) for name, losses in nats.items()}

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
-from rac3.batches.masking import Masking, mask_document
+from rac3.batches.masking import Masking, mask_group
 from rac3.batches.packing import (
     IGNORED,
     MAIN_IMAGE,
@@ -63,11 +63,7 @@ class GroupBuilder:
         Every retrieved document must have a part to show.
         """
         sequences = [*self.retrieved_sequences(documents[:-1]), self.sequence(documents[-1])]
-        masked = [
-            mask_document(self.masking, self.vocabulary, sequence, row)
-            for sequence, row in zip(sequences, draws, strict=True)
-        ]
-        return self.join(masked)
+        return self.join(mask_group(self.masking, self.vocabulary, sequences, draws))
 
     def join(self, documents: Sequence[Sequenced]) -> Group:
         """Join masked documents, the main one last, into one group. Sentinels have no weight as targets."""

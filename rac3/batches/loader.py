@@ -256,7 +256,9 @@ class BatchStream:
             member = neighbors[:, slot - 1] if slot else main
             drawn = draws.uniform(self.seed, epoch, main, draws.MASK + slot, 1)
             lengths = self._shown_lengths(member) if slot else self.documents.lengths[member]
-            columns.append(np.where(member >= 0, lengths + TOKENS_PER_SPAN * masking.num_spans(drawn), 0))
+            if not (slot and masking.per_group):
+                lengths = lengths + TOKENS_PER_SPAN * masking.num_spans(drawn)
+            columns.append(np.where(member >= 0, lengths, 0))
         return np.stack(columns, 1)
 
     def _shown_lengths(self, rows: np.ndarray) -> np.ndarray:

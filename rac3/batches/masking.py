@@ -3,8 +3,9 @@
     in : <img alt=" a red fox "  src=" I0 I1 I2 I3 "> <eod>
     out: <img alt=" a <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> red fox <eoi> <eod>
 
-Sources: CM3 (arXiv 2201.07520, section 3.1); RA-CM3 (section 3.3). By default the number of spans may be 0, a span
-stays inside one text or one image, and sentinels carry no loss.
+Sources: CM3 (arXiv 2201.07520, section 3.1); RA-CM3 (section 3.3); the public code of the authors' group
+(github.com/facebookresearch/metaseq, branch `scaling_racm3`). By default the number of spans of a document may be 0, a
+span stays inside one text or one image, and sentinels carry no loss.
 """
 
 from collections.abc import Sequence
@@ -27,9 +28,10 @@ class Masking:
     """Config of the masking.
 
     Attributes:
-      preset: `ra_cm3` (at least 0 spans, each inside one text or image), `cm3` (at least 1, anywhere in the document,
-        as in the CM3 paper), `cm3leon` (at least 1, each inside one text or image; our markup ids replace its
-        `<break>`) or `none`.
+      preset: `ra_cm3` (at least 0 spans in each document, each inside one text or image), `cm3` (at least 1, anywhere
+        in the document, as in the CM3 paper), `cm3leon` (at least 1, each inside one text or image; our markup ids
+        replace its `<break>`), `metaseq` (as the public code: at least 0 in a whole group, each inside one text or
+        image) or `none`.
       mean_spans: mean of the Poisson draw before clamping.
       max_spans: the largest number of spans in one document.
       whole_segments: share of spans that grow to the whole text or image they are in. Uniformly drawn ends mask a whole
@@ -37,7 +39,7 @@ class Masking:
         asks for a whole caption after its image. The papers use 0.
     """
 
-    preset: Literal["ra_cm3", "cm3", "cm3leon", "none"] = "ra_cm3"
+    preset: Literal["ra_cm3", "cm3", "cm3leon", "metaseq", "none"] = "ra_cm3"
     mean_spans: float = 1.0
     max_spans: int = 16
     whole_segments: float = 0.0
@@ -54,15 +56,20 @@ class Masking:
             )
         if not 0 <= self.whole_segments <= 1:
             raise InputError(f"masking.whole_segments={self.whole_segments} is outside 0 to 1; the papers use 0")
-        if self.whole_segments and self.preset == "cm3":
+        if self.whole_segments and self.preset in ("cm3", "metaseq"):
             raise InputError(
-                f"masking.whole_segments={self.whole_segments} has no meaning for preset cm3, whose spans cross "
-                "segments; use 0, or preset ra_cm3"
+                f"masking.whole_segments={self.whole_segments} has no meaning for preset {self.preset}, whose spans "
+                "are drawn across segments; use 0, or preset ra_cm3"
             )
 
     @property
+    def per_group(self) -> bool:
+        """Whether spans are drawn for a group as a whole, by the draws of its main document."""
+        return self.preset == "metaseq"
+
+    @property
     def draws_per_document(self) -> int:
-        return 1 + 3 * self.max_spans
+        return 1 + (2 * self.max_spans**2 if self.per_group else 3 * self.max_spans)
 
     def num_spans(self, draws: Float[np.ndarray, "documents draws"]) -> Int[np.ndarray, " documents"]:
         """The number of spans to draw for each document; overlapping spans are dropped later."""
@@ -79,14 +86,22 @@ class Masking:
         return np.cumsum(np.exp(-self.mean_spans) * self.mean_spans**k / factorials)
 
 
-def mask_document(
-    masking: Masking, vocabulary: Vocabulary, document: Sequenced, draws: Float[np.ndarray, " draws"]
-) -> Sequenced:
-    """Mask one document, which ends with `<eod>`, with `masking.draws_per_document` uniform draws.
+def mask_group(
+    masking: Masking,
+    vocabulary: Vocabulary,
+    documents: Sequence[Sequenced],
+    draws: Float[np.ndarray, "documents draws"],
+) -> list[Sequenced]:
+    """Mask the documents of a group, the main one last, each with `masking.draws_per_document` uniform draws.
 
-    The result is at most `TOKENS_PER_SPAN * masking.num_spans(draws)` longer.
+    Every document ends with `<eod>`. It gets at most `TOKENS_PER_SPAN * masking.num_spans(draws)` longer; the whole
+    group does if `masking.per_group`, by the draws of the main document.
     """
-    return move_spans(vocabulary, document, choose_spans(masking, document, draws))
+    if masking.per_group:
+        spans = choose_group_spans(masking, documents, draws[-1])
+    else:
+        spans = [choose_spans(masking, *each) for each in zip(documents, draws, strict=True)]
+    return [move_spans(vocabulary, *each) for each in zip(documents, spans, strict=True)]
 
 
 def move_spans(vocabulary: Vocabulary, document: Sequenced, spans: Sequence[tuple[int, int]]) -> Sequenced:
@@ -145,6 +160,39 @@ def choose_spans(masking: Masking, document: Sequenced, draws: Float[np.ndarray,
         if all(end <= other_start or other_end <= start for other_start, other_end in spans):
             spans.append((start, end))
     return sorted(spans)
+
+
+def choose_group_spans(
+    masking: Masking, documents: Sequence[Sequenced], draws: Float[np.ndarray, " draws"]
+) -> list[list[tuple[int, int]]]:
+    """Draw the spans of a group as metaseq does; returns those of each document, as `choose_spans` does.
+
+    For k spans there are k^2 candidates, whose ends are two uniform draws over the group. The first k that do not
+    overlap are kept. Each is then clipped to the text or image that it covers most of, in whichever document.
+    """
+    spans: list[list[tuple[int, int]]] = [[] for _ in documents]
+    wanted = int(masking.num_spans(draws[None])[0])
+    if wanted == 0:
+        return spans
+    starts = np.cumsum([0, *(len(document.ids) for document in documents)]).tolist()
+    segments = [
+        (number, starts[number] + low, starts[number] + high)
+        for number, document in enumerate(documents)
+        for low, high in segments_of(document)
+    ]
+    kept: list[tuple[int, int]] = []
+    for pair in draws[1 : 1 + 2 * wanted**2].reshape(-1, 2).tolist():
+        start, end = int(min(pair) * starts[-1]), int(max(pair) * starts[-1] + 0.5)
+        if start == end or any(start < other_end and other_start < end for other_start, other_end in kept):
+            continue
+        kept.append((start, end))
+        shares = [min(end, high) - max(start, low) for _, low, high in segments]
+        number, low, high = segments[int(np.argmax(shares))]
+        if max(shares) > 0:  # else it covers markup alone
+            spans[number].append((max(start, low) - starts[number], min(end, high) - starts[number]))
+        if len(kept) == wanted:
+            break
+    return [sorted(each) for each in spans]
 
 
 def segments_of(document: Sequenced) -> list[tuple[int, int]]:

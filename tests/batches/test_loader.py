@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from rac3.batches import draws
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.loader import BatchConfig, BatchStream, StreamState
 from rac3.batches.masking import Masking
@@ -245,10 +246,10 @@ def test_each_document_of_each_group_is_masked_by_its_own_draws(store, neighbors
     masks = []
 
     class Watched(GroupBuilder):  # of these streams alone: threads of others may still read ahead
-        def build(self, documents, draws):
-            assert len(documents) == len(draws)
-            masks.append(draws)
-            return super().build(documents, draws)
+        def build(self, documents, rows):
+            assert len(documents) == len(rows)
+            masks.append(rows)
+            return super().build(documents, rows)
 
     for seed in (0, 1):
         made = stream(store, neighbors, config, seed)
@@ -258,13 +259,37 @@ def test_each_document_of_each_group_is_masked_by_its_own_draws(store, neighbors
             for number in range(12):
                 before = len(masks)
                 made.row(plan, number)
-                for group, draws in zip(plan.rows[number], masks[before:], strict=True):
+                for group, rows in zip(plan.rows[number], masks[before:], strict=True):
                     members = [each for each in (*plan.groups.neighbors[group], plan.groups.main[group]) if each >= 0]
-                    spans = config.masking.num_spans(draws).sum()
+                    spans = config.masking.num_spans(rows).sum()
                     assert plan.groups.lengths[group] == store.lengths[members].sum() + 3 * spans
     rows = np.concatenate(masks)
     assert len(rows) > 200
     assert len(np.unique(rows[:, 0])) == len(np.unique(rows[:, 1])) == len(rows)
+
+
+def test_a_group_that_is_masked_as_a_whole_has_room_for_the_spans_of_its_main_document(store, neighbors):
+    """By the draws of the main document, whichever it retrieves; and the groups fit where they were planned."""
+    masking = Masking("metaseq", mean_spans=2.0)
+    config = dataclasses.replace(CONFIG, masking=masking, context_length=200, row_length=200)
+    made = stream(store, neighbors, config)
+    plan = made.plan(0)
+    groups = plan.groups
+    rows = draws.uniform(0, groups.epoch, groups.main, draws.MASK, masking.draws_per_document)
+    for group, row in enumerate(rows):
+        members = [each for each in (*groups.neighbors[group], groups.main[group]) if each >= 0]
+        assert groups.lengths[group] == store.lengths[members].sum() + 3 * masking.num_spans(row[None])[0]
+    builder, spans = made.builder, 0
+    for number in range(20):
+        row, start = made.row(plan, number), 0
+        for group in plan.rows[number]:
+            members = [each for each in (*groups.neighbors[group], groups.main[group]) if each >= 0]
+            mask_draws = np.repeat(rows[group][None], len(members), 0)
+            expected = builder.build([store.tokens(int(each)) for each in members], mask_draws)
+            np.testing.assert_array_equal(row.tokens[start : start + len(expected.tokens)], expected.tokens)
+            start += len(expected.tokens)
+            spans += int(VOCABULARY.is_mask(expected.targets).sum()) // 2
+    assert spans > 50
 
 
 def test_the_main_document_is_never_among_the_retrieved(store, neighbors):
