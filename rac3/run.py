@@ -337,7 +337,7 @@ class Run:
         for number, score in zip(selected.ids[0].tolist(), selected.scores[0].tolist(), strict=True):
             if number >= 0 and len(found) < k:
                 item = memory.document(number)
-                if builder.shown(item) is not None:
+                if builder.shown(item.tokens) is not None:
                     found.append(Found(item.document, score, item))
         return found
 
@@ -393,7 +393,7 @@ class Run:
         """The first of the documents, as far as the context has room for them next to `main` ids and markup."""
         room = self.model.max_positions - main - MARKUP
         kept: list[Sequenced] = []
-        for sequence in self.builder.retrieved_sequences(documents):
+        for sequence in self.builder.retrieved_sequences([item.tokens for item in documents]):
             room -= len(sequence.ids)
             if room < 0:
                 break

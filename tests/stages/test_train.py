@@ -61,8 +61,8 @@ def test_the_stream_is_that_of_the_experiment(finished_workdir: tuple[Path, Path
     vanilla = replace(TINY, retriever=NoRetriever(), takedowns=str(takedowns))
     stream = Run(vanilla, workdir).training_stream()
     assert stream.neighbors is None
-    plan = stream.plan(0)
-    assert set(plan.main[plan.epoch == 0].tolist()) == set(range(len(stream.documents))) - {3}
+    groups = stream.groups(np.arange(len(stream.documents) - 1))
+    assert set(groups.main.tolist()) == set(range(len(stream.documents))) - {3}
 
 
 def test_a_killed_run_resumes_without_a_new_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
