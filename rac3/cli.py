@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import logging
@@ -11,13 +12,17 @@ import re
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+import jax
+
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
-from rac3.config import InputError, load_config_module, shipped_configs
+from rac3.config import InputError, check_finite, load_config_module, shipped_configs
+from rac3.devices.processes import Distributed, Processes, leave
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
 from rac3.execution.ray import Ray
@@ -29,6 +34,8 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
 from rac3.run import Run, describe, load
+from rac3.training.checkpoint import SaveError
+from rac3.training.preemption import RUN_AGAIN, PreemptedError
 from rac3.vqgan.frozen import FrozenVQGAN
 
 RETRIEVERS: dict[str, Callable[[], Retriever]] = {
@@ -41,23 +48,43 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
 }
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
 AT_INFERENCE = ("evaluate", "generate", "report")  # stages that leave the model as it is
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a process's limit
 USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,random,none} [its overrides]]"
 
 
 def main() -> None:
-    """The entry point: exit code 0, or 2 with one line on bad input; a traceback only with `--debug`."""
+    """The entry point: one line on errors that a person can do something about, a traceback with `--debug`.
+
+    Exit codes: 0; 1 if a checkpoint can't be written, or the disk is full; 2 on bad input; 75 if training was asked to
+    stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
+    """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
         run([argument for argument in arguments if argument != "--debug"])
-    except InputError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = _ending(error)
+        shows_all = not line or (debug and code in (1, 2))
+        if shows_all and not jax.distributed.is_initialized():
             raise
-        print(f"rac3: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("rac3: interrupted; run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+        print(traceback.format_exc() if shows_all else f"rac3: {line}", file=sys.stderr)
+        leave(code)
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line of an error; "" if only its traceback tells what happened."""
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, PreemptedError):
+        return RUN_AGAIN, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; run the same command to go on"
+    if isinstance(error, SaveError):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        return 1, f"{os.strerror(error.errno)}{where}; make room, and run the same command to go on"
+    return 1, ""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -150,7 +177,7 @@ def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Exp
     import tyro
 
     options = STAGES[stage].options()
-    own: dict[str, tuple[Any, Any]] = {each.name: (each.type, each.default) for each in dataclasses.fields(options)}
+    own: dict[str, tuple[Any, Any]] = {each.name: (each.type, _default(each)) for each in dataclasses.fields(options)}
     fields = dict(own)
     for field in dataclasses.fields(Experiment):
         value = getattr(config, field.name)
@@ -190,7 +217,13 @@ def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Exp
     values = {name: getattr(parsed, name) for name in fields if hasattr(config, name) and name not in own}
     values["executor"] = getattr(parsed, parsed.executor)
     values["data"] = MemoryOptions(parsed.add_memory, parsed.withdraw_memory).of(config.data)
-    return dataclasses.replace(config, **values), options(**{name: getattr(parsed, name) for name in own})
+    own_values = {name: getattr(parsed, name) for name in own}
+    check_finite(own_values)
+    return dataclasses.replace(config, **values), options(**own_values)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,15 +373,37 @@ def _check_generator(run: Run) -> None:
     run.experiment.mesh.build()
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What `train` takes besides the experiment.
+
+    Attributes:
+      distributed: how the processes of one training find each other; no result depends on it.
+    """
+
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+
+
 def _train(run: Run, options: Any) -> None:
+    stall_minutes = run.experiment.training.stall_minutes
+    if isinstance(options, TrainOptions):
+        started = options.distributed.start(stall_minutes, (PreemptedError,))
+    else:  # all stages in one process
+        started = Processes(stall_minutes=stall_minutes, orderly=(PreemptedError,))
+    with started as processes:
+        _train_with(run, processes)
+
+
+def _train_with(run: Run, processes: Processes) -> None:
     from rac3.stages.train import train
 
     _check_generator(run)
-    train(run)
-    _describe(run)
+    train(run, processes)
+    if processes.first:
+        _describe(run)
     if run.experiment.compare_with_cm3:
         vanilla = run.experiment.vanilla()
-        train(run.variant(vanilla, vanilla))
+        train(run.variant(vanilla, vanilla), processes)
 
 
 def _evaluate(run: Run, options: Any) -> None:
@@ -450,7 +505,7 @@ STAGES = {
     "retrieve": Stage("find and select the neighbors of every document", _retrieve),
     "prepare": Stage("the five above, skipping what is current", _prepare),
     "audit": Stage("look for leaks: main documents, copies and test targets in what is retrieved", _audit),
-    "train": Stage("train the model, and the vanilla CM3 to compare it with", _train),
+    "train": Stage("train the model, and the vanilla CM3 to compare it with", _train, lambda: TrainOptions),
     "evaluate": Stage(
         "evaluate on the held-out documents; --task retrieval evaluates the retriever, without a model",
         _evaluate,
@@ -480,4 +535,13 @@ def _quiet() -> None:
     """Keeps libraries' notes out of the progress lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax logs, it also raises
+    unraisable = sys.unraisablehook
+
+    def report(found: Any) -> None:
+        """At the first part of a checkpoint that fails, orbax leaves the others to fail later, unheard."""
+        files = [frame.filename for frame in traceback.extract_tb(found.exc_traceback)]
+        if not any("orbax" in file or "asyncio" in file for file in files):
+            unraisable(found)
+
+    sys.unraisablehook = report

@@ -5,8 +5,9 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,25 @@ CONFIG_MODULE = "rac3_config_"  # prefix of the module names of config files
 
 class InputError(ValueError):
     """Bad user input. The message is one line: the value, the limit and the fix. The command exits with code 2."""
+
+
+def check_finite(value: Any, name: str = "") -> None:
+    """Refuses a setting that is not a number, or infinite, in a config and in all that it holds.
+
+    Raises:
+      InputError: names the setting.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name}={value} is not a finite number; give one")
+    parts: Iterable[tuple[Any, Any]] = ()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    elif isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    for part, each in parts:
+        check_finite(each, f"{name}.{part}" if name else str(part))
 
 
 def canonical(value: Any) -> Any:

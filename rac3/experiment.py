@@ -10,7 +10,7 @@ from rac3.artifacts.arrays import VectorDtype
 from rac3.batches.loader import BatchConfig
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
-from rac3.config import InputError
+from rac3.config import InputError, check_finite
 from rac3.devices.cluster import Cluster
 from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import Source
@@ -146,6 +146,7 @@ class Experiment:
     cluster: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_own_part("vqgan", self.vqgan, FrozenVQGAN, ImageTokenizer)
         check_own_part("clip", self.clip, FrozenCLIP, Encoder)
         if self.seed < 0:

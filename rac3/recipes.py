@@ -8,6 +8,7 @@ from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.published import checkpoint_identity
 from rac3.config import InputError, canonical
+from rac3.documents.store import FORMAT
 from rac3.experiment import Experiment, Split
 from rac3.retrieval.retriever import search_only_fields
 from rac3.tokens.text import tokenizer_identity
@@ -108,6 +109,7 @@ def _dtype(config: FrozenVQGAN | FrozenCLIP | ImageTokenizer | Encoder) -> str |
 
 def documents(experiment: Experiment, split: Split) -> Recipe:
     config = {
+        "format": FORMAT,
         "data": source_identity(experiment, split),
         "max_text_tokens": experiment.max_text_tokens,
         "dtype": _dtype(experiment.vqgan),

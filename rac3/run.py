@@ -251,7 +251,8 @@ class Run:
     def model(self) -> Transformer:
         experiment, images = self.experiment, self.images
         longest = max(images.tokens_per_image, experiment.max_text_tokens)
-        return experiment.model.build(self.vocabulary.padded_size, experiment.batches.context_length, longest)
+        batches = experiment.batches
+        return experiment.model.build(self.vocabulary.padded_size, batches.context_length, longest, batches.max_groups)
 
     @property
     def params(self) -> PyTree:
@@ -274,8 +275,12 @@ class Run:
         """Builds sequences of whole documents, as prompts hold them."""
         return GroupBuilder(self.vocabulary, Masking("none"), 1.0, self.experiment.batches.retrieved)
 
-    def training_stream(self) -> BatchStream:
-        """This process's share of the batches that the experiment trains on."""
+    def training_stream(self, share: tuple[int, int] = (1, 0)) -> BatchStream:
+        """The batches that the experiment trains on.
+
+        Args:
+          share: the number of shares of the rows of each batch, and the one that is read.
+        """
         config, neighbors = self.experiment.batches, None
         if self.experiment.retrieves:
             neighbors = self.neighbors("train")
@@ -285,8 +290,7 @@ class Run:
             self.documents("train"),
             neighbors,
             GroupBuilder(self.vocabulary, config.masking, config.retrieved_weight, config.retrieved),
-            jax.process_count(),
-            jax.process_index(),
+            *share,
             self.withdrawn_rows("train"),
         )
 
@@ -334,7 +338,7 @@ class Run:
         for number, score in zip(selected.ids[0].tolist(), selected.scores[0].tolist(), strict=True):
             if number >= 0 and len(found) < k:
                 item = memory.document(number)
-                if builder.shown(item) is not None:
+                if builder.shown(item.tokens) is not None:
                     found.append(Found(item.document, score, item))
         return found
 
@@ -390,7 +394,7 @@ class Run:
         """The first of the documents, as far as the context has room for them next to `main` ids and markup."""
         room = self.model.max_positions - main - MARKUP
         kept: list[Sequenced] = []
-        for sequence in self.builder.retrieved_sequences(documents):
+        for sequence in self.builder.retrieved_sequences([item.tokens for item in documents]):
             room -= len(sequence.ids)
             if room < 0:
                 break

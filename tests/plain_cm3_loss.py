@@ -6,10 +6,9 @@ from jaxtyping import PyTree
 from plain_transformer import plain_logits, plain_nats
 
 from rac3.batches.groups import GroupBuilder
-from rac3.batches.masking import Masked, Masking, move_spans
+from rac3.batches.masking import Masking, move_spans
 from rac3.batches.packing import PackedBatch, packed_row
-from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import TokenizedDocument
+from rac3.documents.store import Tokens
 from rac3.model.transformer import TransformerConfig
 from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, Vocabulary
 
@@ -22,10 +21,9 @@ FIRST_TEXT, FIRST_IMAGE, MASK = 8, 48, 78
 RETRIEVED, MAIN = "retrieved", "main"
 
 
-def item(text: list[int], codes: list[int]) -> TokenizedDocument:
-    segments = [Text("x")] * bool(text) + [Image(b"x")] * bool(codes)
-    ids = tuple(np.array(each, np.int32) for each in (text, codes) if each)
-    return TokenizedDocument(Document("k", tuple(segments), {}), ids)
+def item(text: list[int], codes: list[int]) -> Tokens:
+    parts = ((False, np.array(text, np.int32)), (True, np.array(codes, np.int32)))
+    return tuple(part for part in parts if len(part[1]))
 
 
 def spelled(text: list[int], codes: list[int]) -> list[tuple[int, int]]:
@@ -48,25 +46,28 @@ def packed(alpha: float) -> PackedBatch:
     builder = GroupBuilder(VOCABULARY, Masking("none"), alpha)
     a, b, c = (item(*each) for each in DOCUMENTS)
     no_draws = np.zeros((3, builder.masking.draws_per_document))
-    start, masked_c = builder.sequence(a), move_spans(VOCABULARY, builder.sequence(c), [(2, 3)])
-    masked = builder.join([Masked(*start, np.ones(len(start.ids), bool)), masked_c])
+    masked = builder.join([builder.sequence(a), move_spans(VOCABULARY, builder.sequence(c), [(2, 3)])])
     rows = [[builder.build([a, b, c], no_draws), builder.build([b], no_draws[:1])], [masked]]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *[packed_row(row, 24) for row in rows])
 
 
 def plain_cm3_loss(params: PyTree, alpha: float) -> tuple[float, dict[str, float]]:
-    """Equations 2 and 3 of the paper, one group at a time, per unit of weight; and the mean loss by kind."""
+    """Equations 2 and 3 of the paper, one group at a time, per unit of weight; and the mean loss by kind.
+
+    Two passes over each group: log p(memory), without the main document, and log p(main | memory).
+    """
     a, b, c = (spelled(*each) for each in DOCUMENTS)
     nats: dict[str, list[float]] = {}
     for *retrieved, main in [(a, b, c), (b,), (a, MASKED)]:
-        ids, offsets = np.array([(EOD, 0), *(pair for part in (*retrieved, main) for pair in part)]).T
-        losses = plain_nats(plain_logits(params, 4, ids[:-1], offsets[:-1]), ids[1:])
-        for place, (target, loss) in enumerate(zip(ids[1:], losses, strict=True)):
-            if target != MASK:
-                part = MAIN if len(losses) - place <= len(main) else RETRIEVED
-                kind = "text" if 8 <= target < 48 else "image" if 48 <= target < 78 else "markup"
-                nats.setdefault(part, []).append(loss)
-                nats.setdefault(f"{part}/{kind}", []).append(loss)
+        memory = [pair for document in retrieved for pair in document]
+        for part, context, scored in ((RETRIEVED, [], memory), (MAIN, memory, main)):
+            ids, offsets = np.array([(EOD, 0), *context, *scored]).T
+            losses = plain_nats(plain_logits(params, 4, ids[:-1], offsets[:-1]), ids[1:]) if scored else []
+            for target, loss in zip(ids[len(context) + 1 :], losses[len(context) :], strict=True):
+                if target != MASK:
+                    kind = "text" if 8 <= target < 48 else "image" if 48 <= target < 78 else "markup"
+                    nats.setdefault(part, []).append(loss)
+                    nats.setdefault(f"{part}/{kind}", []).append(loss)
     total = sum(nats[MAIN]) + alpha * sum(nats[RETRIEVED])
     weight = len(nats[MAIN]) + alpha * len(nats[RETRIEVED])
     return total / weight, {name: float(np.mean(losses)) for name, losses in nats.items()}

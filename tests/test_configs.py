@@ -30,7 +30,6 @@ PAPER = {
     "query_dropout": 0.2,
     "selection.max_similarity": 0.9,
     "batches.context_length": 4096,
-    "batches.row": 4096,
     "batches.num_retrieved": (0, 1, 2),
     "batches.retrieved": "document",
     "batches.retrieved_weight": 0.1,
@@ -80,6 +79,15 @@ def test_the_papers_numbers(path: str, paper: Experiment):
     for name in path.split("."):
         value = getattr(value, name)
     assert value == PAPER[path]
+
+
+def test_a_step_of_the_paper_has_as_many_tokens_in_longer_rows(paper: Experiment):
+    """256 GPUs with 16 sequences of 4,096 each; every shard of the batch has whole rows."""
+    batches, gpus = paper.batches, paper.cluster.hosts * paper.cluster.gpus
+    assert batches.rows * batches.row == 256 * 16 * 4096
+    assert batches.row == 16_384
+    assert (paper.mesh.data, paper.mesh.tensor) == (-1, 1)
+    assert batches.rows % gpus == 0
 
 
 def test_the_paper_searches_its_training_documents_whole(paper: Experiment):

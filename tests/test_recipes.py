@@ -233,6 +233,7 @@ FITTED: dict[str, Row] = {
     "training.checkpoint_every": (5, NOTHING),
     "training.log_every": (5, NOTHING),
     "training.keep": (5, NOTHING),
+    "training.stall_minutes": (5.0, NOTHING),
     "training.loss_chunk": (5, NOTHING),
     "mesh.data": (1, NOTHING),
     "mesh.fsdp": (2, NOTHING),
@@ -588,3 +589,10 @@ def test_text_is_fitted_on_as_many_documents_as_the_encoder_that_reads_more(fitt
     """One that reads fewer than the other changes nothing of the text tokenizer."""
     more = changed(fitted, "clip.fit.max_documents", 90_000)
     assert changes(made(more), made(changed(more, "vqgan.fit.max_documents", 100))) == VQGAN
+
+
+def test_the_format_of_the_store_is_part_of_the_documents(fitted: Experiment, monkeypatch: pytest.MonkeyPatch):
+    """Documents that another version of the store wrote are made again, and all that is made of them."""
+    before = made(fitted)
+    monkeypatch.setattr(recipes, "FORMAT", recipes.FORMAT + 1)
+    assert changes(before, made(fitted)) == frozenset(before) - {"text", "vqgan", "clip"}

@@ -26,6 +26,7 @@ from rac3.config import InputError, canonical
 MANIFEST = "manifest.json"
 OWNER = "workdir.json"
 TEMPORARY = ".tmp"
+VISIBLE = 60.0  # seconds: as long as NFS clients believe what they have read of a folder
 PACKAGES = ("rac3", "jax", "flax", "numpy", "tensorstore", "array-record", "scann")
 
 
@@ -80,7 +81,7 @@ class Workdir:
 
     def find(self, recipe: Recipe) -> Artifact | None:
         """The artifact of a recipe, if it is complete."""
-        artifact = Artifact(self.path / recipe.stage / recipe.fingerprint)
+        artifact = Artifact(self._final(recipe))
         return artifact if (artifact.folder / MANIFEST).is_file() else None
 
     def require(self, recipe: Recipe, command: str) -> Artifact:
@@ -116,8 +117,7 @@ class Workdir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / OWNER, json.dumps({"config": self._owner}) + "\n")
-        final = self.path / recipe.stage / recipe.fingerprint
-        partial = final.with_name(final.name + ".partial")
+        final, partial = self._final(recipe), self._partial(recipe)
         final.parent.mkdir(exist_ok=True)
         started = time.monotonic()
         with _locked(final.with_name(final.name + ".lock"), final):
@@ -125,11 +125,8 @@ class Workdir:
                 raise InputError(f"{final} was completed by another process meanwhile; run the command again to use it")
             partial.mkdir(exist_ok=True)
             draft = Draft(partial)
-            self._writing.append(recipe)
-            try:
+            with self._noted(recipe):
                 yield draft
-            finally:
-                self._writing.remove(recipe)
             manifest = {
                 "stage": recipe.stage,
                 "fingerprint": recipe.fingerprint,
@@ -141,6 +138,40 @@ class Workdir:
             }
             write_atomic(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             partial.rename(final)
+
+    @contextlib.contextmanager
+    def join(self, recipe: Recipe) -> Iterator[Draft]:
+        """The draft that another process of this run has from `write`, to fill its folder together.
+
+        Only that process completes the artifact, with its own counts.
+
+        Raises:
+          InputError: this process can't see the folder.
+        """
+        partial = self._partial(recipe)
+        if not _appears(partial):
+            raise InputError(
+                f"{partial}, which another process has made, can't be seen on {platform.node()}; give a --workdir that "
+                "all hosts share"
+            )
+        with self._noted(recipe):
+            yield Draft(partial)
+
+    def _final(self, recipe: Recipe) -> Path:
+        return self.path / recipe.stage / recipe.fingerprint
+
+    def _partial(self, recipe: Recipe) -> Path:
+        final = self._final(recipe)
+        return final.with_name(final.name + ".partial")
+
+    @contextlib.contextmanager
+    def _noted(self, recipe: Recipe) -> Iterator[None]:
+        """While it is written, only its inputs may be read."""
+        self._writing.append(recipe)
+        try:
+            yield
+        finally:
+            self._writing.remove(recipe)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -170,6 +201,14 @@ def _locked(path: Path, artifact: Path) -> Iterator[None]:
             ) from None
         yield
         path.unlink()
+
+
+def _appears(folder: Path) -> bool:
+    """Whether it is there, or comes soon: a network file system may remember for a while that it was not."""
+    until = time.monotonic() + VISIBLE
+    while not folder.is_dir() and time.monotonic() < until:
+        time.sleep(0.1)
+    return folder.is_dir()
 
 
 def _versions() -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from rac3.batches.masking import Masked, Masking, mask_document
+from rac3.batches.masking import Masking, mask_group
 from rac3.batches.packing import (
     IGNORED,
     MAIN_IMAGE,
@@ -16,9 +17,8 @@ from rac3.batches.packing import (
     RETRIEVED_TEXT,
     Group,
 )
-from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import Shown, TokenizedDocument
-from rac3.tokens.html import Segment, Sequenced, encode
+from rac3.documents.store import Shown, Tokens
+from rac3.tokens.html import Sequenced, encode
 from rac3.tokens.vocabulary import EOD, Vocabulary
 
 
@@ -39,51 +39,60 @@ class GroupBuilder:
     retrieved_weight: float
     retrieved: Shown = "document"
 
-    def sequence(self, item: TokenizedDocument) -> Sequenced:
+    def sequence(self, document: Tokens) -> Sequenced:
         """A document as ids, with a final `<eod>`."""
-        pairs = zip(item.document.segments, item.ids, strict=True)
-        return encode(self.vocabulary, [Segment(isinstance(segment, Image), ids) for segment, ids in pairs])
+        return encode(self.vocabulary, document)
 
-    def shown(self, item: TokenizedDocument) -> TokenizedDocument | None:
+    def shown(self, document: Tokens) -> Tokens | None:
         """The part of a retrieved document that a group shows, texts joined into one; None if it has no such part."""
         if self.retrieved == "document":
-            return item
-        wanted = Image if self.retrieved == "image" else Text
-        pairs = [pair for pair in zip(item.document.segments, item.ids, strict=True) if isinstance(pair[0], wanted)]
-        if not pairs:
+            return document
+        wanted = self.retrieved == "image"
+        segments = tuple((is_image, ids) for is_image, ids in document if is_image == wanted)
+        if not segments:
             return None
-        segments, ids = zip(*pairs, strict=True)
-        if wanted is Text:
-            segments, ids = (Text(item.document.text),), (np.concatenate(ids),)
-        return TokenizedDocument(Document(item.document.key, segments, item.document.metadata), ids)
+        return segments if wanted else ((False, np.concatenate([ids for _, ids in segments])),)
 
-    def retrieved_sequences(self, items: Sequence[TokenizedDocument]) -> list[Sequenced]:
+    def retrieved_sequences(self, documents: Sequence[Tokens]) -> list[Sequenced]:
         """The shown parts of retrieved documents, as ids; leaves out documents without one."""
-        return [self.sequence(item) for item in map(self.shown, items) if item is not None]
+        return [self.sequence(part) for part in map(self.shown, documents) if part is not None]
 
-    def build(self, documents: Sequence[TokenizedDocument], draws: Float[np.ndarray, "documents draws"]) -> Group:
+    def build(self, documents: Sequence[Tokens], draws: Float[np.ndarray, "documents draws"]) -> Group:
         """Build the group of `documents`, the main one last; `draws` are the masking draws of each.
 
         Every retrieved document must have a part to show.
         """
         sequences = [*self.retrieved_sequences(documents[:-1]), self.sequence(documents[-1])]
-        masked = [
-            mask_document(self.masking, self.vocabulary, sequence, row)
-            for sequence, row in zip(sequences, draws, strict=True)
-        ]
-        return self.join(masked)
+        return self.join(mask_group(self.masking, self.vocabulary, sequences, draws))
 
-    def join(self, masked: Sequence[Masked]) -> Group:
-        """Join masked documents, the main one last, into one group."""
-        ids = np.concatenate([[EOD], *[part.ids for part in masked]]).astype(np.int32)
-        offsets = np.concatenate([[0], *[part.offsets for part in masked]]).astype(np.int32)
-        scored = np.concatenate([part.scored for part in masked])
-        main = np.concatenate([np.full(len(part.ids), part is masked[-1]) for part in masked])
+    def join(self, documents: Sequence[Sequenced]) -> Group:
+        """Join masked documents, the main one last, into one group. Sentinels have no weight as targets."""
+        ids = np.concatenate([_EOD, *[each.ids for each in documents]])
+        offsets = np.concatenate([_MARKUP, *[each.offsets for each in documents]])
         targets = ids[1:]
-        weight = np.where(main, 1.0, self.retrieved_weight) * scored
-        return Group(ids[:-1], targets, offsets[:-1], weight.astype(np.float32), self._kinds(targets, main, scored))
+        main = len(targets) - len(documents[-1].ids)
+        kinds = np.concatenate([self._retrieved_kinds[targets[:main]], self._main_kinds[targets[main:]]])
+        weight = np.full(len(targets), self.retrieved_weight, np.float32)
+        weight[main:] = 1.0
+        weight[kinds == IGNORED] = 0.0
+        return Group(ids[:-1], targets, offsets[:-1], weight, kinds)
 
-    def _kinds(self, targets: Int[np.ndarray, " seq"], main: np.ndarray, scored: np.ndarray) -> Int[np.ndarray, " seq"]:
-        kinds = np.where(scored, MARKUP, IGNORED)
-        kinds = np.where(self.vocabulary.is_text(targets), np.where(main, MAIN_TEXT, RETRIEVED_TEXT), kinds)
-        return np.where(self.vocabulary.is_image(targets), np.where(main, MAIN_IMAGE, RETRIEVED_IMAGE), kinds)
+    @cached_property
+    def _main_kinds(self) -> Int[np.ndarray, " vocab"]:
+        return self._kinds(MAIN_TEXT, MAIN_IMAGE)
+
+    @cached_property
+    def _retrieved_kinds(self) -> Int[np.ndarray, " vocab"]:
+        return self._kinds(RETRIEVED_TEXT, RETRIEVED_IMAGE)
+
+    def _kinds(self, text: int, image: int) -> Int[np.ndarray, " vocab"]:
+        """The kind of each id as a target."""
+        ids = np.arange(self.vocabulary.size)
+        kinds = np.full(len(ids), MARKUP, np.int32)
+        kinds[self.vocabulary.is_text(ids)] = text
+        kinds[self.vocabulary.is_image(ids)] = image
+        kinds[self.vocabulary.is_mask(ids)] = IGNORED
+        return kinds
+
+
+_EOD, _MARKUP = np.array([EOD], np.int32), np.zeros(1, np.int32)  # the first id of a group, and its offset

@@ -1,13 +1,17 @@
 """The training batches: a pure function of (seed, position), read through grain.
 
-Documents are shuffled again for each epoch. The stream of groups is split into blocks. A block is planned from lengths
-alone: which documents each group retrieves, how long the group is, and which row it goes to. The rows are then read and
-built in parallel, by each host its share. The state of the stream is two numbers.
+Documents are shuffled again for each epoch, in which each is the main document of one group. The stream of groups is
+planned in blocks, from lengths alone: which documents each group retrieves, how long it is, and which row it goes to. A
+block has a fixed number of rows and takes as many groups as they hold; the next block goes on with the next group.
+While a block is read, a thread plans the one after it. Rows are read and built in parallel, by each host its share. The
+state of the stream is two numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from itertools import pairwise
+from threading import Lock
 from typing import NamedTuple
 
 import jax
@@ -22,6 +26,9 @@ from rac3.batches.packing import PackedBatch, pack, packed_row
 from rac3.config import InputError
 from rac3.documents.store import DocumentStore, Shown
 
+BLOCK_ROWS = 1024  # of a block, at least: its last rows are less full, since no later group can go into them
+BLOCK_BATCHES = 4  # of a block, at least: the next one is planned while they are trained on
+
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -30,6 +37,7 @@ class BatchConfig:
     Attributes:
       context_length: the longest group: retrieved documents and main document (paper: 4096).
       row_length: the length of a packed row; 0 is `context_length`. Longer rows have less padding.
+      max_groups: a row has at most this many groups; 0 is any number.
       rows: rows of the global batch.
       num_retrieved: K is drawn uniformly from these (paper: 0, 1, 2).
       retrieved: which part of a retrieved document is in context, in training and at inference: all of it, or only its
@@ -42,6 +50,7 @@ class BatchConfig:
 
     context_length: int = 4096
     row_length: int = 0
+    max_groups: int = 0
     rows: int = 256
     num_retrieved: tuple[int, ...] = (0, 1, 2)
     retrieved: Shown = "document"
@@ -57,6 +66,10 @@ class BatchConfig:
             raise InputError(
                 f"batches.row_length={self.row_length} is below batches.context_length={self.context_length}; "
                 "a group is never split, so make rows at least as long, or 0 for the same"
+            )
+        if self.max_groups < 0:
+            raise InputError(
+                f"batches.max_groups={self.max_groups} is negative; use 0 for any number of groups in a row"
             )
         if not self.num_retrieved or min(self.num_retrieved) < 0:
             raise InputError(
@@ -76,25 +89,39 @@ class BatchConfig:
 
 
 class StreamState(NamedTuple):
-    """The position of the stream: the next batch is batch `batch` of block `block`."""
+    """The position of the stream: the next batch is batch `batch` of the block that begins with group `group`."""
 
-    block: int = 0
+    group: int = 0
     batch: int = 0
 
 
-class BlockPlan(NamedTuple):
-    """The groups of one block. A group's documents are its neighbors (-1 is none), then its main document.
+class Groups(NamedTuple):
+    """Consecutive groups of the stream. A group's documents are its neighbors (-1 is none), then its main document.
 
     Attributes:
       epoch: of each group.
       main, neighbors: row numbers in the document store.
-      rows: group numbers of each packed row.
+      lengths: in tokens, with room for all mask spans.
     """
 
     epoch: Int[np.ndarray, " groups"]
     main: Int[np.ndarray, " groups"]
     neighbors: Int[np.ndarray, "groups max_k"]
+    lengths: Int[np.ndarray, " groups"]
+
+
+class BlockPlan(NamedTuple):
+    """The groups of one block.
+
+    Attributes:
+      groups: at least those of this block, which come first.
+      rows: group numbers, within `groups`, of each packed row.
+      stop: the number, in the stream, of the first group of the next block.
+    """
+
+    groups: Groups
     rows: list[list[int]]
+    stop: int
 
 
 class BatchStream:
@@ -128,43 +155,56 @@ class BatchStream:
     ) -> None:
         if config.rows % hosts:
             raise InputError(f"batches.rows={config.rows} is not a multiple of the {hosts} hosts; make it one")
-        self._main = np.setdiff1d(np.arange(len(documents)), [] if withdrawn is None else withdrawn)
-        if len(self._main) == 0:
+        gone = np.unique([] if withdrawn is None else withdrawn).astype(np.int64)
+        self.size = len(documents) - len(gone)  # of an epoch
+        if self.size == 0:
             raise InputError("there are no training documents; the source gave none that passed filter and takedowns")
         check_context(config, int(documents.lengths.max()))
+        self._gone_before = gone - np.arange(len(gone))  # of each withdrawn document, the number of those kept
         self.config, self.seed, self.documents, self.neighbors = config, seed, documents, neighbors
         self.builder, self.hosts, self.host = builder, hosts, host
-        self._retrieved_lengths = documents.shown_lengths(builder.retrieved)
-        # Rows after the last whole batch of a block are dropped. Blocks have at least 64 batches, so that these are
-        # under 2%: retrieved documents make groups longer than their main document, and the rows more.
-        groups_per_row = -(-config.row // int(documents.lengths.mean()))
-        self.block_groups = max(4096, 64 * config.rows * groups_per_row)
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self.block_batches = max(BLOCK_BATCHES, -(-BLOCK_ROWS // config.rows))
+        documents.shown_lengths(builder.retrieved, slice(0))  # fails now if they are missing
 
     def batches(self, state: StreamState) -> Iterator[tuple[PackedBatch, StreamState]]:
         """Batches from `state` on, each with the state after it."""
         import grain
 
-        local = self.config.rows // self.hosts
-        block, first = state
-        while True:
-            plan = self.plan(block)
-            count = len(plan.rows) // self.config.rows
-            source = _BlockRows(self, plan, count * local, local)
-            dataset = grain.MapDataset.source(source).batch(local, batch_fn=_stack)[first:]
-            threads = grain.ReadOptions(num_threads=self.config.read_threads, prefetch_buffer_size=4)
-            for index, batch in enumerate(dataset.to_iter_dataset(threads), first):
-                last = index + 1 == count
-                yield batch, StreamState(block + 1, 0) if last else StreamState(block, index + 1)
-            block, first = block + 1, 0
+        group, first = state
+        with ThreadPoolExecutor(1, "plan") as planner:
+            plans = _Plans(self, group, planner)
+            dataset = grain.MapDataset.source(_HostBatches(self, plans, first))
+            threads = grain.ReadOptions(
+                num_threads=self.config.read_threads, prefetch_buffer_size=self.config.read_threads
+            )
+            for number, batch in enumerate(dataset.to_iter_dataset(threads), first):
+                block, index = divmod(number, self.block_batches)
+                if index == 0 and block:
+                    group = plans[block - 1].stop
+                last = index + 1 == self.block_batches
+                yield batch, StreamState(plans[block].stop, 0) if last else StreamState(group, index + 1)
 
-    def plan(self, block: int) -> BlockPlan:
-        """The groups of a block and how they are packed; reads no documents."""
-        number = np.arange(block * self.block_groups, (block + 1) * self.block_groups)
-        epoch, place = np.divmod(number, len(self._main))
-        main = np.empty_like(number)
-        for each in np.unique(epoch):
-            main[epoch == each] = self._order(int(each))[place[epoch == each]]
+    def plan(self, first: int) -> BlockPlan:
+        """The block that begins with group `first`, and how it is packed; reads no documents."""
+        rows = self.block_batches * self.config.rows
+        capacity = rows * self.config.row
+        at_a_time = -(-capacity // (8 * int(self.documents.lengths.mean())))  # retrieved documents make groups longer
+        parts: list[Groups] = []
+        stop = first
+        while sum(int(part.lengths.sum()) for part in parts) < capacity:
+            parts.append(self.groups(np.arange(stop, stop + at_a_time)))
+            stop += at_a_time
+        groups = Groups(*map(np.concatenate, zip(*parts, strict=True)))
+        packed = pack(groups.lengths, self.config.row, rows, self.config.max_groups)
+        return BlockPlan(groups, packed, first + sum(map(len, packed)))
+
+    def groups(self, number: Int[np.ndarray, " groups"]) -> Groups:
+        """The groups with these numbers, ascending, in the stream; reads no documents."""
+        epoch, place = np.divmod(number, self.size)
+        rank = np.concatenate(
+            [draws.permuted(self.seed, int(each), self.size, place[epoch == each]) for each in np.unique(epoch)]
+        )
+        main = rank + np.searchsorted(self._gone_before, rank, side="right")  # skips withdrawn documents
         neighbors = self._draw_neighbors(epoch, main)
         lengths = self._lengths(epoch, main, neighbors)
         # A group that is too long drops its least relevant documents first.
@@ -172,25 +212,27 @@ class BatchStream:
             too_long = lengths.sum(1) > self.config.context_length
             lengths[too_long, column] = 0
             neighbors[too_long, column] = -1
-        return BlockPlan(epoch, main, neighbors, pack(lengths.sum(1), self.config.row))
+        return Groups(epoch, main, neighbors, lengths.sum(1))
+
+    def keys(self, state: StreamState) -> list[str]:
+        """The keys of all documents of the next batch of all hosts, sorted."""
+        plan, first = self.plan(state.block), state.batch * self.config.rows
+        groups = [group for row in plan.rows[first : first + self.config.rows] for group in row]
+        documents = set(plan.main[groups].tolist()) | set(plan.neighbors[groups].ravel().tolist()) - {-1}
+        return sorted(item.document.key for item in self.documents.many(sorted(documents)))
 
     def row(self, plan: BlockPlan, number: int) -> PackedBatch:
         """Row `number` of a block, without the rows axis."""
-        groups = []
-        for group in plan.rows[number]:
-            slots = np.append(np.arange(1, 1 + plan.neighbors.shape[1]), 0)  # the stream of each document's mask draws
-            epoch, main = int(plan.epoch[group]), int(plan.main[group])
-            members = np.append(plan.neighbors[group], main)
-            kept = members >= 0
-            count = self.builder.masking.draws_per_document
-            mask_draws = np.stack(
-                [draws.uniform(self.seed, epoch, main, draws.MASK + int(slot), count)[0] for slot in slots[kept]]
-            )
-            groups.append(self.builder.build(self.documents.many(members[kept].tolist()), mask_draws))
-        return packed_row(groups, self.config.row)
-
-    def _shuffled(self, epoch: int) -> Int[np.ndarray, " documents"]:
-        return np.random.default_rng([self.seed, draws.ORDER, epoch]).permutation(self._main)
+        epoch, main, neighbors, _ = (each[plan.rows[number]] for each in plan.groups)
+        members = np.column_stack([neighbors, main])
+        group, column = np.nonzero(members >= 0)
+        slots = np.append(np.arange(1, members.shape[1]), 0)[column]  # the stream of each document's mask draws
+        count = self.builder.masking.draws_per_document
+        mask_draws = draws.uniform(self.seed, epoch[group], main[group], draws.MASK + slots, count)
+        documents = [self.documents.tokens(each) for each in members[group, column].tolist()]
+        edges = np.searchsorted(group, np.arange(len(main) + 1)).tolist()
+        built = [self.builder.build(documents[start:stop], mask_draws[start:stop]) for start, stop in pairwise(edges)]
+        return packed_row(built, self.config.row)
 
     def _draw_neighbors(self, epoch: np.ndarray, main: np.ndarray) -> Int[np.ndarray, "groups max_k"]:
         """Draws K, the query (its view and part), and K of its first candidates, which stay in their order."""
@@ -204,7 +246,7 @@ class BatchStream:
         view, part = np.divmod(query, 2)
         other_part = 2 * view + 1 - part
         pool, of_other_part = (candidates[np.arange(len(main)), each] for each in (query, other_part))
-        pool, of_other_part = (np.where(self._retrieved_lengths[ids] > 0, ids, -1) for ids in (pool, of_other_part))
+        pool, of_other_part = (np.where(self._shown_lengths(ids) > 0, ids, -1) for ids in (pool, of_other_part))
         # A document without this part has no query of it: the other part of the same view asks instead.
         pool = np.where((pool >= 0).any(1, keepdims=True), pool, of_other_part)
         pool = np.pad(pool, ((0, 0), (0, max(0, most - pool.shape[1]))), constant_values=-1)
@@ -220,10 +262,14 @@ class BatchStream:
         for slot in [*range(1, 1 + neighbors.shape[1]), 0]:
             member = neighbors[:, slot - 1] if slot else main
             drawn = draws.uniform(self.seed, epoch, main, draws.MASK + slot, 1)
-            lengths = self._retrieved_lengths if slot else self.documents.lengths
-            length = lengths[np.maximum(member, 0)] + TOKENS_PER_SPAN * masking.num_spans(drawn)
-            columns.append(np.where(member >= 0, length, 0))
+            lengths = self._shown_lengths(member) if slot else self.documents.lengths[member]
+            if not (slot and masking.per_group):
+                lengths = lengths + TOKENS_PER_SPAN * masking.num_spans(drawn)
+            columns.append(np.where(member >= 0, lengths, 0))
         return np.stack(columns, 1)
+
+    def _shown_lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self.documents.shown_lengths(self.builder.retrieved, np.maximum(rows, 0))
 
 
 def check_context(config: BatchConfig, longest: int) -> None:
@@ -240,19 +286,45 @@ def check_context(config: BatchConfig, longest: int) -> None:
         )
 
 
-class _BlockRows:
-    """This host's rows of one block, as a grain source."""
+class _Plans:
+    """The plans of consecutive blocks, the first of which begins with group `group`.
 
-    def __init__(self, stream: BatchStream, plan: BlockPlan, size: int, local: int) -> None:
-        self.stream, self.plan, self.size, self.local = stream, plan, size, local
+    Whoever asks for one has the next one planned. Only the last few are kept.
+    """
+
+    def __init__(self, stream: BatchStream, group: int, planner: ThreadPoolExecutor) -> None:
+        self._stream, self._planner, self._lock = stream, planner, Lock()
+        self._plans: dict[int, Future[BlockPlan]] = {0: planner.submit(stream.plan, group)}
+
+    def __getitem__(self, block: int) -> BlockPlan:
+        with self._lock:
+            for number in range(max(self._plans), block + 1):
+                self._plans[number + 1] = self._planner.submit(self._after, self._plans[number])
+            found = self._plans[block]
+            for number in [number for number in self._plans if number < block - 2]:
+                del self._plans[number]
+        return found.result()
+
+    def _after(self, plan: Future[BlockPlan]) -> BlockPlan:
+        return self._stream.plan(plan.result().stop)
+
+
+class _HostBatches:
+    """This host's rows of each batch from batch `first` of the first block on, as a grain source."""
+
+    def __init__(self, stream: BatchStream, plans: _Plans, first: int) -> None:
+        self.stream, self.plans, self.first = stream, plans, first
 
     def __len__(self) -> int:
-        return self.size
+        return 2**62
 
     def __getitem__(self, index: int) -> PackedBatch:
-        batch, row = divmod(int(index), self.local)
-        return self.stream.row(self.plan, batch * self.stream.config.rows + self.stream.host * self.local + row)
+        stream = self.stream
+        block, batch = divmod(self.first + int(index), stream.block_batches)
+        plan, local = self.plans[block], stream.config.rows // stream.hosts
+        start = batch * stream.config.rows + stream.host * local
+        return _stack([stream.row(plan, number) for number in range(start, start + local)])
 
 
-def _stack(rows: list[PackedBatch]) -> PackedBatch:
+def _stack(rows: Sequence[PackedBatch]) -> PackedBatch:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)

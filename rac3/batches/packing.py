@@ -4,6 +4,8 @@ group: <eod> retrieved <eod> retrieved <eod> main <eod>      (the last id is a t
 row  : group 1 | group 2 | ... | padding
 """
 
+from bisect import bisect_left, insort
+from dataclasses import fields
 from typing import NamedTuple, no_type_check
 
 import flax.struct
@@ -38,6 +40,9 @@ class PackedBatch(flax.struct.PyTreeNode):
     kind: Int[Array | np.ndarray, "*rows seq"]
 
 
+FIELDS = tuple(field.name for field in fields(PackedBatch))
+
+
 class Group(NamedTuple):
     """One main document after its retrieved ones; arrays over the input positions."""
 
@@ -48,48 +53,52 @@ class Group(NamedTuple):
     kind: Int[np.ndarray, " seq"]
 
 
-def pack(lengths: Int[np.ndarray, " groups"], row_length: int, open_rows: int = 64) -> list[list[int]]:
-    """Assign groups to rows by best fit over `open_rows` open rows; returns the group numbers of each row.
+def pack(
+    lengths: Int[np.ndarray, " groups"], row_length: int, max_rows: int | None = None, max_groups: int = 0
+) -> list[list[int]]:
+    """Assign groups to rows by best fit; returns the group numbers of each row.
 
-    Deterministic; every group is in exactly one row. If no open row has room, the fullest one is closed.
+    A group goes into the row with the least room that holds it, or into a new one. If that would be more than
+    `max_rows`, packing ends before this group: the rows hold the first groups, as many as there was room for.
+
+    Args:
+      max_groups: a row has at most this many groups; 0 is any number.
 
     Raises:
       ValueError: a group is longer than a row.
     """
     if len(lengths) and lengths.max() > row_length:
         raise ValueError(f"a group of {lengths.max()} tokens exceeds the row length of {row_length}; use longer rows")
+    shortest = int(lengths.min(initial=row_length))
     rows: list[list[int]] = []
-    room = np.zeros(open_rows, np.int64)  # 0 fits nothing, since lengths are positive
-    slot_row = np.zeros(open_rows, np.int64)
-    for group, length in enumerate(lengths):
-        left = room - length
-        slot = int(np.where(left >= 0, left, row_length + 1).argmin())
-        if left[slot] < 0:
-            slot = int(room.argmin())
-            room[slot] = row_length
-            slot_row[slot] = len(rows)
+    room: list[tuple[int, int]] = []  # of each row that may take another group, and its number; sorted
+    for group, length in enumerate(lengths.tolist()):
+        place = bisect_left(room, (length, 0))
+        if place < len(room):
+            left, row = room.pop(place)
+        elif len(rows) == max_rows:
+            break
+        else:
+            left, row = row_length, len(rows)
             rows.append([])
-        rows[slot_row[slot]].append(group)
-        room[slot] -= length
+        rows[row].append(group)
+        if left - length >= shortest and len(rows[row]) != max_groups:
+            insort(room, (left - length, row))
     return rows
 
 
 def packed_row(groups: list[Group], row_length: int) -> PackedBatch:
     """Concatenate groups and pad to `row_length`: a batch without its rows axis."""
-
-    def join(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-        row: np.ndarray = np.zeros(row_length, dtype)
-        flat = np.concatenate(parts)
-        row[: len(flat)] = flat
-        return row
-
-    sizes = [len(group.tokens) for group in groups]
-    return PackedBatch(
-        tokens=join([g.tokens for g in groups], np.int32),
-        targets=join([g.targets for g in groups], np.int32),
-        segments=join([np.full(size, number) for number, size in enumerate(sizes, 1)], np.int32),
-        positions=join([np.arange(size) for size in sizes], np.int32),
-        offsets=join([g.offsets for g in groups], np.int32),
-        loss_weight=join([g.loss_weight for g in groups], np.float32),
-        kind=join([g.kind for g in groups], np.int32),
-    )
+    row = PackedBatch(*(np.zeros(row_length, np.float32 if name == "loss_weight" else np.int32) for name in FIELDS))
+    place = 0
+    for number, group in enumerate(groups, 1):
+        inside = slice(place, place + len(group.tokens))
+        row.tokens[inside] = group.tokens
+        row.targets[inside] = group.targets
+        row.segments[inside] = number
+        row.positions[inside] = np.arange(len(group.tokens))
+        row.offsets[inside] = group.offsets
+        row.loss_weight[inside] = group.loss_weight
+        row.kind[inside] = group.kind
+        place = inside.stop
+    return row

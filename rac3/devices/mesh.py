@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -97,6 +97,27 @@ class DeviceMesh:
         """
         return math.prod(self.jax_mesh.shape[axis] for axis in _mesh_axes(self.rules, name) or ())
 
+    def share(self, rows: int) -> tuple[int, int]:
+        """Into how many shares the processes divide the rows of a global batch, and which one this process feeds.
+
+        Share i of n is rows [i * rows / n, (i + 1) * rows / n). Processes whose devices hold the same rows, as those of
+        one tensor group do, feed the same share.
+
+        Raises:
+          InputError: the rows can't be divided over the mesh, or the devices of a process hold other rows than a share.
+        """
+        shards = self.num_shards("batch")
+        if rows % shards:
+            raise InputError(
+                f"a batch of {rows} rows can't be divided over the {shards} shards of mesh.data x mesh.fsdp; use a "
+                f"multiple of {shards}, or a smaller mesh.data x mesh.fsdp"
+            )
+        held: dict[int, set[int]] = {}
+        held_by: Mapping[Any, Any] = self.sharding("batch").devices_indices_map((rows,))
+        for device, (index,) in held_by.items():
+            held.setdefault(device.process_index, set()).update(range(rows)[index])
+        return share_of(held, rows, jax.process_index())
+
     def abstract(self, boxed: Any) -> Any:
         """A tree of arrays that are not allocated: shapes, dtypes, and shardings on this mesh.
 
@@ -104,11 +125,18 @@ class DeviceMesh:
           boxed: shapes and dtypes, as of `jax.eval_shape`; leaves may be boxed with the names of their logical axes.
 
         Raises:
-          InputError: a name that has no rule.
+          InputError: a name that has no rule, or an axis that can't be divided over the mesh.
         """
 
         def one(leaf: Any) -> jax.ShapeDtypeStruct:
             value, names = (leaf.value, leaf.names) if isinstance(leaf, nn.LogicallyPartitioned) else (leaf, ())
+            for name, size in zip(names, value.shape, strict=False):
+                if name is not None and size % self.num_shards(name):
+                    axes = " x ".join(f"mesh.{axis}" for axis in _mesh_axes(self.rules, name) or ())
+                    raise InputError(
+                        f"{name}={size} of the model can't be divided by {axes}={self.num_shards(name)}; "
+                        f"use a divisor of {size}, or a multiple of {self.num_shards(name)} for {name}"
+                    )
             return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=self.sharding(*names))
 
         return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
@@ -118,6 +146,27 @@ class DeviceMesh:
         """Sets the mesh and the rules for everything that is traced inside."""
         with jax.set_mesh(self.jax_mesh), nn.logical_axis_rules(self.rules):
             yield
+
+
+def share_of(held: Mapping[int, set[int]], rows: int, process: int) -> tuple[int, int]:
+    """The number of shares, and that of `process`.
+
+    Args:
+      held: the rows that the devices of each process hold.
+
+    Raises:
+      InputError: these are no equal shares of consecutive rows.
+    """
+    size = len(held[process])
+    for each, own in sorted(held.items()):
+        start = min(own)
+        if len(own) != size or start % size or max(own) != start + size - 1:
+            raise InputError(
+                f"on this mesh the devices of process {each} hold {len(own)} of the {rows} rows of a batch, from row "
+                f"{start} on, and those of process {process} hold {size}, so they can't be fed by equal shares; make "
+                "mesh.fsdp x mesh.tensor, or mesh.tensor, a divisor or a multiple of the devices of a process"
+            )
+    return rows // size, min(held[process]) // size
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

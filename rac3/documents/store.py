@@ -1,11 +1,21 @@
-"""Tokenized documents on disk: `array_record` shards of msgpack records, with random access.
+"""Tokenized documents on disk, with random access. Their ids are apart from the rest, so that training reads ids alone.
 
-A record is {"key", "ids": "<u2" | "<u4", "segments": [{"text" | "image", "ids"}, ...], "metadata"}. `image` holds the
-encoded image. A segment's `ids` are the bytes of its text ids or image codes, in the type that the record's `ids`
-names: little-endian, 2 or 4 bytes each. Nothing in a record is executable.
+    000000.array_record   msgpack records {"key", "segments": [{"text" | "image"}, ...], "metadata"}
+    000000.u2, or .u4     the ids of the same documents, in 2 or 4 bytes each
+    id_starts.npy         where the ids of each document begin, as if the files of all shards were one
+    id_shards.npy         where those of each shard begin
+
+`image` holds the encoded image. The ids of a document are those of its segments, text ids or image codes, after a head
+of 4-byte numbers. All numbers are little-endian, and nothing is executable:
+
+    CRC-32 of the rest | number of segments | 2 * length + (1 if image) of each | ids
 """
 
 import hashlib
+import os
+import struct
+import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +26,11 @@ import msgpack
 import numpy as np
 from jaxtyping import Int, Integer
 
+from rac3.artifacts.workdir import temporary_path
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 
+FORMAT = 2  # of these files; part of the recipe of documents
 NARROW, WIDE = "<u2", "<u4"
 COLUMNS: dict[str, type[np.integer[Any]]] = {  # NAME.npy: one number per document, readable without the documents
     "lengths": np.int32,
@@ -32,6 +44,10 @@ Shown = Literal["document", "image", "text"]
 """The part of a document that a model sees: all of it, only its images, or only its texts."""
 
 
+Tokens = tuple[tuple[bool, Int[np.ndarray, " _"]], ...]
+"""The ids of a document: of each segment, whether it is an image, and its text ids or image codes."""
+
+
 @dataclass(frozen=True)
 class TokenizedDocument:
     """A document with the ids of each segment, in the same order."""
@@ -39,54 +55,99 @@ class TokenizedDocument:
     document: Document
     ids: tuple[Int[np.ndarray, " _"], ...]
 
+    @property
+    def tokens(self) -> Tokens:
+        pairs = zip(self.document.segments, self.ids, strict=True)
+        return tuple((isinstance(segment, Image), ids) for segment, ids in pairs)
+
 
 def id_type(text_size: int, image_size: int) -> str:
     """The type of a store's ids: 2 bytes if the ids of each tokenizer fit into them, else 4."""
     return NARROW if max(text_size, image_size) <= 2**16 else WIDE
 
 
-def pack_record(item: TokenizedDocument, kind: str) -> bytes:
-    """Serialize a document, its ids as type `kind`.
+def pack_record(document: Document) -> bytes:
+    """A document without its ids."""
+    segments = [{"text": each.text} if isinstance(each, Text) else {"image": each.data} for each in document.segments]
+    return msgpack.packb({"key": document.key, "segments": segments, "metadata": dict(document.metadata)})
+
+
+def unpack_record(data: bytes) -> Document:
+    record = msgpack.unpackb(data)
+    segments = tuple(Text(s["text"]) if "text" in s else Image(s["image"]) for s in record["segments"])
+    return Document(record["key"], segments, record["metadata"])
+
+
+def pack_ids(item: TokenizedDocument, kind: str) -> bytes:
+    """The ids of a document as type `kind`.
 
     Raises:
       InputError: `kind` cannot hold an id.
     """
     limit = np.iinfo(kind).max
-    segments: list[dict[str, Any]] = []
-    for segment, ids in zip(item.document.segments, item.ids, strict=True):
+    for is_image, ids in item.tokens:
         if ids.size and (ids.min() < 0 or ids.max() > limit):
-            bad, what = (ids.min() if ids.min() < 0 else ids.max()), type(segment).__name__.lower()
+            bad, what = (ids.min() if ids.min() < 0 else ids.max()), "image" if is_image else "text"
             raise InputError(
                 f"document {item.document.key!r} has the {what} id {bad}, outside the range [0, {limit}] of the "
                 f"store's {np.dtype(kind).name}; use a tokenizer whose ids are all below its size"
             )
-        content = {"text": segment.text} if isinstance(segment, Text) else {"image": segment.data}
-        segments.append({**content, "ids": ids.astype(kind).tobytes()})
-    record = {"key": item.document.key, "ids": kind, "segments": segments, "metadata": dict(item.document.metadata)}
-    return msgpack.packb(record)
+    head = [len(item.ids), *(2 * len(ids) + is_image for is_image, ids in item.tokens)]
+    body = b"".join([np.array(head, WIDE).tobytes(), *(ids.astype(kind).tobytes() for ids in item.ids)])
+    return struct.pack("<I", zlib.crc32(body)) + body
 
 
-def unpack_record(data: bytes) -> TokenizedDocument:
-    record = msgpack.unpackb(data)
-    segments = tuple(Text(s["text"]) if "text" in s else Image(s["image"]) for s in record["segments"])
-    ids = tuple(np.frombuffer(s["ids"], record["ids"]).astype(np.int32) for s in record["segments"])
-    return TokenizedDocument(Document(record["key"], segments, record["metadata"]), ids)
+def unpack_ids(data: bytes, kind: str) -> Tokens:
+    """The inverse of `pack_ids`.
+
+    Raises:
+      ValueError: the checksum is not that of the rest.
+    """
+    if len(data) < 8 or struct.unpack_from("<I", data)[0] != zlib.crc32(memoryview(data)[4:]):
+        raise ValueError("the checksum is wrong")
+    (count,) = struct.unpack_from("<I", data, 4)
+    place, tokens = 8 + 4 * count, []
+    for head in struct.unpack_from(f"<{count}I", data, 8):
+        stored = np.frombuffer(data, kind, head >> 1, place)
+        tokens.append((bool(head & 1), stored.astype(np.int32)))
+        place += stored.nbytes
+    return tuple(tokens)
 
 
-def write_shard(path: Path, items: Iterable[TokenizedDocument], kind: str) -> None:
-    """Stream documents into one shard, their ids as type `kind`.
+def write_shard(folder: Path, number: int, items: Iterable[TokenizedDocument], kind: str) -> list[int]:
+    """Stream documents into the two files of a shard, their ids as type `kind`. Each appears whole or not at all.
 
-    Not atomic: the caller writes to a temporary name and renames.
+    Returns:
+      The bytes that the ids of each document take, for `write_id_starts`.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    records, ids = folder / f"{number:06d}.array_record", _ids_path(folder, number, kind)
+    temporary_records, temporary_ids = temporary_path(records), temporary_path(ids)
+    sizes = []
     # With groups of one record, a random read decompresses only that record.
-    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer = ArrayRecordWriter(str(temporary_records), "group_size:1")
     try:
-        for item in items:
-            writer.write(pack_record(item, kind))
+        with temporary_ids.open("wb") as file:
+            for item in items:
+                sizes.append(file.write(pack_ids(item, kind)))
+                writer.write(pack_record(item.document))
     finally:
         writer.close()
+    temporary_ids.replace(ids)
+    temporary_records.replace(records)
+    return sizes
+
+
+def write_id_starts(folder: Path, sizes: Sequence[Sequence[int] | Int[np.ndarray, " _"]]) -> None:
+    """Write where ids begin, from the bytes of each document of each shard."""
+    starts = np.cumsum(np.concatenate([[0], *sizes]).astype(np.int64))
+    np.save(folder / "id_starts.npy", starts)
+    np.save(folder / "id_shards.npy", starts[np.cumsum([0, *map(len, sizes[:-1])])])
+
+
+def _ids_path(folder: Path, number: int, kind: str) -> Path:
+    return folder / f"{number:06d}.{kind[1:]}"
 
 
 def hash64(data: bytes) -> int:
@@ -133,7 +194,7 @@ class DocumentStore:
         return np.asarray(self.column("lengths"))
 
     def column(self, name: str) -> Integer[np.ndarray, " documents"]:
-        """One of `COLUMNS`, memory-mapped.
+        """One of `COLUMNS`, or of the starts of ids, memory-mapped.
 
         Raises:
           InputError: the file is missing: the documents come from a version that did not write this column.
@@ -143,16 +204,16 @@ class DocumentStore:
             raise InputError(f"{path} is missing; delete {self.folder} and run `rac3 ingest` again")
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
-    def shown_lengths(self, shown: Shown) -> Int[np.ndarray, " documents"]:
+    def shown_lengths(self, shown: Shown, rows: slice | np.ndarray = slice(None)) -> Int[np.ndarray, "..."]:
         """As `lengths`, but for the shown part of each document; 0 where it has no such part.
 
         Raises:
           InputError: as `column`.
         """
         if shown == "document":
-            return self.lengths
-        texts = self.column("text_lengths")
-        lengths = texts + 1 if shown == "text" else self.lengths - texts  # each has an <eod>
+            return self.lengths[rows]
+        texts = self.column("text_lengths")[rows]
+        lengths = texts + 1 if shown == "text" else self.lengths[rows] - texts  # each has an <eod>
         return np.where(lengths > 1, lengths, 0)
 
     @cached_property
@@ -168,7 +229,47 @@ class DocumentStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> TokenizedDocument:
-        return unpack_record(self._source[int(index)])
+        return self._tokenized(index, self._source[int(index)])
+
+    def tokens(self, index: int) -> Tokens:
+        """The ids of a document; reads nothing else.
+
+        A file is open only while it is read: there may be more shards than a process may open files. Threads that
+        read do not hold the interpreter's lock.
+
+        Raises:
+          InputError: the ids are damaged; or as `column`.
+        """
+        start, stop = self._id_starts[index : index + 2].tolist()
+        shard = bisect_right(self._id_shards, start) - 1
+        path = _ids_path(self.folder, shard, self._kind)
+        file = os.open(path, os.O_RDONLY)
+        try:
+            data = os.pread(file, stop - start, start - self._id_shards[shard])
+        finally:
+            os.close(file)
+        try:
+            return unpack_ids(data, self._kind)
+        except ValueError as error:
+            raise InputError(
+                f"{path} is damaged: the ids of document {index} of {self.folder}, {error}; delete that folder and "
+                "run `rac3 ingest` again"
+            ) from error
+
+    @cached_property
+    def _id_starts(self) -> Int[np.ndarray, " starts"]:
+        return self.column("id_starts")
+
+    @cached_property
+    def _id_shards(self) -> list[int]:
+        return self.column("id_shards").tolist()
+
+    @cached_property
+    def _kind(self) -> str:
+        return NARROW if _ids_path(self.folder, 0, NARROW).is_file() else WIDE
+
+    def _tokenized(self, index: int, record: bytes) -> TokenizedDocument:
+        return TokenizedDocument(unpack_record(record), tuple(ids for _, ids in self.tokens(index)))
 
     def row_of(self, key: str) -> int | None:
         """The row of the document with this key, or None. Scans 8 bytes per document, not the documents.
@@ -182,7 +283,8 @@ class DocumentStore:
     def many(self, indices: Sequence[int]) -> list[TokenizedDocument]:
         if len(indices) == 0:
             return []  # the reader rejects an empty list
-        return [unpack_record(data) for data in self._source.__getitems__([int(i) for i in indices])]
+        rows = [int(index) for index in indices]
+        return [self._tokenized(*each) for each in zip(rows, self._source.__getitems__(rows), strict=True)]
 
 
 class Texts(Sequence[str]):

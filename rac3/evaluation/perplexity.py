@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rac3.batches.groups import GroupBuilder
-from rac3.batches.masking import Masked, move_spans
+from rac3.batches.masking import move_spans
 from rac3.batches.packing import Group, PackedBatch, pack, packed_row
 from rac3.model.losses import token_cross_entropy
 from rac3.model.transformer import Transformer
@@ -18,7 +18,7 @@ ROWS = 16  # rows of a batch
 
 def image_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequenced) -> Group:
     """Caption to image: the documents that the text retrieved, then the main document as it is."""
-    return builder.join([*[_whole(document) for document in retrieved], _whole(main)])
+    return builder.join([*retrieved, main])
 
 
 def text_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequenced) -> Group:
@@ -29,7 +29,7 @@ def text_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequ
     text = builder.vocabulary.is_text(main.ids)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], text, [False]]).astype(int)))
     spans = [(int(start), int(end)) for start, end in edges.reshape(-1, 2)][: builder.vocabulary.num_masks]
-    return builder.join([*[_whole(document) for document in retrieved], move_spans(builder.vocabulary, main, spans)])
+    return builder.join([*retrieved, move_spans(builder.vocabulary, main, spans)])
 
 
 def make_token_cross_entropy(model: Transformer) -> Callable[[PyTree, PackedBatch], jax.Array]:
@@ -62,7 +62,3 @@ def perplexity(
         total += float(nats[batch.kind == kind].sum())
         count += int((batch.kind == kind).sum())
     return float(np.exp(total / count)) if count else None
-
-
-def _whole(document: Sequenced) -> Masked:
-    return Masked(document.ids, document.offsets, np.ones(len(document.ids), bool))

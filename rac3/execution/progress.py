@@ -13,16 +13,17 @@ LINE_EVERY = 15.0  # seconds between plain lines
 
 
 class Progress:
-    """A context manager that reports progress through `total` units of work on standard error."""
+    """A context manager that reports progress through `total` units of work on standard error, if it is `shown`."""
 
-    def __init__(self, label: str, total: int, unit: str, initial: int = 0) -> None:
+    def __init__(self, label: str, total: int, unit: str, initial: int = 0, shown: bool = True) -> None:
+        self.shown = shown
         self.label, self.total, self.unit, self.initial = label, total, unit, initial
         self.done = initial
         self.note = ""
         self.started = self.last_line = time.monotonic()
         terminal = sys.stderr.isatty()
         options = {"desc": label, "total": total, "unit": f" {unit}", "initial": initial, "leave": True}
-        self.bar = tqdm(dynamic_ncols=True, **options) if terminal else None
+        self.bar = tqdm(dynamic_ncols=True, **options) if terminal and shown else None
 
     def update(self, count: int = 1, note: str = "") -> None:
         """Add `count` units (or none); `note` appears after the rate."""
@@ -39,6 +40,8 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
+        if not self.shown:
+            return
         elapsed = time.monotonic() - self.started
         rate = (self.done - self.initial) / max(elapsed, 1e-9)
         left = (self.total - self.done) / rate if rate else float("inf")

@@ -168,7 +168,7 @@ def cm3_loss(
     """L_main + alpha L_retr (paper, eq. 2-3) in nats per unit of loss weight, and the loss by kind of target.
 
     Returns:
-      the loss, and metrics: `loss`; `loss/KIND`, unweighted, for each of `KIND_NAMES`; `tokens` that are not padding.
+      the loss, and metrics: `loss`; `loss/KIND`, unweighted, for each of `KIND_NAMES`; `real_tokens`, of all positions.
     """
     hidden, table = _hidden_and_table(model, params, batch)
     targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.loss_weight)
@@ -179,7 +179,7 @@ def cm3_loss(
     for kind, name in KIND_NAMES.items():
         chosen = batch.kind == kind
         metrics[f"loss/{name}"] = (jnp.sum(nats * chosen), jnp.sum(chosen))
-    metrics["tokens"] = (jnp.sum(batch.segments > 0), jnp.ones(()))
+    metrics["real_tokens"] = (jnp.sum(batch.segments > 0), jnp.full((), batch.segments.size, jnp.float32))
     return total / jnp.maximum(weight, 1.0), metrics
 
 

@@ -116,10 +116,9 @@ def _name_leaks(
 def _audit_groups(run: Run, findings: Findings) -> None:
     """Compares the ids of the documents in the first groups that training packs."""
     stream = run.training_stream()
-    plan, leaks = stream.plan(0), []
-    for group in range(min(GROUPS, len(plan.main))):
-        retrieved = plan.neighbors[group][plan.neighbors[group] >= 0].tolist()
-        *others, main = stream.documents.many([*retrieved, int(plan.main[group])])
+    groups, leaks = stream.groups(np.arange(GROUPS)), []
+    for neighbors, number in zip(groups.neighbors.tolist(), groups.main.tolist(), strict=True):
+        *others, main = stream.documents.many([*(each for each in neighbors if each >= 0), number])
         ids = {part.tobytes() for part in main.ids}
         leaks += [
             f"{main.document.key} -> {other.document.key}" for other in others if ids & {x.tobytes() for x in other.ids}

@@ -152,8 +152,8 @@ def _perplexities(
     for number, (modality, build, kind) in enumerate(MODALITIES):
         groups = []
         for item, row in zip(items, neighbors[:, number], strict=True):
-            documents = builder.retrieved_sequences(_retrieved(run, row, k))
-            main = builder.sequence(item)
+            documents = builder.retrieved_sequences([each.tokens for each in _retrieved(run, row, k)])
+            main = builder.sequence(item.tokens)
             group = build(builder, documents, main)
             while len(group.tokens) > most and documents:
                 documents = documents[:-1]  # as in training: the least relevant goes first
@@ -168,7 +168,7 @@ def _perplexities(
 def _too_long(run: Run, items: list[TokenizedDocument]) -> dict[str, int]:
     """By modality, how many documents exceed the context by themselves, in the form that is scored."""
     builder, most = run.builder, run.model.max_positions
-    mains = [builder.sequence(item) for item in items]
+    mains = [builder.sequence(item.tokens) for item in items]
     return {
         modality: sum(len(build(builder, [], main).tokens) > most for main in mains)
         for modality, build, _ in MODALITIES
@@ -234,7 +234,7 @@ def _retrieved(run: Run, neighbors: Int[np.ndarray, " depth"], k: int) -> list[T
         return []
     memory, builder = run.memory(), run.builder
     documents = map(memory.document, neighbors[neighbors >= 0].tolist())
-    return list(islice((item for item in documents if builder.shown(item) is not None), k))
+    return list(islice((item for item in documents if builder.shown(item.tokens) is not None), k))
 
 
 def _contexts(

@@ -20,7 +20,15 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Source
-from rac3.documents.store import COLUMNS, TokenizedDocument, columns_of, id_type, write_columns, write_shard
+from rac3.documents.store import (
+    COLUMNS,
+    TokenizedDocument,
+    columns_of,
+    id_type,
+    write_columns,
+    write_id_starts,
+    write_shard,
+)
 from rac3.execution.shards import Shard, Tally, clear
 from rac3.execution.shards import run as run_shards
 from rac3.experiment import Experiment, Split
@@ -85,10 +93,7 @@ class _Ingester:
         kind = id_type(self.tokenizer.size, self.images.codebook_size)
         summary = _Summary(ids=np.dtype(kind).name)
         items = iter(self.sources[shard.part].read(Path(self.experiment.data_dir), shard.name))
-        path = shard.folder / f"{shard.number:06d}.array_record"
-        temporary = temporary_path(path)
-        write_shard(temporary, self._kept(items, summary, tally), kind)
-        temporary.replace(path)
+        summary.id_bytes = write_shard(shard.folder, shard.number, self._kept(items, summary, tally), kind)
         return asdict(summary)
 
     def _kept(
@@ -110,7 +115,7 @@ class _Ingester:
                 if not all(len(ids) for ids in tokenized.ids):  # a control character alone, for some tokenizers
                     summary.rejects.append(asdict(Reject(tokenized.document.key, "text without ids")))
                     continue
-                for name, value in columns_of(tokenized, len(self.builder.sequence(tokenized).ids)).items():
+                for name, value in columns_of(tokenized, len(self.builder.sequence(tokenized.tokens).ids)).items():
                     summary.columns[name].append(value)
                 summary.texts_cut += _is_cut(tokenized, self.tokenizer, limit)
                 yield tokenized
@@ -122,6 +127,7 @@ class _Summary:
 
     ids: str  # the type of the token ids on disk
     columns: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
+    id_bytes: list[int] = field(default_factory=list)
     filtered: dict[str, int] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
     texts_cut: int = 0
@@ -155,6 +161,7 @@ def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:
 def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft: Draft) -> None:
     """The shards' summaries as one: columns, rejects, counts. Holds one shard's at a time."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+    id_bytes: list[np.ndarray] = []
     filtered: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     texts_cut, ids = 0, ""
@@ -164,6 +171,7 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
             summary = shard.read_summary()
             for name, values in summary["columns"].items():
                 columns[name].append(np.array(values, COLUMNS[name]))
+            id_bytes.append(np.array(summary["id_bytes"], np.int32))
             filtered.update(summary["filtered"])
             texts_cut, ids = texts_cut + summary["texts_cut"], summary["ids"]
             reasons.update(reject["reason"].split(":")[0] for reject in summary["rejects"])
@@ -182,6 +190,7 @@ def _merge(experiment: Experiment, split: Split, shards: Sequence[Shard], draft:
             "check its folder and the filter"
         )
     write_columns(draft.folder, columns)
+    write_id_starts(draft.folder, id_bytes)
     draft.counts.update(
         documents=documents,
         tokens=sum(int(part.sum(dtype=np.int64)) for part in columns["lengths"]),

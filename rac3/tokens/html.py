@@ -33,29 +33,38 @@ class Sequenced(NamedTuple):
     offsets: Int[np.ndarray, " seq"]
 
 
-def encode(vocabulary: Vocabulary, segments: Sequence[Segment]) -> Sequenced:
-    """Segments -> ids, with a final `<eod>`.
+def encode(vocabulary: Vocabulary, segments: Sequence[tuple[bool, np.ndarray]]) -> Sequenced:
+    """Segments -> ids, with a final `<eod>`. A segment is a `Segment`, or another such pair.
 
     Raises:
       ValueError: two adjacent texts (which would decode to one), an empty segment, an id outside its range.
     """
-    ids: list[Sequence[int] | np.ndarray] = []
+    pieces: list[int | np.ndarray] = []  # markup, and the ids of texts and images
     alt: np.ndarray | None = None
-    for segment in segments:
-        if len(segment.ids) == 0:
+    for is_image, own in segments:
+        if len(own) == 0:
             raise ValueError("a segment has no ids; leave empty texts and images out of the document")
-        if not segment.is_image:
+        if not is_image:
             if alt is not None:
                 raise ValueError("two adjacent texts; join them into one")
-            alt = vocabulary.from_text(segment.ids)
+            alt = vocabulary.from_text(own)
             continue
-        ids += [[IMAGE_ALT], alt if alt is not None else [], [IMAGE_SOURCE], vocabulary.from_image(segment.ids)]
-        ids += [[IMAGE_END]]
+        pieces += [IMAGE_ALT] if alt is None else [IMAGE_ALT, alt]
+        pieces += [IMAGE_SOURCE, vocabulary.from_image(own), IMAGE_END]
         alt = None
-    if alt is not None:
-        ids.append(alt)
-    flat = np.concatenate([np.asarray(part, np.int32) for part in [*ids, [EOD]]])
-    return Sequenced(flat, segment_offsets(vocabulary, flat))
+    pieces += [EOD] if alt is None else [alt, EOD]
+    length = sum(1 if isinstance(piece, int) else len(piece) for piece in pieces)
+    ids, offsets = np.empty(length, np.int32), np.zeros(length, np.int32)
+    place = 0
+    for piece in pieces:
+        if isinstance(piece, int):
+            ids[place] = piece
+            place += 1
+        else:
+            inside = slice(place, place + len(piece))
+            ids[inside], offsets[inside] = piece, np.arange(1, len(piece) + 1)
+            place = inside.stop
+    return Sequenced(ids, offsets)
 
 
 def segment_offsets(vocabulary: Vocabulary, ids: Int[np.ndarray, " seq"]) -> Int[np.ndarray, " seq"]:

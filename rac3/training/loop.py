@@ -1,11 +1,12 @@
 """The one training loop: for the CM3 Transformer, and for the encoders that are fitted."""
 
 import contextlib
+import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,10 +15,11 @@ from jaxtyping import PyTree
 from rac3.config import InputError
 from rac3.devices.mesh import DeviceMesh
 from rac3.execution.progress import Progress
-from rac3.model.losses import Metrics
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
-from rac3.training.metrics import MetricsWriter
-from rac3.training.state import NewState, TrainState
+from rac3.training.metrics import MetricsWriter, Window
+from rac3.training.preemption import PreemptedError, Preemption
+from rac3.training.profile import Profile
+from rac3.training.state import NewState, Step, TrainState
 
 Position = Sequence[int]  # of a stream of batches; () is its beginning
 Stream = Callable[[Position], Iterator[tuple[PyTree, Position]]]  # from a position on: (batch, position after it)
@@ -32,6 +34,12 @@ class TrainingConfig:
       checkpoint_every, log_every: in steps.
       keep: the number of checkpoints to keep.
       loss_chunk: positions of a row whose logits are in memory at once.
+      microbatches: the rows of a batch go through the model in so many shares, one after the other, so that only the
+        activations of one are in memory. The gradient is that of the whole batch.
+      max_skipped: a batch whose loss or gradient is not finite is skipped; after so many in a row the run stops.
+      profile: FIRST:LAST, the steps of which `jax.profiler` writes a trace into the run's folder; "" is none.
+      stall_minutes: a process ends, with code 76, when it has not got on for so long: it can't know whether what it
+        waits for will ever come. A compilation may take longer. 0 waits forever.
     """
 
     steps: int = 100_000
@@ -39,21 +47,38 @@ class TrainingConfig:
     log_every: int = 20
     keep: int = 2
     loss_chunk: int = 512
+    microbatches: int = 1
+    max_skipped: int = 20
+    profile: str = ""
+    stall_minutes: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "checkpoint_every", "log_every", "keep", "loss_chunk"):
+        for name in ("steps", "checkpoint_every", "log_every", "keep", "loss_chunk", "microbatches", "max_skipped"):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name}={getattr(self, name)} is below 1; use at least 1")
+        if not 0 <= self.stall_minutes < float("inf"):
+            raise InputError(f"training.stall_minutes={self.stall_minutes} is no time; use 30, or 0 to wait forever")
+        first, last = self.profiled
+        if self.profile and not 1 <= first <= last:
+            raise InputError(f"training.profile={self.profile!r} names no steps; use FIRST:LAST, such as 20:25")
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step of `profile`; (0, 0) if it names none."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def training_loop(
     label: str,
     config: TrainingConfig,
     new: NewState,
-    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    step: Step,
     stream: Stream,
     folder: Path,
     mesh: DeviceMesh,
+    at: Callable[[str, int], None] = lambda waits_for, step: None,
+    documents: Callable[[Position], Sequence[str]] = lambda position: (),
 ) -> TrainState:
     """Trains to `config.steps` steps: from the newest checkpoint below `folder`, or else from a new state.
 
@@ -65,36 +90,77 @@ def training_loop(
       step: (state, batch) -> (next state, metrics); the state is donated.
       stream: batches of this process's rows.
       folder: takes the checkpoints and the metrics.
+      at: is told what the loop waits for next, and for which step.
+      documents: the keys of the documents in the batch at a position, to name those of a batch that is not finite.
 
     Raises:
-      InputError: the checkpoint is of a model of another shape.
+      InputError: the checkpoint is of a model of another shape; or too many batches in a row were skipped.
+      SaveError: a checkpoint can't be written; the run ends soon after.
+      PreemptedError: SIGTERM or SIGINT came; the last step is saved.
     """
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.keep)
-    with contextlib.closing(checkpoints), mesh.use():
+    with Preemption() as preemption, contextlib.closing(checkpoints), mesh.use():
         position: Position
+        at("the newest checkpoint", 0)
         state, position = checkpoints.restore(new.abstract) or (new.create(), ())
         done = int(state.step)
-        bar = Progress(label, config.steps, "steps", done)
-        with contextlib.closing(MetricsWriter(folder, done)) as writer, bar:
-            window = _Window(writer)
+        bar = Progress(label, config.steps, "steps", done, shown=jax.process_index() == 0)
+        profile = Profile(config.profiled, folder)
+        with contextlib.closing(MetricsWriter(folder, done)) as writer, bar, profile:
+            window = Window(writer)
+            places = deque[Position](maxlen=2 * config.log_every + 1)  # of the batches of steps not known to be good
             batches = stream(position) if done < config.steps else iter(())
             while done < config.steps:
+                at("a batch", done + 1)
                 waiting = time.monotonic()
+                places.append(position)
                 batch, position = next(batches)
                 wait = time.monotonic() - waiting
-                state, metrics = step(state, put(batch, mesh))
+                at("the step", done + 1)
+                with profile.step(done + 1):
+                    state, metrics = step(state, put(batch, mesh))
                 done += 1
+                profile.after(done, state)
                 window.add(metrics, wait)
-                saves = done % config.checkpoint_every == 0 or done == config.steps
+                checkpoints.check()
+                stops = preemption.reached(done, checkpoints.manager.reached_preemption)
+                saves = stops or done % config.checkpoint_every == 0 or done == config.steps
                 # Metrics are read one window late, so that the device never waits for the host.
                 if done % config.log_every == 0 or saves:
-                    window.close(done)
-                # A run that resumes from here must find all lines up to here, so they are written before the state.
+                    at("the metrics of the steps so far", done)
+                    window.close(done, state)
+                # A run that resumes from here must find all lines up to here, so they are written before the state; and
+                # a run that is to end for its batches must not be saved, or it would go on after them.
                 if saves:
                     window.flush()
+                if window.skipped >= config.max_skipped:
+                    last = window.read - window.skipped + config.max_skipped
+                    keys = documents(places[max(-len(places), last - 1 - done)])
+                    raise _not_finite(label, config.max_skipped, last, keys, folder)
+                if saves:
+                    at("the checkpoint", done)
                     checkpoints.save(done, state, list(position))
                 bar.update(1, window.note)
+                if stops:
+                    raise PreemptedError(f"{label}: stopped after step {done}, saved; run the same command to go on")
+        at("the last checkpoint", done)
     return state
+
+
+def _not_finite(label: str, count: int, step: int, keys: Sequence[str], folder: Path) -> InputError:
+    """What to raise when `count` batches in a row, the last of them that of `step`, can't be trained on."""
+    named = ""
+    if keys:
+        path = folder / f"batch-{step}.txt"
+        if jax.process_index() == 0:
+            path.write_text("".join(f"{key}\n" for key in keys))
+        some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+        named = f", of documents {some} ({len(keys)}, all in {path})"
+    return InputError(
+        f"{label}: loss or gradient is not finite for training.max_skipped={count} batches in a row, the last that of "
+        f"step {step}{named}; the newest checkpoint is from before that step: lower the peak_lr, or put what is broken "
+        "on the list of takedowns"
+    )
 
 
 def put(batch: PyTree, mesh: DeviceMesh) -> PyTree:
@@ -105,40 +171,3 @@ def put(batch: PyTree, mesh: DeviceMesh) -> PyTree:
         return jax.make_array_from_process_local_data(mesh.sharding(*names), x)
 
     return jax.tree.map(one, batch)
-
-
-class _Window:
-    """The metrics of the steps between two log lines: summed on the device, written when the next window ends."""
-
-    def __init__(self, writer: MetricsWriter) -> None:
-        self.writer = writer
-        self.note = ""
-        self.pending: tuple[int, Metrics, int, float, float] | None = None
-        self.sums: Metrics | None = None
-        self.steps, self.wait, self.started = 0, 0.0, time.monotonic()
-
-    def add(self, metrics: Metrics, wait: float) -> None:
-        self.sums = metrics if self.sums is None else jax.tree.map(lambda a, b: a + b, self.sums, metrics)
-        self.steps += 1
-        self.wait += wait
-
-    def close(self, step: int) -> None:
-        if self.sums is None:
-            return
-        self.flush()
-        self.pending = (step, self.sums, self.steps, self.wait, time.monotonic() - self.started)
-        self.sums, self.steps, self.wait, self.started = None, 0, 0.0, time.monotonic()
-
-    def flush(self) -> None:
-        """Writes the window that was closed last, if any, without means over nothing (no retrieved text, say)."""
-        if self.pending is None:
-            return
-        step, sums, steps, wait, seconds = self.pending
-        self.pending = None
-        totals = jax.device_get(sums)
-        values = {name: float(total) / float(count) for name, (total, count) in totals.items() if count > 0}
-        values |= {"step_seconds": seconds / steps, "input_wait_seconds": wait / steps}
-        if "tokens" in values:
-            values["tokens_per_second"] = values.pop("tokens") * steps / seconds
-        self.note = f"loss {values['loss']:.3f}" if "loss" in values else ""
-        self.writer.write(step, values)

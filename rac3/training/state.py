@@ -13,16 +13,23 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from rac3.devices.mesh import DeviceMesh
+from rac3.model.losses import Metrics
 
 
 @no_type_check  # of the constructor at run time: JAX rebuilds it with leaves of any kind
 class TrainState(flax.struct.PyTreeNode):
-    """Parameters (float32), optimizer state, and what else a model carries from step to step (`extra`)."""
+    """Parameters (float32), optimizer state, and what else a model carries from step to step (`extra`).
+
+    Attributes:
+      step: batches so far, skipped ones among them.
+      skipped: the last so many batches were skipped.
+    """
 
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
     extra: PyTree = None
+    skipped: Int[Array, ""] = flax.struct.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
 
 @dataclass(frozen=True)
@@ -65,4 +72,35 @@ def apply_gradients(
 ) -> TrainState:
     """The state after one update; `extra` takes the place of what the state carried."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, extra)
+    return state.replace(
+        step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state, extra=extra
+    )
+
+
+def one_each(values: dict[str, Array]) -> Metrics:
+    """Means over a batch as metrics of one count each, so that all batches weigh the same."""
+    return {name: (value, jnp.ones(())) for name, value in values.items()}
+
+
+Step = Callable[..., tuple[TrainState, Metrics]]  # (state, batch, ...) -> (next state, metrics)
+
+
+def skips_nonfinite(step: Step, max_skipped: int) -> Step:
+    """`step`, which leaves the state as it is if a metric is not finite: the loss, or the norm of the gradients.
+
+    Only `step` and `skipped` count on. After `max_skipped` such batches in a row all others are skipped too, so that a
+    host that reads the metrics late finds the state as it was then. The metrics gain `skipped_steps`; those of a
+    skipped batch weigh nothing.
+    """
+
+    def guarded(state: TrainState, *rest: Any) -> tuple[TrainState, Metrics]:
+        after, metrics = step(state, *rest)
+        finite = jnp.all(jnp.stack([jnp.isfinite(total) for total, _ in metrics.values()]))
+        good = finite & (state.skipped < max_skipped)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
+        kept = kept.replace(step=state.step + 1, skipped=jnp.where(good, 0, state.skipped + 1))
+        metrics = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), metrics)
+        metrics["skipped_steps"] = (1.0 - good, jnp.ones(()))
+        return kept, metrics
+
+    return guarded

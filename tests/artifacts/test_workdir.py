@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,38 @@ def test_one_process_does_not_write_an_artifact_twice_at_once(workdir: Workdir):
             pass  # another artifact of the stage
         (draft.folder / "data").write_text("x")
     assert (workdir.require(RECIPE, "").folder / "data").read_text() == "x"
+
+
+def test_two_processes_fill_one_draft_and_the_first_completes_it(workdir: Workdir):
+    other = Workdir(workdir.path, "quickstart")
+    with workdir.write(RECIPE) as draft, other.join(RECIPE) as joined:
+        assert joined.folder == draft.folder
+        (joined.folder / "data").write_text("x")
+        joined.counts["documents"] = 7
+        with pytest.raises(RuntimeError, match="vqgan is read while writing documents"):
+            other.require(Recipe("vqgan", {}), "rac3 encoders")
+    artifact = workdir.require(RECIPE, "rac3 ingest")
+    assert (artifact.folder / "data").read_text() == "x"
+    assert artifact.manifest["counts"] == {}
+    assert sorted(path.name for path in artifact.folder.parent.iterdir()) == [RECIPE.fingerprint]
+
+
+def test_a_draft_that_comes_late_is_waited_for(workdir: Workdir, monkeypatch: pytest.MonkeyPatch):
+    """As on a network file system, where a new folder shows after a while."""
+    monkeypatch.setattr("rac3.artifacts.workdir.VISIBLE", 0.3)
+    folder = workdir.path / "documents" / f"{RECIPE.fingerprint}.partial"
+    with (
+        pytest.raises(
+            InputError, match=r"\.partial, which another process has made, can't be seen on .*all hosts share"
+        ),
+        workdir.join(RECIPE),
+    ):
+        pass
+    timer = threading.Timer(0.1, folder.mkdir, kwargs={"parents": True})
+    timer.start()
+    with workdir.join(RECIPE) as draft:
+        assert draft.folder == folder
+    timer.join()
 
 
 def test_the_command_in_a_message_is_that_of_the_same_config(tmp_path: Path):

@@ -13,17 +13,15 @@ from rac3.batches.packing import (
     RETRIEVED_IMAGE,
     RETRIEVED_TEXT,
 )
-from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import TokenizedDocument
+from rac3.documents.store import Tokens
 from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=30)
 
 
-def item(text: list[int], codes: list[int]) -> TokenizedDocument:
-    segments: list[Text | Image] = [Text("x")] * bool(text) + [Image(b"x")] * bool(codes)  # type: ignore[list-item]
-    ids = tuple(np.array(each, np.int32) for each in (text, codes) if each)
-    return TokenizedDocument(Document("k", tuple(segments), {}), ids)
+def item(text: list[int], codes: list[int]) -> Tokens:
+    parts = ((False, np.array(text, np.int32)), (True, np.array(codes, np.int32)))
+    return tuple(part for part in parts if len(part[1]))
 
 
 ITEMS = [item([1, 2], [3, 4, 5]), item([6], []), item([7, 8], [9, 10])]
@@ -104,9 +102,7 @@ def test_a_group_of_one():
 
 
 def test_a_group_shows_of_retrieved_documents_what_it_should():
-    between = TokenizedDocument(  # text, image, text
-        Document("k", (Text("a"), Image(b"x"), Text("b")), {}), (np.array([1]), np.array([3, 4]), np.array([2]))
-    )
+    between = ((False, np.array([1])), (True, np.array([3, 4])), (False, np.array([2])))
     documents, t, i = [*ITEMS[:2], between, ITEMS[2]], 8, 48
     main = [IMAGE_ALT, t + 7, t + 8, IMAGE_SOURCE, i + 9, i + 10, IMAGE_END, EOD]
     texts = GroupBuilder(VOCABULARY, Masking("none"), 0.1, "text")

@@ -1,6 +1,7 @@
 """The stream of batches: a pure function of (seed, position), for any number of hosts and restarts."""
 
 import dataclasses
+import shutil
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -8,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from rac3.batches import loader
+from rac3.batches import draws
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.loader import BatchConfig, BatchStream, StreamState
 from rac3.batches.masking import Masking
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, RETRIEVED_IMAGE, RETRIEVED_TEXT, PackedBatch
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
-from rac3.documents.store import NARROW, DocumentStore, TokenizedDocument, write_shard
+from rac3.documents.store import NARROW, DocumentStore, TokenizedDocument, write_id_starts, write_shard
 from rac3.tokens.vocabulary import EOD, Vocabulary
 
 DOCUMENTS = 300
@@ -34,9 +35,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> DocumentStore:
     for number in range(DOCUMENTS):
         ids = (np.array([number] * rng.integers(2, 9), np.int32), rng.integers(0, 20, 16).astype(np.int32))
         items.append(TokenizedDocument(Document(str(number), (Text("x"), Image(b"x")), {}), ids))
-    write_shard(folder / "00000.array_record", items[:200], NARROW)
-    write_shard(folder / "00001.array_record", items[200:], NARROW)
-    np.save(folder / "lengths.npy", np.array([len(builder.sequence(item).ids) for item in items], np.int32))
+    write_id_starts(folder, [write_shard(folder, 0, items[:200], NARROW), write_shard(folder, 1, items[200:], NARROW)])
+    np.save(folder / "lengths.npy", np.array([len(builder.sequence(item.tokens).ids) for item in items], np.int32))
     return DocumentStore(folder)
 
 
@@ -53,7 +53,7 @@ def neighbors() -> np.ndarray:
 def stream(store, neighbors, config=PLAIN, seed=0, hosts=1, host=0) -> BatchStream:
     builder = GroupBuilder(VOCABULARY, config.masking, config.retrieved_weight)
     made = BatchStream(config, seed, store, neighbors, builder, hosts, host)
-    made.block_groups = 250  # most blocks hold the end of one epoch and the start of the next
+    made.block_batches = 10  # of some 250 groups: most blocks hold the end of one epoch and the start of the next
     return made
 
 
@@ -81,7 +81,7 @@ def test_a_restart_goes_on_where_the_stream_stood(store, neighbors):
     """Across the borders of blocks, and with masking."""
     made = stream(store, neighbors, CONFIG)
     whole = take(made, 26)
-    assert len({state.block for _, state in whole}) >= 3
+    assert len({state.group for _, state in whole}) >= 3
     for place in (0, 7, 20):
         again = take(stream(store, neighbors, CONFIG), 3, StreamState(*list(whole[place][1])))
         for (batch, state), (other, other_state) in zip(again, whole[place + 1 : place + 4], strict=True):
@@ -103,15 +103,14 @@ def test_four_hosts_read_what_one_host_reads(store, neighbors):
 
 def test_every_epoch_visits_every_document_once(store, neighbors):
     made = stream(store, neighbors)
-    plans = [made.plan(block) for block in range(6)]
-    epochs, mains = (np.concatenate([getattr(plan, name) for plan in plans]) for name in ("epoch", "main"))
-    orders = [mains[epochs == epoch] for epoch in range(5)]
+    groups = made.groups(np.arange(5 * DOCUMENTS + 100))
+    orders = [groups.main[groups.epoch == epoch] for epoch in range(5)]
     assert all(sorted(order) == list(range(DOCUMENTS)) for order in orders)
     assert not any(np.array_equal(one, other) for one, other in pairwise(orders))
 
 
 def test_each_seed_has_its_order(store):
-    orders = [stream(store, None, seed=seed).plan(0).main for seed in (0, 1, 0)]
+    orders = [stream(store, None, seed=seed).groups(np.arange(DOCUMENTS)).main for seed in (0, 1, 0)]
     assert not np.array_equal(orders[0], orders[1])
     np.testing.assert_array_equal(orders[0], orders[2])
 
@@ -119,18 +118,39 @@ def test_each_seed_has_its_order(store):
 def test_withdrawn_documents_are_not_trained_on(store):
     gone = np.array([0, 17, 299])
     made = BatchStream(PLAIN, 0, store, None, GroupBuilder(VOCABULARY, PLAIN.masking, 0.1), withdrawn=gone)
-    made.block_groups = 2 * 297
-    plan = made.plan(0)
+    groups = made.groups(np.arange(2 * 297))
     for epoch in (0, 1):
-        assert set(plan.main[plan.epoch == epoch].tolist()) == set(range(DOCUMENTS)) - {0, 17, 299}
+        assert sorted(groups.main[groups.epoch == epoch].tolist()) == sorted({*range(DOCUMENTS)} - {0, 17, 299})
 
 
-def test_little_is_dropped_at_the_end_of_a_block(store, neighbors):
-    """At the real block size: fewer rows than a batch, of at least 64 batches."""
+def test_every_group_of_the_stream_is_in_one_row(store, neighbors):
+    """A block holds whole batches, and the next one goes on where it ends; by the real number of batches."""
     builder = GroupBuilder(VOCABULARY, Masking(), 0.1)
     for config in (CONFIG, dataclasses.replace(CONFIG, row_length=1600), dataclasses.replace(CONFIG, rows=64)):
-        plan = BatchStream(config, 0, store, neighbors, builder).plan(0)
-        assert len(plan.rows) // config.rows >= 64
+        made = BatchStream(config, 0, store, neighbors, builder)
+        assert made.block_batches * config.rows == 1024
+        first = 40
+        for _ in range(3):
+            plan = made.plan(first)
+            numbers = sorted(group for row in plan.rows for group in row)
+            assert numbers == list(range(plan.stop - first))
+            assert len(plan.rows) == 1024
+            assert min(plan.groups.lengths[row].sum() for row in plan.rows[:-100]) > 0.5 * config.row_length
+            whole = made.groups(np.arange(first, plan.stop))
+            assert all(np.array_equal(a[: plan.stop - first], b) for a, b in zip(plan.groups, whole, strict=True))
+            first = plan.stop
+
+
+def test_a_block_has_at_least_four_batches(store):
+    """So that the next one is planned in time, however large a batch."""
+    made = stream(store, None, dataclasses.replace(PLAIN, rows=2000))
+    assert BatchStream(made.config, 0, store, None, made.builder).block_batches == 4
+
+
+def test_rows_hold_at_most_max_groups(store, neighbors):
+    config = dataclasses.replace(PLAIN, row_length=1600, max_groups=3)
+    numbers = [batch.segments.max(1) for batch, _ in take(stream(store, neighbors, config), 12)]
+    assert {int(each) for each in np.concatenate(numbers)} == {3}
 
 
 def test_batches_hold_the_groups_of_the_plan(store, neighbors):
@@ -138,7 +158,7 @@ def test_batches_hold_the_groups_of_the_plan(store, neighbors):
     plan = made.plan(0)
     for number, (batch, _) in enumerate(take(made, 4)):
         rows = plan.rows[number * 8 : number * 8 + 8]
-        members = [[*plan.neighbors[group], plan.main[group]] for row in rows for group in row]
+        members = [[*plan.groups.neighbors[group], plan.groups.main[group]] for row in rows for group in row]
         assert groups_of(batch) == [[int(each) for each in group if each >= 0] for group in members]
         assert (batch.segments > 0).sum(1).max() > PLAIN.context_length  # rows are longer than groups, and used
 
@@ -146,8 +166,7 @@ def test_batches_hold_the_groups_of_the_plan(store, neighbors):
 def test_k_is_uniform_and_neighbors_come_from_the_candidates(store, neighbors):
     """6,000 groups: the share of each K has a standard deviation of 0.006."""
     made = stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160))
-    made.block_groups = 6000
-    plan = made.plan(0)
+    plan = made.groups(np.arange(6000))
     plain = ~np.isin(plan.main, [5, 6, 7])
     k = (plan.neighbors >= 0).sum(1)
     for number in (0, 1, 2):
@@ -166,8 +185,7 @@ def test_k_is_uniform_and_neighbors_come_from_the_candidates(store, neighbors):
 
 def test_a_document_with_few_neighbors_gets_those(store, neighbors):
     made = stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160, num_retrieved=(2,)))
-    made.block_groups = 3000
-    plan = made.plan(0)
+    plan = made.groups(np.arange(3000))
     found = {document: plan.neighbors[plan.main == document] for document in (5, 6, 7, 8)}
     assert {tuple(row) for row in found[5]} == {(6, -1), (16, -1)}
     assert all(set(row) <= {17, 18, 19, 20} and len(set(row)) == 2 for row in found[6])  # it has only its image
@@ -177,8 +195,7 @@ def test_a_document_with_few_neighbors_gets_those(store, neighbors):
 
 def drawn(made: BatchStream, epochs: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """K, whether the query is the image, and the first neighbor's place in the ranking, by epoch and document."""
-    made.block_groups = DOCUMENTS  # a block is an epoch
-    plans = [made.plan(epoch) for epoch in epochs]
+    plans = [made.groups(epoch * DOCUMENTS + np.arange(DOCUMENTS)) for epoch in epochs]
     tables = [plan.neighbors[np.argsort(plan.main)] for plan in plans]
     neighbors = np.delete(np.stack(tables), [5, 6, 7], axis=1)
     away = (neighbors[..., 0] - np.delete(np.arange(DOCUMENTS), [5, 6, 7])) % DOCUMENTS
@@ -217,46 +234,62 @@ def test_queries_of_all_views_are_used(store):
     table = (np.arange(DOCUMENTS)[:, None, None] + first[:, None] + np.arange(4)) % DOCUMENTS
     table[:100, ::2] = -1
     made = stream(store, table, dataclasses.replace(PLAIN, context_length=160, num_retrieved=(1,)))
-    made.block_groups = 10 * DOCUMENTS
-    plan = made.plan(0)
+    plan = made.groups(np.arange(10 * DOCUMENTS))
     query = (plan.neighbors[:, 0] - plan.main) % DOCUMENTS // 10
     for documents, share in ((plan.main < 100, [0, 1 / 2, 0, 1 / 2]), (plan.main >= 100, [1 / 4] * 4)):
         assert np.bincount(query[documents], minlength=4) / documents.sum() == pytest.approx(share, abs=0.08)
 
 
-def test_each_document_of_each_group_is_masked_by_its_own_draws(store, neighbors, monkeypatch: pytest.MonkeyPatch):
+def test_each_document_of_each_group_is_masked_by_its_own_draws(store, neighbors):
     """Whichever slot it is in, in each epoch and for each seed; and the plan has room for just these masks."""
     config = dataclasses.replace(CONFIG, masking=Masking(mean_spans=2.0), context_length=200, row_length=200)
-    masks, planned = [], []
-    pack = loader.pack
+    masks = []
 
     class Watched(GroupBuilder):  # of these streams alone: threads of others may still read ahead
-        def build(self, documents, draws):
-            assert len(documents) == len(draws)
-            masks.append(draws)
-            return super().build(documents, draws)
+        def build(self, documents, rows):
+            assert len(documents) == len(rows)
+            masks.append(rows)
+            return super().build(documents, rows)
 
-    def watched_pack(lengths, row_length):
-        planned.append(lengths)
-        return pack(lengths, row_length)
-
-    monkeypatch.setattr(loader, "pack", watched_pack)
     for seed in (0, 1):
         made = stream(store, neighbors, config, seed)
         made.builder = Watched(VOCABULARY, config.masking, config.retrieved_weight)
-        made.block_groups = DOCUMENTS
         for epoch in (0, 1):
-            plan = made.plan(epoch)
+            plan = made.plan(epoch * DOCUMENTS)
             for number in range(12):
                 before = len(masks)
                 made.row(plan, number)
-                for group, draws in zip(plan.rows[number], masks[before:], strict=True):
-                    members = [each for each in (*plan.neighbors[group], plan.main[group]) if each >= 0]
-                    spans = config.masking.num_spans(draws).sum()
-                    assert planned[-1][group] == store.lengths[members].sum() + 3 * spans
+                for group, rows in zip(plan.rows[number], masks[before:], strict=True):
+                    members = [each for each in (*plan.groups.neighbors[group], plan.groups.main[group]) if each >= 0]
+                    spans = config.masking.num_spans(rows).sum()
+                    assert plan.groups.lengths[group] == store.lengths[members].sum() + 3 * spans
     rows = np.concatenate(masks)
     assert len(rows) > 200
     assert len(np.unique(rows[:, 0])) == len(np.unique(rows[:, 1])) == len(rows)
+
+
+def test_a_group_that_is_masked_as_a_whole_has_room_for_the_spans_of_its_main_document(store, neighbors):
+    """By the draws of the main document, whichever it retrieves; and the groups fit where they were planned."""
+    masking = Masking("metaseq", mean_spans=2.0)
+    config = dataclasses.replace(CONFIG, masking=masking, context_length=200, row_length=200)
+    made = stream(store, neighbors, config)
+    plan = made.plan(0)
+    groups = plan.groups
+    rows = draws.uniform(0, groups.epoch, groups.main, draws.MASK, masking.draws_per_document)
+    for group, row in enumerate(rows):
+        members = [each for each in (*groups.neighbors[group], groups.main[group]) if each >= 0]
+        assert groups.lengths[group] == store.lengths[members].sum() + 3 * masking.num_spans(row[None])[0]
+    builder, spans = made.builder, 0
+    for number in range(20):
+        row, start = made.row(plan, number), 0
+        for group in plan.rows[number]:
+            members = [each for each in (*groups.neighbors[group], groups.main[group]) if each >= 0]
+            mask_draws = np.repeat(rows[group][None], len(members), 0)
+            expected = builder.build([store.tokens(int(each)) for each in members], mask_draws)
+            np.testing.assert_array_equal(row.tokens[start : start + len(expected.tokens)], expected.tokens)
+            start += len(expected.tokens)
+            spans += int(VOCABULARY.is_mask(expected.targets).sum()) // 2
+    assert spans > 50
 
 
 def test_the_main_document_is_never_among_the_retrieved(store, neighbors):
@@ -285,9 +318,9 @@ def test_weights_by_kind(store, neighbors):
 
 def test_a_group_that_is_too_long_loses_its_least_relevant_document(store, neighbors):
     lengths = store.lengths
-    wide = stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160)).plan(0)
+    wide = stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160)).groups(np.arange(250))
     config = dataclasses.replace(PLAIN, context_length=int(lengths.max()) * 2 + 10)
-    plan = stream(store, neighbors, config).plan(0)
+    plan = stream(store, neighbors, config).groups(np.arange(250))
     np.testing.assert_array_equal(wide.main, plan.main)
     dropped = 0
     for main, all_of_them, kept in zip(plan.main, wide.neighbors, plan.neighbors, strict=True):
@@ -305,6 +338,19 @@ def test_no_group_is_longer_than_the_context(store, neighbors):
     for batch, _ in take(stream(store, neighbors, config), 6):
         assert batch.positions.max() < CONFIG.context_length
         assert batch.tokens.shape == (8, 160)
+
+
+def test_damaged_ids_end_the_stream(store, tmp_path: Path):
+    """With the file's name, wherever in the threads they are read."""
+    folder = tmp_path / "documents"
+    shutil.copytree(store.folder, folder)
+    path = folder / "000001.u2"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    made = stream(DocumentStore(folder), None)
+    with pytest.raises(InputError, match=r"000001\.u2 is damaged: the ids of document 299"):
+        take(made, 30)
 
 
 def test_what_cannot_be_batched_is_refused(store, neighbors, tmp_path: Path):
@@ -326,6 +372,7 @@ def test_what_cannot_be_batched_is_refused(store, neighbors, tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"max_groups": -1}, "max_groups=-1 is negative"),
         ({"row_length": 4095}, "row_length=4095 is below batches.context_length=4096"),
         ({"num_retrieved": ()}, "num_retrieved"),
         ({"num_retrieved": (0, -1)}, "num_retrieved"),
@@ -351,9 +398,7 @@ def test_the_defaults_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize(("shown", "other"), [("text", RETRIEVED_IMAGE), ("image", RETRIEVED_TEXT)])
-def test_batches_with_one_modality_of_the_retrieved_documents(
-    shown, other, neighbors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_batches_with_one_modality_of_the_retrieved_documents(shown, other, neighbors: np.ndarray, tmp_path: Path):
     """Every third document has no text, every fifth no image; lengths are planned for what is shown."""
     rng, items = np.random.default_rng(0), []
     for number in range(DOCUMENTS):
@@ -361,35 +406,32 @@ def test_batches_with_one_modality_of_the_retrieved_documents(
         parts = parts[1:] if number % 3 == 0 else parts[:1] if number % 5 == 0 else parts
         segments, ids = zip(*parts, strict=True)
         items.append(TokenizedDocument(Document(str(number), segments, {}), tuple(x.astype(np.int32) for x in ids)))
-    write_shard(tmp_path / "00000.array_record", items, NARROW)
+    write_id_starts(tmp_path, [write_shard(tmp_path, 0, items, NARROW)])
     config = dataclasses.replace(PLAIN, retrieved=shown)
     builder = GroupBuilder(VOCABULARY, config.masking, 0.1, shown)
     texts = [
         sum(len(x) for x, s in zip(item.ids, item.document.segments, strict=True) if isinstance(s, Text))
         for item in items
     ]
-    np.save(tmp_path / "lengths.npy", np.array([len(builder.sequence(item).ids) for item in items], np.int32))
+    np.save(tmp_path / "lengths.npy", np.array([len(builder.sequence(item.tokens).ids) for item in items], np.int32))
     store = DocumentStore(tmp_path)
     with pytest.raises(InputError, match="run `rac3 ingest` again"):
         BatchStream(config, 0, store, neighbors, builder)
     np.save(tmp_path / "text_lengths.npy", np.array(texts, np.int32))
-    views = [builder.shown(item) for item in items]
+    views = [builder.shown(item.tokens) for item in items]
     wanted = [0 if view is None else len(builder.sequence(view).ids) for view in views]
     np.testing.assert_array_equal(store.shown_lengths(shown), wanted)
     np.testing.assert_array_equal(store.shown_lengths("document"), store.lengths)
     made = BatchStream(config, 0, store, neighbors, builder)
-    pack, planned = loader.pack, []
-    monkeypatch.setattr(loader, "pack", lambda lengths, size: planned.append(lengths.tolist()) or pack(lengths, size))
     plan = made.plan(0)
-    assert (plan.neighbors >= 0).any()
-    assert all(wanted[number] for number in plan.neighbors[plan.neighbors >= 0])
-    assert planned == [
-        [
-            store.lengths[main] + sum(wanted[number] for number in found if number >= 0)
-            for main, found in zip(plan.main, plan.neighbors, strict=True)
-        ]
+    main, retrieved = plan.groups.main, plan.groups.neighbors
+    assert (retrieved >= 0).any()
+    assert all(wanted[number] for number in retrieved[retrieved >= 0])
+    assert plan.groups.lengths.tolist() == [
+        store.lengths[document] + sum(wanted[number] for number in found if number >= 0)
+        for document, found in zip(main, retrieved, strict=True)
     ]
-    assert (made.row(plan, 0).segments > 0).sum() == sum(planned[0][group] for group in plan.rows[0])
+    assert (made.row(plan, 0).segments > 0).sum() == plan.groups.lengths[plan.rows[0]].sum()
     kinds = np.concatenate([batch.kind.ravel() for batch, _ in islice(made.batches(StreamState()), 4)])
     assert not (kinds == other).any()
     assert (kinds == {"text": RETRIEVED_TEXT, "image": RETRIEVED_IMAGE}[shown]).any()

@@ -1,5 +1,7 @@
 """Packing groups into rows: every group once, none split, little padding; and the fields of a row."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -7,13 +9,69 @@ from rac3.batches.packing import Group, pack, packed_row
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("open_rows", [1, 3, 64])
-def test_every_group_lands_in_exactly_one_row_that_holds_it(seed: int, open_rows: int):
+@pytest.mark.parametrize("max_groups", [0, 1, 3])
+def test_every_group_lands_in_exactly_one_row_that_holds_it(seed: int, max_groups: int):
     lengths = np.random.default_rng(seed).integers(1, 101, 700)
-    rows = pack(lengths, 100, open_rows)
+    rows = pack(lengths, 100, max_groups=max_groups)
     assert sorted(group for row in rows for group in row) == list(range(700))
     assert all(0 < lengths[row].sum() <= 100 for row in rows)
-    assert rows == pack(lengths, 100, open_rows)
+    assert max(map(len, rows)) <= (max_groups or 700)
+    assert rows == pack(lengths, 100, max_groups=max_groups)
+
+
+def test_best_fit_is_that_of_a_plain_search():
+    """The oracle looks at all rows for each group."""
+    rng = np.random.default_rng(0)
+    for low, high in ((1, 101), (20, 90), (30, 40)):
+        lengths = rng.integers(low, high, 2000)
+        rows: list[list[int]] = []
+        room: list[int] = []
+        for group, length in enumerate(lengths.tolist()):
+            holding = [(left, row) for row, left in enumerate(room) if left >= length]
+            if not holding:
+                rows.append([])
+                room.append(100)
+                holding = [(100, len(rows) - 1)]
+            _, row = min(holding)
+            rows[row].append(group)
+            room[row] -= length
+        assert pack(lengths, 100) == rows
+
+
+def test_a_number_of_rows_holds_the_first_groups():
+    """As many as fit by best fit: with one more, all rows are as they were, and there is one more row."""
+    lengths = np.random.default_rng(0).integers(5, 60, 2000)
+    rows = pack(lengths, 100, max_rows=40)
+    held = sum(map(len, rows))
+    assert len(rows) == 40
+    assert sorted(group for row in rows for group in row) == list(range(held))
+    assert rows == pack(lengths[:held], 100)
+    assert pack(lengths[: held + 1], 100) == [*rows, [held]]
+    assert pack(lengths[:10], 100, max_rows=40) == pack(lengths[:10], 100)
+
+
+@pytest.mark.parametrize(
+    ("row_length", "documents", "least"), [(4096, 3, 0.74), (16_384, 15, 0.96), (32_768, 30, 0.96)]
+)
+def test_the_share_of_real_tokens_at_the_papers_size(row_length: int, documents: int, least: float):
+    """1,024 rows of groups of up to three documents of 1,024 image ids and a caption of 30, with K in {0, 1, 2}.
+
+    Only so many documents of 1,061 fit into a row: 3 fill 78% of 4,096, and 15 fill 97% of 16,384.
+    """
+    rng = np.random.default_rng(0)
+    sizes = 1024 + 4 + rng.poisson(30, (20_000, 3)) + 3 * rng.poisson(1, (20_000, 3))
+    lengths = (sizes * (np.arange(3) <= rng.integers(0, 3, (20_000, 1)))).sum(1)
+    rows = pack(lengths, row_length, max_rows=1024)
+    assert len(rows) == 1024
+    share = sum(lengths[row].sum() for row in rows) / (1024 * row_length)
+    assert least < share < 1.01 * documents * 1061 / row_length
+
+
+def test_a_million_groups_are_packed_in_seconds():
+    lengths = 1061 * np.random.default_rng(0).integers(1, 4, 1_000_000)
+    started = time.process_time()
+    pack(lengths, 16_384)
+    assert time.process_time() - started < 10  # measured: 1
 
 
 def test_rows_fill_well():

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rac3.config import InputError
-from rac3.devices.mesh import MeshConfig, constrain
+from rac3.devices.mesh import MeshConfig, constrain, share_of
 from rac3.model.transformer import TransformerConfig
 from rac3.training.optimizer import OptimizerConfig
 from rac3.training.state import TrainState, new_state
@@ -135,3 +135,65 @@ def test_a_new_state_is_allocated_in_its_shardings():
     np.testing.assert_array_equal(
         one.params["kernel"], state.params["kernel"]
     )  # a function of the seed, not of the mesh
+
+
+def test_one_process_feeds_all_rows():
+    assert MeshConfig(fsdp=2, tensor=2).build().share(8) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("held", "shares"),
+    [
+        # 2 processes x 4 devices, 8 rows. data=8:
+        ({0: {0, 1, 2, 3}, 1: {4, 5, 6, 7}}, [(2, 0), (2, 1)]),
+        # tensor=8: one group spans both, so both feed all rows.
+        ({0: set(range(8)), 1: set(range(8))}, [(1, 0), (1, 0)]),
+        # 4 processes x 2 devices, data=2, tensor=4: two processes to a group.
+        ({0: {0, 1}, 1: {0, 1}, 2: {2, 3}, 3: {2, 3}}, [(2, 0), (2, 0), (2, 1), (2, 1)]),
+    ],
+)
+def test_processes_feed_the_rows_that_their_devices_hold(held: dict[int, set[int]], shares: list[tuple[int, int]]):
+    rows = len(set.union(*held.values()))
+    assert [share_of(held, rows, process) for process in held] == shares
+
+
+@pytest.mark.parametrize(
+    ("held", "odd"),
+    [
+        ({0: {0, 1}, 1: {1, 2}}, "process 1 hold 2 of the 3 rows of a batch, from row 1"),  # 2 x 3 devices, tensor=2
+        ({0: {0, 1, 2, 3}, 1: {4, 5}}, "process 1 hold 2 of the 6 rows"),  # a host with fewer devices
+        ({0: {0, 2}, 1: {1, 3}}, "process 0 hold 2 of the 4 rows of a batch, from row 0"),  # not consecutive
+    ],
+)
+def test_a_mesh_that_equal_shares_cannot_feed_is_refused(held: dict[int, set[int]], odd: str):
+    with pytest.raises(InputError, match=f"the devices of {odd}.*; make mesh.fsdp x mesh.tensor"):
+        share_of(held, len(set.union(*held.values())), 0)
+
+
+def test_rows_that_the_mesh_cannot_divide_are_refused():
+    with pytest.raises(InputError, match=r"batch of 6 rows can't be divided over the 4 shards .*; use a multiple of 4"):
+        MeshConfig(data=2, fsdp=2, tensor=2).build().share(6)
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "message"),
+    [
+        ({"num_heads": 2}, MeshConfig(tensor=4), "heads=2 of the model can't be divided by mesh.tensor=4"),
+        ({"embed": 20}, MeshConfig(fsdp=8), "embed=20 of the model can't be divided by mesh.fsdp=8"),
+        ({"mlp": 18}, MeshConfig(tensor=4), "mlp=18 of the model can't be divided by mesh.tensor=4"),
+    ],
+)
+def test_sizes_that_the_mesh_cannot_divide_are_refused_before_anything_is_allocated(
+    config: dict[str, int], mesh: MeshConfig, message: str
+):
+    sizes = {"num_layers": 1, "embed": 16, "num_heads": 4, "mlp": 16, **config}
+    model = TransformerConfig(**sizes).build(128, 16, 4)
+    ids = jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(InputError, match=f"{message}; use a divisor of"):
+        new_state(lambda key: model.init(key, ids, ids, ids, ids), OptimizerConfig().build(9), 0, mesh.build())
+
+
+def test_a_vocabulary_that_the_mesh_cannot_divide_is_refused():
+    boxed = {"table": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((129, 16), jnp.float32), ("vocab", "embed"))}
+    with pytest.raises(InputError, match=r"vocab=129 of the model can't be divided by mesh.tensor=2"):
+        MeshConfig(tensor=2).build().abstract(boxed)

@@ -1,5 +1,6 @@
 """Round trips of tokenized documents through records and shards."""
 
+import binascii
 import copy
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from rac3.documents.store import (
     columns_of,
     hash64,
     id_type,
+    pack_ids,
     pack_record,
+    unpack_ids,
     unpack_record,
     write_columns,
+    write_id_starts,
     write_shard,
 )
 
@@ -41,30 +45,49 @@ def same(one: TokenizedDocument, other: TokenizedDocument) -> bool:
     return one.document == other.document and alike
 
 
-def write(folder: Path, sizes: list[int]) -> list[TokenizedDocument]:
+def write(folder: Path, sizes: list[int], kind: str = NARROW) -> list[TokenizedDocument]:
     items = [item(number) for number in range(sum(sizes))]
-    start = 0
+    start, id_sizes = 0, []
     for shard, size in enumerate(sizes):
-        write_shard(folder / f"{shard:05d}.array_record", items[start : start + size], NARROW)
+        id_sizes.append(write_shard(folder, shard, items[start : start + size], kind))
         start += size
+    write_id_starts(folder, id_sizes)
     np.save(folder / "lengths.npy", np.array([sum(map(len, each.ids)) for each in items], np.int32))
     return items
 
 
-@pytest.mark.parametrize(("kind", "bound"), [(NARROW, 2**16), (WIDE, 2**31)])
-def test_a_record_comes_back(kind: str, bound: int):
+def test_a_record_comes_back():
     for number in range(12):
-        assert same(unpack_record(pack_record(item(number, bound), kind)), item(number, bound))
+        document = item(number).document
+        assert unpack_record(pack_record(document)) == document
 
 
-def test_a_record_is_plain_msgpack_and_says_its_width():
-    for kind, size in ((NARROW, 2), (WIDE, 4)):
-        record = msgpack.unpackb(pack_record(item(2), kind))
-        assert record.keys() == {"key", "ids", "segments", "metadata"}
-        assert record["ids"] == kind
-        assert record["segments"][0]["text"] == "caption 2 é"
-        assert len(record["segments"][1]["ids"]) == size * len(item(2).ids[1])
-        np.testing.assert_array_equal(np.frombuffer(record["segments"][1]["ids"], kind), item(2).ids[1])
+def test_a_record_is_plain_msgpack_without_ids():
+    document = item(2).document
+    record = msgpack.unpackb(pack_record(document))
+    assert record.keys() == {"key", "segments", "metadata"}
+    images = [{"image": each.data} for each in document.images]
+    assert record["segments"] == [{"text": "caption 2 é"}, *images, {"text": "end"}]
+
+
+@pytest.mark.parametrize(("kind", "bound"), [(NARROW, 2**16), (WIDE, 2**31)])
+def test_ids_come_back(kind: str, bound: int):
+    for number in range(12):
+        each = item(number, bound)
+        tokens = unpack_ids(pack_ids(each, kind), kind)
+        assert [is_image for is_image, _ in tokens] == [isinstance(s, Image) for s in each.document.segments]
+        assert same(TokenizedDocument(each.document, tuple(ids for _, ids in tokens)), each)
+
+
+def test_the_bytes_of_ids_by_hand():
+    """A text of two ids and an image of three: the checksum, 2 segments, 2 * 2, 2 * 3 + 1, then the ids."""
+    document = Document("k", (Text("x"), Image(b"x")), {})
+    two_parts = TokenizedDocument(document, (np.array([5, 6], np.int32), np.array([1, 2, 260], np.int32)))
+    head = b"\2\0\0\0" + b"\4\0\0\0" + b"\7\0\0\0"
+    narrow = head + b"\5\0\6\0" + b"\1\0\2\0\4\1"
+    wide = head + b"\5\0\0\0\6\0\0\0" + b"\1\0\0\0\2\0\0\0\4\1\0\0"
+    assert pack_ids(two_parts, NARROW) == binascii.crc32(narrow).to_bytes(4, "little") + narrow
+    assert pack_ids(two_parts, WIDE) == binascii.crc32(wide).to_bytes(4, "little") + wide
 
 
 def test_ids_take_two_bytes_where_those_of_both_tokenizers_fit():
@@ -75,10 +98,10 @@ def test_ids_take_two_bytes_where_those_of_both_tokenizers_fit():
 @pytest.mark.parametrize("bad", [2**16, -1])
 def test_an_id_that_does_not_fit_is_refused(bad: int):
     edge = TokenizedDocument(Document("a/1", (Text("x"),), {}), (np.array([0, 2**16 - 1], np.int32),))
-    assert same(unpack_record(pack_record(edge, NARROW)), edge)
+    np.testing.assert_array_equal(unpack_ids(pack_ids(edge, NARROW), NARROW)[0][1], edge.ids[0])
     wrong = TokenizedDocument(edge.document, (np.array([3, bad], np.int32),))
     with pytest.raises(InputError, match=rf"'a/1' has the text id {bad}, .* range \[0, 65535\] .* uint16; use"):
-        pack_record(wrong, NARROW)
+        pack_ids(wrong, NARROW)
 
 
 def test_documents_are_read_at_random_in_shard_order(tmp_path: Path):
@@ -91,6 +114,66 @@ def test_documents_are_read_at_random_in_shard_order(tmp_path: Path):
     assert all(same(got, items[index]) for got, index in zip(store.many(wanted), wanted, strict=True))
     assert store.many([]) == []
     np.testing.assert_array_equal(store.lengths, [sum(map(len, each.ids)) for each in items])
+
+
+@pytest.mark.parametrize("kind", [NARROW, WIDE])
+def test_ids_are_read_without_the_documents(kind: str, tmp_path: Path):
+    """Shards with no documents come first, last, and two in a row. The records are gone."""
+    items = write(tmp_path, [0, 3, 0, 0, 5, 1, 0], kind)
+    for path in tmp_path.glob("*.array_record"):
+        path.unlink()
+    store = DocumentStore(tmp_path)
+    for index in (8, 0, 3, 2, 7, 3):
+        for (is_image, ids), segment, wanted in zip(
+            store.tokens(index), items[index].document.segments, items[index].ids, strict=True
+        ):
+            assert is_image == isinstance(segment, Image)
+            assert ids.dtype == np.int32
+            np.testing.assert_array_equal(ids, wanted)
+
+
+def test_files_of_ids_are_not_kept_open(tmp_path: Path):
+    """A corpus has more shards than a process may open files."""
+    write(tmp_path, [1] * 30)
+    store = DocumentStore(tmp_path)
+    store.tokens(0)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for index in range(30):
+        store.tokens(index)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "empty"])
+def test_damaged_ids_are_found(damage: str, tmp_path: Path):
+    items = write(tmp_path, [2, 3])
+    path = tmp_path / "000001.u2"
+    data = bytearray(path.read_bytes())
+    size = len(pack_ids(items[2], NARROW)) + len(pack_ids(items[3], NARROW))
+    data[size + 13] ^= 64
+    path.write_bytes({"a flipped bit": bytes(data), "cut short": bytes(data[:-1]), "empty": b""}[damage])
+    store = DocumentStore(tmp_path)
+    with pytest.raises(InputError, match=r"000001\.u2 is damaged: the ids of document 4 .*run `rac3 ingest` again"):
+        store.tokens(4)
+    assert len(store.tokens(1)) == len(items[1].ids)
+    if damage != "empty":
+        np.testing.assert_array_equal(store.tokens(3)[0][1], items[3].ids[0])
+
+
+def test_ids_of_an_older_version_are_refused(tmp_path: Path):
+    write(tmp_path, [2])
+    (tmp_path / "id_starts.npy").unlink()
+    with pytest.raises(InputError, match=r"id_starts\.npy is missing.*run `rac3 ingest` again"):
+        DocumentStore(tmp_path).tokens(0)
+
+
+def test_a_shard_that_fails_leaves_no_file_with_a_final_name(tmp_path: Path):
+    def fails():
+        yield item(0)
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        write_shard(tmp_path, 0, fails(), NARROW)
+    assert all(path.suffix == ".tmp" for path in tmp_path.iterdir())
 
 
 def test_a_store_travels_as_its_folder(tmp_path: Path):
@@ -196,6 +279,9 @@ def test_the_length_of_what_is_shown_of_a_document(tmp_path: Path):
     assert store.shown_lengths("document").tolist() == [20, 6, 11]
     assert store.shown_lengths("text").tolist() == [10, 6, 0]
     assert store.shown_lengths("image").tolist() == [11, 0, 11]
+    rows = np.array([1, 2, 1])
+    for shown, lengths in (("document", [6, 11, 6]), ("text", [6, 0, 6]), ("image", [0, 11, 0])):
+        assert store.shown_lengths(shown, rows).tolist() == lengths
 
 
 def test_texts_and_keys_are_those_of_the_documents(tmp_path: Path):

@@ -75,6 +75,14 @@ def test_nothing_done_has_no_rate_and_no_end(clock: Clock, capsys: Captured):
     assert capsys.readouterr().err == "index: 0/1 parts, 0/s, 01:40  slow\n" * 2
 
 
+def test_what_is_not_shown_says_nothing(clock: Clock, capsys: Captured):
+    """Of many processes that do the same, one speaks."""
+    with Progress("train", 4, "steps", shown=False) as bar:
+        clock.now += 100
+        bar.update(2)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_failure_ends_without_a_line(clock: Clock, capsys: Captured):
     with pytest.raises(ValueError, match="stop"), Progress("index", 1, "parts"):
         raise ValueError("stop")

@@ -99,7 +99,7 @@ def test_the_loss_is_that_of_the_paper(alpha: float):
     assert values["loss"] == pytest.approx(expected, rel=1e-5)
     for name in KIND_NAMES.values():
         assert values[f"loss/{name}"] == pytest.approx(by_kind[name], rel=1e-5)
-    assert values["tokens"] == 19 + 2 + 20
+    assert values["real_tokens"] == (19 + 2 + 20) / (2 * 24)
 
 
 def test_a_batch_without_weight_is_no_division_by_zero():

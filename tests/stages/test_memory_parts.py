@@ -145,8 +145,8 @@ def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, r
         assert np.isin(before[split], gone).any()
         assert not np.isin(after[split], gone).any()
     stream = later.training_stream()
-    plan = stream.plan(0)
-    assert set(plan.main[: len(documents) - 3].tolist()) == set(range(len(documents))) - set(gone.tolist())
+    groups = stream.groups(np.arange(len(documents) - 3))
+    assert set(groups.main.tolist()) == set(range(len(documents))) - set(gone.tolist())
     next(stream.batches(StreamState()))
     assert rac3("audit", TINY, "--workdir", str(workdir), "--takedowns", str(takedowns)) == 0
     capsys.readouterr()
@@ -172,10 +172,10 @@ def test_each_view_of_a_query_has_a_dropout_of_its_own(workdir: Path):
     neighbors = run.neighbors("train")[:]
     assert neighbors.shape == (36, 6, experiment.selection.depth)
     assert run.neighbors("test").shape == (4, 2, experiment.selection.depth)
-    plan = run.training_stream().plan(0)
+    groups = run.training_stream().groups(np.arange(100 * 36))
     candidates = experiment.batches.candidates
     used = set()
-    for document, drawn in zip(plan.main.tolist(), plan.neighbors.tolist(), strict=True):
+    for document, drawn in zip(groups.main.tolist(), groups.neighbors.tolist(), strict=True):
         pools = [set(pool.tolist()) for pool in neighbors[document, :, :candidates]]
         kept = {each for each in drawn if each >= 0}
         fitting = [number for number, pool in enumerate(pools) if kept <= pool]

@@ -45,16 +45,12 @@ def test_the_model_has_room_for_the_longest_text_and_image(tmp_path: Path):
         assert model.config == experiment.model
 
 
-def test_the_stream_is_that_of_the_experiment(
-    finished_workdir: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_stream_is_that_of_the_experiment(finished_workdir: tuple[Path, Path], tmp_path: Path):
     workdir = Workdir(finished_workdir[1], "tiny")
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
     masking = Masking(mean_spans=2.0)
     batches = replace(TINY.batches, masking=masking, retrieved_weight=0.3, retrieved="image")
     vocabulary = Vocabulary(300, 16)
-    stream = Run(replace(TINY, batches=batches), workdir).training_stream()
+    stream = Run(replace(TINY, batches=batches), workdir).training_stream((2, 1))
     assert (stream.hosts, stream.host, stream.seed, stream.config) == (2, 1, TINY.seed, batches)
     assert stream.documents.folder == Run(TINY, workdir).documents("train").folder
     assert stream.neighbors.path == workdir.require(recipes.neighbors(TINY, "train"), "").folder / "ids"
@@ -65,8 +61,8 @@ def test_the_stream_is_that_of_the_experiment(
     vanilla = replace(TINY, retriever=NoRetriever(), takedowns=str(takedowns))
     stream = Run(vanilla, workdir).training_stream()
     assert stream.neighbors is None
-    plan = stream.plan(0)
-    assert set(plan.main[plan.epoch == 0].tolist()) == set(range(len(stream.documents))) - {3}
+    groups = stream.groups(np.arange(len(stream.documents) - 1))
+    assert set(groups.main.tolist()) == set(range(len(stream.documents))) - {3}
 
 
 def test_a_killed_run_resumes_without_a_new_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -134,9 +130,9 @@ def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.
     mesh = experiment.mesh.build()
     assert calls["new_state"][1:] == (results["build"], experiment.seed, mesh)
     assert calls["make_train_step"][1:] == (results["build"], training.loss_chunk)
-    label, config, new, step, _, _, on_mesh = calls["training_loop"]
+    label, config, new, _, _, _, on_mesh, _ = calls["training_loop"]
     assert (label, config, on_mesh) == ("train ra_cm3", training, mesh)
-    assert (new, step) == (results["new_state"], results["make_train_step"])
+    assert new == results["new_state"]
     assert results["training_stream"].seed == experiment.seed
 
     made = run.artifact(recipes.train)

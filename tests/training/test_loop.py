@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import gzip
 import json
 import struct
 import types
@@ -20,8 +21,9 @@ from rac3.batches.packing import PackedBatch
 from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
 from rac3.model.transformer import TransformerConfig
-from rac3.training import loop
+from rac3.training import loop, metrics
 from rac3.training.checkpoint import Checkpoints
+from rac3.training.flops import PEAKS, step_flops
 from rac3.training.loop import TrainingConfig, put, training_loop
 from rac3.training.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from rac3.training.optimizer import OptimizerConfig
@@ -214,7 +216,8 @@ def test_metrics_are_means_over_their_window(tmp_path: Path, step, uninterrupted
 def test_rates_are_those_of_the_window(tmp_path: Path, step, monkeypatch: pytest.MonkeyPatch):
     """By a clock that only the stream (2 s a batch) and the step (3 s) move: 5 s for 8 x 16 tokens."""
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    for module in (loop, metrics):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
 
     def stream(position: Sequence[int]) -> Iterator[tuple[PackedBatch, Sequence[int]]]:
         for pair in Stream()(position):
@@ -282,7 +285,102 @@ def test_put_shards_the_rows_over_data_and_fsdp():
         np.testing.assert_array_equal(field, whole)
 
 
-@pytest.mark.parametrize("name", ["steps", "checkpoint_every", "log_every", "keep", "loss_chunk"])
+def broken(bad: set[int]):
+    """The stream, with a weight that is no number in the batches of these steps."""
+
+    def stream(position: Sequence[int]) -> Iterator[tuple[PackedBatch, Sequence[int]]]:
+        row, column = position or (0, 0)
+        for step, (batch, after) in enumerate(Stream()(position), row * 5 + column + 1):
+            weight = np.where(np.arange(16) == 3, np.nan, 1.0) * np.ones((8, 1))
+            yield (batch.replace(loss_weight=weight.astype(np.float32)) if step in bad else batch), after
+
+    return stream
+
+
+def keys_at(position: Sequence[int]) -> list[str]:
+    row, column = position or (0, 0)
+    return [f"document {row * 5 + column}", "b", "c", "d"]
+
+
+def run_broken(folder: Path, bad: set[int], config: TrainingConfig) -> TrainState:
+    guarded = make_train_step(MODEL, OPTIMIZER, max_skipped=config.max_skipped)
+    return training_loop("train", config, initial(), guarded, broken(bad), folder, MESH, documents=keys_at)
+
+
+@pytest.mark.parametrize(("log_every", "last"), [(3, 8), (1, 8), (4, 11)])
+def test_batches_that_are_not_finite_stop_a_run_with_their_documents(tmp_path: Path, log_every: int, last: int):
+    """The third of three in a row is that of step `last`, whose batch begins at position last - 1."""
+    config = dataclasses.replace(CONFIG, max_skipped=3, log_every=log_every)
+    bad = {2, 3, *range(last - 2, 14)}
+    message = (
+        f"^train: loss or gradient is not finite for training.max_skipped=3 batches in a row, the last that of step {last},"
+        rf" of documents document {last - 1}, b, c, ... \(4, all in {tmp_path}/batch-{last}.txt\); the newest"
+    )
+    with pytest.raises(InputError, match=message):
+        run_broken(tmp_path, bad, config)
+    assert (tmp_path / f"batch-{last}.txt").read_text().split("\n") == [f"document {last - 1}", "b", "c", "d", ""]
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state, _ = checkpoints.restore(initial().abstract)
+    checkpoints.close()
+    assert int(state.step) == 4 * ((last - 1) // 4)  # the last checkpoint before it
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+    lines = read_metrics(tmp_path)
+    assert sum(line["skipped_steps"] for line in lines) == len([step for step in bad if step <= lines[-1]["step"]])
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    with pytest.raises(InputError, match=message):  # as it does again
+        run_broken(tmp_path, bad, config)
+
+
+def test_a_few_batches_that_are_not_finite_are_passed_over(tmp_path: Path):
+    """The parameters are those of a run without these batches, whose schedule is as long."""
+    state = run_broken(tmp_path / "some", {5, 6, 9}, dataclasses.replace(CONFIG, max_skipped=3))
+
+    def without(position: Sequence[int]) -> Iterator[tuple[PackedBatch, Sequence[int]]]:
+        for place in (0, 1, 2, 3, 6, 7, 9, 10, 11, 12):
+            yield batch_at(place), [0, place]
+
+    config = dataclasses.replace(CONFIG, steps=10)
+    other = run(tmp_path / "none", make_train_step(MODEL, OPTIMIZER), without, config)
+    assert (int(state.step), int(other.step)) == (13, 10)
+    for one, same in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_array_equal(one, same)
+    assert [line["skipped_steps"] for line in read_metrics(tmp_path / "some")] == [0, 0, 2, 0, 1, 0, 0]
+
+
+def test_the_trace_has_the_steps_that_were_asked_for(tmp_path: Path, step):
+    run(tmp_path, step, Stream(), dataclasses.replace(CONFIG, steps=6, profile="3:4"))
+    (trace,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = [event["args"]["step_num"] for event in events if event.get("name", "").startswith("train")]
+    assert sorted(map(int, steps)) == [3, 4]
+
+
+def test_a_known_peak_gives_the_mfu_of_a_window(tmp_path: Path, step, monkeypatch: pytest.MonkeyPatch):
+    """The FLOPs of a step over its seconds and 1e9 FLOP/s on each of 8 devices."""
+    monkeypatch.setitem(PEAKS, jax.devices()[0].device_kind, 1e9)
+    run(tmp_path, step, Stream(), dataclasses.replace(CONFIG, steps=3))
+    full, causal = step_flops(MODEL, jax.tree.map(jnp.asarray, batch_at(0)))
+    (line,) = read_metrics(tmp_path)
+    assert line["mfu/full"] == pytest.approx(float(full) / line["step_seconds"] / 8e9, rel=1e-5)
+    assert line["mfu/causal"] == pytest.approx(float(causal) / line["step_seconds"] / 8e9, rel=1e-5)
+
+
+def test_no_figure_is_invented(uninterrupted):
+    """The peak of these devices isn't known, nor is their memory."""
+    for line in uninterrupted[1]:
+        assert line["real_tokens"] == 1
+        assert not {name for name in line if name.startswith(("mfu", "flops", "device"))}
+
+
+@pytest.mark.parametrize("profile", ["3", "4:3", "0:2", "a:b", "1:2:3"])
+def test_a_trace_is_of_steps(profile: str):
+    with pytest.raises(InputError, match=f"training.profile='{profile}' names no steps; use FIRST:LAST, such as 20:25"):
+        TrainingConfig(profile=profile)
+
+
+@pytest.mark.parametrize(
+    "name", ["steps", "checkpoint_every", "log_every", "keep", "loss_chunk", "microbatches", "max_skipped"]
+)
 def test_fields_are_checked(name: str):
     with pytest.raises(InputError, match=f"training.{name}=0"):
         TrainingConfig(**{name: 0})

@@ -11,10 +11,11 @@ from plain_transformer import random_params
 
 from rac3.batches.packing import IGNORED, PackedBatch
 from rac3.devices.mesh import MeshConfig
+from rac3.training.flops import step_flops
 from rac3.training.loop import put
 from rac3.training.optimizer import OptimizerConfig
 from rac3.training.state import TrainState, new_state
-from rac3.training.step import make_train_step
+from rac3.training.step import make_train_step, shares
 
 
 def random_batch(seed: int = 0, rows: int = 8, seq: int = 24) -> PackedBatch:
@@ -59,14 +60,17 @@ def test_a_step_never_holds_the_logits_of_a_whole_row():
     assert "f32[2,24,128]" not in program
 
 
-def train_one(config: MeshConfig, devices: list | None = None) -> tuple[PyTree, dict[str, tuple]]:
+def train_one(
+    config: MeshConfig, devices: list | None = None, microbatches: int = 1
+) -> tuple[PyTree, dict[str, tuple]]:
     """One step of plain gradient descent, whose update is the gradient: Adam would blow small errors up."""
     mesh = config.build(devices)
     optimizer = optax.sgd(1.0)
     with mesh.use():
         state = new_state(init, optimizer, 0, mesh).create()
         before = jax.device_get(state.params)
-        state, metrics = make_train_step(MODEL, optimizer, chunk=8)(state, put(random_batch(), mesh))
+        step = make_train_step(MODEL, optimizer, chunk=8, microbatches=microbatches)
+        state, metrics = step(state, put(random_batch(), mesh))
     gradients = jax.tree.map(lambda old, new: old - new, before, jax.device_get(state.params))
     assert int(state.step) == 1
     return gradients, jax.device_get(metrics)
@@ -77,11 +81,11 @@ def on_one_device():
     return train_one(MeshConfig(), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
-def test_eight_devices_do_what_one_does(on_one_device, shape):
+@pytest.mark.parametrize(("shape", "microbatches"), [((8, 1, 1), 1), ((2, 2, 2), 1), ((1, 4, 2), 1), ((1, 4, 2), 2)])
+def test_eight_devices_do_what_one_does(on_one_device, shape, microbatches: int):
     """Float32 sums in another order: 192 tokens of 64 terms differ by 1e-5 of the scale; subtracting parameters of 0.3
-    from each other adds 0.3 * 6e-8."""
-    gradients, metrics = train_one(MeshConfig(*shape))
+    from each other adds 0.3 * 6e-8. Gradients that are added up over shares of the rows are such sums too."""
+    gradients, metrics = train_one(MeshConfig(*shape), microbatches=microbatches)
     expected, expected_metrics = on_one_device
     for name, (total, count) in metrics.items():
         assert float(total) == pytest.approx(float(expected_metrics[name][0]), rel=1e-5), name
@@ -115,3 +119,77 @@ def test_training_learns():
             losses.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
     assert losses[0] > 0.9 * np.log(VOCAB)
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_microbatches_are_one_batch(on_one_device):
+    """Rows weigh as their tokens do, not as their share does: the rows of `random_batch` have different weights."""
+    gradients, metrics = train_one(MeshConfig(), jax.devices()[:1], microbatches=8)
+    expected, expected_metrics = on_one_device
+    assert metrics.keys() == expected_metrics.keys()
+    for name, (total, count) in metrics.items():
+        assert float(total) == pytest.approx(float(expected_metrics[name][0]), rel=1e-5), name
+        assert float(count) == pytest.approx(float(expected_metrics[name][1]), rel=1e-6), name
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max() + 1e-7)
+
+
+def test_a_share_has_rows_of_every_device_and_none_moves():
+    mesh = MeshConfig(data=2, tensor=4).build()
+    numbers = put(random_batch(), mesh).replace(tokens=jax.device_put(jnp.arange(8)[:, None], mesh.sharding("batch")))
+    with mesh.use():
+        compiled = jax.jit(lambda batch: shares(batch, 2)).lower(numbers).compile()
+        split = compiled(numbers).tokens
+    assert split[:, :, 0].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    text = compiled.as_text()
+    assert not any(name in text for name in ("all-to-all", "all-gather", "all-reduce", "collective-permute"))
+    assert split.sharding.shard_shape(split.shape) == (2, 2, 1)
+
+
+def test_a_batch_that_is_not_finite_leaves_the_state_and_is_counted():
+    """And after three in a row all are skipped, finite or not."""
+    optimizer = OptimizerConfig(peak_lr=1e-2).build(30)
+    step = make_train_step(MODEL, optimizer, max_skipped=3)
+    good = jax.tree.map(jnp.asarray, random_batch())
+    bad = good.replace(loss_weight=good.loss_weight.at[3, 5].set(jnp.nan))
+    state = new_state(init, optimizer, 0, MeshConfig().build(jax.devices()[:1])).create()
+    state, _ = step(state, good)
+    kept = jax.device_get((state.params, state.opt_state))
+    trail = []
+    for batch in (bad, bad, good, bad, bad, bad, good):
+        state, metrics = step(state, batch)
+        trail.append((int(state.step), int(state.skipped)))
+        assert float(metrics["skipped_steps"][0]) == (trail[-1][1] > 0)
+        assert all(np.isfinite(total) for total, _ in metrics.values())
+        assert (float(metrics["loss"][1]) == 0) == (trail[-1][1] > 0)  # it weighs nothing
+        same = jax.tree.map(np.array_equal, kept, jax.device_get((state.params, state.opt_state)))
+        assert all(jax.tree.leaves(same)) == (trail[-1][1] > 0 and trail[-1][0] < 4)
+        if trail[-1] == (4, 0):
+            learned = jax.device_get(state.params)
+    assert trail == [(2, 1), (3, 2), (4, 0), (5, 1), (6, 2), (7, 3), (8, 4)]
+    jax.tree.map(np.testing.assert_array_equal, learned, jax.device_get(state.params))
+
+
+def test_the_learning_rate_is_that_of_the_updates_so_far():
+    """A skipped batch doesn't move it on."""
+    config = OptimizerConfig(peak_lr=1e-2, warmup_steps=4)
+    step = make_train_step(MODEL, config.build(100), schedule=config.schedule(100))
+    good = jax.tree.map(jnp.asarray, random_batch())
+    bad = good.replace(loss_weight=good.loss_weight * jnp.inf)
+    state = new_state(init, config.build(100), 0, MeshConfig().build(jax.devices()[:1])).create()
+    rates = []
+    for batch in (good, good, bad, good, good, good):
+        state, metrics = step(state, batch)
+        rates.append(float(metrics["learning_rate"][0]))
+    np.testing.assert_allclose(rates, [0, 0.0025, 0, 0.005, 0.0075, 0.01], rtol=1e-6)
+
+
+def test_flops_are_counted_by_hand():
+    """Two groups of 10 and 9 tokens, 5 of padding; 8 rows. Products: 6 a weight and token; attention: 12 x width a pair."""
+    model, batch = MODEL.config, random_batch()
+    weights = model.num_layers * (4 * model.embed**2 + 2 * model.embed * model.mlp) + model.embed * VOCAB
+    products = 6 * weights * 8 * 19
+    per_pair = 12 * model.num_layers * model.embed
+    everyone, causal = 8 * (10 * 10 + 9 * 9), 8 * (55 + 45)
+    full, half = step_flops(MODEL, jax.tree.map(jnp.asarray, batch))
+    assert float(full) == pytest.approx(products + per_pair * everyone, rel=1e-6)
+    assert float(half) == pytest.approx(products + per_pair * causal, rel=1e-6)

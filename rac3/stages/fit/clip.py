@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, PyTree
 
 from rac3.clip.checkpoint import TOKENIZER, ClipCheckpoint
@@ -20,9 +21,9 @@ from rac3.config import InputError
 from rac3.devices.mesh import DeviceMesh
 from rac3.documents.document import Document
 from rac3.model.losses import Metrics
-from rac3.stages.fit.encoder import FitTask, adam, fit_encoder, one_each
+from rac3.stages.fit.encoder import FitTask, adam, fit_encoder
 from rac3.tokens.text import Tokenizer
-from rac3.training.state import TrainState, apply_gradients, new_state
+from rac3.training.state import TrainState, apply_gradients, new_state, one_each
 
 IMAGES = ClipImages(steps="crop, scale")
 
@@ -72,6 +73,7 @@ def fit_clip(
             return contrastive_loss(text, image, scale, same, config.max_logit_scale)
 
         (_, values), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        values["gradient_norm"] = optax.tree.norm(gradients)
         return apply_gradients(state, gradients, optimizer), one_each(values)
 
     def batch(rows: np.ndarray) -> PyTree:

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Int, PyTree
 
 from rac3.devices.mesh import DeviceMesh
 from rac3.model.losses import Metrics
 from rac3.training.loop import TrainingConfig, training_loop
 from rac3.training.optimizer import OptimizerConfig
-from rac3.training.state import NewState, TrainState
+from rac3.training.state import NewState, TrainState, skips_nonfinite
 from rac3.weights.fitting import FitConfig
 
 
@@ -23,11 +22,6 @@ def adam(config: FitConfig, steps: int) -> optax.GradientTransformation:
     """For a run of `steps` steps: warm-up, then linear decay to 0."""
     rule = OptimizerConfig(config.peak_lr, warmup_steps=500, b1=config.b1, b2=config.b2, weight_decay=0.01)
     return rule.build(steps)
-
-
-def one_each(values: dict[str, Array]) -> Metrics:
-    """Means over a batch as metrics of one count each, so that all batches weigh the same."""
-    return {name: (value, jnp.ones(())) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -56,22 +50,26 @@ def fit_encoder(config: FitConfig, task: FitTask, seed: int, mesh: DeviceMesh, f
 
     The rows of a step are a function of (seed, step), and each process reads its share of them: a step sees the same
     rows however many processes there are.
+
+    Raises:
+      InputError: the processes can't feed equal shares of the rows.
     """
     shards = mesh.num_shards("batch")
     size = -(-config.batch // shards) * shards
+    shares, own = mesh.share(size)
 
     def stream(position: Sequence[int]) -> Iterator[tuple[PyTree, Sequence[int]]]:
         (number,) = position or (0,)
         while True:
             rows = np.random.default_rng([seed, number]).integers(task.items, size=size)
             number += 1
-            yield task.batch(np.split(rows, jax.process_count())[jax.process_index()]), [number]
+            yield task.batch(np.split(rows, shares)[own]), [number]
 
     frozen = jax.device_put(task.frozen, mesh.sharding())
-    compiled = jax.jit(task.step, donate_argnums=0)
+    training = TrainingConfig(steps=config.steps, checkpoint_every=max(50, config.steps // 5), log_every=20, keep=1)
+    compiled = jax.jit(skips_nonfinite(task.step, training.max_skipped), donate_argnums=0)
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         return compiled(state, batch, frozen)
 
-    training = TrainingConfig(steps=config.steps, checkpoint_every=max(50, config.steps // 5), log_every=20, keep=1)
     return training_loop(task.label, training, task.new, step, stream, folder, mesh)

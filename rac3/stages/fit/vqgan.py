@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from rac3.devices.mesh import DeviceMesh
 from rac3.documents.document import Document, prepare_image
 from rac3.model.losses import Metrics
-from rac3.stages.fit.encoder import FitTask, adam, fit_encoder, one_each
-from rac3.training.state import NewState, TrainState, apply_gradients, new_state
+from rac3.stages.fit.encoder import FitTask, adam, fit_encoder
+from rac3.training.state import NewState, TrainState, apply_gradients, new_state, one_each
 from rac3.vqgan.discriminator import Discriminator, discriminator_loss, generator_loss
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN, Images, Params, preprocess
@@ -135,17 +135,19 @@ class Adversary:
 
     def update(
         self, state: TrainState, active: Bool[Array, ""], real: Images, fake: Images
-    ) -> tuple[TrainState, Float[Array, ""]]:
-        """The state after one step, and the loss before it; unless `active`, the state as it is, and 0."""
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The state after one step, and metrics; unless `active`, the state as it is, and zeros."""
 
         def loss(params: Params) -> Array:
             return discriminator_loss(self.judge(params, real), self.judge(params, fake))
 
-        def learn() -> tuple[TrainState, Array]:
+        def learn() -> tuple[TrainState, dict[str, Array]]:
             value, gradients = jax.value_and_grad(loss)(state.params)
-            return apply_gradients(state, gradients, self.optimizer), value
+            values = {"discriminator_loss": value, "discriminator_gradient_norm": optax.tree.norm(gradients)}
+            return apply_gradients(state, gradients, self.optimizer), values
 
-        return jax.lax.cond(active, learn, lambda: (state, jnp.zeros(())))
+        rest = {"discriminator_loss": jnp.zeros(()), "discriminator_gradient_norm": jnp.zeros(())}
+        return jax.lax.cond(active, learn, lambda: (state, rest))
 
 
 def open_adversary(config: FrozenVQGAN) -> Adversary | None:
@@ -169,12 +171,12 @@ def make_step(
         active = state.step >= objective.adversarial.start
         opposing = None if adversary is None else partial(adversary.generator_loss, extra.discriminator, active)
         found = vqgan_step(model, objective, state.params, extra.codebook, images, key, perceptual, opposing)
-        metrics = one_each(found.metrics)
+        metrics = one_each(found.metrics | {"gradient_norm": optax.tree.norm(found.gradients)})
         discriminator = extra.discriminator
         if adversary is not None:
-            discriminator, loss = adversary.update(discriminator, active, images, found.reconstruction)
-            values = {"discriminator_loss": loss} | found.metrics
-            for name in ("discriminator_loss", "generator_loss", "adaptive_weight"):
+            discriminator, learned = adversary.update(discriminator, active, images, found.reconstruction)
+            values = learned | found.metrics
+            for name in (*learned, "generator_loss", "adaptive_weight"):
                 metrics[name] = (jnp.where(active, values[name], 0.0), active.astype(jnp.float32))
         after = apply_gradients(state, found.gradients, optimizer)
         average = extra.average

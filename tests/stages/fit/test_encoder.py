@@ -12,9 +12,9 @@ from plain_adam import plain_adam
 
 from rac3.devices.mesh import MeshConfig
 from rac3.stages.fit import encoder as encoder_module
-from rac3.stages.fit.encoder import FitTask, adam, fit_encoder, one_each
+from rac3.stages.fit.encoder import FitTask, adam, fit_encoder
 from rac3.training.loop import TrainingConfig
-from rac3.training.state import NewState, TrainState, apply_gradients, new_state
+from rac3.training.state import NewState, TrainState, apply_gradients, new_state, one_each
 from rac3.weights.fitting import FitConfig
 
 
