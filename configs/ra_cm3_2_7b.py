@@ -48,6 +48,6 @@ def get_config() -> Experiment:
         embedding_dtype="bfloat16",
         retriever=Exact(num_neighbors=32, dtype="bfloat16"),
         batches=BatchConfig(row_length=16_384, max_groups=16, rows=1024),
-        mesh=MeshConfig(fsdp=8),
+        mesh=MeshConfig(fsdp=8, tensor=4),
         cluster=Cluster(documents=150_000_000, hosts=32, gpus=8, cores=96, memory_gb=1000.0),
     )

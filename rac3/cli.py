@@ -449,8 +449,10 @@ def _generate(run: Run, options: Any) -> None:
 
 def _plan(run: Run, options: Any) -> None:
     from rac3.plan.offline import plan
+    from rac3.plan.training import training_plan
 
-    print(plan(run))
+    print(f"{plan(run)}\n")
+    print(training_plan(run.experiment))
 
 
 def _describe(run: Run) -> None:
@@ -514,7 +516,7 @@ STAGES = {
     "generate": Stage("draw your caption, or caption your picture", _generate, _generate_options, False),
     "report": Stage("write the report and metrics.json", _report, timed=False),
     "run": Stage("prepare, train, evaluate and report", _run),
-    "plan": Stage("what the offline stages would take: FLOPs, time, memory, disk; runs nothing", _plan, timed=False),
+    "plan": Stage("what all would take: memory, FLOPs, time, disk, messages; runs nothing", _plan, timed=False),
     "quickstart": Stage("`run` with the quickstart config that ships with rac3", _run),
 }
 
