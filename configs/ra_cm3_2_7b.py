@@ -16,6 +16,7 @@ from rac3.documents.webdataset import WebDataset
 from rac3.experiment import Data, Experiment
 from rac3.retrieval.exact import Exact
 from rac3.tokens.text import TextTokenizer
+from rac3.training.loop import TrainingConfig
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGANConfig
 
@@ -48,6 +49,7 @@ def get_config() -> Experiment:
         embedding_dtype="bfloat16",
         retriever=Exact(num_neighbors=32, dtype="bfloat16"),
         batches=BatchConfig(row_length=16_384, max_groups=16, rows=1024),
-        mesh=MeshConfig(fsdp=8, tensor=4),
+        training=TrainingConfig(microbatches=4),
+        mesh=MeshConfig(fsdp=8),
         cluster=Cluster(documents=150_000_000, hosts=32, gpus=8, cores=96, memory_gb=1000.0),
     )

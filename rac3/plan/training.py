@@ -4,8 +4,8 @@ Nothing is run or compiled. The bytes of the state are those of the real one, by
 are counted by the rules of `Kept`, which the tests compare with what JAX keeps for the backward pass. `c` below is the
 size of a number in the model's dtype.
 
-Times are rooflines: products run at the reached share of the peak; what crosses the `tensor` axis waits for products and
-they for it; what crosses `fsdp` and `data` moves while products run, and counts where it takes longer than they do.
+Times are rooflines. Products run at the reached share of the peak. What crosses the `tensor` axis waits for products, and
+they for it. What crosses `fsdp` and `data` moves while products run, and counts where it takes longer than they do.
 """
 
 import functools
@@ -107,8 +107,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a layer keeps for its backward pass, per token: on each device of a sequence-parallel group (`stream`),
-    or of those that share heads and MLP (`split`)."""
+    """Bytes that a layer keeps for its backward pass, per token.
+
+    Attributes:
+      stream: of the residual stream and the norms, which sequence parallelism shards.
+      split: of heads and MLP, which tensor parallelism shards.
+    """
 
     stream: float
     split: float
@@ -195,8 +199,8 @@ class TrainingPlan:
         kernels = self.layer_parameters / tensor * self.itemsize
 
         layers = config.num_layers * tokens * (kept.stream / stream + kept.split / tensor)
-        # A layer's backward pass: what it makes again, the widest cotangents, and the kernels of two layers, one of them
-        # on its way; sequence parallelism gathers the inputs of both products, and their cotangents.
+        # A layer's backward pass: what it makes again, the widest cotangents, and the kernels of two layers, the second
+        # on its way. Sequence parallelism gathers the inputs of both products, and their cotangents.
         again = 0.0 if setting.remat == "none" else everything.stream / stream + everything.split / tensor
         widest = self.itemsize * max(config.mlp, 4 * config.embed) / tensor
         gathered = 2 * self.itemsize * config.embed + 2 * F32 * config.embed / stream
@@ -363,9 +367,9 @@ class TrainingPlan:
         return USABLE * self.cluster.device_bytes
 
     def best(self) -> Estimate | None:
-        """The fastest setting that fits; of equally fast ones the one that takes least memory."""
+        """The fastest setting that fits; of equally fast ones the one that sends least, then that of least memory."""
         found = [each for setting in self._settings() if (each := self._tried(setting)) and self.fits(each)]
-        return min(found, key=lambda each: (each.seconds, each.bytes), default=None)
+        return min(found, key=lambda each: (each.seconds, each.other_seconds, each.bytes), default=None)
 
     def neighbors(self, setting: Setting) -> list[Estimate]:
         """The setting, and those that differ from it by a factor of 2 in one size, or in what is kept."""
@@ -393,6 +397,10 @@ class TrainingPlan:
             return self.estimate(setting)
         except InputError:  # it can't be divided so
             return None
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
 
 
 def _scaled(setting: Setting, **factors: float) -> Setting:
@@ -438,8 +446,9 @@ def _lines(plan: TrainingPlan, estimate: Estimate) -> Iterator[str]:
     full, causal = plan.flops_per_token
     steps = experiment.training.steps
     yield (
-        f"train, by arithmetic: {plan.parameters / 1e9:.3g}B parameters on {plan.devices} {device}s, "
-        f"{plan.rows:,} rows of {plan.row:,} tokens a step; mesh {setting}; attention {plan.attention_form()}"
+        f"train, by arithmetic: {_count(plan.parameters)} parameters on {plan.devices} {device}s, "
+        f"{plan.rows:,} rows of {plan.row:,} tokens a step\n"
+        f"mesh data/fsdp/tensor {setting}, attention {plan.attention_form()}"
     )
     yield ""
     yield from aligned(
@@ -464,15 +473,15 @@ def _lines(plan: TrainingPlan, estimate: Estimate) -> Iterator[str]:
         yield ""
     seconds, days = estimate.seconds, estimate.seconds * steps / 86_400
     yield (
-        f"a step: {duration(seconds)}: products {duration(estimate.compute_seconds)} at {cluster.utilization:.0%} of the "
-        f"peak, then {duration(estimate.tensor_seconds)} across tensor; {duration(estimate.other_seconds)} across data and "
-        f"fsdp while products run; {cluster.link_gb_per_second:g} GB/s within a host, {cluster.network_gb_per_second:g} "
-        "between hosts"
+        f"a step: {duration(seconds)}. Products take {duration(estimate.compute_seconds)} at {cluster.utilization:.0%} of "
+        f"the peak, and messages across tensor another {duration(estimate.tensor_seconds)};\n"
+        f"{duration(estimate.other_seconds)} across data and fsdp pass while products run. "
+        f"{cluster.link_gb_per_second:g} GB/s within a host, {cluster.network_gb_per_second:g} between hosts."
     )
     yield (
         f"{steps:,} steps of {plan.tokens / 1e6:.3g}M tokens, {steps * plan.tokens / 1e9:,.0f}B in all: {days:.3g} days, "
-        f"{days * 24 * plan.devices:,.0f} {device} hours (the paper: {PAPER_GPUS} A100s for {PAPER_DAYS} days, "
-        f"{PAPER_GPUS * PAPER_DAYS * 24:,} GPU hours)"
+        f"{days * 24 * plan.devices:,.0f} {device} hours\n"
+        f"(the paper's 2.7B: {PAPER_GPUS} A100s for {PAPER_DAYS} days, {PAPER_GPUS * PAPER_DAYS * 24:,} GPU hours)"
     )
     yield ""
     yield from aligned(
