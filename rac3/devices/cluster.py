@@ -20,7 +20,7 @@ class Cluster:
       gpus: GPUs per host; 0 for a CPU cluster.
       gpu_memory_gb: memory per GPU.
       gpu_tflops: peak TFLOP/s per GPU, dense bfloat16: 312 for an A100, 989 for an H100.
-      link_gb_per_second: of each GPU to those of its host, in one direction: 300 for an A100's NVLink, 450 for an H100's.
+      link_gb_per_second: of each GPU to those of its host, in one direction: 300 for an A100, 450 for an H100.
       network_gb_per_second: of each GPU to other hosts, in one direction: 25 for a port of 200 Gbit/s.
       core_gflops: peak GFLOP/s per core in float32.
       decode_images_per_second: images that one core decodes and resizes.

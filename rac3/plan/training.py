@@ -4,8 +4,8 @@ Nothing is run or compiled. The bytes of the state are those of the real one, by
 are counted by the rules of `Kept`, which the tests compare with what JAX keeps for the backward pass. `c` below is the
 size of a number in the model's dtype.
 
-Times are rooflines. Products run at the reached share of the peak. What crosses the `tensor` axis waits for products, and
-they for it. What crosses `fsdp` and `data` moves while products run, and counts where it takes longer than they do.
+Times are rooflines. Products run at the reached share of the peak. What crosses the `tensor` axis waits for products,
+and they for it. What crosses `fsdp` and `data` moves while products run, and counts where it takes longer than they do.
 """
 
 import functools
@@ -23,6 +23,7 @@ from rac3.config import InputError
 from rac3.devices.mesh import AXES
 from rac3.experiment import Experiment
 from rac3.model.cudnn import slot_sizes
+from rac3.model.packed import AttentionName
 from rac3.model.transformer import Transformer
 from rac3.plan.offline import TEXT_TOKENS, codes
 from rac3.plan.table import aligned, amount, duration
@@ -105,6 +106,15 @@ class Estimate:
         return self.compute_seconds + self.tensor_seconds + max(0.0, self.other_seconds - self.compute_seconds)
 
 
+def planned_model(experiment: Experiment, attention: AttentionName = "plain") -> Transformer:
+    """The model of an experiment by its config alone; the plain form of attention is tried on no device."""
+    batches, (codebook, per_image) = experiment.batches, codes(experiment)
+    vocabulary = Vocabulary(experiment.text.vocab_size, codebook)
+    longest = max(per_image, experiment.max_text_tokens)
+    config = replace(experiment.model, attention=attention)
+    return config.build(vocabulary.padded_size, batches.context_length, longest, batches.max_groups)
+
+
 @dataclass(frozen=True)
 class Kept:
     """Bytes that a layer keeps for its backward pass, per token.
@@ -124,12 +134,7 @@ class TrainingPlan:
     def __init__(self, experiment: Experiment, devices: int | None = None) -> None:
         self.experiment, self.cluster = experiment, experiment.cluster
         self.devices = devices or self.cluster.devices
-        batches, (codebook, per_image) = experiment.batches, codes(experiment)
-        self.model: Transformer = replace(experiment.model, attention="plain").build(  # a plan tries no kernels
-            Vocabulary(experiment.text.vocab_size, codebook).padded_size,
-            batches.context_length,
-            max(per_image, experiment.max_text_tokens),
-        )
+        self.model = planned_model(experiment)
         self.state = jax.eval_shape(
             functools.partial(
                 first_state, initializer(self.model), experiment.optimizer.build(experiment.training.steps)
@@ -193,7 +198,7 @@ class TrainingPlan:
 
     def _memory(self, setting: Setting, rows: int) -> dict[str, float]:
         experiment, config = self.experiment, self.experiment.model
-        params, moments = self._state_bytes(setting)
+        params, moments = self.state_bytes((setting.data, setting.fsdp, setting.tensor))
         tokens, tensor, stream = rows * self.row, setting.tensor, self._stream_shards(setting)
         kept, everything = self.kept(setting.remat), self.kept("none")
         kernels = self.layer_parameters / tensor * self.itemsize
@@ -258,14 +263,14 @@ class TrainingPlan:
             return 3.0 * F32 * config.num_heads * self.row
         return 8 * self._attention_tokens() * self.itemsize * config.embed
 
-    def _state_bytes(self, setting: Setting) -> tuple[float, float]:
-        """Of the parameters and of the optimizer's state.
+    def state_bytes(self, shape: tuple[int, int, int]) -> tuple[int, int]:
+        """Of the parameters, and of the optimizer's state, on each device of a mesh of this shape.
 
         Raises:
           InputError: an axis can't be divided over the mesh.
         """
-        config = replace(self.experiment.mesh, data=setting.data, fsdp=setting.fsdp, tensor=setting.tensor)
-        mesh = config.planned(setting.data * setting.fsdp * setting.tensor)
+        data, fsdp, tensor = shape
+        mesh = replace(self.experiment.mesh, data=data, fsdp=fsdp, tensor=tensor).planned(math.prod(shape))
         state: TrainState = mesh.abstract(self.state)
         return _bytes_per_device(state.params), _bytes_per_device(state.opt_state)
 
@@ -413,10 +418,10 @@ def _divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
 
 
-def _bytes_per_device(tree: Any) -> float:
+def _bytes_per_device(tree: Any) -> int:
     """Of a tree of arrays that are not allocated, by their shardings."""
     leaves = jax.tree.leaves(tree)
-    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def training_plan(experiment: Experiment) -> str:
@@ -473,14 +478,14 @@ def _lines(plan: TrainingPlan, estimate: Estimate) -> Iterator[str]:
         yield ""
     seconds, days = estimate.seconds, estimate.seconds * steps / 86_400
     yield (
-        f"a step: {duration(seconds)}. Products take {duration(estimate.compute_seconds)} at {cluster.utilization:.0%} of "
-        f"the peak, and messages across tensor another {duration(estimate.tensor_seconds)};\n"
+        f"a step: {duration(seconds)}. Products take {duration(estimate.compute_seconds)} at {cluster.utilization:.0%} "
+        f"of the peak, and messages across tensor another {duration(estimate.tensor_seconds)};\n"
         f"{duration(estimate.other_seconds)} across data and fsdp pass while products run. "
         f"{cluster.link_gb_per_second:g} GB/s within a host, {cluster.network_gb_per_second:g} between hosts."
     )
     yield (
-        f"{steps:,} steps of {plan.tokens / 1e6:.3g}M tokens, {steps * plan.tokens / 1e9:,.0f}B in all: {days:.3g} days, "
-        f"{days * 24 * plan.devices:,.0f} {device} hours\n"
+        f"{steps:,} steps of {plan.tokens / 1e6:.3g}M tokens, {steps * plan.tokens / 1e9:,.0f}B in all: {days:.3g} "
+        f"days, {days * 24 * plan.devices:,.0f} {device} hours\n"
         f"(the paper's 2.7B: {PAPER_GPUS} A100s for {PAPER_DAYS} days, {PAPER_GPUS * PAPER_DAYS * 24:,} GPU hours)"
     )
     yield ""
