@@ -54,6 +54,8 @@ def collectives(hlo: str, mesh: dict[str, int]) -> list[dict[str, Any]]:
                 if times is None:
                     raise ValueError(f"a loop of unknown length has a collective: {line.strip()[:200]}")
                 group = _group(line)
+                if len(group) == 1:
+                    continue  # nothing moves
                 kind = _kind(found[2], line, computations[name])
                 for dtype, size in _arrays(found[1]):
                     whole = size * (len(group) if found[2] == "reduce-scatter" else 1)
@@ -163,7 +165,7 @@ def square_arrays(hlo: str, lengths: tuple[int, ...]) -> list[str]:
 
 
 def measure(mesh: str, layers: int | None, dump: Path) -> dict[str, Any]:
-    """One mesh, in this process, whose fake devices were set before JAX started, and which writes programs to `dump`."""
+    """One mesh, in this process, whose fake devices were set before JAX started; XLA writes programs to `dump`."""
     from dataclasses import replace
 
     import jax

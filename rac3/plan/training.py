@@ -142,7 +142,7 @@ class TrainingPlan:
             jax.random.key(0),
         )
         self.row, self.rows = experiment.batches.row, experiment.batches.rows
-        self.itemsize = jnp.dtype(experiment.model.dtype).itemsize
+        self.itemsize = float(jnp.dtype(experiment.model.dtype).itemsize)  # of a number in the model
         self.layer_parameters = sum(
             leaf.size for leaf in jax.tree.leaves(self.state.params["params"]["blocks"])
         ) / experiment.model.num_layers  # fmt: skip
@@ -198,7 +198,7 @@ class TrainingPlan:
 
     def _memory(self, setting: Setting, rows: int) -> dict[str, float]:
         experiment, config = self.experiment, self.experiment.model
-        params, moments = self.state_bytes((setting.data, setting.fsdp, setting.tensor))
+        params, moments = map(float, self.state_bytes((setting.data, setting.fsdp, setting.tensor)))
         tokens, tensor, stream = rows * self.row, setting.tensor, self._stream_shards(setting)
         kept, everything = self.kept(setting.remat), self.kept("none")
         kernels = self.layer_parameters / tensor * self.itemsize
@@ -224,8 +224,8 @@ class TrainingPlan:
             "parameters": params,
             "Adam's moments": moments,
             "gradients": params * (1 if setting.microbatches == 1 else 2),  # the sum, and those of one microbatch
-            "kept activations": layers,
-            "work at the peak": max(working, head, lookups),
+            "kept activations": float(layers),
+            "work at the peak": max(working, head, float(lookups)),
         }
 
     def kept(self, remat: Remat) -> Kept:
@@ -326,34 +326,36 @@ class TrainingPlan:
     # Messages.
 
     def _collectives(self, setting: Setting, rows: int) -> Iterator[Collective]:
-        """Gradients are reduced in each microbatch, where XLA does it."""
+        """Gradients are reduced in each microbatch, where XLA does it. The tests compare this with XLA's programs."""
         config, c, times = self.experiment.model, self.itemsize, setting.microbatches
-        layers = config.num_layers * times
-        stream, whole = rows * self.row * config.embed * c, self.layer_parameters * c / setting.tensor
-        head = self.model.vocab_size / setting.tensor * config.embed
-        tables, again = self._table_rows() * config.embed, int(setting.remat in ("attention", "full"))
-        fsdp, tensor, inner = ("fsdp",), ("tensor",), ("fsdp", "tensor")
+        layers, fsdp, data, tensor = config.num_layers * times, ("fsdp",), ("data",), ("tensor",)
+        stream = float(rows * self.row * config.embed * c)
+        kernels = self.layer_parameters * c / setting.tensor
+        places = float((self._table_rows() - self.model.vocab_size) * config.embed)  # tables of positions and offsets
+        table = float(self.model.vocab_size * config.embed)
+        part = table / setting.tensor
         if setting.fsdp > 1:
-            yield Collective("kernels, forward and backward", "all-gather", fsdp, whole, 2 * layers)
-            yield Collective("gradients of kernels", "reduce-scatter", fsdp, whole, layers)
-            yield Collective("table of the head", "all-gather", fsdp, head * c, times)
-            yield Collective("its gradient", "reduce-scatter", fsdp, head * F32, times)
+            yield Collective("kernels, forward and backward", "all-gather", fsdp, kernels, 2 * layers)
+            yield Collective("gradients of kernels", "reduce-scatter", fsdp, kernels, layers)
+            yield Collective("tables, for lookups and head", "all-gather", fsdp, (2 * part + places) * c, times)
+            yield Collective("their gradients", "reduce-scatter", fsdp, (2 * part + places) * F32, times)
         if setting.data > 1:
-            yield Collective("gradients of kernels", "all-reduce", ("data",), whole / setting.fsdp, layers)
-            table = (head + tables / setting.tensor) * F32 / setting.fsdp
-            yield Collective("gradients of tables", "all-reduce", ("data",), table, times)
-        if setting.fsdp * setting.tensor > 1:
-            yield Collective("tables of the lookups", "all-gather", inner, tables * c, times)
-            yield Collective("their gradients", "reduce-scatter", inner, tables * F32, times)
+            yield Collective("gradients of kernels", "all-reduce", data, kernels / setting.fsdp, layers)
+            yield Collective("gradients of tables", "all-reduce", data, 2 * part / setting.fsdp * F32, times)
+            shared = (*data, *tensor) if setting.tensor > 1 else data
+            yield Collective("gradients of positions", "all-reduce", shared, places / setting.fsdp * F32, times)
         if setting.tensor > 1:
+            again = int(setting.remat in ("attention", "full"))  # the attention's output product
             if self._stream_shards(setting) > 1:
-                forward_again = 0 if setting.remat == "none" else 2
-                yield Collective("inputs of products", "all-gather", tensor, stream, (4 + forward_again) * layers)
+                inputs = 4 if setting.remat == "none" else 6
+                yield Collective("inputs of products", "all-gather", tensor, stream, inputs * layers)
                 yield Collective("outputs of products", "reduce-scatter", tensor, stream, (4 + again) * layers)
                 yield Collective("hidden states for the head", "all-gather", tensor, stream, times)
             else:
                 yield Collective("outputs of products", "all-reduce", tensor, stream, (4 + again) * layers)
             yield Collective("gradient of hidden states", "all-reduce", tensor, stream, times)
+            yield Collective("table of the lookups", "all-gather", tensor, table * c, times)
+            yield Collective("its gradient", "reduce-scatter", tensor, table * F32, times)
 
     def _bytes_per_second(self, setting: Setting, axes: Sequence[str]) -> float:
         """Of the slowest link on the way around a group: the last axis of the mesh is that of adjacent devices."""
