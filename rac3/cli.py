@@ -452,7 +452,7 @@ def _plan(run: Run, options: Any) -> None:
     from rac3.plan.training import training_plan
 
     print(f"{plan(run)}\n")
-    print(training_plan(run.experiment))
+    print(training_plan(run))
 
 
 def _describe(run: Run) -> None:

@@ -27,7 +27,7 @@ from rac3.model.packed import AttentionName
 from rac3.model.transformer import Transformer
 from rac3.plan.offline import TEXT_TOKENS, codes
 from rac3.plan.table import aligned, amount, duration
-from rac3.run import initializer
+from rac3.run import Run, initializer
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.flops import step_flops
 from rac3.training.state import TrainState, first_state
@@ -99,6 +99,11 @@ class Estimate:
     @property
     def bytes(self) -> float:
         return sum(self.memory.values())
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends per step."""
+        return sum(each.sent(self.setting) for each in self.collectives)
 
     @property
     def seconds(self) -> float:
@@ -406,7 +411,7 @@ class TrainingPlan:
             return None
 
 
-def _count(number: float) -> str:
+def _count(number: int) -> str:
     return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
 
 
@@ -426,14 +431,20 @@ def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def training_plan(experiment: Experiment) -> str:
+def growth(experiment: Experiment, devices: Sequence[int]) -> list[Estimate]:
+    """The fastest setting that fits, for each number of devices on which one does; the batch stays the same."""
+    found = (TrainingPlan(experiment, count).best() for count in devices)
+    return [each for each in found if each is not None]
+
+
+def training_plan(run: Run) -> str:
     """The plan of the training, as text for a terminal.
 
     Raises:
       InputError: the mesh does not fit the devices or the model; or, after the plan is printed, it does not fit the
         memory, with a setting that does.
     """
-    plan = TrainingPlan(experiment)
+    plan = TrainingPlan(run.experiment)
     estimate = plan.estimate(plan.chosen())
     text = "\n".join(_lines(plan, estimate))
     if plan.fits(estimate):

@@ -15,13 +15,16 @@ import pytest
 import tiny_config
 from jax._src.ad_checkpoint import saved_residuals  # what `jax.ad_checkpoint.print_saved_residuals` prints
 
+from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, load_config_module
 from rac3.devices.cluster import Cluster
 from rac3.devices.mesh import DEFAULT_RULES, MeshConfig
+from rac3.experiment import Experiment
 from rac3.model.cudnn import slot_sizes
 from rac3.model.transformer import TransformerConfig
-from rac3.plan.training import Collective, Setting, TrainingPlan, planned_model, training_plan
-from rac3.run import initializer
+from rac3.plan.table import amount, duration
+from rac3.plan.training import Collective, Remat, Setting, TrainingPlan, growth, planned_model, training_plan
+from rac3.run import Run, initializer
 from rac3.training.state import new_state
 
 ROOT = Path(__file__).parents[2]
@@ -138,14 +141,15 @@ def test_the_papers_batch_fits_its_gpus(mesh: tuple[int, int, int], most: float,
 
 # FLOPs.
 
+GROUPS = (1061, 2122, 3183)  # tokens of one to three documents of the paper
+
 
 def test_flops_of_a_token_by_hand(paper: TrainingPlan):
-    """Groups of 1 to 3 documents of 1024 + 32 + 5 tokens. Per token 6 for each weight of a product; attention takes
+    """Documents have 1024 + 32 + 5 tokens. Per token 6 for each weight of a product; attention takes
     12 x width a layer for each pair of tokens, n (n + 1) / 2 of them in a group of n."""
     weights = 32 * (4 * 2560**2 + 2 * 2560 * 10_240) + 2560 * paper.model.vocab_size
-    lengths = [1061, 2122, 3183]
-    causal = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
-    full = sum(n * n for n in lengths) / sum(lengths)
+    causal = sum(n * (n + 1) / 2 for n in GROUPS) / sum(GROUPS)
+    full = sum(n * n for n in GROUPS) / sum(GROUPS)
     expected = [6 * weights + 12 * 32 * 2560 * pairs for pairs in (full, causal)]
     assert paper.flops_per_token == pytest.approx(expected, rel=1e-6)
 
@@ -156,19 +160,23 @@ def test_flops_of_recomputation_are_those_of_the_program():
     rows, seq = 1, 128
     plan = TrainingPlan(replace(PAPER, model=config))
 
-    def counted(remat: str) -> float:
+    def counted(remat: Remat) -> float:
         model = replace(config, remat=remat).build(128, seq, 16)
         params = nn.unbox(jax.eval_shape(initializer(model), jax.random.key(0)))
         ids = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
         loss = jax.jit(jax.grad(lambda params, x: jnp.sum(model.apply(params, x, x, x, x)[0])))
         return loss.lower(params, ids).compile().cost_analysis()["flops"]
 
-    tokens = rows * seq
-    again = 2.0 * tokens * (4 * 256**2 + 256 * 1024)
-    assert counted("attention") - counted("dots") == pytest.approx(again, rel=0.1)
-    planned = (plan.executed_flops("attention") - plan.executed_flops("dots")) / plan.tokens * tokens
-    assert planned == again
-    assert plan.executed_flops("full") > plan.executed_flops("attention") > plan.executed_flops("none")
+    products, attention = 2.0 * (4 * 256**2 + 256 * 1024), 4.0 * seq * 256  # the plain form counts all pairs
+    assert counted("full") - counted("none") == pytest.approx(rows * seq * (products + attention), rel=0.02)
+
+    def planned(remat: Remat) -> float:
+        return plan.executed_flops(remat) / plan.tokens
+
+    causal = sum(n * (n + 1) / 2 for n in GROUPS) / sum(GROUPS)
+    assert planned("none") == planned("dots") == plan.flops_per_token[1]
+    assert planned("attention") - planned("none") == pytest.approx(products)
+    assert planned("full") - planned("attention") == pytest.approx(4 * 256 * causal, rel=1e-4)
 
 
 # Messages.
@@ -308,8 +316,12 @@ def test_the_golden_table_is_of_this_config():
 # The plan.
 
 
+def printed(experiment: Experiment) -> str:
+    return training_plan(Run(experiment, Workdir(Path("unused"), experiment.name)))
+
+
 def test_a_plan_that_fits_says_so(capsys: pytest.CaptureFixture[str]):
-    text = training_plan(PAPER)
+    text = printed(PAPER)
     assert "2.68B parameters on 256 GPUs, 1,024 rows of 16,384 tokens a step" in text
     assert "32/8/1            4             dots" in text
     assert "this one" in text
@@ -319,11 +331,17 @@ def test_a_plan_that_fits_says_so(capsys: pytest.CaptureFixture[str]):
 
 def test_a_plan_that_does_not_fit_names_one_that_does(capsys: pytest.CaptureFixture[str]):
     """What it names is one command away, and fits."""
-    large = replace(PAPER, training=replace(PAPER.training, microbatches=1), model=replace(PAPER.model, remat="none"))
+    large = replace(
+        PAPER,
+        training=replace(PAPER.training, microbatches=1),
+        model=replace(PAPER.model, remat="none"),
+        batches=replace(PAPER.batches, rows=16),
+        cluster=replace(PAPER.cluster, hosts=1),
+    )
     with pytest.raises(
         InputError, match=r"train: \d+ GB of each device's memory, of which 90% of 80 GB .*; use --mesh"
     ) as error:
-        training_plan(large)
+        printed(large)
     assert "kept activations" in capsys.readouterr().out
     words = str(error.value).split("use ")[-1].split()
     options = dict(zip(words[::2], words[1::2], strict=True))
@@ -334,18 +352,30 @@ def test_a_plan_that_does_not_fit_names_one_that_does(capsys: pytest.CaptureFixt
     )
     plan = TrainingPlan(large)
     assert plan.fits(plan.estimate(setting))
-    huge = replace(large, cluster=replace(PAPER.cluster, gpu_memory_gb=1.0))
+    huge = replace(large, cluster=replace(large.cluster, gpu_memory_gb=1.0))
     with pytest.raises(InputError, match="no mesh of these devices fits: use more devices"):
-        training_plan(huge)
+        printed(huge)
 
 
 def test_the_best_setting_is_the_fastest_of_those_that_fit():
     """Against a search over all of them, on few devices."""
-    plan = TrainingPlan(replace(PAPER, cluster=replace(PAPER.cluster, hosts=2)))
+    few = replace(PAPER, cluster=replace(PAPER.cluster, hosts=1), batches=replace(PAPER.batches, rows=16))
+    plan = TrainingPlan(few)
     best = plan.best()
     assert best is not None
     all_of_them = [each for setting in plan._settings() if (each := plan._tried(setting))]
-    assert {(each.setting.data, each.setting.tensor) for each in all_of_them} >= {(16, 1), (1, 16), (2, 8)}
+    assert {(each.setting.data, each.setting.tensor) for each in all_of_them} == {
+        (8, 1),
+        (4, 1),
+        (2, 1),
+        (1, 1),
+        (4, 2),
+        (2, 2),
+        (1, 2),
+        (2, 4),
+        (1, 4),
+        (1, 8),
+    }
     assert best.seconds == min(each.seconds for each in all_of_them if each.bytes <= 0.9 * 80e9)
 
 
@@ -382,4 +412,22 @@ def test_indivisible_meshes_are_refused():
         (MeshConfig(fsdp=1, tensor=64), r"heads=32 of the model can't be divided by mesh\.tensor=64"),
     ):
         with pytest.raises(InputError, match=message):
-            training_plan(replace(PAPER, mesh=mesh, training=replace(PAPER.training, microbatches=1)))
+            printed(replace(PAPER, mesh=mesh, training=replace(PAPER.training, microbatches=1)))
+
+
+def test_the_plan_in_the_docs_is_the_one_that_is_printed():
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    for line in printed(PAPER).splitlines():
+        assert not line or f"    {line}\n" in text, line
+
+
+def test_the_growth_in_the_docs_is_the_planned_one():
+    table = (ROOT / "docs" / "cluster.md").read_text().split("| GPUs |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [int(row[0].replace(",", "")) for row in rows] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    for row in (rows[0], rows[-1]):
+        (estimate,) = growth(PAPER, [int(row[0].replace(",", ""))])
+        setting = estimate.setting
+        assert row[1:3] == [f"{setting.data}/{setting.fsdp}/{setting.tensor}", str(setting.microbatches)]
+        assert row[4] == amount(estimate.bytes)
+        assert row[5] == duration(estimate.seconds)
