@@ -208,9 +208,10 @@ def test_what_counts_as_getting_on(body: str, code: int):
 
 def test_a_process_that_was_stopped_goes_on():
     """Whoever stops it (Ctrl-Z, a debugger) for longer than the limit has not found it stuck."""
-    process = watched("for _ in range(20): time.sleep(0.05)", 2.5)
+    process = watched("for _ in range(30): time.sleep(0.05)", 4.0)
+    time.sleep(0.5)  # until the watchdog has looked once
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(5)
     os.kill(process.pid, signal.SIGCONT)
     _, err = rest(process)
     assert process.returncode == 0, err

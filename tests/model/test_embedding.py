@@ -44,10 +44,10 @@ def test_a_frequent_id_keeps_its_gradient_in_bfloat16():
 def test_the_gradient_is_reduced_straight_into_the_shards_of_the_table():
     """Rows over tensor, features over fsdp: no device gets the sum of the whole table, [16, 8]."""
     mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
-    place = mesh.sharding("vocab", "embed")
+    place, table = mesh.sharding("vocab", "embed"), jax.ShapeDtypeStruct((16, 8), jnp.float32)
     with mesh.use():
         gradient = jax.grad(lambda table: jnp.sum(jnp.sin(look_up(table, jnp.asarray(IDS), "float32", "vocab", "seq"))))
-        program = jax.jit(gradient, in_shardings=place, out_shardings=place).lower(jax.ShapeDtypeStruct((16, 8), jnp.float32)).compile()
+        program = jax.jit(gradient, in_shardings=place, out_shardings=place).lower(table).compile()
     reduced = [line for line in program.as_text().splitlines() if re.search(r" (all-reduce|reduce-scatter)\(", line)]
     assert reduced
     assert not any("f32[16,8]" in line.split("(")[0] for line in reduced)
