@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import flax.linen as nn
 import jax
@@ -162,7 +162,7 @@ class DeviceMesh:
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Sets the mesh and the rules for everything that is traced inside."""
-        with jax.set_mesh(self.jax_mesh), nn.logical_axis_rules(self.rules):
+        with jax.set_mesh(cast(Mesh, self.jax_mesh)), nn.logical_axis_rules(self.rules):
             yield
 
 
