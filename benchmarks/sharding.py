@@ -214,8 +214,9 @@ def lower(experiment: Any) -> tuple[Any, Any]:
     optimizer = experiment.optimizer.build(training.steps)
     state = new_state(initializer(model), optimizer, experiment.seed, mesh).abstract
     shape, sharding = (batches.rows, batches.row), mesh.sharding("batch", None)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    batch = PackedBatch(ids, ids, ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding), ids)
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    batch = PackedBatch(ids, ids, ids, ids, ids, weights, ids)
     step: Any = make_train_step(model, optimizer, training.loss_chunk, training.microbatches)
     with mesh.use():
         return step.lower(state, batch), state
