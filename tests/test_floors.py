@@ -76,7 +76,7 @@ ORDER = {
     ),
     "retrieval": ("memory", "retriever", "selection", "open_memory", "scann", "exact", "faiss", "fixed", "baselines"),
     "batches": ("draws", "masking", "packing", "groups", "loader"),
-    "model": ("blockwise", "cudnn", "splash", "packed", "product", "attention", "transformer", "losses"),
+    "model": ("blockwise", "cudnn", "splash", "packed", "product", "attention", "transformer", "losses", "exchange"),
     "training": (
         "optimizer",
         "flops",
