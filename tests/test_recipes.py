@@ -222,6 +222,7 @@ FITTED: dict[str, Row] = {
     "model.attention": ("plain", NOTHING),  # the same numbers up to rounding
     "model.remat": ("full", NOTHING),  # the same numbers with less memory
     "model.init_std": (0.5, MODEL),
+    "model.init_from": ("opt", MODEL),
     "optimizer.peak_lr": (0.5, MODEL),
     "optimizer.warmup_steps": (5, MODEL),
     "optimizer.b1": (0.5, MODEL),
@@ -319,6 +320,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *("tokenizer/tokenizer.json", "vqgan/vqgan.ckpt", "vqgan/vqgan.yaml", "clip/config.json"),
         *("clip/model.safetensors", "clip/tokenizer.json", "lpips.pth", "vgg.pth", "keys.txt"),
         *("copy/tokenizer.json", "copy/vqgan.ckpt", "copy/vqgan.yaml", "copy/config.json", "copy/model.safetensors"),
+        *("opt/config.json", "opt/model.safetensors"),
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("key 1\n")
