@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -109,40 +110,48 @@ def stream(folder: Path, row_length: int, rows: int, hosts: int = 1, read_thread
     return BatchStream(config, 0, DocumentStore(folder), Rows(folder / "ids"), builder, hosts)
 
 
-def tokens(batch: PackedBatch) -> int:
-    return int((batch.segments > 0).sum())
-
-
 # Tokens per second.
 
 
 def speed(folder: Path, rounds: int) -> dict[str, Any]:
     """Ours against grain alone, which reads the same ids, a document at a time, and builds nothing.
 
-    `grain` reads our files; `grain, array_record` the same bytes as records of `array_record` files.
+    `grain` reads our files; `grain, array_record` the same bytes as records of `array_record` files. Where other
+    programs share the core, seconds of its time are what can be compared.
     """
     made = {row: stream(folder, row, TOKENS // row // 8).batches(StreamState()) for row in (4096, 16_384)}
     bare = {"grain": _OurFiles(folder), "grain, array_record": _records(folder)}
     documents = TOKENS // 1058
     passes: dict[str, Callable[[], int]] = {
-        f"rows of {row}": lambda batches=batches: sum(tokens(batch) for batch, _ in islice(batches, 8))
-        for row, batches in made.items()
+        f"rows of {row}": partial(_batches, batches, 8) for row, batches in made.items()
     }
-    passes |= {name: lambda source=source: _bare(source, documents) for name, source in bare.items()}
+    passes |= {name: partial(_bare, source, documents) for name, source in bare.items()}
     real = {name: each() for name, each in passes.items()}
-    times = interleaved(passes, rounds)
-    rates = {name: [real[name] / seconds for seconds in each] for name, each in times.items()}
-    return {
-        "tokens_per_second": {
+    busy: dict[str, list[float]] = {name: [] for name in passes}
+
+    def watched(name: str) -> int:
+        started = time.process_time()
+        read = passes[name]()
+        busy[name].append(time.process_time() - started)
+        return read
+
+    times = interleaved({name: partial(watched, name) for name in passes}, rounds)
+    busy = {name: each[1:] for name, each in busy.items()}  # without the first, as the others
+    found: dict[str, Any] = {}
+    for what, seconds in (("tokens_per_second", times), ("tokens_per_cpu_second", busy)):
+        rates = {name: [real[name] / each for each in seconds[name]] for name in passes}
+        found[what] = {
             name: {"median": round(statistics.median(each)), "min": round(min(each)), "max": round(max(each))}
             for name, each in rates.items()
-        },
-        "share_of_grain": {
-            name: {bare: ratio(rates[name], rates[bare]) for bare in rates if bare.startswith("grain")}
-            for name in rates
-            if name.startswith("rows")
-        },
-    }
+        }
+        found[f"{what}, times grain's"] = {
+            name: {peer: ratio(rates[name], rates[peer]) for peer in bare} for name in rates if name not in bare
+        }
+    return found
+
+
+def _batches(batches: Iterator[tuple[PackedBatch, StreamState]], count: int) -> int:
+    return sum(int((batch.segments > 0).sum()) for batch, _ in islice(batches, count))
 
 
 class _OurFiles:
@@ -210,7 +219,7 @@ def start(folder: Path) -> dict[str, float]:
     next(batches)
     first = time.perf_counter()
     grown = _peak_bytes() - before
-    batches.close()
+    del batches
     planning = time.perf_counter()
     plan = made.plan(123_456)
     planned = time.perf_counter() - planning

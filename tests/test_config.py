@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rac3.config import InputError, canonical, fingerprint, load_config_module
+from rac3.config import InputError, canonical, check_finite, fingerprint, load_config_module, shipped_configs
 from rac3.experiment import Data, Experiment
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.scann import Scann
@@ -31,6 +31,52 @@ class Outer:
 @dataclasses.dataclass(frozen=True)
 class OtherInner(Inner):
     pass
+
+
+class Odd(Inner):
+    """A part of a config that its owner defines, which says nothing of its own of what it takes."""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (lambda x: Inner(rate=x), "rate"),
+        (lambda x: Outer(inner=Odd(rate=x)), "inner.rate"),
+        (lambda x: {"a": [Inner(), (1.0, x)]}, "a.1.1"),
+    ],
+)
+def test_a_setting_that_is_not_finite_is_refused(value: float, config, name: str):
+    with pytest.raises(InputError, match=f"^{name}={value} is not a finite number"):
+        check_finite(config(value))
+    check_finite(config(1.0))
+
+
+def float_settings(config: object, name: str = "") -> list[str]:
+    found = []
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{name}.{field.name}" if name else field.name
+        if dataclasses.is_dataclass(value):
+            found += float_settings(value, path)
+        elif isinstance(value, float):
+            found.append(path)
+    return found
+
+
+def with_value(config, path: str, value: float):
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(config, **{name: with_value(getattr(config, name), rest, value) if rest else value})
+
+
+def test_every_number_of_every_shipped_config_must_be_finite():
+    for name in shipped_configs():
+        experiment = load_config_module(name).get_config()
+        paths = float_settings(experiment)
+        assert len(paths) > 20
+        for path in paths:
+            for value in (float("nan"), float("inf")):
+                with pytest.raises(InputError):
+                    with_value(experiment, path, value)
 
 
 CHANGES = [

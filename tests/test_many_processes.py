@@ -215,7 +215,7 @@ def test_a_process_that_is_stopped_or_lost_ends_the_other(workdir: Path, tmp_pat
         begun = time.monotonic()
         other = both[1 - who]
         assert other.wait() == STALLED, other.err()
-        assert 14 < time.monotonic() - begun < 20
+        assert 14 < time.monotonic() - begun < 40  # the machine may be busy
         (line,) = (line for line in other.err().splitlines() if line.startswith("rac3: "))
     here = rf"process {1 - who} of 2 \(\S+\) has not got on for 0.25 minutes \(training.stall_minutes\)"
     waits = r"it waits for the .* at step \d+, in .*training_loop \(loop.py:\d+\).*"

@@ -216,9 +216,10 @@ class BatchStream:
 
     def keys(self, state: StreamState) -> list[str]:
         """The keys of all documents of the next batch of all hosts, sorted."""
-        plan, first = self.plan(state.block), state.batch * self.config.rows
-        groups = [group for row in plan.rows[first : first + self.config.rows] for group in row]
-        documents = set(plan.main[groups].tolist()) | set(plan.neighbors[groups].ravel().tolist()) - {-1}
+        plan, first = self.plan(state.group), state.batch * self.config.rows
+        numbers = [group for row in plan.rows[first : first + self.config.rows] for group in row]
+        main, neighbors = plan.groups.main[numbers], plan.groups.neighbors[numbers]
+        documents = set(main.tolist()) | set(neighbors.ravel().tolist()) - {-1}
         return sorted(item.document.key for item in self.documents.many(sorted(documents)))
 
     def row(self, plan: BlockPlan, number: int) -> PackedBatch:

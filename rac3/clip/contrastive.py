@@ -67,7 +67,7 @@ def contrastive_loss(
     own = jnp.eye(logits.shape[0], dtype=bool)
     if duplicates is not None:
         logits = jnp.where(duplicates & ~own, -jnp.inf, logits)
-    matched = jnp.diagonal(logits)
+    matched = jnp.sum(jnp.where(own, logits, 0), axis=1)  # the diagonal, of which each device has its own rows
     to_image = jax.nn.logsumexp(logits, axis=1) - matched
     to_text = jax.nn.logsumexp(logits, axis=0) - matched
     loss = (to_image.mean() + to_text.mean()) / 2

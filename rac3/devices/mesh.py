@@ -18,10 +18,11 @@ AXES = ("data", "fsdp", "tensor")
 Rules = tuple[tuple[str, tuple[str, ...] | None], ...]
 
 # Logical axis -> mesh axes. Parameters: FSDP shards `embed`; tensor parallelism shards heads, mlp and vocab (Megatron's
-# column- and row-parallel layers). Activations name `batch` and `heads` or `mlp`; their `seq` and `embed` stay whole.
+# column- and row-parallel layers). Activations name `batch`, and `heads` or `mlp`; the residual stream and the norms
+# name `seq` instead, which tensor parallelism shards too (arXiv 2205.05198), and leave `embed` whole.
 DEFAULT_RULES: Rules = (
     ("batch", ("data", "fsdp")),
-    ("seq", None),
+    ("seq", ("tensor",)),
     ("embed", ("fsdp",)),
     ("heads", ("tensor",)),
     ("head_dim", None),

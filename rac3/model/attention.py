@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
         out_kernel = self._kernel(
             "out_kernel", (*heads, x.shape[-1]), ("heads", "head_dim", "embed"), self.output_init_std
         )
-        out_bias = self._bias("out_bias", (x.shape[-1],), ("embed",))
+        out_bias = self._bias("out_bias", (x.shape[-1],), (None,))
         return product(out, out_kernel, axes=2) + out_bias, cache
 
     def _kernel(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> Array:

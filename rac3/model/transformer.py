@@ -12,6 +12,7 @@ from rac3.config import InputError
 from rac3.devices.mesh import constrain
 from rac3.model.attention import KVCache, SelfAttention
 from rac3.model.blockwise import SAVED
+from rac3.model.embedding import look_up
 from rac3.model.packed import AttentionName, PackedAttention, choose_attention
 from rac3.model.product import dot_general
 
@@ -110,13 +111,13 @@ class Block(nn.Module):
             packed=self.packed,
             name="attention",
         )(_layer_norm(config, "attention_norm")(x), segments, positions, cache)
-        x = constrain(x + attended, "batch", "seq", None)
+        x = _residual(x + attended, cache)
         hidden = _dense(config, config.mlp, ("embed", "mlp"), config.init_std, "mlp_in")(
             _layer_norm(config, "mlp_norm")(x)
         )
-        hidden = constrain(jax.nn.relu(hidden), "batch", "seq", "mlp")
+        hidden = constrain(jax.nn.relu(hidden), "batch", None, "mlp")
         x = x + _dense(config, config.embed, ("mlp", "embed"), output_std, "mlp_out")(hidden)
-        return constrain(x, "batch", "seq", None), cache
+        return _residual(x, cache), cache
 
 
 class Transformer(nn.Module):
@@ -177,14 +178,20 @@ class Transformer(nn.Module):
         Raises:
           ValueError: neither segments nor a cache.
         """
-        dtype = self.config.dtype
-        x = jnp.take(self.token_embedding, tokens, axis=0).astype(dtype)
-        x = x + jnp.take(self.position_embedding, positions, axis=0).astype(dtype)
-        if self.config.offset_embedding:
-            x = x + jnp.take(self.offset_embedding, offsets, axis=0).astype(dtype)
-        x = constrain(x, "batch", "seq", None)
+        x = self._embedded(tokens, positions, offsets, None if cache is not None else "seq")
         x, cache = self.blocks(x, segments, positions, cache)
         return self.final_norm(x), cache
+
+    def _embedded(self, tokens: Array, positions: Array, offsets: Array, seq: str | None) -> Array:
+        """The sum of the embeddings of ids, positions and offsets. `init`, which needs no values, gets zeros."""
+        dtype = self.config.dtype
+        if self.is_initializing():
+            return jnp.zeros((*tokens.shape, self.config.embed), dtype)
+        x = look_up(self.token_embedding, tokens, dtype, "vocab", seq)
+        x = x + look_up(self.position_embedding, positions, dtype, "positions", seq)
+        if self.config.offset_embedding:
+            x = x + look_up(self.offset_embedding, offsets, dtype, "positions", seq)
+        return x
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Logits in float32, whatever the dtype of the model."""
@@ -206,22 +213,28 @@ class Transformer(nn.Module):
         return KVCache(jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype))
 
 
+def _residual(x: Array, cache: KVCache | None) -> Array:
+    """Shards the residual stream by its rows and positions; decoding has few positions, and leaves them whole."""
+    return constrain(x, "batch", None if cache is not None else "seq", None)
+
+
 def _layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon=1e-5,
         dtype=config.dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
         name=name,
     )
 
 
 def _dense(config: TransformerConfig, features: int, axes: tuple[str, str], std: float, name: str) -> nn.Dense:
+    bias_axis = None if axes[1] == "embed" else axes[1]  # every device holds the vectors of the residual stream
     return nn.Dense(
         features,
         dtype=config.dtype,
         dot_general=dot_general,
         kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (bias_axis,)),
         name=name,
     )

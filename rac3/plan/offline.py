@@ -26,7 +26,7 @@ from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.model import VQGAN
 
 TEXT_TOKENS = 32  # of a caption, on average: LAION's have 20 to 30
-RECORD_BYTES = 400  # of a document besides its picture and ids: key, caption, metadata
+RECORD_BYTES = 730  # of a document besides its picture and ids: key, caption, img2dataset's metadata, columns
 IDS_DTYPE_LIMIT = 65_536  # ids below it take two bytes
 READ_BYTES = 2e9  # per second and host, from disks or the network
 VECTOR_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}

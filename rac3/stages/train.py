@@ -69,7 +69,7 @@ def train(run: Run, processes: Processes | None = None) -> None:
         draft.counts["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(new.abstract.params))
         label = f"train {experiment.model_name}"
         if processes.first:
-            print(f"{label}: {_machine(mesh)}", file=sys.stderr)
+            print(f"{label}: {_machine(mesh)}; {model.packed}", file=sys.stderr)
         step = make_train_step(
             model, optimizer, training.loss_chunk, training.microbatches, training.max_skipped, schedule
         )

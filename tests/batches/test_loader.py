@@ -163,6 +163,18 @@ def test_batches_hold_the_groups_of_the_plan(store, neighbors):
         assert (batch.segments > 0).sum(1).max() > PLAIN.context_length  # rows are longer than groups, and used
 
 
+def test_the_documents_of_a_batch_are_named(store, neighbors):
+    """Keys are numbers here, and so is each document's first text id. Two hosts have half of the rows each."""
+    made = stream(store, neighbors, hosts=2)
+    state = StreamState()
+    for (mine, after), (other, _) in zip(
+        take(made, 4), take(stream(store, neighbors, hosts=2, host=1), 4), strict=True
+    ):
+        held = {str(each) for batch in (mine, other) for group in groups_of(batch) for each in group}
+        assert made.keys(state) == sorted(held)
+        state = after
+
+
 def test_k_is_uniform_and_neighbors_come_from_the_candidates(store, neighbors):
     """6,000 groups: the share of each K has a standard deviation of 0.006."""
     made = stream(store, neighbors, dataclasses.replace(PLAIN, context_length=160))

@@ -64,7 +64,7 @@ def test_an_axis_without_a_rule_raises_wherever_it_is_named():
 
 def test_the_number_of_shards_is_that_of_the_axes_of_the_rule():
     mesh = MeshConfig(fsdp=2, tensor=2).build()
-    assert [mesh.num_shards(name) for name in ("batch", "embed", "heads", "seq")] == [4, 2, 2, 1]
+    assert [mesh.num_shards(name) for name in ("batch", "embed", "heads", "layers")] == [4, 2, 2, 1]
 
 
 def test_constrain_lays_an_activation_out():

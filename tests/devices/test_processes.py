@@ -130,7 +130,7 @@ def test_the_digest_of_the_code_changes_with_each_file(tmp_path: Path):
     assert code_digest(package) != code_digest()
     shutil.copy(Path(rac3.__file__).parent / "tokens" / "html.py", package / "tokens" / "html.py")
     assert code_digest(package) == code_digest()
-    (package / "tokens" / "html.py").rename(package / "tokens" / "xml.py")
+    (package / "tokens" / "html.py").rename(package / "tokens" / "html5.py")  # in the same place of the order
     assert code_digest(package) != code_digest()
 
 
@@ -158,21 +158,30 @@ with Processes(stall_minutes={seconds} / 60) as processes:
     print("ready", flush=True)
     {body}
 """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
 
+def rest(process: subprocess.Popen) -> tuple[str, str]:
+    """What it writes until it ends; `communicate` would miss what `readline` has read ahead."""
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        return process.stdout.read(), process.stderr.read()
+
+
 def test_the_watchdog_ends_a_process_that_is_stuck_in_c():
     """The main thread holds no GIL, and never returns; what was printed before is not lost."""
     process = watched("print('last words'); __import__('threading').Lock().acquire() and time.sleep(60)", 1.0)
     begun = time.monotonic()
-    out, err = process.communicate()
+    out, err = rest(process)
     assert process.returncode == STALLED
-    assert 0.5 < time.monotonic() - begun < 5
+    assert 0.5 < time.monotonic() - begun < 30
     assert out == "last words\n"
     assert re.fullmatch(
         r"rac3: process 0 of 1 \(\S+\) has not got on for 0.0167 minutes \(training.stall_minutes\): "
@@ -193,15 +202,15 @@ def test_the_watchdog_ends_a_process_that_is_stuck_in_c():
 )
 def test_what_counts_as_getting_on(body: str, code: int):
     process = watched(body, 1.0)
-    _, err = process.communicate()
+    _, err = rest(process)
     assert process.returncode == code, err
 
 
 def test_a_process_that_was_stopped_goes_on():
     """Whoever stops it (Ctrl-Z, a debugger) for longer than the limit has not found it stuck."""
-    process = watched("time.sleep(0.5)", 1.0)
+    process = watched("for _ in range(20): time.sleep(0.05)", 2.5)
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(1.5)
+    time.sleep(4)
     os.kill(process.pid, signal.SIGCONT)
-    _, err = process.communicate()
+    _, err = rest(process)
     assert process.returncode == 0, err

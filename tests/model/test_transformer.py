@@ -1,6 +1,7 @@
 """Attention, the Transformer and its loss: who sees whom, and every fast path against a plain one or a peer's."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -357,6 +358,18 @@ def test_sums_of_many_products_are_kept_in_float32():
     values = jnp.full((1, 300, 1, 8), 1 + 2**-7, jnp.bfloat16)
     out = blockwise_attention(ones, ones, values, jnp.ones((1, 300), jnp.int32))
     np.testing.assert_array_equal(np.float32(out), 1 + 2**-7)
+
+
+def test_the_residual_stream_is_sharded_along_positions():
+    """What a scan over the layers keeps of a layer's input, [layers, rows, seq, embed], on a mesh of two by four."""
+    model = dataclasses.replace(CONFIG, remat="full").build(VOCAB, POSITIONS, IMAGE)
+    ids, params = jnp.ones((4, 16), jnp.int32), random_params(model)
+    with MeshConfig(data=2, tensor=4).build().use():
+        gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, ids, ids, ids, ids)[0])))
+        program = gradient.lower(params).compile().as_text()
+    kept = set(re.findall(r"f32\[2,\d+,\d+,32\]", program))
+    assert "f32[2,2,4,32]" in kept
+    assert not kept & {"f32[2,2,16,32]", "f32[2,4,16,32]"}
 
 
 def test_the_defaults_are_the_paper_model():

@@ -120,10 +120,10 @@ def cells(experiment, folder) -> dict[str, list[str]]:
 
 
 def test_what_the_paper_keeps_on_disk(tmp_path):
-    """A record is a picture of 20 kB, 400 bytes, and 1,024 + 32 ids of two bytes; a vector 768 numbers of two bytes, of
+    """A record is a picture of 20 kB, 730 bytes, and 1,024 + 32 ids of two bytes; a vector 768 numbers of two bytes, of
     each document and of its two queries; a neighbor an id of 8 bytes and a score of 4, of each query 8."""
     rows = cells(PAPER, tmp_path)
-    documents = 150e6 * (20_000 + 400 + 2 * (1024 + 32))
+    documents = 150e6 * (20_000 + 730 + 2 * (1024 + 32))
     vectors = 3 * 150e6 * 768 * 2
     neighbors = 2 * 150e6 * 8 * 12
     assert rows["ingest"][5] == f"{documents / 1e12:.3g} TB"
@@ -162,7 +162,7 @@ def test_ids_beyond_two_bytes_take_four(tmp_path):
     narrow = replace(tiny, text=replace(tiny.text, vocab_size=65_536))
     ids = tiny.vqgan.model.tokens_per_image + 32
     for experiment, size in ((narrow, 2), (wide, 4)):
-        assert cells(experiment, tmp_path)["ingest"][5] == f"{48 * (20_400 + size * ids) / 1e3:.3g} kB"
+        assert cells(experiment, tmp_path)["ingest"][5] == f"{48 * (20_730 + size * ids) / 1e6:.3g} MB"
 
 
 def test_a_stage_is_as_slow_as_the_slowest_of_its_parts(tmp_path):

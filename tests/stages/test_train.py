@@ -13,7 +13,9 @@ from handmade import PlainCodec, document, experiment_of, workdir_of
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
+from rac3.batches.loader import StreamState
 from rac3.batches.masking import Masking
+from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
 from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.exact import Exact
@@ -117,7 +119,7 @@ def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(stage, name, watched(name, getattr(stage, name)))
     monkeypatch.setattr(OptimizerConfig, "build", watched("build", OptimizerConfig.build))
     monkeypatch.setattr(Run, "training_stream", watched("training_stream", Run.training_stream))
-    training = replace(TINY.training, checkpoint_every=5, keep=2, loss_chunk=TINY.batches.row)
+    training = replace(TINY.training, checkpoint_every=5, keep=2, loss_chunk=TINY.batches.row, max_skipped=7)
     experiment = experiment_of(DOCUMENTS, seed=TINY.seed + 7, training=training, retriever=Exact())
     run = Run(experiment, workdir_of(experiment, tmp_path / "workdir"))
     for prepare in (ingest, embed, index, retrieve):
@@ -129,8 +131,11 @@ def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.
     assert calls["build"] == (experiment.optimizer, experiment.training.steps)
     mesh = experiment.mesh.build()
     assert calls["new_state"][1:] == (results["build"], experiment.seed, mesh)
-    assert calls["make_train_step"][1:] == (results["build"], training.loss_chunk)
-    label, config, new, _, _, _, on_mesh, _ = calls["training_loop"]
+    optimizer, chunk, microbatches, max_skipped, schedule = calls["make_train_step"][1:]
+    assert (optimizer, chunk, microbatches, max_skipped) == (results["build"], training.loss_chunk, 1, 7)
+    assert float(schedule(2)) == float(experiment.optimizer.schedule(training.steps)(2)) > 0
+    label, config, new, _, _, _, on_mesh, _, documents = calls["training_loop"]
+    assert documents(()) == results["training_stream"].keys(StreamState())
     assert (label, config, on_mesh) == ("train ra_cm3", training, mesh)
     assert new == results["new_state"]
     assert results["training_stream"].seed == experiment.seed
@@ -152,3 +157,15 @@ def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.
     del calls["training_loop"]
     train(run)
     assert "training_loop" not in calls  # that is done
+
+
+def test_microbatches_that_do_not_divide_the_rows_are_refused(tmp_path: Path):
+    """Of 16 rows, each of the 8 devices has 2."""
+    experiment = experiment_of(
+        DOCUMENTS, batches=replace(TINY.batches, rows=16), training=replace(TINY.training, microbatches=4)
+    )
+    run = Run(replace(experiment, retriever=NoRetriever()), workdir_of(experiment, tmp_path / "workdir"))
+    ingest(run)
+    message = "training.microbatches=4 can't divide the 2 rows of each of the 8 shards .*; use a divisor of 2, or other"
+    with pytest.raises(InputError, match=message):
+        train(run)

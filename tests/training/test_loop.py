@@ -313,8 +313,8 @@ def test_batches_that_are_not_finite_stop_a_run_with_their_documents(tmp_path: P
     config = dataclasses.replace(CONFIG, max_skipped=3, log_every=log_every)
     bad = {2, 3, *range(last - 2, 14)}
     message = (
-        f"^train: loss or gradient is not finite for training.max_skipped=3 batches in a row, the last that of step {last},"
-        rf" of documents document {last - 1}, b, c, ... \(4, all in {tmp_path}/batch-{last}.txt\); the newest"
+        "^train: loss or gradient is not finite for training.max_skipped=3 batches in a row, the last that of step "
+        rf"{last}, of documents document {last - 1}, b, c, ... \(4, all in {tmp_path}/batch-{last}.txt\); the newest"
     )
     with pytest.raises(InputError, match=message):
         run_broken(tmp_path, bad, config)

@@ -184,7 +184,7 @@ def test_the_learning_rate_is_that_of_the_updates_so_far():
 
 
 def test_flops_are_counted_by_hand():
-    """Two groups of 10 and 9 tokens, 5 of padding; 8 rows. Products: 6 a weight and token; attention: 12 x width a pair."""
+    """8 rows of two groups, of 10 and 9 tokens. Products: 6 for each weight and token; attention: 12 x width a pair."""
     model, batch = MODEL.config, random_batch()
     weights = model.num_layers * (4 * model.embed**2 + 2 * model.embed * model.mlp) + model.embed * VOCAB
     products = 6 * weights * 8 * 19

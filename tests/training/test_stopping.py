@@ -106,7 +106,7 @@ def test_a_second_interrupt_ends_at_once(command: tuple[str, ...], tmp_path: Pat
 
 
 def test_a_full_disk_ends_a_run_after_its_last_checkpoint(command: tuple[str, ...], tmp_path: Path):
-    """From the first checkpoint on, the kernel lets the process write no file above 64 kB, which is enough for metrics."""
+    """From the first checkpoint on, the kernel lets the process write no file above 64 kB: enough for metrics."""
     often = (*command[: -len(LONG)], "--training.steps", str(STEPS), "--training.checkpoint-every", "5")
     with started(tmp_path, *often) as process:
         wait_until(lambda: bool(list(Path(command[3]).glob("train/*.partial/checkpoints/5"))), process)

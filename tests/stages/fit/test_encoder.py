@@ -10,7 +10,7 @@ import optax
 import pytest
 from plain_adam import plain_adam
 
-from rac3.devices.mesh import MeshConfig
+from rac3.devices.mesh import DeviceMesh, MeshConfig
 from rac3.stages.fit import encoder as encoder_module
 from rac3.stages.fit.encoder import FitTask, adam, fit_encoder
 from rac3.training.loop import TrainingConfig
@@ -109,18 +109,16 @@ def test_a_long_fit_is_saved_a_few_times(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_two_processes_share_the_rows_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read = []
+
     def watched(label: str, config: TrainingConfig, new: NewState, step, stream, *rest) -> TrainState:
-        whole, place = next(stream([2]))
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        halves = []
-        for process in (0, 1):
-            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-            half, its_place = next(stream([2]))
-            assert (len(half), its_place) == (8, place)
-            halves.append(half)
-        monkeypatch.undo()
-        assert np.concatenate(halves).tolist() == whole.tolist()
+        read.append(next(stream([2])))
         return new.create().replace(step=jnp.int32(4), extra=jnp.int32(104))
 
     monkeypatch.setattr(encoder_module, "training_loop", watched)
-    fit(tmp_path, 4)
+    for share in ((1, 0), (2, 0), (2, 1)):
+        monkeypatch.setattr(DeviceMesh, "share", lambda mesh, rows, share=share: share)
+        fit(tmp_path, 4)
+    (whole, place), *halves = read
+    assert [(len(half), its_place) for half, its_place in halves] == [(8, place)] * 2
+    assert np.concatenate([half for half, _ in halves]).tolist() == whole.tolist()
