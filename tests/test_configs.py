@@ -125,7 +125,7 @@ def test_the_papers_model_has_2_7_billion_parameters_and_room_for_three_document
     assert 3 * (paper.vqgan.model.tokens_per_image + caption + markup) <= paper.batches.context_length
 
 
-# Layers, width, heads, learning rate (arXiv 2205.01068, table 1; that of 2.7B is the paper's, OPT's is 1.6e-4), parameters.
+# Layers, width, heads, learning rate (arXiv 2205.01068, table 1; that of 2.7B is the paper's), parameters.
 SIZES = {
     "125m": (12, 768, 12, 6e-4, 125e6),
     "350m": (24, 1024, 16, 3e-4, 350e6),
