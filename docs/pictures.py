@@ -1,13 +1,15 @@
-"""Draws the pictures of the README from a finished run.
+"""Draws the pictures of the README from a finished run, and that of docs/cluster.md from a config.
 
     rac3 quickstart
     python docs/pictures.py runs/quickstart
+    python docs/pictures.py --growth configs/ra_cm3_2_7b.py
 
-Writes into `docs/images/`, from the models as the config evaluates them:
+Writes into `docs/images/`, the first two from the models as the config evaluates them:
 
 strip.png     what RA-CM3 and CM3 draw for captions of the test split, whose entities neither saw in training, and the
               documents that each caption retrieves. The rows are the first documents of the split, not a selection.
 generate.png  what `rac3 generate` draws for PROMPT: its four samples, the one that CLIP likes best first.
+growth.png    what training takes on 8 to 1,024 GPUs, as `rac3 plan` computes it; the table of it is printed.
 """
 
 import argparse
@@ -20,9 +22,14 @@ import matplotlib
 import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
+from matplotlib.figure import Figure
 from PIL import ImageDraw, ImageFont
 
 import rac3
+from rac3.config import load_config_module
+from rac3.experiment import Experiment
+from rac3.plan.table import amount, duration
+from rac3.plan.training import Estimate, Setting, TrainingPlan, growth
 from rac3.run import Run
 
 IMAGES = Path(__file__).parent / "images"
@@ -30,6 +37,8 @@ ROWS = 3  # of the strip
 PROMPT = "lofosot on grass in rain with a gold frame"  # an unseen entity where no document shows it
 TILE = 240  # pixels of a picture's side; the README shows the strip at about half its size
 GAP, TEXT_WIDTH, HEADER, CAPTION = 28, 290, 70, 80  # pixels
+GROWTH = [2**power for power in range(3, 11)]  # GPUs
+FAMILIES = {"fsdp of 8": (8, 1), "fsdp of all, up to 512": (512, 1), "fsdp of 8, tensor of 4": (8, 4)}  # fsdp, tensor
 INK, PALE, RULE = "#1f2328", "#59636e", "#d1d9e0"
 
 
@@ -104,13 +113,79 @@ def side_by_side(pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> PIL.Image.Im
     return canvas
 
 
+def grown(experiment: Experiment) -> list[Estimate]:
+    """The fastest setting that fits on each number of GPUs."""
+    return growth(experiment, GROWTH)
+
+
+def growth_table(experiment: Experiment, estimates: Sequence[Estimate]) -> str:
+    """In Markdown."""
+    head = (
+        "GPUs",
+        "mesh data/fsdp/tensor",
+        "microbatches",
+        "remat",
+        "per GPU",
+        "a step",
+        "messages",
+        "days",
+        "GPU hours",
+    )
+    lines = [head, ("--:",) * len(head)]
+    for each in estimates:
+        setting, days = each.setting, each.seconds * experiment.training.steps / 86_400
+        gpus = setting.data * setting.fsdp * setting.tensor
+        mesh = f"{setting.data}/{setting.fsdp}/{setting.tensor}"
+        share = (each.tensor_seconds + each.other_seconds) / each.seconds
+        line = f"{gpus:,}", mesh, str(setting.microbatches), setting.remat, amount(each.bytes), duration(each.seconds)
+        lines.append((*line, f"{share:.0%}", f"{days:,.3g}", f"{24 * days * gpus:,.0f}"))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def growth_plot(experiment: Experiment) -> Figure:
+    """Days of training, and messages per step over products, by the number of GPUs, for three ways to shard."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    days, messages = figure.subplots(1, 2)
+    for (label, (fsdp, tensor)), color in zip(FAMILIES.items(), (INK, "#0969da", "#bc4c00"), strict=True):
+        estimates = []
+        for gpus in GROWTH:
+            shards = gpus // tensor
+            setting = Setting(
+                shards // min(fsdp, shards), min(fsdp, shards), tensor, experiment.batches.rows // gpus, "dots"
+            )  # each GPU has the tokens of one row at once
+            estimates.append(TrainingPlan(experiment, gpus).estimate(setting))
+        taken = [each.seconds * experiment.training.steps / 86_400 for each in estimates]
+        share = [100 * (each.tensor_seconds + each.other_seconds) / each.compute_seconds for each in estimates]
+        days.loglog(GROWTH, taken, "o-", color=color, label=label)
+        messages.semilogx(GROWTH, share, "o-", color=color, label=label)
+    days.set_ylabel(f"days for {experiment.training.steps:,} steps")
+    messages.set_ylabel("messages, % of the time of products")
+    messages.set_ylim(0)
+    days.legend(frameon=False)
+    for axes in (days, messages):
+        axes.set_xlabel("GPUs")
+        axes.set_xticks(GROWTH, [f"{count:,}" for count in GROWTH], fontsize=8)
+        axes.minorticks_off()
+        axes.grid(color=RULE)
+    days.set_yticks([3, 10, 30, 100, 300], ["3", "10", "30", "100", "300"])
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdir", type=Path, help="of a finished quickstart")
+    parser.add_argument("workdir", type=Path, nargs="?", help="of a finished quickstart")
+    parser.add_argument("--growth", help="a config, whose growth is drawn instead")
     parser.add_argument("--out", type=Path, default=IMAGES)
     arguments = parser.parse_args()
-    run = rac3.load(arguments.workdir)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.growth:
+        experiment = load_config_module(arguments.growth).get_config()
+        print(growth_table(experiment, grown(experiment)))
+        growth_plot(experiment).savefig(arguments.out / "growth.png", dpi=120)
+        return
+    if arguments.workdir is None:
+        parser.error("name the workdir of a finished quickstart, or --growth CONFIG")
+    run = rac3.load(arguments.workdir)
     strip(rows(run)).save(arguments.out / "strip.png", optimize=True)
     side_by_side(run.draw(PROMPT).images).save(arguments.out / "generate.png", optimize=True)
 

@@ -457,8 +457,10 @@ def _export(run: Run, options: Any) -> None:
 
 def _plan(run: Run, options: Any) -> None:
     from rac3.plan.offline import plan
+    from rac3.plan.training import training_plan
 
-    print(plan(run))
+    print(f"{plan(run)}\n")
+    print(training_plan(run))
 
 
 def _describe(run: Run) -> None:
@@ -528,7 +530,7 @@ STAGES = {
     "generate": Stage("draw your caption, or caption your picture", _generate, _generate_options, False),
     "report": Stage("write the report and metrics.json", _report, timed=False),
     "run": Stage("prepare, train, evaluate and report", _run),
-    "plan": Stage("what the offline stages would take: FLOPs, time, memory, disk; runs nothing", _plan, timed=False),
+    "plan": Stage("what all would take: memory, FLOPs, time, disk, messages; runs nothing", _plan, timed=False),
     "export": Stage(
         "write the trained model into DIR, for Hugging Face's transformers", _export, _export_options, False
     ),

@@ -458,6 +458,7 @@ CALLS = {
     "rac3.stages.evaluate_retrieval": ("evaluate_retrieval",),
     "rac3.stages.generate": ("generate",),
     "rac3.plan.offline": ("plan",),
+    "rac3.plan.training": ("training_plan",),
     "rac3.report.experiment": ("collect", "report", "summary"),
     "rac3.report.encoders": ("encoders_report",),
     "rac3.report.retrieval": ("retrieval_report", "retrieval_summary"),
@@ -510,7 +511,7 @@ EVALUATE = [*["index", "retrieve", "evaluate"] * 3, "collect", "summary"]  # the
         ),
         ("generate", ["--prompt", "a fox"], ["index", "generate"]),
         ("report", [], ["report"]),
-        ("plan", ["--mesh.fsdp", "3"], ["plan"]),
+        ("plan", ["--mesh.fsdp", "3"], ["plan", "training_plan"]),
         ("run", [], [*PREPARE, *TRAIN, *EVALUATE, "report"]),
     ],
 )

@@ -20,6 +20,8 @@ class Cluster:
       gpus: GPUs per host; 0 for a CPU cluster.
       gpu_memory_gb: memory per GPU.
       gpu_tflops: peak TFLOP/s per GPU, dense bfloat16: 312 for an A100, 989 for an H100.
+      link_gb_per_second: of each GPU to those of its host, in one direction: 300 for an A100, 450 for an H100.
+      network_gb_per_second: of each GPU to other hosts, in one direction: 25 for a port of 200 Gbit/s.
       core_gflops: peak GFLOP/s per core in float32.
       decode_images_per_second: images that one core decodes and resizes.
       utilization: the share of these peaks that is reached.
@@ -34,6 +36,8 @@ class Cluster:
     gpus: int = 0
     gpu_memory_gb: float = 80.0
     gpu_tflops: float = 312.0
+    link_gb_per_second: float = 300.0
+    network_gb_per_second: float = 25.0
     core_gflops: float = 50.0
     decode_images_per_second: float = 200.0
     utilization: float = 0.4
@@ -42,7 +46,8 @@ class Cluster:
         for name in ("documents", "memory_documents", "cores", "memory_gb", "gpus"):
             if getattr(self, name) < 0:
                 raise InputError(f"cluster.{name}={getattr(self, name)} is negative; use 0 or more")
-        for name in ("hosts", "gpu_memory_gb", "gpu_tflops", "core_gflops", "decode_images_per_second"):
+        rates = "gpu_tflops", "link_gb_per_second", "network_gb_per_second", "core_gflops", "decode_images_per_second"
+        for name in ("hosts", "gpu_memory_gb", *rates):
             if getattr(self, name) <= 0:
                 raise InputError(f"cluster.{name}={getattr(self, name)} is not above 0; use a positive number")
         if not 0 < self.utilization <= 1:
@@ -66,6 +71,16 @@ class Cluster:
     def device_flops(self) -> float:
         """FLOP/s that all GPUs of the cluster reach, or its cores if it has none."""
         return self.hosts * self.gpus * self.gpu_tflops * 1e12 * self.utilization or self.cpu_flops
+
+    @property
+    def devices(self) -> int:
+        """All GPUs, or the hosts if they have none."""
+        return self.hosts * self.gpus or self.hosts
+
+    @property
+    def device_bytes(self) -> float:
+        """Memory of one of `devices`."""
+        return 1e9 * self.gpu_memory_gb if self.gpus else self.host_bytes
 
     @property
     def decoded_per_second(self) -> float:

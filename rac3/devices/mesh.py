@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import tyro
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rac3.config import InputError
 
@@ -56,22 +56,39 @@ class MeshConfig:
           InputError: the axes do not multiply to the number of devices.
         """
         devices = list(jax.devices() if devices is None else devices)
+        grid = np.array(devices).reshape(self.shape(len(devices)))
+        return DeviceMesh(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), self.rules)
+
+    def shape(self, devices: int) -> tuple[int, int, int]:
+        """The sizes of `AXES` for so many devices.
+
+        Raises:
+          InputError: the axes do not multiply to the number of devices.
+        """
         inner = self.fsdp * self.tensor
-        data = len(devices) // inner if self.data == -1 else self.data
-        if data * inner != len(devices):
+        data = devices // inner if self.data == -1 else self.data
+        if data * inner != devices:
             raise InputError(
                 f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not fit the "
-                f"{len(devices)} devices; make the product {len(devices)}"
+                f"{devices} devices; make the product {devices}"
             )
-        grid = np.array(devices).reshape(data, self.fsdp, self.tensor)
-        return DeviceMesh(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), self.rules)
+        return data, self.fsdp, self.tensor
+
+    def planned(self, devices: int) -> "DeviceMesh":
+        """The mesh of devices that are not here: arrays on it have shardings, but can't be made.
+
+        Raises:
+          InputError: as `build`.
+        """
+        sizes = self.shape(devices)
+        return DeviceMesh(AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)), self.rules)
 
 
 @dataclass(frozen=True)
 class DeviceMesh:
     """Devices in a grid of `AXES`, and the rules that shard arrays over it by their logical axes."""
 
-    jax_mesh: Mesh
+    jax_mesh: Mesh | AbstractMesh
     rules: Rules
 
     def spec(self, *names: str | None) -> PartitionSpec:

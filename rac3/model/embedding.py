@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rac3.devices.mesh import map_shards, mesh_axes
+from rac3.devices.mesh import constrain, map_shards, mesh_axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -23,7 +23,8 @@ def look_up(
     """
     take = functools.partial(jnp.take, axis=0)
     local = map_shards(take, ((None, None), ("batch", seq)), ("batch", seq, None))
-    found: Array = local(jnp.asarray(table, dtype), ids)
+    cast = constrain(jnp.asarray(table, dtype), rows, "embed")  # or XLA would gather it first, in float32
+    found: Array = local(cast, ids)
     return found
 
 

@@ -180,7 +180,7 @@ class Transformer(nn.Module):
         """
         x = self._embedded(tokens, positions, offsets, None if cache is not None else "seq")
         x, cache = self.blocks(x, segments, positions, cache)
-        return self.final_norm(x), cache
+        return _residual(self.final_norm(x), cache), cache
 
     def _embedded(self, tokens: Array, positions: Array, offsets: Array, seq: str | None) -> Array:
         """The sum of the embeddings of ids, positions and offsets. `init`, which needs no values, gets zeros."""
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
 
     def output_table(self) -> Float[Array, "vocab embed"]:
         """The token embedding in the dtype of the model: what hidden states are multiplied with."""
-        return jnp.asarray(self.token_embedding, self.config.dtype)
+        return constrain(jnp.asarray(self.token_embedding, self.config.dtype), "vocab", "embed")
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache for `slots` positions, of zeros. It takes 2 * layers * batch * slots * embed * itemsize bytes."""

@@ -19,6 +19,7 @@ from rac3.clip.model import CLIP
 from rac3.config import InputError
 from rac3.documents.world import World
 from rac3.experiment import Experiment, Split
+from rac3.plan.table import aligned, amount, duration
 from rac3.retrieval.retriever import Planned
 from rac3.retrieval.selection import HELD_BYTES
 from rac3.run import PARTS, Run
@@ -97,12 +98,18 @@ def _ingest(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
         config = vqgan.model
         pixels = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, config.in_channels), jnp.float32)
         flops = documents * _flops(VQGAN(config, vqgan.dtype), "encode", pixels)
-        codebook_size, tokens_per_image = config.n_embed, config.tokens_per_image
-    else:
-        codebook_size, tokens_per_image = vqgan.codebook_size, vqgan.tokens_per_image
+    codebook_size, tokens_per_image = codes(experiment)
     id_bytes = 2 if max(codebook_size, experiment.text.vocab_size) <= IDS_DTYPE_LIMIT else 4
     record = 1e3 * experiment.cluster.image_kilobytes + RECORD_BYTES + id_bytes * (tokens_per_image + TEXT_TOKENS)
     return _encoding(experiment, "ingest", flops, documents, documents * record)
+
+
+def codes(experiment: Experiment) -> tuple[int, int]:
+    """How many codes images are made of, and how many an image has."""
+    vqgan = experiment.vqgan
+    if isinstance(vqgan, FrozenVQGAN):
+        return vqgan.model.n_embed, vqgan.model.tokens_per_image
+    return vqgan.codebook_size, vqgan.tokens_per_image
 
 
 def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
@@ -182,13 +189,13 @@ def _problem(experiment: Experiment, line: Line) -> str:
     cluster, name = experiment.cluster, type(experiment.retriever).__name__
     if line.host_bytes > cluster.host_bytes:
         return (
-            f"{line.stage}: {name} takes {_bytes(line.host_bytes)} of host memory, a host has "
-            f"{_bytes(cluster.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
+            f"{line.stage}: {name} takes {amount(line.host_bytes)} of host memory, a host has "
+            f"{amount(cluster.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
             "(--retriever.reorder-dtype int8 or none of scann), or a host with more"
         )
     if cluster.gpus and line.gpu_bytes > 1e9 * cluster.gpu_memory_gb:
         return (
-            f"{line.stage}: {name} takes {_bytes(line.gpu_bytes)} of each GPU's memory, which is "
+            f"{line.stage}: {name} takes {amount(line.gpu_bytes)} of each GPU's memory, which is "
             f"{cluster.gpu_memory_gb:g} GB; lower --retriever.block-rows"
         )
     return ""
@@ -209,7 +216,7 @@ def _flops(model: Any, method: str, x: jax.ShapeDtypeStruct, *inputs: Any) -> fl
 def _table(experiment: Experiment, sizes: Mapping[Split, int], lines: list[Line]) -> str:
     cluster = experiment.cluster
     counted = " + ".join(f"{count:,} {split}" for split, count in sizes.items())
-    machine = f"{cluster.hosts} x {cluster.host_cores} cores, {_bytes(cluster.host_bytes)}"
+    machine = f"{cluster.hosts} x {cluster.host_cores} cores, {amount(cluster.host_bytes)}"
     if cluster.gpus:
         machine += f", {cluster.gpus} GPUs of {cluster.gpu_tflops:g} TFLOP/s"
     head = ["stage", "FLOP", "time", "limited by", "host memory", "GPU memory", "disk"]
@@ -217,31 +224,15 @@ def _table(experiment: Experiment, sizes: Mapping[Split, int], lines: list[Line]
         [
             line.stage,
             "-" if line.flops is None else f"{line.flops:.2g}",
-            "-" if line.seconds is None else _seconds(line.seconds),
+            "-" if line.seconds is None else duration(line.seconds),
             line.limit,
-            _bytes(line.host_bytes),
-            _bytes(line.gpu_bytes),
-            _bytes(line.disk_bytes),
+            amount(line.host_bytes),
+            amount(line.gpu_bytes),
+            amount(line.disk_bytes),
         ]
         for line in lines
     ]
-    rows.append(["all", "", _seconds(sum(line.seconds or 0 for line in lines)), "", "", "", ""])
-    rows[-1][-1] = _bytes(sum(line.disk_bytes for line in lines))
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    shown = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    rows.append(["all", "", duration(sum(line.seconds or 0 for line in lines)), "", "", "", ""])
+    rows[-1][-1] = amount(sum(line.disk_bytes for line in lines))
     title = f"{experiment.name}: {counted} documents on {machine}; {cluster.utilization:.0%} of the peaks are reached"
-    return "\n".join([title, "", *(line.rstrip() for line in shown)])
-
-
-def _bytes(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return "-" if number == 0 else f"{number / 1e3:.3g} kB"
-
-
-def _seconds(number: float) -> str:
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if number >= 2 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g} s"
+    return "\n".join([title, "", *aligned(head, rows)])

@@ -54,10 +54,7 @@ def new_state(
       init: random key -> parameters, whose leaves may be boxed with the names of their logical axes.
     """
 
-    def build(key: Array) -> TrainState:
-        params = init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
+    build = partial(first_state, init, optimizer)
     key = jax.random.key(seed)
     abstract = mesh.abstract(jax.eval_shape(build, key))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -65,6 +62,12 @@ def new_state(
     options = {"xla_backend_optimization_level": 0}
     create = jax.jit(lambda key: nn.unbox(build(key)), out_shardings=shardings, compiler_options=options)
     return NewState(abstract, partial(create, key))
+
+
+def first_state(init: Callable[[Array], PyTree], optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    """The state before the first step, with its leaves boxed as those of `init`."""
+    params = init(key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def apply_gradients(

@@ -12,7 +12,8 @@ from rac3.artifacts.workdir import Workdir
 from rac3.cli import run
 from rac3.config import InputError, load_config_module
 from rac3.devices.cluster import Cluster
-from rac3.plan.offline import _bytes, _seconds, plan
+from rac3.plan.offline import plan
+from rac3.plan.table import amount, duration
 from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.scann import Scann
@@ -203,7 +204,7 @@ def test_indexes_are_built_on_one_host_and_hold_all_parts(tmp_path):
     [(0.0, "-"), (10.0, "0.01 kB"), (999_000.0, "999 kB"), (1e6, "1 MB"), (2.5e9, "2.5 GB"), (3.38e12, "3.38 TB")],
 )
 def test_bytes_have_a_unit(number, shown):
-    assert _bytes(number) == shown
+    assert amount(number) == shown
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_bytes_have_a_unit(number, shown):
     [(0.5, "0.5 s"), (119.0, "119 s"), (120.0, "2 min"), (7199.0, "120 min"), (7200.0, "2 h"), (172_800.0, "2 days")],
 )
 def test_times_have_a_unit(number, shown):
-    assert _seconds(number) == shown
+    assert duration(number) == shown
 
 
 def test_the_cluster_is_the_product_of_its_parts():
