@@ -418,7 +418,8 @@ def _count(number: int) -> str:
 def _scaled(setting: Setting, **factors: float) -> Setting:
     """Sizes times factors; 0 where that is no whole number."""
     sizes = {name: getattr(setting, name) * factor for name, factor in factors.items()}
-    return replace(setting, **{name: int(size) if size == int(size) else 0 for name, size in sizes.items()})
+    whole: dict[str, Any] = {name: int(size) if size == int(size) else 0 for name, size in sizes.items()}
+    return replace(setting, **whole)
 
 
 def _divisors(number: int) -> list[int]:

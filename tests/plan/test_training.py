@@ -118,9 +118,7 @@ def test_kept_activations_of_one_layer_by_hand():
     split = 4 * 2 * 2560 + 4 * 32 + 2 * 10_240
     setting = Setting(16, 4, 4, 2, "dots")
     assert plan.estimate(setting).memory["kept activations"] == 4096 * (2 * 2 * 2560 / 4 + split / 4)
-    assert plan.estimate(replace(setting, remat="full")).memory["kept activations"] == 4096 * 2 * 2560 / stream_shards(
-        4
-    )
+    assert plan.estimate(replace(setting, remat="full")).memory["kept activations"] == 4096 * 2 * 2560 / 4
     whole = replace(setting, data=64, fsdp=4, tensor=1, microbatches=1, remat="full")
     with pytest.raises(InputError, match=r"rows=128 can't be divided by .*=256; use a multiple"):
         plan.estimate(whole)
