@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -23,7 +24,7 @@ class ExportOptions:
       folder: the folder to write, new or empty.
     """
 
-    folder: tyro.conf.Positional[str] = ""
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")] = ""
 
 
 def export(run: Run, options: ExportOptions) -> str:
