@@ -276,7 +276,7 @@ def test_the_help_of_a_stage_begins_with_its_own_options(
     stage: str, rac3: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Each once and with what it is, and none of another stage."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")
     assert rac3(stage, TINY, "--help") == 0
     flags = re.findall(r"^\W*(?:-h, )?(--[a-z][\w.-]*)[^\n]*\n\W+(\w[^\n]+)", capsys.readouterr().out, re.M)
     names = [name for name, _ in flags]

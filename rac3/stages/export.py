@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -23,15 +24,17 @@ class ExportOptions:
       folder: the folder to write, new or empty.
     """
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")] = ""
 
 
 def export(run: Run, options: ExportOptions) -> str:
     """Writes the model that `train` ended with, whole or not at all. Gives a line that says what was written.
 
     Raises:
-      InputError: the folder holds files, can't be written, or the model isn't trained.
+      InputError: no folder, one that holds files, or a model that isn't trained.
     """
+    if not options.folder:
+        raise InputError("`rac3 export` needs a folder to write, new or empty: rac3 export CONFIG DIR")
     target = Path(options.folder)
     _check_free(target)
     model, params = run.model, run.params
