@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import record
 
 RESULTS = Path(__file__).parent / "results" / "sharding_cpu.json"
 CONFIG = Path(__file__).parents[1] / "configs" / "ra_cm3_2_7b.py"
@@ -259,7 +260,9 @@ def main() -> None:
     elif arguments.mesh:
         print(text({arguments.mesh: run(arguments.mesh, arguments.layers)}))
     else:
-        RESULTS.write_text(text({mesh: run(mesh) for mesh in MESHES}))
+        found = {mesh: run(mesh) for mesh in MESHES}
+        recorded = json.loads(record("benchmarks/sharding.py", ("jax", "jaxlib", "flax"), found))
+        RESULTS.write_text(text(recorded))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ class TrainingPlan:
             ),
             jax.random.key(0),
         )
+        self._state_bytes: dict[tuple[int, int, int], tuple[int, int]] = {}
         self.row, self.rows = experiment.batches.row, experiment.batches.rows
         self.itemsize = float(jnp.dtype(experiment.model.dtype).itemsize)  # of a number in the model
         self.layer_parameters = sum(
@@ -274,10 +275,12 @@ class TrainingPlan:
         Raises:
           InputError: an axis can't be divided over the mesh.
         """
-        data, fsdp, tensor = shape
-        mesh = replace(self.experiment.mesh, data=data, fsdp=fsdp, tensor=tensor).planned(math.prod(shape))
-        state: TrainState = mesh.abstract(self.state)
-        return _bytes_per_device(state.params), _bytes_per_device(state.opt_state)
+        if shape not in self._state_bytes:
+            data, fsdp, tensor = shape
+            mesh = replace(self.experiment.mesh, data=data, fsdp=fsdp, tensor=tensor).planned(math.prod(shape))
+            state: TrainState = mesh.abstract(self.state)
+            self._state_bytes[shape] = _bytes_per_device(state.params), _bytes_per_device(state.opt_state)
+        return self._state_bytes[shape]
 
     def _stream_shards(self, setting: Setting) -> int:
         """Devices that share the positions of a row between layers."""
