@@ -146,6 +146,8 @@ def _preparing(stage: str, arguments: Sequence[str]) -> str:
     A retriever or takedowns that are named at inference are not those that the model is trained with.
     """
     own = {field.name for field in dataclasses.fields(STAGES[stage].options())}
+    if stage == "export" and len(arguments) > 1 and not arguments[1].startswith(("-", "retriever:")):
+        arguments = [arguments[0], *arguments[2:]]  # without DIR
     if stage in AT_INFERENCE:
         own |= {"retriever", "takedowns"}
     kept: list[str] = []
@@ -447,6 +449,12 @@ def _generate(run: Run, options: Any) -> None:
     print(generate(run, options))
 
 
+def _export(run: Run, options: Any) -> None:
+    from rac3.stages.export import export
+
+    print(export(run, options))
+
+
 def _plan(run: Run, options: Any) -> None:
     from rac3.plan.offline import plan
     from rac3.plan.training import training_plan
@@ -478,6 +486,12 @@ def _generate_options() -> type:
     from rac3.stages.generate import GenerateOptions
 
     return GenerateOptions
+
+
+def _export_options() -> type:
+    from rac3.stages.export import ExportOptions
+
+    return ExportOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -517,6 +531,9 @@ STAGES = {
     "report": Stage("write the report and metrics.json", _report, timed=False),
     "run": Stage("prepare, train, evaluate and report", _run),
     "plan": Stage("what all would take: memory, FLOPs, time, disk, messages; runs nothing", _plan, timed=False),
+    "export": Stage(
+        "write the trained model into DIR, for Hugging Face's transformers", _export, _export_options, False
+    ),
     "quickstart": Stage("`run` with the quickstart config that ships with rac3", _run),
 }
 

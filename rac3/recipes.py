@@ -10,6 +10,7 @@ from rac3.clip.published import checkpoint_identity
 from rac3.config import InputError, canonical
 from rac3.documents.store import FORMAT
 from rac3.experiment import Experiment, Split
+from rac3.model.exchange import identity
 from rac3.retrieval.retriever import search_only_fields
 from rac3.tokens.text import tokenizer_identity
 from rac3.vqgan.codec import ImageTokenizer
@@ -181,6 +182,8 @@ def train(experiment: Experiment) -> Recipe:
     del batches["read_threads"]  # how fast, not what
     model = canonical(experiment.model)
     del model["remat"], model["attention"]  # time for memory; up to rounding
+    if experiment.model.init_from:
+        model["init_from"] = identity(experiment.model.init_from)
     config = {
         "model": model,
         "optimizer": experiment.optimizer,

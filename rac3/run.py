@@ -440,7 +440,8 @@ def _with_absolute_paths(experiment: Experiment) -> Experiment:
         for name, config in (("vqgan", experiment.vqgan), ("clip", experiment.clip))
         if isinstance(config, FrozenVQGAN | FrozenCLIP)
     }
-    return replace(experiment, **folders, text=text, **frozen)
+    model = replace(experiment.model, init_from=_absolute(experiment.model.init_from))
+    return replace(experiment, **folders, text=text, model=model, **frozen)
 
 
 def _absolute(path: str | None) -> Any:

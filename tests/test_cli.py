@@ -20,7 +20,7 @@ from commands import ROOT, started, wait_until
 from rac3 import recipes
 from rac3.artifacts.arrays import read_array
 from rac3.artifacts.workdir import MANIFEST, Workdir
-from rac3.cli import STAGES, NoOptions, _load, _preparing, parse
+from rac3.cli import STAGES, TrainOptions, _load, _preparing, parse
 from rac3.config import InputError, load_config_module
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
@@ -60,7 +60,7 @@ def refused(rac3: Command, capsys: pytest.CaptureFixture[str]) -> Refused:
         before = tree(workdir) if workdir else {}
         capsys.readouterr()
         code = rac3(*arguments, *(["--workdir", str(workdir)] if workdir else []))
-        progress = re.compile(r"(read|fit|index|ingest|embed|retrieve)\b")
+        progress = re.compile(r"(read|fit|index|ingest|embed|retrieve|train)\b")
         lines = [line for line in capsys.readouterr().err.splitlines() if not progress.match(line)]
         assert code == 2
         assert len(lines) == 1, lines
@@ -276,7 +276,7 @@ def test_the_help_of_a_stage_begins_with_its_own_options(
     stage: str, rac3: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Each once and with what it is, and none of another stage."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")
     assert rac3(stage, TINY, "--help") == 0
     flags = re.findall(r"^\W*(?:-h, )?(--[a-z][\w.-]*)[^\n]*\n\W+(\w[^\n]+)", capsys.readouterr().out, re.M)
     names = [name for name, _ in flags]
@@ -386,7 +386,7 @@ def test_every_override_reaches_its_field_and_no_other():
         expected = updated(expected, changes)
     experiment, options = parse("train", tiny(), " ".join(OVERRIDES).split())
     assert experiment == expected
-    assert options == NoOptions()
+    assert options == TrainOptions()
     assert parse("train", tiny(), [])[0] == tiny()
 
 

@@ -1,11 +1,13 @@
 """The shipped configs: the paper's numbers, and the promises of the small ones."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import pytest
 
+from rac3.cli import run
 from rac3.config import load_config_module, shipped_configs
 from rac3.documents.webdataset import WebDataset
 from rac3.documents.world import World
@@ -123,9 +125,43 @@ def test_the_papers_model_has_2_7_billion_parameters_and_room_for_three_document
     assert 3 * (paper.vqgan.model.tokens_per_image + caption + markup) <= paper.batches.context_length
 
 
+# Layers, width, heads, learning rate (arXiv 2205.01068, table 1; that of 2.7B is the paper's), parameters.
+SIZES = {
+    "125m": (12, 768, 12, 6e-4, 125e6),
+    "350m": (24, 1024, 16, 3e-4, 350e6),
+    "1_3b": (24, 2048, 32, 2e-4, 1.3e9),
+    "2_7b": (32, 2560, 32, 1e-4, 2.7e9),
+    "7b": (32, 4096, 32, 1.2e-4, 6.7e9),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_sizes_are_those_of_opt_with_the_recipe_of_the_paper(size: str, paper: Experiment):
+    """All but the widths, the learning rate and the mesh is that of 2.7B."""
+    experiment = load_config_module(str(CONFIGS / f"ra_cm3_{size}.py")).get_config()
+    layers, embed, heads, peak_lr, parameters = SIZES[size]
+    model = replace(paper.model, num_layers=layers, embed=embed, num_heads=heads, mlp=4 * embed)
+    optimizer = replace(paper.optimizer, peak_lr=peak_lr)
+    mesh = experiment.mesh
+    assert experiment == replace(paper, name=f"ra_cm3_{size}", model=model, optimizer=optimizer, mesh=mesh)
+    assert 256 % (mesh.fsdp * mesh.tensor) == 0
+    # the rest are 4,096 positions in place of 2,048, 8,192 codes and 1,024 offsets
+    built = model.build(paper.text.vocab_size + 8192, paper.batches.context_length, 1024)
+    shapes = nn.unbox(jax.eval_shape(initializer(built), jax.random.key(0)))
+    more = (2048 + 8192 + 1024) * embed
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) - more == pytest.approx(parameters, rel=0.06)
+
+
+@pytest.mark.slow
+def test_every_size_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for size in SIZES:
+        run(["plan", f"ra_cm3_{size}", "--workdir", str(tmp_path / size)])
+        assert "150,000,000" in capsys.readouterr().out.replace(" ", "")
+
+
 def test_the_shipped_configs_have_the_names_of_their_files():
     names = set(shipped_configs())
-    assert names == {"emoji_captions", "quickstart", "ra_cm3_2_7b"}
+    assert names == {"emoji_captions", "quickstart", *(f"ra_cm3_{size}" for size in SIZES)}
     assert {load_config_module(name).get_config().name for name in names} == names
 
 

@@ -203,6 +203,7 @@ FITTED: dict[str, Row] = {
     "selection.depth": (9, NEIGHBORS),
     "batches.context_length": (512, MODEL),
     "batches.row_length": (8192, MODEL),
+    "batches.max_groups": (5, MODEL),
     "batches.rows": (8, MODEL),
     "batches.num_retrieved": ((0, 1), MODEL),
     "batches.retrieved": ("image", MODEL),
@@ -222,6 +223,7 @@ FITTED: dict[str, Row] = {
     "model.attention": ("plain", NOTHING),  # the same numbers up to rounding
     "model.remat": ("full", NOTHING),  # the same numbers with less memory
     "model.init_std": (0.5, MODEL),
+    "model.init_from": ("opt", MODEL),
     "optimizer.peak_lr": (0.5, MODEL),
     "optimizer.warmup_steps": (5, MODEL),
     "optimizer.b1": (0.5, MODEL),
@@ -322,6 +324,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *("tokenizer/tokenizer.json", "vqgan/vqgan.ckpt", "vqgan/vqgan.yaml", "clip/config.json"),
         *("clip/model.safetensors", "clip/tokenizer.json", "lpips.pth", "vgg.pth", "keys.txt"),
         *("copy/tokenizer.json", "copy/vqgan.ckpt", "copy/vqgan.yaml", "copy/config.json", "copy/model.safetensors"),
+        *("opt/config.json", "opt/model.safetensors"),
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("key 1\n")

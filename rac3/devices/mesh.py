@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -162,7 +162,8 @@ class DeviceMesh:
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Sets the mesh and the rules for everything that is traced inside."""
-        with jax.set_mesh(cast(Mesh, self.jax_mesh)), nn.logical_axis_rules(self.rules):
+        mesh: Any = self.jax_mesh  # JAX refuses an abstract one
+        with jax.set_mesh(mesh), nn.logical_axis_rules(self.rules):
             yield
 
 

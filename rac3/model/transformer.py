@@ -34,6 +34,8 @@ class TransformerConfig:
         `full` only the layer's input.
       init_std: standard deviation of the initial weights; those that write to the residual stream have it divided by
         sqrt(2 num_layers).
+      init_from: a folder to start from instead: an OPT of these sizes, or what `rac3 export` wrote; "" is none. Only
+        rows of the embedding tables that it has no values for are random.
     """
 
     num_layers: int = 32
@@ -45,6 +47,7 @@ class TransformerConfig:
     attention: AttentionName = "auto"
     remat: Literal["none", "dots", "attention", "full"] = "dots"
     init_std: float = 0.006
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "embed", "num_heads", "mlp"):

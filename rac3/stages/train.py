@@ -4,6 +4,8 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -17,9 +19,10 @@ from rac3.batches.loader import StreamState
 from rac3.config import InputError, fingerprint
 from rac3.devices.mesh import DeviceMesh
 from rac3.devices.processes import COMPILING, Processes, code_digest
+from rac3.model.exchange import check_tokenizer, parameters, read_pretrained
 from rac3.run import Run, initializer
 from rac3.training.loop import training_loop
-from rac3.training.state import TrainState, new_state
+from rac3.training.state import NewState, TrainState, new_state
 from rac3.training.step import make_train_step
 
 
@@ -52,6 +55,9 @@ def train(run: Run, processes: Processes | None = None) -> None:
     schedule = experiment.optimizer.schedule(training.steps)
     optimizer = experiment.optimizer.build(training.steps)
     new = new_state(initializer(model), optimizer, experiment.seed, mesh)
+    if experiment.model.init_from:
+        check_tokenizer(experiment.model.init_from, run.tokenizer)
+        new = replace(new, create=partial(_pretrained, run, new, processes.first))
 
     def batches(position: Sequence[int]) -> Iterator[tuple[PyTree, Sequence[int]]]:
         return stream.batches(StreamState(*position))
@@ -69,6 +75,16 @@ def train(run: Run, processes: Processes | None = None) -> None:
         )
         step = compared(step, processes)
         training_loop(label, training, new, step, batches, draft.folder, mesh, processes.at, documents)
+
+
+def _pretrained(run: Run, new: NewState, says: bool) -> TrainState:
+    """A new state with the parameters that `model.init_from` names. They are read before any memory is taken."""
+    shapes = {path: leaf.shape for path, leaf in parameters(new.abstract.params).items()}
+    found = read_pretrained(run.experiment.model.init_from, run.model, shapes, run.vocabulary)
+    if says:
+        print(f"train {run.experiment.model_name}: starts with {found.note}", file=sys.stderr)
+    state = new.create()
+    return state.replace(params=found.over(state.params))
 
 
 def _machine(mesh: DeviceMesh) -> str:

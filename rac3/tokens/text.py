@@ -148,6 +148,10 @@ class Tokenizer:
         verdict = f"changes {', '.join(changes)}" if changes else f"preserves all {len(probes)} kinds of text tried"
         return f"{type(self._pretrained).__name__}, {', '.join([f'{self.size} ids', *own])}; {verdict}"
 
+    def ids(self) -> dict[str, int]:
+        """Every token and its id."""
+        return self._pretrained.get_vocab()
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""
         self._pretrained.save_pretrained(folder)

@@ -55,6 +55,12 @@ class Place:
             weight = weight.transpose(*range(2, weight.ndim), 1, 0)
         return np.array(weight, np.float32, order="C")
 
+    def give(self, ours: np.ndarray) -> np.ndarray:
+        """The weight that holds a parameter, contiguous: the inverse of `take` where the parameter is all of it."""
+        if self.transposed:
+            ours = ours.transpose(ours.ndim - 1, ours.ndim - 2, *range(ours.ndim - 2))
+        return np.ascontiguousarray(ours)
+
 
 def port(
     params: Mapping[str, Any],
@@ -80,6 +86,24 @@ def port(
       InputError: a weight is missing, or nothing asks for it, or it has another shape, or it is not of floats.
     """
     ours: dict[str, Shape] = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    places = checked_places(ours, weights, place, where=where, ignored=ignored, fix=fix)
+    return unflatten_dict({path: at.take(weights[at.name], ours[path]) for path, at in places.items()}, sep="/")
+
+
+def checked_places(
+    ours: Mapping[str, Shape],
+    weights: Weights,
+    place: Callable[[str], Place],
+    *,
+    where: str,
+    ignored: str = "",
+    fix: str = ONE_MODEL,
+) -> dict[str, Place]:
+    """The place of each of our parameters among a peer's weights, which fit; arguments and errors as of `port`.
+
+    Args:
+      ours: the shapes of our parameters, by path.
+    """
     places = {path: place(path) for path in ours}
     wanted = {at.name: at.shape(ours[path]) for path, at in places.items()}
     if missing := [name for name in wanted if name not in weights]:
@@ -97,7 +121,7 @@ def port(
             raise InputError(
                 f"{where}: {name!r} is of {weight.dtype}, not of floats; give weights that are not quantized"
             )
-    return unflatten_dict({path: at.take(weights[at.name], ours[path]) for path, at in places.items()}, sep="/")
+    return places
 
 
 def _more(names: Sequence[str]) -> str:

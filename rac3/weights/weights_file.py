@@ -4,7 +4,8 @@ model.safetensors                                             {name: array}
 model.safetensors.index.json    {"weight_map": {name: "model-00001-of-00002.safetensors", ...}}
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rac3.weights.checkpoint_files import mistaken_for, read_json
 from rac3.weights.torch_file import read_state_dict
 
 INDEX = ".index.json"
+SHARD_BYTES = 5_000_000_000
 DISTRIBUTED = "module."  # what torch's DistributedDataParallel puts before every name
 
 Wanted = Callable[[str], bool]
@@ -76,3 +78,37 @@ def read_safetensors(file: Path, wanted: Wanted = everything) -> dict[str, np.nd
         raise InputError(
             f"weights {str(file)!r} are truncated or not safetensors ({error}); download the file again"
         ) from error
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int]) -> None:
+    """Writes safetensors as Hugging Face does: `model.safetensors`, or shards of at most `SHARD_BYTES` and their index.
+
+    One shard at a time is in memory. A tensor that is larger has its own shard.
+
+    Args:
+      sizes: of all tensors in bytes, in their order.
+    """
+    from safetensors.numpy import save_file
+
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    count = len(groups)
+    files = [
+        f"model-{n:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors" for n in range(1, count + 1)
+    ]
+    source = iter(tensors)
+    for file, names in zip(files, groups, strict=True):
+        shard = dict(next(source) for _ in names)
+        if list(shard) != names:
+            raise ValueError(f"tensors come in another order than their sizes: {list(shard)} instead of {names}")
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if count > 1:
+        where = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / f"model.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n")

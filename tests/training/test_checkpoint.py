@@ -224,14 +224,16 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     folder: Path, capfd: pytest.CaptureFixture[str], damage: str
 ):
     DAMAGES[damage](folder / "7")
-    assert restored(folder) == 5
+    checkpoints = Checkpoints(folder)
+    state, position = checkpoints.restore(small_state(0))
+    assert position == [5, 1]
+    assert_equal(state, small_state(5))
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rac3: ")]
     assert len(told) == 1
     assert told[0].startswith(f"rac3: checkpoint {folder}/7 is damaged (its ")
     assert told[0].endswith("); set aside as 7.damaged, going on from 5")
     assert {path.name for path in folder.iterdir()} == {"5", "7.damaged"}
-    checkpoints = Checkpoints(folder)  # which goes on, and gets to 7 again
-    for step in (6, 7):
+    for step in (6, 7):  # it goes on, and gets to 7 again
         checkpoints.save(step, small_state(step), [step, 1])
     checkpoints.close()
     assert {path.name for path in folder.iterdir()} == {"6", "7", "7.damaged"}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
-from commands import Command, started, wait_until
+from commands import Command, many_started, started, wait_until
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
@@ -117,6 +117,24 @@ def test_a_full_disk_ends_a_run_after_its_last_checkpoint(command: tuple[str, ..
     assert last.startswith(f"rac3: the checkpoint of step {saved[-1] + 5} can't be written to ")
     assert last.endswith(f": File too large; once that is fixed, run the same command to go on from step {saved[-1]}")
     assert all(line.startswith("train ra_cm3: ") for line in progress)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
+    command: tuple[str, ...], tmp_path: Path, number: int
+):
+    """The preemption service looks for the signal once a second, so the run is longer."""
+    command = (*command, "--training.steps", "1000")
+    with many_started(tmp_path, 2, *command) as both:
+        lines = Path(command[3]) / "train"
+        wait_until(lambda: any(path.stat().st_size for path in lines.glob("*.partial/metrics.jsonl")), both[0])
+        send(both[1], number)
+        assert [process.wait() for process in both] == [75, 75], [process.err() for process in both]
+    (saved,) = (int(path.name) for path in (run_folder(command) / CHECKPOINTS).iterdir())
+    assert 0 < saved < 1000
+    for process in both:
+        assert f"stopped after step {saved}, saved" in process.err()
 
 
 def test_the_handlers_that_were_there_return():
