@@ -161,6 +161,7 @@ def test_local_divides_the_gpus(local):
     assert process.returncode == 2
 
 
+@pytest.mark.slow  # waits for processes that hang
 def test_local_fails_with_the_first_that_fails_and_leaves_none(local, tmp_path: Path):
     """Process 1 fails; process 0 hangs, as one does that waits in a collective, and hears no signal."""
     hangs = f'echo $$ > {tmp_path}/pid; trap "" TERM; while true; do sleep 1; done'

@@ -259,7 +259,7 @@ FITTED: dict[str, Row] = {
         for value, names in (
             (3, ("documents", "memory_documents", "hosts", "cores", "gpus")),
             (0.5, ("image_kilobytes", "memory_gb", "gpu_memory_gb", "gpu_tflops", "core_gflops")),
-            (0.5, ("decode_images_per_second", "utilization")),
+            (0.5, ("decode_images_per_second", "utilization", "link_gb_per_second", "network_gb_per_second")),
         )
         for name in names
     },

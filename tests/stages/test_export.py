@@ -86,6 +86,7 @@ def test_what_the_folder_says(run: Run, folder: Path):
     assert tokenizer.encode("number 7", add_special_tokens=False) == run.tokenizer.encode("number 7")
 
 
+@pytest.mark.slow  # trains
 def test_training_starts_from_an_export(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     started: list[Any] = []
     real = stage.training_loop
