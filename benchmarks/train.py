@@ -296,7 +296,8 @@ def main() -> None:
     if "checkpoint" in arguments.only:
         results["checkpoint"] = checkpoint_share()
     if arguments.json:
-        command = f"python benchmarks/train.py --rounds {arguments.rounds}"
+        threads, parts = " ".join(map(str, arguments.threads)), " ".join(arguments.only)
+        command = f"python benchmarks/train.py --threads {threads} --rounds {arguments.rounds} --only {parts}"
         arguments.json.write_text(record(command, PACKAGES, results))
 
 
