@@ -9,6 +9,7 @@ the batch alone.
 from dataclasses import replace
 
 from rac3.configs.ra_cm3_2_7b import get_config as ra_cm3_2_7b
+
 from rac3.devices.mesh import MeshConfig
 from rac3.experiment import Experiment
 

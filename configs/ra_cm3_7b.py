@@ -8,6 +8,7 @@ and the warm-up (`ra_cm3_2_7b.py`). Ours is the choice of the size: its widths a
 from dataclasses import replace
 
 from rac3.configs.ra_cm3_2_7b import get_config as ra_cm3_2_7b
+
 from rac3.experiment import Experiment
 
 
