@@ -19,4 +19,5 @@ def get_config() -> Experiment:
         name="ra_cm3_7b",
         model=replace(base.model, num_layers=32, embed=4096, num_heads=32, mlp=16384),
         optimizer=replace(base.optimizer, peak_lr=1.2e-4),
+        mesh=replace(base.mesh, fsdp=16),  # 8 does not fit 80 GB
     )
