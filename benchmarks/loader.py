@@ -193,7 +193,7 @@ def _bare(source: Any, documents: int) -> int:
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """Of the paper's batches, as one of 32 hosts; each in a process of its own."""
+    """Of the paper's batches, as one of 32 hosts; each in its own process."""
     found = []
     for documents in (1_000_000, 10_000_000):
         path = write_store(folder / str(documents), documents)

@@ -223,7 +223,7 @@ def lower(experiment: Any) -> tuple[Any, Any]:
 
 
 def run(mesh: str, layers: int | None = None) -> dict[str, Any]:
-    """`measure` in a process of its own, with as many fake devices as the mesh has."""
+    """`measure` in its own process, with as many fake devices as the mesh has."""
     devices = math.prod(int(size) for size in mesh.split("/"))
     with tempfile.TemporaryDirectory() as folder:
         flags = f"{FLAGS} --xla_force_host_platform_device_count={devices} --xla_dump_to={folder}"

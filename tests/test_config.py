@@ -34,7 +34,7 @@ class OtherInner(Inner):
 
 
 class Odd(Inner):
-    """A part of a config that its owner defines, which says nothing of its own of what it takes."""
+    """A part of a config that its owner defines, which does not check what it takes."""
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -103,7 +103,7 @@ class Distributed:
             raise InputError(
                 f"process {place.process} of {place.processes} did not meet the others at {place.coordinator} within "
                 f"{self.start_seconds} s ({str(error).splitlines()[0]}); start all of them, with that address and "
-                "numbers of their own, or raise --distributed.start-seconds"
+                "their own numbers, or raise --distributed.start-seconds"
             ) from error
         return Processes(
             place.processes, place.process, global_state.client, stall_minutes=stall_minutes, orderly=orderly

@@ -43,6 +43,7 @@ def perplexity(
     groups: Sequence[Group],
     kind: int,
     row_length: int,
+    max_groups: int = 0,
 ) -> float | None:
     """exp of the mean -log p over the targets of one kind; None without such targets.
 
@@ -50,8 +51,9 @@ def perplexity(
       cross_entropy: (params, batch) -> -log p of each target in nats.
       kind: `MAIN_TEXT` or `MAIN_IMAGE`.
       row_length: tokens of the rows that the groups are packed into.
+      max_groups: the most groups in a row; 0 is any number.
     """
-    rows = pack(np.array([len(group.tokens) for group in groups], np.int64), row_length)
+    rows = pack(np.array([len(group.tokens) for group in groups], np.int64), row_length, max_groups=max_groups)
     total, count = 0.0, 0
     for start in range(0, len(rows), ROWS):
         chosen = [packed_row([groups[number] for number in row], row_length) for row in rows[start : start + ROWS]]

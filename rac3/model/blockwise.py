@@ -55,7 +55,7 @@ def blockwise_attention(
     def heads_first(x: Array) -> Array:
         return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, padding), (0, 0)))
 
-    # Padding is in a group of its own, which no token sees.
+    # Padding is its own group, which no other token sees.
     first = first_visible(jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1))
     out = _attention(heads_first(query), heads_first(key), heads_first(value), first, block)
     return out[:, :, :seq].transpose(0, 2, 1, 3)
@@ -83,7 +83,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _by_row(function: Callable[..., Any], *arrays: Array) -> Any:
-    """Rows one after the other: each visits blocks of its own."""
+    """Rows one after the other: each visits its own blocks."""
     if len(arrays[0]) == 1:
         return jax.tree.map(lambda x: x[None], function(*(x[0] for x in arrays)))
     return jax.lax.map(lambda row: function(*row), arrays)

@@ -40,7 +40,7 @@ def gathered_attention(
     Args:
       segments: the group of each token, numbered from 1 in order; 0 is padding, at the end.
       max_group: tokens of the longest group.
-      max_groups: the most groups in a row. What lies in further groups would be dropped.
+      max_groups: the most groups in a row. Tokens of further or longer groups get NaN: there is no slot for them.
       implementation: of `jax.nn.dot_product_attention`.
     """
     all_starts, all_lengths = groups(segments, max_groups)
@@ -55,7 +55,13 @@ def gathered_attention(
             q, k, v, is_causal=True, query_seq_lengths=rows, key_value_seq_lengths=rows, implementation=implementation
         )
         out = out + _from_slots(attended, starts, lengths, size, query.shape[1])
-    return out
+    lost = (segments > max_groups) | (_own_lengths(segments, all_lengths) > max_group)
+    return jnp.where(lost[..., None, None], jnp.nan, out)
+
+
+def _own_lengths(segments: Array, lengths: Array) -> Array:
+    """The length of each token's group."""
+    return jnp.take_along_axis(lengths, jnp.clip(segments - 1, 0, lengths.shape[1] - 1), 1)
 
 
 def slot_sizes(seq: int, max_group: int, max_groups: int) -> list[tuple[int, int, int]]:
@@ -122,4 +128,5 @@ def packed_attention(
         query, key, value, q_seqlen=sizes, kv_seqlen=sizes, q_offsets=offsets, kv_offsets=offsets,
         scale=query.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL,
     )  # fmt: skip
-    return jnp.where((segments > 0)[..., None, None], out, 0)
+    out = jnp.where((segments > 0)[..., None, None], out, 0)
+    return jnp.where((segments > max_groups)[..., None, None], jnp.nan, out)

@@ -35,8 +35,8 @@ def _forward(table: Array, ids: Array, dtype: str, rows: str, seq: str | None) -
 def _backward(dtype: str, rows: str, seq: str | None, saved: tuple[Array, int], cotangent: Array) -> tuple[Array, None]:
     ids, length = saved
     summed = (*mesh_axes("batch"), *(mesh_axes(seq) if seq else ()))
-    scattered = {axis: dim for dim, name in enumerate((rows, "embed")) for axis in mesh_axes(name) if axis in summed}
     names = tuple(name if set(mesh_axes(name)) <= set(summed) else None for name in (rows, "embed"))
+    scattered = {axis: dim for dim, name in enumerate(names) if name for axis in mesh_axes(name)}
 
     def local(ids: Array, cotangent: Array) -> Array:
         gradient = jnp.zeros((length, cotangent.shape[-1])).at[ids].add(cotangent.astype(jnp.float32))

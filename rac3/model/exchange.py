@@ -56,7 +56,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of our parameters, by path
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one of our parameters that files have under a name of its own.
+    """A part of one of our parameters that files have under its own name.
 
     Attributes:
       path: of the parameter.

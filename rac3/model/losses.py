@@ -60,8 +60,9 @@ def _with_gradients(
     hidden: Array, table: Array, targets: Array, weights: Array, chunk: int
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     rows, vocab, embed = mesh_axes("batch"), mesh_axes("vocab"), mesh_axes("embed")
-    local = functools.partial(_nats_and_gradients, chunk, vocab, rows, tuple(axis for axis in embed if axis in rows))
-    outputs = [IDS, HIDDEN, ("vocab", "embed" if set(embed) <= set(rows) else None)]
+    scattered = embed if set(embed) <= set(rows) else ()
+    local = functools.partial(_nats_and_gradients, chunk, vocab, rows, scattered)
+    outputs = [IDS, HIDDEN, ("vocab", "embed" if scattered else None)]
     nats, *gradients = map_shards(local, (HIDDEN, TABLE, IDS, IDS), outputs)(hidden, table, targets, weights)
     d_hidden, d_table = gradients
     return (jnp.sum(nats * weights), nats), (d_hidden, d_table)

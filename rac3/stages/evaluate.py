@@ -161,7 +161,7 @@ def _perplexities(
             if len(group.tokens) <= most:
                 groups.append(group)
         length = max([run.experiment.batches.row, *(len(group.tokens) for group in groups)])
-        out[modality] = perplexity(cross_entropy, params, groups, kind, length)
+        out[modality] = perplexity(cross_entropy, params, groups, kind, length, run.experiment.batches.max_groups)
     return out
 
 

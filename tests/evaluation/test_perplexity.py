@@ -97,6 +97,19 @@ def test_all_rows_of_all_batches_count_each_target_once() -> None:
     assert seen == [(16, 14)] * 3  # one program for all of them
 
 
+def test_rows_have_no_more_groups_than_the_model_has_room_for() -> None:
+    groups = [image_group(BUILDER, [], document(i)) for i in range(10)]
+    most = []
+
+    def cross_entropy(params, batch):
+        most.append(int(batch.segments.max()))
+        return batch.targets / 100
+
+    assert perplexity(cross_entropy, None, groups, MAIN_IMAGE, 1000) is not None
+    assert perplexity(cross_entropy, None, groups, MAIN_IMAGE, 1000, max_groups=3) is not None
+    assert most == [10, 3]
+
+
 def test_the_text_group_hides_the_caption_until_the_image_is_over() -> None:
     main = document(1)
     group = text_group(BUILDER, [], main)

@@ -14,7 +14,7 @@ from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
 from rac3.model import packed
 from rac3.model.blockwise import blockwise_attention, first_visible
-from rac3.model.cudnn import gathered_attention, slot_sizes
+from rac3.model.cudnn import _from_slots, _to_slots, gathered_attention, slot_sizes
 from rac3.model.packed import PackedAttention, choose_attention
 from rac3.model.splash import splash_attention
 
@@ -121,11 +121,11 @@ def test_a_token_sees_from_the_start_of_its_group():
 
 
 def test_blocks_without_a_common_group_are_not_visited():
-    """Keys of other blocks hold NaN, which spreads from any product with it."""
+    """Keys and values of other blocks hold NaN, which spreads from any product with it."""
     segments = segments_of([[32, 64, 32]], 128)
     x = jnp.ones((1, 128, 1, 64))
     poisoned = jnp.where(jnp.asarray(segments == 1)[..., None, None], jnp.nan, x)
-    out = np.asarray(blockwise_attention(x, poisoned, x, jnp.asarray(segments), block=32))
+    out = np.asarray(blockwise_attention(x, poisoned, poisoned, jnp.asarray(segments), block=32))
     assert np.isnan(out[0, :32]).all()
     np.testing.assert_allclose(out[0, 32:], 1, rtol=1e-6)
 
@@ -139,6 +139,28 @@ def test_the_slots_hold_any_row(sizes):
     assert ranges[-1][1] == max_groups
     for first, _, size in ranges:
         assert size >= min(max_group, seq // (first + 1))
+
+
+@pytest.mark.parametrize(("limits", "lost"), [((64, 2), [3]), ((30, 3), [2]), ((64, 3), [])])
+def test_a_group_that_has_no_slot_is_not_lost_in_silence(limits, lost):
+    """Its tokens get NaN, which stops a run; those of the others are as they are."""
+    segments = segments_of([[20, 35, 9]], 64)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 1, 64)), jnp.float32)
+    out = np.asarray(gathered_attention(x, x, x, jnp.asarray(segments), *limits, implementation="xla"))
+    np.testing.assert_array_equal(np.isnan(out).any((2, 3)), np.isin(segments, lost))
+
+
+def test_rows_go_to_slots_and_back_by_transposed_maps():
+    """<slots(x), y> = <x, row(y)> for any x and y; a slot holds its group, then zeros; the row's padding gets zeros."""
+    starts, lengths = jnp.array([[3, 0], [0, 5]]), jnp.array([[5, 3], [5, 0]])
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 10, 1, 4), (4, 6, 1, 4)))
+    slots, row = _to_slots(x, starts, lengths, 6), _from_slots(y, starts, lengths, 6, 10)
+    np.testing.assert_array_equal(slots[0], np.concatenate([x[0, 3:8], np.zeros((1, 1, 4))]))
+    np.testing.assert_array_equal(slots[1], np.concatenate([x[0, :3], np.zeros((3, 1, 4))]))
+    np.testing.assert_array_equal(slots[3], np.zeros((6, 1, 4)))
+    np.testing.assert_array_equal(row[0], np.concatenate([y[1, :3], y[0, :5], np.zeros((2, 1, 4))]))
+    assert float(jnp.sum(slots * y)) == pytest.approx(float(jnp.sum(x * row)), rel=1e-5)
 
 
 def quadratic(jaxpr: Any, seq: int) -> list[tuple[int, ...]]:
@@ -239,6 +261,18 @@ def test_a_form_that_is_wrong_is_never_used(gpu_forms, form, what):
     choose_attention.cache_clear()
     with pytest.raises(InputError, match=f"model.attention=cudnn cannot be used: its .*{what}"):
         choose_attention("cudnn", 64, "float32", 4096, 8)
+
+
+@pytest.mark.parametrize(("max_group", "max_groups"), [(64, 1), (4096, 32)])
+def test_the_trial_has_its_own_limits(gpu_forms, max_group, max_groups):
+    """Its groups are longer, and more, than a small model's; the form keeps the limits of the model."""
+
+    def gathers(sizes: PackedAttention, *arrays: Any) -> Any:
+        return gathered_attention(*arrays, sizes.max_group, sizes.max_groups, implementation="xla")
+
+    gpu_forms(cudnn_packed=raises, cudnn=gathers)
+    chosen = choose_attention("auto", 64, "float32", max_group, max_groups)
+    assert (chosen.form, chosen.max_group, chosen.max_groups) == ("cudnn", max_group, max_groups)
 
 
 def test_a_form_that_gives_nan_is_never_used(gpu_forms):

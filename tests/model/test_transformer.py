@@ -315,6 +315,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_counts(batch):
     assert hidden.dtype == jnp.bfloat16
     logits = jax.eval_shape(partial(model.apply, method="logits"), nn.unbox(boxed), hidden)
     assert (logits.dtype, logits.shape) == (jnp.float32, (2, 20, VOCAB))
+    program = jax.make_jaxpr(partial(model.apply, method="logits"))(nn.unbox(boxed), hidden).jaxpr
+    (product,) = [each for each in equations(program) if each.primitive.name == "dot_general"]
+    assert product.outvars[0].aval.dtype == jnp.float32  # its sums are not rounded
     assert model.empty_cache(3, 10).keys.shape == (2, 3, 10, 4, 8)
     assert model.empty_cache(3, 10).keys.dtype == jnp.bfloat16
 

@@ -451,6 +451,20 @@ def test_perplexity_drops_the_last_documents_that_do_not_fit(run: Run, items, ne
         assert value == pytest.approx(by_hand(small, items, fitting, TEXT), rel=1e-5)
 
 
+def test_perplexity_packs_no_more_groups_than_a_row_may_have(run: Run, items, neighbors):
+    """The number of groups in the fullest row, on long rows."""
+    batches = replace(run.experiment.batches, row_length=4096, max_groups=2)
+    limited = run.variant(replace(run.experiment, batches=batches), run.trained)
+    most: list[int] = []
+
+    def cross_entropy(params, batch):
+        most.append(int(batch.segments.max()))
+        return np.zeros(batch.tokens.shape)
+
+    _perplexities(limited, cross_entropy, items, neighbors, 0)
+    assert max(most) == 2
+
+
 @pytest.mark.parametrize(("part", "modality", "masks"), [(TEXT, "image", 0), (IMAGE, "text", 3)])
 def test_a_document_longer_than_the_context_has_no_perplexity(
     run: Run, items, neighbors, part: int, modality: str, masks: int
