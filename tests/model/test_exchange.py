@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from plain_transformer import plain_logits, random_params
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rac3.config import InputError
@@ -84,6 +85,8 @@ def test_transformers_reads_an_export_and_has_its_logits(packed: bool, tmp_path:
     peer, loading = transformers.OPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert peer.dtype == torch.float32
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}  # without it, versions of transformers refuse the file
     tokens = np.random.default_rng(0).integers(0, VOCABULARY.padded_size, (2, 20))
     segments, places = (SEGMENTS, PLACES) if packed else (np.ones_like(SEGMENTS), np.tile(np.arange(20), (2, 1)))
     rest: dict[str, Any] = {}
