@@ -80,7 +80,7 @@ def _summed(one: Callable[[PackedBatch], tuple[PyTree, Metrics]], batches: Packe
 
 @functools.cache
 def _cpu_options() -> dict[str, str]:
-    """On CPUs, XLA's library of kernels is for matrix products only: its sums along an axis are slower than XLA's own."""
+    """CPUs use XLA's library of kernels for matrix products alone: its sums along an axis are slower than XLA's own."""
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     if jax.default_backend() != "cpu":
         return {}
