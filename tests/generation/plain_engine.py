@@ -11,7 +11,6 @@ from rac3.generation.request import Draw, Request, Sample
 from rac3.generation.sampling import Sampling, sample
 from rac3.generation.step import Step
 from rac3.model.transformer import Transformer
-from rac3.tokens.html import segment_offsets
 from rac3.tokens.vocabulary import Vocabulary
 
 
@@ -24,7 +23,7 @@ class PlainEngine:
         self, requests: Sequence[Request], samplings: Sequence[Sampling], seed: int
     ) -> Iterator[tuple[int, list[Sample]]]:
         for number, (request, sampling) in enumerate(zip(requests, samplings, strict=True)):
-            keys = sample_keys(seed, request.prompts[:1], request.first + request.samples)[0]
+            keys = sample_keys(seed, [request.prompts[0].ids], request.first + request.samples)[0]
             yield number, [self._one(request, sampling, key) for key in keys[request.first :]]
 
     def _one(self, request: Request, sampling: Sampling, key: jax.Array) -> Sample:
@@ -60,11 +59,10 @@ class PlainEngine:
     def _draw(self, request, sampling, ids, offsets, offset, allowed, key) -> tuple[int, float]:
         width = self.model.max_positions
         tokens, places = np.zeros((2, len(request.prompts), width), np.int32)
-        lengths = np.array([len(prompt) for prompt in request.prompts])
+        lengths = np.array([len(prompt.ids) for prompt in request.prompts])
         for row, prompt in enumerate(request.prompts):
-            whole = [*prompt, *ids]
-            tokens[row, : len(whole)] = whole
-            places[row, : len(whole)] = [*segment_offsets(self.vocabulary, prompt), *offsets]
+            length = len(prompt.ids) + len(ids)
+            tokens[row, :length], places[row, :length] = [*prompt.ids, *ids], [*prompt.offsets, *offsets]
         logits = self._logits(self.params, tokens, places, lengths + len(ids))
         known = np.arange(width) < lengths[:, None]
         drawn, drawn_offsets = np.zeros((2, 1, 1, width), np.int32)
