@@ -12,7 +12,7 @@ function of it compiles once for each structure, and samplings of one structure 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
@@ -116,7 +116,9 @@ def _register(kind: type, static: Sequence[str] = (), off: Mapping[str, float] =
 
     def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
         leaves = [(name, getattr(value, name)) for name in names]
-        plain = [(leaf if not isinstance(leaf, int | float) or leaf != off.get(name) else None) for name, leaf in leaves]
+        plain = [
+            (leaf if not isinstance(leaf, int | float) or leaf != off.get(name) else None) for name, leaf in leaves
+        ]
         return plain, tuple(getattr(value, name) for name in static)
 
     def unflatten(aux: tuple[Any, ...], leaves: Sequence[Any]) -> Any:
