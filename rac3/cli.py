@@ -27,13 +27,14 @@ from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
 from rac3.execution.ray import Ray
 from rac3.experiment import Data, Experiment
+from rac3.experiment_file import describe, load
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
-from rac3.run import Run, describe, load
+from rac3.run import Run
 from rac3.training.checkpoint import SaveError
 from rac3.training.preemption import RUN_AGAIN, PreemptedError
 from rac3.vqgan.frozen import FrozenVQGAN

@@ -21,7 +21,7 @@ FLOORS = (
     ("training", "generation"),
     ("evaluation",),
     ("experiment",),
-    ("recipes", "run"),
+    ("recipes", "run", "answering", "experiment_file"),
     ("stages",),
     ("plan", "report"),
     ("cli",),
@@ -35,7 +35,7 @@ FORBIDDEN = (
 )
 # The order inside a package. Modules that are not listed come after the listed ones, in any order without a cycle.
 ORDER = {
-    "": ("recipes", "run"),
+    "": ("recipes", "run", "answering", "experiment_file"),
     "artifacts": ("recipe", "workdir", "arrays"),
     "weights": (
         "fitting",
