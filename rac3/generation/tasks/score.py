@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from rac3.batches.masking import move_spans, segments_of
 from rac3.batches.packing import Group, PackedBatch, pack, packed_row
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A part of a document after each prompt of its context; the other fields are as in `rac3.generation.prompts.Asked`."""
+    """A part of a document after each prompt of its context; the rest is as in `rac3.generation.prompts.Asked`."""
 
     parts: list[Part]
     contexts: list[list[int]]
