@@ -1,5 +1,6 @@
 """Copying from the documents in the prompt, without training."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,17 +103,17 @@ def _image_places(
     for rows, columns in IMAGE_NEIGHBORS:
         distance = rows * width - columns
 
-        def inside(offset: Array) -> Array:
-            return (
-                (offset > rows * width)
-                & ((offset - 1) % width + columns >= 0)
-                & ((offset - 1) % width + columns < width)
-            )
-
+        inside = functools.partial(_inside, width, rows, columns)
         theirs = jnp.where(inside(offsets), _shifted(ids, distance), OUTSIDE)
         ours = jnp.where(inside(step.offset), _so_far(step, step.offset - distance, _is_image), OUTSIDE)
         total = total + (candidate & (theirs[:, None] == ours[..., None]))
     return total, ids[:, None]
+
+
+def _inside(width: int, rows: int, columns: int, offset: Array) -> Array:
+    """Whether an image has a code that is so many rows above, and columns to the right of, the one at an offset."""
+    column = (offset - 1) % width + columns
+    return (offset > rows * width) & (column >= 0) & (column < width)
 
 
 def _documents(

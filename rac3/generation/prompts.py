@@ -163,38 +163,63 @@ def ask(
         )
     grammar = _fitted(form, 1 + len(own.ids), grammar, notes)
     room = form.max_positions - 1 - len(own.ids) - sum(map(_longest, grammar))
+    fitted = fit(form, context, room)
+    notes += fitted.notes
+    prompts = [_joined(each, own) for each in fitted.sequences]
+    if context.without == "text":
+        if bare is None:
+            raise InputError("guidance without the text has no text to leave out here; use without=documents")
+        prompts += [_joined(each, sequence(bare)) for each in fitted.sequences]
+    if context.without == "documents":
+        if not any(fitted.contexts):
+            notes.append("guidance without the documents changes nothing: there are none in the prompt")
+        prompts.append(_joined([], own))
+    return Asked(Request(prompts, grammar, samples, first), fitted.contexts, fitted.dropped, notes)
+
+
+class Fitted(NamedTuple):
+    """The documents of a context that fit; the other fields are as in `Asked`.
+
+    Attributes:
+      sequences: the documents of each prompt, of which there is at least one.
+    """
+
+    sequences: list[list[Sequenced]]
+    contexts: list[list[int]]
+    dropped: list[int]
+    notes: list[str]
+
+
+def fit(form: Form, context: Context, room: int) -> Fitted:
+    """The documents that fit into `room` ids of each prompt.
+
+    Raises:
+      InputError: a document without the part that is shown in training.
+    """
     sequences = [_shown(form, number, document) for number, document in enumerate(context.documents)]
     contexts, dropped = _contexts(form, [len(each.ids) for each in sequences], room, context.ensemble)
+    notes, most = [], max(map(len, contexts))
     if dropped:
         notes.append(f"{len(dropped)} of {len(sequences)} documents do not fit into the context, and were dropped")
-    most = max(map(len, contexts))
     if most > form.max_documents:
         notes.append(
             f"a prompt of {most} documents is unlike training, where there were at most {form.max_documents}; "
             "an ensemble spreads them over several prompts"
         )
-    prompts = [_joined([sequences[number] for number in each], own) for each in contexts]
-    if context.without == "text":
-        if bare is None:
-            raise InputError("guidance without the text has no text to leave out here; use without=documents")
-        prompts += [_joined([sequences[number] for number in each], sequence(bare)) for each in contexts]
-    if context.without == "documents":
-        if not any(contexts):
-            notes.append("guidance without the documents changes nothing: there are none in the prompt")
-        prompts.append(_joined([], own))
-    return Asked(Request(prompts, grammar, samples, first), contexts, dropped, notes)
+    return Fitted([[sequences[number] for number in each] for each in contexts], contexts, dropped, notes)
 
 
 def _fitted(form: Form, given: int, grammar: Sequence[Draw | Given], notes: list[str]) -> list[Draw | Given]:
-    """The grammar, of which a text at the end is as long as `given` ids before it allow."""
+    """The grammar with texts as long as in training, the last one also as long as `given` ids before it allow."""
     fitted = [*grammar]
-    last = fitted[-1]
-    if isinstance(last, Draw) and last.stop >= 0:
-        before = given + sum(map(_longest, fitted[:-1]))
-        count = min(last.count, form.max_positions - before, form.max_segment_tokens + 1 - last.offset)
-        if 0 < count < last.count:
-            notes.append(f"there is room for a text of {count} tokens, not of {last.count}")
-        fitted[-1] = replace(last, count=max(count, 1))
+    for number, run in enumerate(fitted):
+        if isinstance(run, Draw) and run.stop >= 0:
+            most = form.max_segment_tokens + 1 - run.offset
+            if number == len(fitted) - 1:
+                most = min(most, form.max_positions - given - sum(map(_longest, fitted[:-1])) - 1)
+            if 0 < most < run.count:
+                notes.append(f"there is room for a text of {most} tokens, not of {run.count}")
+            fitted[number] = replace(run, count=max(1, min(run.count, most)))
     drawn = sum(map(_longest, fitted))
     if given + drawn > form.max_positions:
         raise InputError(

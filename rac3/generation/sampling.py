@@ -181,7 +181,7 @@ def combine(
     logits: Float[Array, "requests streams samples vocab"],
     allowed: Bool[Array, "requests samples vocab"],
 ) -> tuple[Float[Array, "requests samples vocab"], Float[Array, "requests samples vocab"]]:
-    """The streams as one distribution: log probabilities without guidance, and with it. Both are -inf where not allowed.
+    """The streams as one distribution: log probabilities without guidance, and with it; -inf where not allowed.
 
     The distribution of an ensemble is the mean of the probabilities of its streams (paper, section 5.4).
     """
