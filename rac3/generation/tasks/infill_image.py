@@ -77,8 +77,6 @@ def request(
       InputError: these are no image's codes, nothing is masked, or there is no room.
     """
     form.check_image(codes)
-    if len(masked) != len(codes):
-        raise InputError(f"the mask has {len(masked)} codes, and the image {len(codes)}; give one for each")
     if not masked.any():
         raise InputError("the mask covers nothing; mark what is to be drawn")
     vocabulary = form.vocabulary
