@@ -22,7 +22,7 @@ from rac3.generation.request import Draw, Given, Request
 from rac3.tokens.html import Sequenced
 from rac3.tokens.vocabulary import EOD, Vocabulary
 
-TextIds = Sequence[int] | Int[np.ndarray, " n"]  # of the text tokenizer
+TextIds = Sequence[int] | Int[np.ndarray, " _"]  # of the text tokenizer
 Piece = int | tuple[np.ndarray, int]  # markup, or joint ids and the offset of the first of them
 
 
@@ -120,10 +120,11 @@ class Asked(NamedTuple):
 
 def sequence(pieces: Sequence[Piece]) -> Sequenced:
     """Markup and runs of ids as one sequence."""
-    ids = [np.array([piece]) if isinstance(piece, int) else piece[0] for piece in pieces]
-    offsets = [
-        np.zeros(1) if isinstance(piece, int) else np.arange(piece[1], piece[1] + len(piece[0])) for piece in pieces
-    ]
+    ids, offsets = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    for piece in pieces:
+        run, first = (np.array([piece]), 0) if isinstance(piece, int) else piece
+        ids.append(run)
+        offsets.append(np.arange(first, first + len(run)))
     return Sequenced(np.concatenate(ids).astype(np.int32), np.concatenate(offsets).astype(np.int32))
 
 
@@ -250,15 +251,17 @@ def _contexts(form: Form, lengths: Sequence[int], room: int, ensemble: bool) -> 
     contexts: list[list[int]] = [[]]
     dropped: list[int] = []
     for number, length in enumerate(lengths):
-        taken = sum(lengths[each] for each in contexts[-1])
-        if ensemble and contexts[-1] and (taken + length > room or len(contexts[-1]) == max(1, form.max_documents)):
-            contexts.append([])
-            taken = 0
-        if taken + length > room or (dropped and not ensemble):
-            dropped.append(number)
+        last = contexts[-1]
+        fits = sum(lengths[each] for each in last) + length <= room
+        if not ensemble:
+            (last if fits and not dropped else dropped).append(number)
+        elif fits and len(last) < max(1, form.max_documents):
+            last.append(number)
+        elif length <= room:
+            contexts.append([number])
         else:
-            contexts[-1].append(number)
-    return [each for each in contexts if each] or [[]], dropped
+            dropped.append(number)
+    return contexts, dropped
 
 
 def _joined(documents: Sequence[Sequenced], main: Sequenced) -> Sequenced:

@@ -14,7 +14,6 @@ function of it compiles once for each structure, and samplings of one structure 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -102,15 +101,9 @@ class Sampling:
             raise InputError(f"sampling.top_p={self.top_p} is outside (0, 1]; use 1 to keep all ids")
         if self.top_k < 0:
             raise InputError(f"sampling.top_k={self.top_k} is below 0; use 0 to keep all ids")
-        for each in self.processors:
-            if not isinstance(each, Processor):
-                raise InputError(
-                    f"sampling.processors holds a {type(each).__name__}, which cannot be called; "
-                    "give objects with __call__(log_probs, step)"
-                )
 
 
-def _register(kind: type, static: Sequence[str] = (), off: Mapping[str, float] = MappingProxyType({})) -> None:
+def _register(kind: type, static: Sequence[str], off: Mapping[str, float]) -> None:
     """Makes a config a pytree: its fields are leaves, but for `static` ones, and but for numbers that are `off`."""
     names = [field.name for field in fields(kind) if field.name not in static]
 
@@ -130,10 +123,10 @@ def _register(kind: type, static: Sequence[str] = (), off: Mapping[str, float] =
     jax.tree_util.register_pytree_node(kind, flatten, unflatten)
 
 
-_register(Guidance, static=("without",))
-_register(Contrast, static=("without",))
-_register(Copying)
-_register(Sampling, static=("processors",), off=MappingProxyType({"top_p": 1, "top_k": 0}))
+_register(Guidance, ["without"], {})
+_register(Contrast, ["without"], {})
+_register(Copying, [], {})
+_register(Sampling, ["processors"], {"top_p": 1.0, "top_k": 0.0})
 
 
 def stack(samplings: Sequence[Sampling]) -> Sampling:
@@ -241,7 +234,7 @@ def _threshold(probs: Array, weights: Array, target: Array) -> Array:
     Found bit by bit: a sort of the vocabulary takes many times as long.
     """
 
-    def narrow(place: int, found: Array) -> Array:
+    def narrow(place: int | Array, found: Array) -> Array:
         tried = found | (1 << (FLOAT_BITS - 1 - place))
         least = jax.lax.bitcast_convert_type(tried, jnp.float32)
         reached = jnp.sum(jnp.where(probs >= least, weights, 0), axis=-1, keepdims=True) >= target

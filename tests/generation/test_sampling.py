@@ -10,7 +10,7 @@ import pytest
 
 from rac3.config import InputError
 from rac3.generation.copying import Copying
-from rac3.generation.sampling import Contrast, Guidance, Sampling, sample, stack
+from rac3.generation.sampling import Contrast, Guidance, Sampling, sample, stack, top_k, top_p
 from rac3.generation.step import Step
 from rac3.tokens.vocabulary import Vocabulary
 
@@ -27,18 +27,18 @@ def a_step(requests: int, samples: int) -> Step:
     return Step(*zeros, *counts, Vocabulary(1, 1))
 
 
-def draw(sampling: Sampling, logits: np.ndarray, allowed: np.ndarray = ALL, count: int = 10_000, seed: int = 0):
+def draw(sampling: Sampling, logits: np.ndarray, allowed: np.ndarray = ALL, count: int = 4000):
     """Samples of one request; logits are [vocab], or [streams, vocab]."""
     streams = np.atleast_2d(np.asarray(logits, np.float32))[None, :, None]
     shape = (1, streams.shape[1], count, streams.shape[-1])
-    keys = jax.random.split(jax.random.key(seed), (1, count))
+    keys = jax.random.split(jax.random.key(0), (1, count))
     masks = jnp.broadcast_to(allowed, (1, count, streams.shape[-1]))
     ids, log_probs = jitted(sampling, jnp.broadcast_to(streams, shape), masks, a_step(1, count), keys)
     return np.asarray(ids)[0], np.asarray(log_probs)[0]
 
 
 def frequencies(ids: np.ndarray) -> np.ndarray:
-    """Of 10,000 draws: a standard deviation of at most 0.005."""
+    """Of 4000 draws: a standard deviation of at most 0.008."""
     return np.bincount(ids, minlength=5) / len(ids)
 
 
@@ -48,13 +48,13 @@ def normalized(x: np.ndarray) -> np.ndarray:
 
 def test_ids_come_as_often_as_they_are_probable():
     ids, log_probs = draw(Sampling(), np.log(PROBS))
-    np.testing.assert_allclose(frequencies(ids), PROBS, atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), PROBS, atol=0.03)
     np.testing.assert_allclose(log_probs, np.log(PROBS)[ids], rtol=1e-5)
 
 
 def test_temperature_sharpens_and_leaves_the_log_probabilities_true():
     ids, log_probs = draw(Sampling(temperature=0.5), np.log(PROBS))
-    np.testing.assert_allclose(frequencies(ids), normalized(PROBS**2), atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), normalized(PROBS**2), atol=0.03)
     np.testing.assert_allclose(log_probs, np.log(PROBS)[ids], rtol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_temperature_zero_takes_the_best_allowed_id():
 def test_extreme_temperatures_are_those_of_the_limit(temperature: float):
     ids, log_probs = draw(Sampling(temperature=temperature), np.log(PROBS))
     expected = PROBS == 0.4 if temperature < 1 else np.full(5, 0.2)
-    np.testing.assert_allclose(frequencies(ids), expected, atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), expected, atol=0.03)
     assert np.isfinite(log_probs).all()
 
 
@@ -79,7 +79,7 @@ NUCLEI = [(0.01, [1]), (0.39, [1]), (0.5, [1, 3]), (0.66, [1, 3, 4]), (0.94, [1,
 def test_the_nucleus_is_the_smallest_set_of_that_probability(top_p: float, kept: list[int]):
     ids, log_probs = draw(Sampling(top_p=top_p), np.log(PROBS))
     expected = np.where(np.isin(np.arange(5), kept), PROBS, 0)
-    np.testing.assert_allclose(frequencies(ids), normalized(expected), atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), normalized(expected), atol=0.03)
     assert set(ids) == set(kept)
     np.testing.assert_allclose(log_probs, np.log(PROBS)[ids], rtol=1e-5)
 
@@ -101,16 +101,15 @@ def test_of_equal_ids_the_first_are_kept(sampling: Sampling):
 def test_random_sets_are_those_of_a_sort():
     """Of 50 ids with ties: sorted by falling probability, then by id."""
     rng = np.random.default_rng(0)
-    for _ in range(5):
-        logits = rng.choice(np.linspace(-3, 2, 9), 50).astype(np.float32)
-        probs = normalized(np.exp(logits.astype(np.float64)))
-        order = np.lexsort((np.arange(50), -probs))
-        k, p = int(rng.integers(1, 50)), rng.uniform(0.1, 0.95)
-        nucleus = order[: int(np.searchsorted(np.cumsum(probs[order]), p)) + 1]
-        for sampling, kept in ((Sampling(30.0, top_k=k), order[:k]), (Sampling(top_p=float(p)), nucleus)):
-            assert set(draw(sampling, logits, np.ones(50, bool))[0]) <= set(kept)
-            if sampling.top_k:  # evenly drawn: 10,000 draws of at most 50 ids leave out none
-                assert set(draw(sampling, logits, np.ones(50, bool))[0]) == set(kept)
+    logits = rng.choice(np.linspace(-3, 2, 9), (20, 1, 50))
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    k, p = rng.integers(1, 50, (20, 1, 1)), rng.uniform(0.1, 0.95, (20, 1, 1))
+    best, nucleus = top_k(jnp.float32(probs), jnp.float32(k)), top_p(jnp.float32(probs), jnp.float32(p))
+    for row in range(20):
+        order = np.lexsort((np.arange(50), -probs[row, 0]))
+        count = int(np.searchsorted(np.cumsum(probs[row, 0, order]), p[row, 0, 0])) + 1
+        assert set(np.flatnonzero(best[row, 0])) == set(order[: k[row, 0, 0]])
+        assert set(np.flatnonzero(nucleus[row, 0])) == set(order[:count])
 
 
 def test_temperature_comes_before_the_nucleus():
@@ -144,7 +143,7 @@ def test_each_request_has_its_numbers_and_each_sample_its_key():
             (0.7, 0.8, 2, 1.5),
         ]
     ]
-    together = jax.jit(sample)
+    together = jax.jit(lambda *arguments: sample(*arguments))  # with its own cache
     ids, log_probs = together(stack(many), logits, allowed, a_step(4, 3), keys)
     for row, sampling in enumerate(many):
         alone = together(
@@ -169,7 +168,7 @@ TWO = np.array([[0.7, 0.1, 0.1, 0.05, 0.05], [0.1, 0.1, 0.5, 0.1, 0.2]])
 
 def test_an_ensemble_averages_probabilities():
     ids, log_probs = draw(Sampling(), np.log(TWO))
-    np.testing.assert_allclose(frequencies(ids), TWO.mean(0), atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), TWO.mean(0), atol=0.03)
     np.testing.assert_allclose(log_probs, np.log(TWO.mean(0))[ids], rtol=1e-5)
 
 
@@ -177,7 +176,7 @@ def test_streams_are_averaged_among_the_allowed_ids():
     allowed = np.array([True, False, True, False, False])
     ids, log_probs = draw(Sampling(), np.log(TWO), allowed)
     expected = np.mean([normalized(row * allowed) for row in TWO], axis=0)
-    np.testing.assert_allclose(frequencies(ids), expected, atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), expected, atol=0.03)
     np.testing.assert_allclose(np.exp(log_probs), expected[ids], rtol=1e-5)
 
 
@@ -186,7 +185,7 @@ def test_guidance_is_that_of_cm3leon(scale: float):
     ids, log_probs = draw(Sampling(guidance=Guidance(scale)), np.log(TWO))
     given, without = np.log(TWO)
     expected = normalized(np.exp(without + scale * (given - without)))
-    np.testing.assert_allclose(frequencies(ids), expected, atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), expected, atol=0.03)
     np.testing.assert_allclose(log_probs, given[ids], rtol=1e-4)  # the model's own
 
 
@@ -198,14 +197,14 @@ def test_guidance_of_an_ensemble_has_as_many_streams_as_it_must(without: str, st
     """Without the text, each stream has one that lacks it; without documents, all share one."""
     ids, _ = draw(Sampling(guidance=Guidance(1.5, without)), np.log(FOUR))
     given, bare = np.log(FOUR[:streams].mean(0)), np.log(FOUR[streams:].mean(0))
-    np.testing.assert_allclose(frequencies(ids), normalized(np.exp(bare + 1.5 * (given - bare))), atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), normalized(np.exp(bare + 1.5 * (given - bare))), atol=0.03)
 
 
 @pytest.mark.parametrize(("alpha", "k", "plausible"), [(1.0, 1, [0]), (0.9, 2, [0, 1, 2]), (0.5, 2, [0, 1, 2, 3, 4])])
 def test_contrast_draws_what_the_condition_raises_among_the_plausible(alpha: float, k: int, plausible: list[int]):
     ids, _ = draw(Sampling(guidance=Contrast(alpha, k)), np.log(TWO))
     expected = np.where(np.isin(np.arange(5), plausible), TWO[0] / TWO[1], 0)
-    np.testing.assert_allclose(frequencies(ids), normalized(expected), atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), normalized(expected), atol=0.03)
 
 
 # A user's own processor.
@@ -227,7 +226,7 @@ class Everything:
 
 def test_a_processor_of_ones_own_changes_the_distribution():
     ids, log_probs = draw(Sampling(processors=(Without((1,)),)), np.log(PROBS))
-    np.testing.assert_allclose(frequencies(ids), normalized(PROBS * [1, 0, 1, 1, 1]), atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), normalized(PROBS * [1, 0, 1, 1, 1]), atol=0.03)
     np.testing.assert_allclose(log_probs, np.log(PROBS)[ids], rtol=1e-5)
 
 
@@ -258,7 +257,7 @@ def test_a_nan_among_the_allowed_is_told_and_never_drawn():
 def test_infinities_are_very_large():
     logits = np.array([0.0, np.inf, -np.inf, np.inf, 3.0])
     ids, log_probs = draw(Sampling(), logits)
-    np.testing.assert_allclose(frequencies(ids), [0, 0.5, 0, 0.5, 0], atol=0.02)
+    np.testing.assert_allclose(frequencies(ids), [0, 0.5, 0, 0.5, 0], atol=0.03)
     np.testing.assert_allclose(log_probs, np.log(0.5), rtol=1e-5)
 
 
@@ -275,7 +274,6 @@ BAD = [
     (lambda: Sampling(top_p=1.1), r"sampling.top_p=1.1 is outside"),
     (lambda: Sampling(top_p=math.nan), r"sampling.top_p=nan is outside"),
     (lambda: Sampling(top_k=-1), r"sampling.top_k=-1 is below 0"),
-    (lambda: Sampling(processors=(3,)), "sampling.processors holds a int"),
     (lambda: Guidance(math.nan), "sampling.guidance.scale=nan is not a finite number"),
     (lambda: Contrast(alpha=1.5), "sampling.guidance.alpha=1.5 is outside 0 to 1"),
     (lambda: Contrast(k=0), "sampling.guidance.k=0 is below 1"),

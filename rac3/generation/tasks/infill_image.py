@@ -46,7 +46,7 @@ def masked_codes(form: Form, mask: PixelMask) -> Bool[np.ndarray, " tokens"]:
     """
     width = form.image_width
     if not mask.any():
-        raise InputError("the mask covers no pixel; mark what is to be drawn")
+        raise InputError("the mask covers nothing; mark what is to be drawn")
     if not width or mask.shape[0] != mask.shape[1] or mask.shape[0] % width:
         raise InputError(
             f"a mask of {mask.shape[1]} x {mask.shape[0]} pixels does not divide into {form.tokens_per_image} codes; "
@@ -77,6 +77,8 @@ def request(
       InputError: these are no image's codes, nothing is masked, or there is no room.
     """
     form.check_image(codes)
+    if not masked.any():
+        raise InputError("the mask covers nothing; mark what is to be drawn")
     vocabulary = form.vocabulary
     spans = _spans(masked, min(max_spans, vocabulary.num_masks))
     image: list[Piece] = []

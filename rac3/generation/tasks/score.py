@@ -104,7 +104,7 @@ class Scorer:
     row_length: int
     max_groups: int = 0
 
-    def log_probs(self, parts: Sequence[Part]) -> list[Float[np.ndarray, " targets"]]:
+    def log_probs(self, parts: Sequence[Part]) -> list[Float[np.ndarray, " _"]]:
         """Of each part, the log probability of each id, in nats, among all ids."""
         lengths = np.array([len(part.group.tokens) for part in parts], np.int64)
         length = max(self.row_length, int(lengths.max(initial=0)))
