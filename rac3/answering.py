@@ -4,8 +4,9 @@ model = rac3.load("runs/quickstart")
 model.generate("a red fox", retrieve=2, samples=4, seed=1).images[0]
 """
 
+import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,12 +16,31 @@ import PIL.Image
 from jaxtyping import Bool, Float, UInt8
 
 from rac3.config import InputError, to_plain
-from rac3.documents.document import Document, ImageError, center_square, decode_image, prepare_image
+from rac3.documents.document import (
+    Document,
+    Image,
+    ImageError,
+    Text,
+    center_square,
+    decode_image,
+    prepare_image,
+)
 from rac3.generation.answers import Answer, Part
+from rac3.generation.engine import Progress
 from rac3.generation.prompts import Asked, Context
 from rac3.generation.request import Sample
 from rac3.generation.sampling import Sampling
-from rac3.generation.tasks import caption, continuation, controlled, draw, edit, infill_image, infill_text
+from rac3.generation.tasks import (
+    caption,
+    classify,
+    continuation,
+    controlled,
+    draw,
+    edit,
+    infill_image,
+    infill_text,
+    score,
+)
 from rac3.generation.tasks.continuation import Kind
 from rac3.run import Found, Run
 from rac3.tokens.html import Segment
@@ -149,6 +169,72 @@ class Model(Run):
         pixels = None if image is None else pixels_of(image)
         return self.answer(Prompt("continue", text, pixels, follow=follow, **options))
 
+    def classify(
+        self, image: Picture, labels: Mapping[str, Sequence[Picture]], shots: int | None = None
+    ) -> dict[str, float]:
+        """The probability of each label, the most probable first, by k-shot in-context learning (paper, section 5.4).
+
+        Of k runs, each has one demonstration of every label; their probabilities are averaged.
+
+        Args:
+          labels: demonstrations of each, as many of one as of another.
+          shots: use the first k of them; None is all.
+
+        Raises:
+          InputError: fewer than two labels, labels with different numbers of demonstrations, or fewer than k.
+        """
+        counts = {len(pictures) for pictures in labels.values()}
+        if len(counts) > 1:
+            raise InputError(
+                f"labels have {min(counts)} to {max(counts)} demonstrations; give each as many as the others"
+            )
+        most = max(counts, default=0)
+        shots = most if shots is None else shots
+        if not 0 <= shots <= most:
+            raise InputError(f"shots={shots} is not among the 0 to {most} demonstrations of each label")
+        documents = [
+            _labelled(label, pixels_of(pictures[run])) for run in range(shots) for label, pictures in labels.items()
+        ]
+        tokens = [each.tokens for each in self.tokenize(documents)]
+        runs = [tokens[start : start + len(labels)] for start in range(0, len(tokens), max(1, len(labels)))]
+        ids = [self.tokenizer.encode(label) for label in labels]
+        asked = classify.request(self.form, self.images.encode([pixels_of(image)])[0], ids, runs)
+        log_probs = iter(self.scorer.log_probs([part for row in asked.parts for part in row]))
+        probs = classify.answer([[next(log_probs) for _ in row] for row in asked.parts])
+        order = np.argsort(-probs, kind="stable").tolist()
+        return {[*labels][number]: float(probs[number]) for number in order}
+
+    def score(
+        self,
+        document: Document,
+        segment: int = 0,
+        *,
+        infill: bool = False,
+        documents: Sequence[Document] = (),
+        retrieve: int = 0,
+        ensemble: bool = False,
+    ) -> Float[np.ndarray, " ids"]:
+        """The log probability of each id of a segment, in nats, given the documents and the rest of `document`.
+
+        Args:
+          segment: its number.
+          infill: given also what follows the segment; else only what is before it.
+          documents, retrieve, ensemble: the context, as in `Prompt`. What retrieves is the rest of the document: its
+            text, or else its image.
+        """
+        if not 0 <= segment < len(document.segments):
+            raise InputError(f"segment {segment} is not among the document's {len(document.segments)}; the first is 0")
+        rest = [each for number, each in enumerate(document.segments) if number != segment]
+        text = " ".join(each.text for each in rest if isinstance(each, Text))
+        image = next((each.pixels() for each in rest if isinstance(each, Image)), None)
+        found = self.tokenize(documents)
+        if retrieve and (text or image is not None):
+            found += [each.tokens for each in self.retrieve(text, None if text else image, retrieve)]
+        (own,) = self.tokenize([document])
+        context = Context([each.tokens for each in found], ensemble)
+        asked = score.request(self.form, own.tokens, segment, context, infill=infill)
+        return score.answer(self.scorer.log_probs(asked.parts))
+
     def answer(self, prompt: Prompt) -> Answer:
         """The answer to one prompt."""
         (answer,) = (each for _, each in self.answers([prompt]))
@@ -157,12 +243,12 @@ class Model(Run):
         return answer
 
     def answers(
-        self, prompts: Sequence[Prompt], on_progress: Callable[[int, int], None] | None = None
+        self, prompts: Sequence[Prompt], on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[tuple[int, Answer | InputError]]:
         """The answer to each prompt, in their order; for one that can't be answered, the reason.
 
         Args:
-          on_progress: called with the ids drawn so far and the most that there will be.
+          on_progress: called every few steps of the engine.
         """
         for start in range(0, len(prompts), AT_ONCE):
             chunk = prompts[start : start + AT_ONCE]
@@ -196,7 +282,7 @@ class Model(Run):
             for number, prompt in enumerate(prompts)
         ]
 
-    def _samples(self, work: Sequence[_Work], on_progress: Callable[[int, int], None] | None) -> Iterator[list[Any]]:
+    def _samples(self, work: Sequence[_Work], on_progress: Callable[[Progress], None] | None) -> Iterator[list[Any]]:
         """The samples of each request of each prompt."""
         requests = [asked.request for each in work for asked in each.asked]
         samplings = [each.sampling for each in work for _ in each.asked]
@@ -355,6 +441,12 @@ def by_log_prob(parts: list[tuple[Part, ...]], samples: list[Sample], most: int 
 def _ranked(parts: list[tuple[Part, ...]], scores: Float[np.ndarray, " samples"], unit: str) -> Ranked:
     order = np.argsort(-scores, kind="stable").tolist()
     return Ranked([parts[i] for i in order], [float(scores[i]) for i in order], unit)
+
+
+def _labelled(label: str, pixels: Pixels) -> Document:
+    data = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(data, "png")
+    return Document(label, (Text(label), Image(data.getvalue())), {})
 
 
 def pixels_of(picture: Picture) -> Pixels:

@@ -115,7 +115,7 @@ def run(arguments: Sequence[str]) -> None:
     if stage in AT_INFERENCE:
         trained = dataclasses.replace(experiment, retriever=config.retriever, takedowns=config.takedowns)
     started = time.monotonic()
-    STAGES[stage].work(Run(experiment, workdir, trained), options)
+    STAGES[stage].work(Model(experiment, workdir, trained), options)
     if STAGES[stage].timed:
         print(f"{stage}: done in {time.monotonic() - started:.0f} s, in {workdir.path}")
 
@@ -442,7 +442,7 @@ def _run(run: Run, options: Any) -> None:
         work(run, options)
 
 
-def _generate(run: Run, options: Any) -> None:
+def _generate(run: Model, options: Any) -> None:
     from rac3.stages.generate import generate
 
     run.experiment.mesh.build()
@@ -505,7 +505,7 @@ class Stage:
     """
 
     help: str
-    work: Callable[[Run, Any], None]
+    work: Callable[[Any, Any], None]
     options: Callable[[], type] = lambda: NoOptions
     timed: bool = True
 
@@ -528,7 +528,9 @@ STAGES = {
         _evaluate,
         _evaluate_options,
     ),
-    "generate": Stage("draw your caption, or caption your picture", _generate, _generate_options, False),
+    "generate": Stage(
+        "draw, caption, infill, edit or continue what you give; --prompts FILE for many", _generate, _generate_options, False
+    ),
     "report": Stage("write the report and metrics.json", _report, timed=False),
     "run": Stage("prepare, train, evaluate and report", _run),
     "plan": Stage("what all would take: memory, FLOPs, time, disk, messages; runs nothing", _plan, timed=False),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from rac3.documents.store import DocumentStore, Keys, Texts, TokenizedDocument, 
 from rac3.experiment import Experiment, Split
 from rac3.generation.engine import Engine
 from rac3.generation.prompts import Form
+from rac3.generation.tasks.score import Scorer
 from rac3.model.transformer import Transformer
 from rac3.retrieval.memory import EmbeddingRows, MemoryPart
 from rac3.retrieval.open_memory import IndexedPart, OpenMemory
@@ -80,15 +81,15 @@ class Run:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What is open stays where it is: another process opens it again."""
-        return Run, (self.experiment, self.workdir, self.trained)
+        return type(self), (self.experiment, self.workdir, self.trained)
 
-    def with_retriever(self, retriever: Retriever) -> "Run":
+    def with_retriever(self, retriever: Retriever) -> Self:
         """This run with another retriever at inference, its model unchanged. `rac3 index` makes what that needs."""
         return self.variant(replace(self.experiment, retriever=retriever), self.trained)
 
-    def variant(self, experiment: Experiment, trained: Experiment) -> "Run":
+    def variant(self, experiment: Experiment, trained: Experiment) -> Self:
         """A run of other experiments in the same workdir; what both have in common is opened once."""
-        other = Run(experiment, self.workdir, trained)
+        other = type(self)(experiment, self.workdir, trained)
         other._opened, other._lock = self._opened, self._lock
         return other
 
@@ -253,6 +254,12 @@ class Run:
             lambda folder: Engine(self.model, self._restore(folder), self.vocabulary, self.form.image_width),
             "engine",
         )
+
+    @property
+    def scorer(self) -> Scorer:
+        """Log probabilities of what is given."""
+        batches = self.experiment.batches
+        return Scorer(self.model, self.params, batches.row, batches.max_groups)
 
     @property
     def builder(self) -> GroupBuilder:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rac3.answering import Model, Prompt, Task, mask_of, pixels_of
+from rac3.answering import AT_ONCE, Model, Prompt, Task, mask_of, pixels_of
 from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError, fingerprint, to_plain
 from rac3.documents.document import Document, Image, Text
 from rac3.execution.progress import Progress
 from rac3.generation.answers import Answer
 from rac3.generation.copying import Copying
+from rac3.generation.engine import Progress as Drawing
 from rac3.generation.sampling import Guidance, Sampling
 from rac3.generation.tasks.continuation import Kind
 from rac3.retrieval.retriever import Chosen
@@ -97,8 +98,8 @@ def generate(run: Model, options: GenerateOptions) -> str:
         prompt = _prompt(run, options, Path())
         run.engine  # noqa: B018  # opens it
         bar.update()
-    with _Drawing() as drawing:
-        ((_, answer),) = run.answers([prompt], drawing)
+    with _Bar() as bar_of_ids:
+        ((_, answer),) = run.answers([prompt], bar_of_ids)
     if isinstance(answer, InputError):
         raise answer
     name = "".join(c if c.isalnum() else "-" for c in (prompt.text or Path(options.image).stem).strip().lower())[:60]
@@ -122,18 +123,18 @@ def _report(answer: Answer, folder: Path, files: Sequence[str]) -> list[str]:
     return lines
 
 
-class _Drawing:
+class _Bar:
     """Progress through the ids of samples; it begins when their number is known."""
 
     def __init__(self) -> None:
         self.bar: Progress | None = None
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, progress: Drawing) -> None:
         if self.bar is None:
-            self.bar = Progress("drawing", total, "ids").__enter__()
-        self.bar.update(done - self.bar.done)
+            self.bar = Progress("drawing", progress.total, "ids").__enter__()
+        self.bar.update(progress.drawn - self.bar.done)
 
-    def __enter__(self) -> "_Drawing":
+    def __enter__(self) -> "_Bar":
         return self
 
     def __exit__(self, *how: Any) -> None:
@@ -181,9 +182,6 @@ def _each(
         answers = run.answers([prompt for prompt in prompts if isinstance(prompt, Prompt)])
         for number, prompt in enumerate(prompts, begin):
             yield number, prompt if isinstance(prompt, InputError) else next(answers)[1]
-
-
-AT_ONCE = 64  # prompts whose pictures are in memory
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

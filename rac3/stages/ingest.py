@@ -32,7 +32,7 @@ from rac3.documents.store import (
 from rac3.execution.shards import Shard, Tally, clear
 from rac3.execution.shards import run as run_shards
 from rac3.experiment import Experiment, Split
-from rac3.run import Run
+from rac3.run import Run, tokenize
 from rac3.tokens.text import Tokenizer
 
 REJECTS = "rejects.jsonl"
