@@ -35,11 +35,11 @@ class Copying:
         drawn   : <img alt=" a red
 
     Attributes:
-      weight: of what the documents say; 0 is the model alone.
+      weight: of what the documents say; 0 is the model alone, 1 the documents alone.
       sharpness: a place counts exp(sharpness) times as much as one that matches by one id less.
     """
 
-    weight: float = 0.3
+    weight: float = 0.0
     sharpness: float = 3.0
 
     def __post_init__(self) -> None:

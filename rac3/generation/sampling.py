@@ -13,11 +13,12 @@ function of it compiles once for each structure, and samplings of one structure 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rac3.config import InputError
@@ -28,19 +29,22 @@ LARGEST = 1e30  # logits are clipped to this, either way, so that sums and diffe
 FLOAT_BITS = 30  # floats from 0 to 1 are in the order of their bits, read as integers below 2**30
 
 
+Without = Literal["text", "documents"]
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance: away from what the model would draw without its condition.
 
-        logits = logits_without + scale * (logits_with - logits_without)       (CM3Leon, arXiv 2309.02591, eq. 3)
+        logits = logits_without + scale * (logits_with - logits_without)             (CM3Leon, arXiv 2309.02591)
 
     Attributes:
-      scale: 1 is no guidance.
+      scale: 1 is no guidance; images are drawn well at 2 to 6.
       without: what the second prompt lacks: the text, with a mask in its place, as in CM3Leon; or the documents.
     """
 
-    scale: float = 3.0
-    without: Literal["text", "documents"] = "text"
+    scale: float = 1.0
+    without: Without = "text"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -53,21 +57,22 @@ class Contrast:
 
         score(id) = log p_with(id) - log p_without(id)   if p_with(id) >= alpha * (k-th largest p_with), else -inf
 
-    (CM3Leon, arXiv 2309.02591, eq. 5-6; k = 1 is contrastive decoding, arXiv 2210.15097, eq. 3)
+    (CM3Leon, arXiv 2309.02591; with k = 1 it is contrastive decoding, arXiv 2210.15097)
 
     Attributes:
+      k: 0 is no contrast.
       without: as in `Guidance`.
     """
 
+    k: int = 0
     alpha: float = 0.6
-    k: int = 8
-    without: Literal["text", "documents"] = "text"
+    without: Without = "text"
 
     def __post_init__(self) -> None:
+        if self.k < 0:
+            raise InputError(f"sampling.contrast.k={self.k} is below 0; use 0 for none, or 1 and more")
         if not 0 <= self.alpha <= 1:
-            raise InputError(f"sampling.guidance.alpha={self.alpha} is outside 0 to 1; use 0.6, say")
-        if self.k < 1:
-            raise InputError(f"sampling.guidance.k={self.k} is below 1; use 1 or more")
+            raise InputError(f"sampling.contrast.alpha={self.alpha} is outside 0 to 1; use 0.6, say")
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,10 @@ class Sampling:
     Attributes:
       temperature: of the softmax; 0 takes the most probable id.
       top_p: draw from the smallest set of ids whose probabilities sum to at least this (arXiv 1904.09751); 1 keeps all
-        ids. Of equal ids, the smaller one is kept first.
+        ids. Of equal ids, the smaller ones are kept.
       top_k: draw from this many of the most probable ids; 0 keeps all ids.
-      guidance: contrasts the prompt with one that lacks its text or its documents, which makes each step twice the
-        work.
+      guidance, contrast: compare the prompt with one that lacks its text or its documents, which doubles the work; at
+        most one of the two.
       copying: from the documents in the prompt.
       processors: a user's own, applied in this order.
     """
@@ -88,9 +93,10 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    guidance: Guidance | Contrast | None = None
-    copying: Copying | None = None
-    processors: tuple[Processor, ...] = ()
+    guidance: Guidance = field(default_factory=Guidance)
+    contrast: Contrast = field(default_factory=Contrast)
+    copying: Copying = field(default_factory=Copying)
+    processors: Annotated[tuple[Processor, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()  # not on the command line
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -101,24 +107,44 @@ class Sampling:
             raise InputError(f"sampling.top_p={self.top_p} is outside (0, 1]; use 1 to keep all ids")
         if self.top_k < 0:
             raise InputError(f"sampling.top_k={self.top_k} is below 0; use 0 to keep all ids")
+        if self.guidance.scale != 1 and self.contrast.k:
+            raise InputError(
+                f"sampling.guidance.scale={self.guidance.scale} and sampling.contrast.k={self.contrast.k} exclude each "
+                "other; use scale 1, or k 0"
+            )
+
+    @property
+    def without(self) -> Without | None:
+        """What the prompts that are compared with lack; None if there are none."""
+        if self.guidance.scale != 1:
+            return self.guidance.without
+        return self.contrast.without if self.contrast.k else None
 
 
-def _register(kind: type, static: Sequence[str], off: Mapping[str, float]) -> None:
-    """Makes a config a pytree: its fields are leaves, but for `static` ones, and but for numbers that are `off`."""
-    names = [field.name for field in fields(kind) if field.name not in static]
+def _register(kind: type, static: Sequence[str], off: Mapping[str, tuple[str, float]]) -> None:
+    """Makes a config a pytree: its fields are leaves, but for `static` ones, and but for what is off.
 
-    def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        leaves = [(name, getattr(value, name)) for name in names]
-        plain = [
-            (leaf if not isinstance(leaf, int | float) or leaf != off.get(name) else None) for name, leaf in leaves
-        ]
-        return plain, tuple(getattr(value, name) for name in static)
+    Args:
+      off: for a field, its number ("" is the field itself) and the value at which it is off: None in the pytree.
+    """
+    names = [each.name for each in fields(kind) if each.name not in static]
+
+    def is_off(name: str, value: Any) -> bool:
+        if name not in off or value is None:
+            return value is None
+        number = getattr(value, off[name][0]) if off[name][0] else value
+        return isinstance(number, int | float) and number == off[name][1]  # arrays are on
+
+    def flatten(config: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        values = [(name, getattr(config, name)) for name in names]
+        leaves = [None if is_off(name, value) else value for name, value in values]
+        return leaves, tuple(getattr(config, name) for name in static)
 
     def unflatten(aux: tuple[Any, ...], leaves: Sequence[Any]) -> Any:
-        value = object.__new__(kind)  # no checks: the leaves of a pytree may be anything
+        config = object.__new__(kind)  # no checks: the leaves of a pytree may be anything
         for name, leaf in (*zip(names, leaves, strict=True), *zip(static, aux, strict=True)):
-            object.__setattr__(value, name, leaf)
-        return value
+            object.__setattr__(config, name, leaf)
+        return config
 
     jax.tree_util.register_pytree_node(kind, flatten, unflatten)
 
@@ -126,7 +152,17 @@ def _register(kind: type, static: Sequence[str], off: Mapping[str, float]) -> No
 _register(Guidance, ["without"], {})
 _register(Contrast, ["without"], {})
 _register(Copying, [], {})
-_register(Sampling, ["processors"], {"top_p": 1.0, "top_k": 0.0})
+_register(
+    Sampling,
+    ["processors"],
+    {
+        "top_p": ("", 1.0),
+        "top_k": ("", 0),
+        "guidance": ("scale", 1.0),
+        "contrast": ("k", 0),
+        "copying": ("weight", 0.0),
+    },
+)
 
 
 def stack(samplings: Sequence[Sampling]) -> Sampling:
@@ -148,12 +184,12 @@ def sample(
     refuse, if an allowed id has a logit that is NaN (the parameters are damaged), or if a processor leaves no id.
 
     Args:
-      sampling: its numbers are scalars, or arrays [requests].
+      sampling: its numbers are arrays [requests], as from `stack`. What is off is None.
       logits: of each stream of a request. With guidance, the streams that lack their text or documents come last: as
         many as the others without the text, one without the documents.
       keys: one for each sample, so that a draw does not depend on the rest of the batch.
     """
-    alone, combined = combine(sampling.guidance, logits, allowed)
+    alone, combined = combine(sampling.guidance or sampling.contrast, logits, allowed)
     for processor in (*([sampling.copying] if sampling.copying else []), *sampling.processors):
         combined = jax.nn.log_softmax(jnp.where(allowed, processor(combined, step), -jnp.inf))
     alone = jnp.where(jnp.any(combined > -jnp.inf, axis=-1, keepdims=True), alone, jnp.nan)

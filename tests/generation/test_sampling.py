@@ -157,7 +157,12 @@ def test_each_request_has_its_numbers_and_each_sample_its_key():
 def test_what_is_off_is_another_structure():
     one = jax.tree.structure(Sampling(temperature=0.3))
     assert jax.tree.structure(Sampling(temperature=2.0)) == one
-    for other in (Sampling(top_p=0.9), Sampling(top_k=1), Sampling(guidance=Guidance()), Sampling(copying=Copying())):
+    for other in (
+        Sampling(top_p=0.9),
+        Sampling(top_k=1),
+        Sampling(guidance=Guidance(3.0)),
+        Sampling(copying=Copying(0.5)),
+    ):
         assert jax.tree.structure(other) != one
 
 
@@ -182,7 +187,7 @@ def test_streams_are_averaged_among_the_allowed_ids():
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 3.0])
 def test_guidance_is_that_of_cm3leon(scale: float):
-    ids, log_probs = draw(Sampling(guidance=Guidance(scale)), np.log(TWO))
+    ids, log_probs = draw(Sampling(guidance=Guidance(scale)), np.log(TWO[: 1 + (scale != 1)]))
     given, without = np.log(TWO)
     expected = normalized(np.exp(without + scale * (given - without)))
     np.testing.assert_allclose(frequencies(ids), expected, atol=0.03)
@@ -202,7 +207,7 @@ def test_guidance_of_an_ensemble_has_as_many_streams_as_it_must(without: str, st
 
 @pytest.mark.parametrize(("alpha", "k", "plausible"), [(1.0, 1, [0]), (0.9, 2, [0, 1, 2]), (0.5, 2, [0, 1, 2, 3, 4])])
 def test_contrast_draws_what_the_condition_raises_among_the_plausible(alpha: float, k: int, plausible: list[int]):
-    ids, _ = draw(Sampling(guidance=Contrast(alpha, k)), np.log(TWO))
+    ids, _ = draw(Sampling(contrast=Contrast(k, alpha)), np.log(TWO))
     expected = np.where(np.isin(np.arange(5), plausible), TWO[0] / TWO[1], 0)
     np.testing.assert_allclose(frequencies(ids), normalized(expected), atol=0.03)
 
@@ -275,8 +280,9 @@ BAD = [
     (lambda: Sampling(top_p=math.nan), r"sampling.top_p=nan is outside"),
     (lambda: Sampling(top_k=-1), r"sampling.top_k=-1 is below 0"),
     (lambda: Guidance(math.nan), "sampling.guidance.scale=nan is not a finite number"),
-    (lambda: Contrast(alpha=1.5), "sampling.guidance.alpha=1.5 is outside 0 to 1"),
-    (lambda: Contrast(k=0), "sampling.guidance.k=0 is below 1"),
+    (lambda: Contrast(alpha=1.5), "sampling.contrast.alpha=1.5 is outside 0 to 1"),
+    (lambda: Contrast(k=-1), "sampling.contrast.k=-1 is below 0"),
+    (lambda: Sampling(guidance=Guidance(2.0), contrast=Contrast(1)), "scale=2.0 and sampling.contrast.k=1 exclude"),
     (lambda: Copying(weight=1.5), "sampling.copying.weight=1.5 is outside 0 to 1"),
     (lambda: Copying(sharpness=math.nan), "sampling.copying.sharpness=nan is not a number from 0"),
 ]
