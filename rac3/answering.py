@@ -325,8 +325,7 @@ class Model(Run):
         settings = self.experiment.evaluation
         draws = prompt.task not in ("caption", "infill_text")
         sampling = prompt.sampling or (settings.image_sampling if draws else settings.caption_sampling)
-        without = sampling.guidance.without if sampling.guidance else None
-        context = Context([each.tokens.tokens for each in found], prompt.ensemble, without)
+        context = Context([each.tokens.tokens for each in found], prompt.ensemble, sampling.without)
         asked, finish = {
             "draw": self._draw,
             "controlled": self._draw,

@@ -529,7 +529,10 @@ STAGES = {
         _evaluate_options,
     ),
     "generate": Stage(
-        "draw, caption, infill, edit or continue what you give; --prompts FILE for many", _generate, _generate_options, False
+        "draw, caption, infill, edit or continue what you give; --prompts FILE for many",
+        _generate,
+        _generate_options,
+        False,
     ),
     "report": Stage("write the report and metrics.json", _report, timed=False),
     "run": Stage("prepare, train, evaluate and report", _run),

@@ -225,8 +225,20 @@ def test_documents_that_do_not_fit_are_dropped_and_said(run: Model, memory, vect
     text, codes = run.tokenizer.encode(PROMPT), run.images.encode([pixels])[0]
     most = run.experiment.evaluation.max_caption_tokens
     for vector, main, result, prompt_of, given in (
-        (run.encoder.embed_texts([PROMPT])[0], 3 + len(text) + 25, run.generate(PROMPT, retrieve=6, samples=2), image_prompt, text),
-        (run.encoder.embed_images([pixels])[0], 31 + most + 1, run.caption(pixels, retrieve=6, samples=2), caption_prompt, codes),
+        (
+            run.encoder.embed_texts([PROMPT])[0],
+            3 + len(text) + 25,
+            run.generate(PROMPT, retrieve=6, samples=2),
+            image_prompt,
+            text,
+        ),
+        (
+            run.encoder.embed_images([pixels])[0],
+            31 + most + 1,
+            run.caption(pixels, retrieve=6, samples=2),
+            caption_prompt,
+            codes,
+        ),
     ):
         wanted = [memory[i] for i, _ in nearest(vector, vectors, 6)]
         ends = np.cumsum([len(spelled(item)) for item in wanted])
@@ -273,9 +285,9 @@ def test_the_retriever_is_swapped_and_the_model_stays(experiment: Experiment, st
     assert alone.retrieve(PROMPT) == []
 
     def table(run: Model) -> np.ndarray:
-        return np.asarray(run.generator.params["params"]["token_embedding"])
+        return np.asarray(run.engine.weights["token_embedding"])
 
-    trained = Run(experiment, store).params["params"]["token_embedding"]
+    trained = Model(experiment, store).params["params"]["token_embedding"]
     for each, same in ((run, True), (swapped, True), (alone, False)):
         assert np.array_equal(table(each), trained) is same
 
@@ -291,7 +303,7 @@ def test_another_retriever_shares_all_that_is_open_but_the_indexes(
             return super().restore_params(like)
 
     monkeypatch.setattr(rac3.run, "Checkpoints", Counted)
-    run = Run(experiment, store)
+    run = Model(experiment, store)
     random = run.with_retriever(Random(num_neighbors=16))
     assert random.params is run.params
     assert len(restored) == 1

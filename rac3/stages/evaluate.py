@@ -240,8 +240,7 @@ def _retrieved(run: Run, neighbors: Int[np.ndarray, " depth"], k: int) -> list[T
 
 def _context(run: Run, neighbors: Int[np.ndarray, " depth"], k: int, sampling: Sampling) -> Context:
     """The first k neighbors."""
-    without = sampling.guidance.without if sampling.guidance else None
-    return Context([item.tokens for item in _retrieved(run, neighbors, k)], without=without)
+    return Context([item.tokens for item in _retrieved(run, neighbors, k)], without=sampling.without)
 
 
 def _samples(run: Run, what: str, asked: Sequence[Asked], sampling: Sampling) -> list[list[Sample]]:

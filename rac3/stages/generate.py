@@ -13,7 +13,6 @@ from rac3.config import InputError, fingerprint, to_plain
 from rac3.documents.document import Document, Image, Text
 from rac3.execution.progress import Progress
 from rac3.generation.answers import Answer
-from rac3.generation.copying import Copying
 from rac3.generation.engine import Progress as Drawing
 from rac3.generation.sampling import Guidance, Sampling
 from rac3.generation.tasks.continuation import Kind
@@ -79,9 +78,9 @@ class GenerateOptions:
         own: dict[str, Any] = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
         own = {name: value for name, value in own.items() if value is not None}
         if self.guidance is not None:
-            own["guidance"] = None if self.guidance == 1 else Guidance(self.guidance, self.guidance_without)
+            own["guidance"] = Guidance(self.guidance, self.guidance_without)
         if self.copying is not None:
-            own["copying"] = replace(configured.copying or Copying(), weight=self.copying) if self.copying else None
+            own["copying"] = replace(configured.copying, weight=self.copying)
         return replace(configured, **own)
 
 
