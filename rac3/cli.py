@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Union
 import jax
 
 from rac3 import recipes
+from rac3.answering import Model
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, check_finite, load_config_module, shipped_configs
 from rac3.devices.processes import Distributed, Processes, leave

@@ -281,7 +281,7 @@ def test_the_retriever_is_swapped_and_the_model_stays(experiment: Experiment, st
     first, again, other = (keys(swapped.retrieve(text, k=8)) for text in (PROMPT, PROMPT, "an owl"))
     assert first == again
     assert set(first) != set(other)  # each prompt has its own draw
-    alone = Run(replace(experiment, retriever=NoRetriever()), store)
+    alone = Model(replace(experiment, retriever=NoRetriever()), store)
     assert alone.retrieve(PROMPT) == []
 
     def table(run: Model) -> np.ndarray:

@@ -362,7 +362,7 @@ def test_a_file_of_prompts_goes_on_where_it_was_killed(
     prompts = picture.parent / "prompts.jsonl"
     prompts.write_text("\n".join(map(json.dumps, LINES)) + "\n\n")
     options = GenerateOptions(prompts=str(prompts), samples=2, retrieve=1, out=str(tmp_path / "whole"))
-    with pytest.raises(InputError, match="1 of 4 prompts of .* have no answer"):
+    with pytest.raises(InputError, match="1 of 4 prompts of"):
         generate(run, options)
     whole = written(tmp_path / "whole")
     records = [json.loads(line) for line in whole["answers.jsonl"].splitlines()]
@@ -380,7 +380,7 @@ def test_a_file_of_prompts_goes_on_where_it_was_killed(
     for name in pictures[:2]:
         (part / name).write_bytes(whole[name])
     calls.clear()
-    with pytest.raises(InputError, match="1 of 4 prompts of .* have no answer"):
+    with pytest.raises(InputError, match="1 of 4 prompts of"):
         generate(run, replace(options, out=str(part)))
     assert written(part) == whole
     assert [len(call.requests) for call in calls] == [2]  # the first is not drawn again
