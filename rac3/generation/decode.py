@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from rac3.config import InputError
-from rac3.generation.sampling import Sampling, sample
+from rac3.generation.sampling import Sampler, Sampling, Step, sample
 from rac3.model.transformer import Transformer
 from rac3.tokens.html import segment_offsets
 from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
@@ -110,7 +110,7 @@ def generate(
         chunk_keys = keys[start : start + len(chunk)]
         tokens, offsets, lengths = _pad([chunk[i] for i in filled], width, vocabulary)
         ids, log_probs = _decode(
-            model, sampling, max(limits), params, tokens, offsets, lengths, allowed, chunk_keys[filled]
+            model, max(limits), sampling.build(), params, tokens, offsets, lengths, allowed, chunk_keys[filled]
         )
         ids, log_probs = np.asarray(ids)[: len(chunk)], np.asarray(log_probs)[: len(chunk)]
         for row, log_prob, limit in zip(ids, log_probs, limits[start : start + batch], strict=True):
@@ -132,11 +132,11 @@ def _pad(
     return tokens, offsets, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _decode(
     model: Transformer,
-    sampling: Sampling,
     count: int,
+    sampler: Sampler,
     params: PyTree,
     tokens: Int[Array, "rows width"],
     offsets: Int[Array, "rows width"],
@@ -147,14 +147,20 @@ def _decode(
     """Prefill, then `count` steps. Rows that have stopped continue unseen: the rest of the batch needs the steps."""
     apply: Any = partial(model.apply, params)  # flax types its result by what is mutable
     rows, width = tokens.shape
+    numbers = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows,)), sampler)
+    none = jnp.zeros((rows, 1), jnp.int32)
+    nothing = Step(tokens, offsets, lengths, none[..., None], none[..., None], none, none)
     cache = model.empty_cache(rows, min(width + count, model.max_positions))
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
     hidden, cache = apply(tokens, positions, offsets, None, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def draw(hidden: Array, step: Array) -> tuple[Array, Array]:
-        logits = apply(hidden, method="logits")
-        return sample(sampling, logits, allowed, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys))
+        logits = apply(hidden, method="logits")[:, None, None]
+        each = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)[:, None]
+        masks = jnp.broadcast_to(allowed, (rows, 1, len(allowed)))
+        ids, log_probs = sample(numbers, logits, masks, nothing, each)
+        return ids[:, 0], log_probs[:, 0]
 
     def advance(carry: tuple[Array, PyTree], step: Array) -> tuple[tuple[Array, PyTree], tuple[Array, Array]]:
         hidden, cache = carry
