@@ -36,6 +36,7 @@ from rac3.documents.document import Document
 from rac3.documents.store import DocumentStore, Keys, Texts, TokenizedDocument, hash64
 from rac3.experiment import Experiment, Split
 from rac3.generation.captions import generate_captions
+from rac3.generation.engine import Engine
 from rac3.generation.generator import Generator
 from rac3.generation.images import generate_images
 from rac3.generation.sampling import Sampling
@@ -268,7 +269,16 @@ class Run:
 
     @property
     def generator(self) -> Generator:
-        return Generator(self.model, self.params, self.vocabulary, self.images.tokens_per_image)
+        return Generator(self.engine, self.images.tokens_per_image)
+
+    @property
+    def engine(self) -> Engine:
+        """Continues prompts with the model that `train` ended with, over this machine's mesh."""
+
+        def start(_: Path) -> Engine:
+            return Engine(self.model, self.params, self.vocabulary, self.experiment.mesh.build())
+
+        return self._open(self.training_recipe, start, "engine")
 
     @property
     def builder(self) -> GroupBuilder:

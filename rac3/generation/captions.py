@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from rac3.generation.decode import caption_grammar
 from rac3.generation.generator import Generator
 from rac3.generation.prompts import image_to_caption
+from rac3.generation.request import Draw
 from rac3.generation.rerank import best_by_perplexity
 from rac3.generation.sampling import Sampling
 from rac3.tokens.html import Sequenced
-from rac3.tokens.vocabulary import NUM_SPECIALS
+from rac3.tokens.vocabulary import END_OF_INFILL, NUM_SPECIALS
 
 
 def generate_captions(
@@ -40,6 +40,7 @@ def generate_captions(
     prompts = [
         image_to_caption(vocabulary, documents, codes) for documents, codes in zip(retrieved, images, strict=True)
     ]
-    ids, log_probs = generator.samples(prompts, caption_grammar(vocabulary, max_tokens), sampling, samples, seed)
+    text = Draw(vocabulary.is_text(np.arange(vocabulary.padded_size)), max_tokens, END_OF_INFILL)
+    ids, log_probs = generator.samples(prompts, text, sampling, samples, seed)
     best = best_by_perplexity(log_probs)
     return [row[choice] - NUM_SPECIALS for row, choice in zip(ids, best.tolist(), strict=True)]

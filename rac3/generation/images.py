@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from rac3.generation.decode import image_grammar
 from rac3.generation.generator import Generator
 from rac3.generation.prompts import caption_to_image
+from rac3.generation.request import Draw
 from rac3.generation.sampling import Sampling
 from rac3.tokens.html import Sequenced
 
@@ -31,6 +31,6 @@ def generate_images(
     """
     vocabulary = generator.vocabulary
     prompts = [caption_to_image(vocabulary, documents, ids) for documents, ids in zip(retrieved, captions, strict=True)]
-    grammar = image_grammar(vocabulary, generator.tokens_per_image)
-    ids, _ = generator.samples(prompts, grammar, sampling, samples, seed)
+    image = Draw(vocabulary.is_image(np.arange(vocabulary.padded_size)), generator.tokens_per_image)
+    ids, _ = generator.samples(prompts, image, sampling, samples, seed)
     return np.array(ids, np.int32).reshape(len(prompts), samples, -1) - vocabulary.image_start

@@ -57,7 +57,7 @@ class Request:
       first: the number of the first sample; sample i is the same in every request that asks for it.
     """
 
-    prompts: Sequence[Int[np.ndarray, " seq"]]
+    prompts: Sequence[Int[np.ndarray, " _"]]
     grammar: Sequence[Draw | Given]
     samples: int = 1
     first: int = 0

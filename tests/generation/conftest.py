@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from decoding_spy import Call, watch_decoding
 
+from rac3.generation.engine import Engine
 from rac3.generation.generator import Generator
 from rac3.model.transformer import TransformerConfig
 from rac3.tokens.vocabulary import Vocabulary
@@ -19,7 +20,7 @@ def generator() -> Generator:
     model = config.build(vocabulary.padded_size, 64, 64)
     ids = jnp.zeros((1, 2), jnp.int32)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids, ids, ids))
-    return Generator(model, params, vocabulary, tokens_per_image=9)
+    return Generator(Engine(model, params, vocabulary), tokens_per_image=9)
 
 
 @pytest.fixture
