@@ -248,12 +248,13 @@ class Run:
 
     @property
     def engine(self) -> Engine:
-        """Draws samples of the model."""
-        return self._open(
-            self.training_recipe,
-            lambda folder: Engine(self.model, self._restore(folder), self.vocabulary, self.form.image_width),
-            "engine",
-        )
+        """Continues prompts with the model that `train` ended with, over this machine's mesh."""
+
+        def start(_: Path) -> Engine:
+            mesh = self.experiment.mesh.build()
+            return Engine(self.model, self.params, self.vocabulary, mesh, self.form.image_width)
+
+        return self._open(self.training_recipe, start, "engine")
 
     @property
     def scorer(self) -> Scorer:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from rac3.generation.engine import Engine
 
+from rac3.generation.engine import Engine
 from rac3.generation.request import Draw, Request, Sample
 from rac3.generation.sampling import Sampling
 

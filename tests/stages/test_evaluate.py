@@ -125,7 +125,7 @@ def plain_perplexity(run: Run, sequences: Sequence[tuple[list[int], list[int]]])
     @jax.jit
     def log_probs(params: Any, ids: Any, places: Any, segments: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden, _ = model.apply(params, ids, positions, places, segments)
+        hidden = model.apply(params, ids, positions, places, segments)
         return jax.nn.log_softmax(model.apply(params, hidden, method="logits"))
 
     given = np.asarray(log_probs(params, ids[:, :width], places[:, :width], segments[:, :width]))
