@@ -121,9 +121,9 @@ def plain(forward: Forward, request: Request, sampling: Sampling, seed: int, num
         for step in range(run.count):
             probs = np.zeros(len(ALL))
             for own, places in zip(ids, offsets, strict=True):
-                logits = forward(own, places)
-                probs += np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum() / len(ids)
-            log_probs = np.where(allowed, np.log(probs / probs[allowed].sum()), -np.inf)
+                weights = np.where(allowed, np.exp(forward(own, places)), 0)
+                probs += weights / weights.sum() / len(ids)
+            log_probs = np.where(allowed, np.log(np.where(allowed, probs, 1)), -np.inf)
             if sampling.temperature == 0:
                 id = int(log_probs.argmax())
             else:
