@@ -101,11 +101,17 @@ def generate(run: Model, options: GenerateOptions) -> str:
         ((_, answer),) = run.answers([prompt], bar_of_ids)
     if isinstance(answer, InputError):
         raise answer
-    name = "".join(c if c.isalnum() else "-" for c in (prompt.text or Path(options.image).stem).strip().lower())[:60]
+    name = _file_name(prompt, options)
     files = answer.save(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{name}.json", answer.to_json(files) + "\n")
     return "\n".join(_report(answer, folder, files))
+
+
+def _file_name(prompt: Prompt, options: GenerateOptions) -> str:
+    """Of the text, or of the given picture, which no answer of another task replaces."""
+    name = "".join(c if c.isalnum() else "-" for c in (prompt.text.strip() or Path(options.image).stem).lower())[:60]
+    return name if prompt.task == "draw" else f"{name}-{prompt.task.replace('_', '-')}"
 
 
 def _report(answer: Answer, folder: Path, files: Sequence[str]) -> list[str]:
