@@ -38,7 +38,10 @@ done
 while ((left)); do
     code=0
     wait -n -p ended || code=$?
-    [[ -n ${ended:-} ]] || continue # a signal came, and no process has ended
+    if [[ -z ${ended:-} ]]; then # a signal came, and no process has ended; or none is left to wait for
+        ((code == 127)) && exit 143
+        continue
+    fi
     ((left--))
     ((code)) || continue
     for ((tenth = 0; tenth < 100; tenth++)); do
