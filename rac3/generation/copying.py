@@ -54,7 +54,7 @@ class Copying:
         """Log probabilities of the model -> those of the mixture."""
         vocabulary, size = step.vocabulary, log_probs.shape[-1]
         allowed = log_probs > -jnp.inf
-        matches, ids = _text_places(step)
+        matches, evidence, ids = _text_places(step)
         specials = allowed[..., :NUM_SPECIALS]
         stop = jnp.where(jnp.any(specials, axis=-1), jnp.argmax(specials, axis=-1), size)  # past the end is no id
         ids = jnp.where(ids == OUTSIDE, stop[..., None], ids)
@@ -62,34 +62,49 @@ class Copying:
             draws_image = jnp.any(allowed[..., vocabulary.image_start : vocabulary.mask_start], axis=-1)[..., None]
             of_images = _image_places(step)
             matches, ids = (jnp.where(draws_image, *both) for both in zip(of_images, (matches, ids), strict=True))
+            evidence = jnp.where(draws_image, 1, evidence)
         fits = jax.vmap(jax.vmap(lambda allowed, ids: allowed.at[ids].get(mode="fill", fill_value=False)))(allowed, ids)
         counted = fits & (matches > 0)
         score = jnp.where(counted, _by_request(self.sharpness) * matches, 0)
-        places = jnp.where(counted, jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)), 0)
-        total = jnp.sum(places, axis=-1, keepdims=True)
-        copied = jax.vmap(jax.vmap(lambda ids, places: jnp.zeros(size).at[ids].add(places)))(ids, places)
-        weight = jnp.where(total > 0, _by_request(self.weight), 0)
-        return jnp.logaddexp(
-            jnp.log1p(-weight) + log_probs, jnp.log(weight) + jnp.log(copied) - jnp.log(jnp.where(total > 0, total, 1))
-        )
+        shares = jnp.where(counted, jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)), 0)
+        shares = shares / jnp.maximum(jnp.sum(shares, axis=-1, keepdims=True), 1)
+        weights = shares * (1 - (1 - _by_request(self.weight)) ** evidence)
+        copied = jax.vmap(jax.vmap(lambda ids, weights: jnp.zeros(size).at[ids].add(weights)))(ids, weights)
+        left = 1 - jnp.sum(weights, axis=-1, keepdims=True)
+        return jnp.logaddexp(jnp.log(jnp.maximum(left, 0)) + log_probs, jnp.log(copied))
 
 
 def _text_places(
     step: Step,
-) -> tuple[Int[Array, "requests samples places"], Int[Array, "requests 1 places"]]:
-    """For each place of the prompts, how many ids before it match, and its id: `OUTSIDE` at the end of a text."""
+) -> tuple[
+    Int[Array, "requests samples places"], Int[Array, "requests samples places"], Int[Array, "requests 1 places"]
+]:
+    """For each place of the prompts: how many ids before it match; of these, with it, how many are of one word; its id.
+
+    The id is `OUTSIDE` at the end of a text.
+    """
     ids, offsets, known = _documents(step)
     text = _is_text(step, ids)
     ended = ~text & _shifted(text, 1)
     place = jnp.where(text, offsets, jnp.where(ended, _shifted(offsets, 1) + 1, 0))
+    starts = jnp.ones(1, bool) if step.word_starts is None else step.word_starts
+
+    def starts_word(ids: Array) -> Array:
+        return starts.at[ids].get(mode="clip")
+
     run = (known & (place > 0))[:, None]
-    total = jnp.zeros((*step.offset.shape, ids.shape[-1]), jnp.int32)
+    word = step.offset > 0  # whether the word that is drawn goes back so far
+    matches = jnp.zeros((*step.offset.shape, ids.shape[-1]), jnp.int32)
+    of_word = matches
     for distance in TEXT_NEIGHBORS:
         theirs = jnp.where(place > distance, _shifted(ids, distance), OUTSIDE)
         ours = jnp.where(step.offset > distance, _so_far(step, step.offset - distance, _is_text), OUTSIDE)
         run = run & (theirs[:, None] == ours[..., None])
-        total = total + run
-    return total, jnp.where(text, ids, OUTSIDE)[:, None]
+        word = word & (ours >= 0)
+        matches, of_word = matches + run, of_word + (run & word[..., None])
+        word = word & ~starts_word(ours)
+    goes_on = (text & ~starts_word(ids))[:, None]
+    return matches, jnp.maximum(of_word + goes_on, 1), jnp.where(text, ids, OUTSIDE)[:, None]
 
 
 def _image_places(

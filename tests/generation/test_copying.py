@@ -43,7 +43,7 @@ def step(prompts: list[list[Piece]], drawn: list[Piece], offset: int) -> Step:
     arrays = [
         jnp.asarray(x, jnp.int32) for x in (tokens, offsets, lengths, ids, places, [[len(after.ids)]], [[offset]])
     ]
-    return Step(*arrays, VOCABULARY, WIDTH)
+    return Step(*arrays, vocabulary=VOCABULARY, image_width=WIDTH)
 
 
 mixed = jax.jit(lambda copying, log_probs, now: copying(log_probs, now))
