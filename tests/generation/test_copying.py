@@ -117,6 +117,31 @@ def test_known_codes_around_a_mask_are_compared():
     np.testing.assert_allclose(found, some(c4=1.0), atol=1e-6)
 
 
+BEGINS = np.ones(42, bool)
+BEGINS[8 + np.array([4, 5])] = False  # 4 and 5 go on with a word, as in "1 4 5"
+NAMES = [EOD, *document(words(1, 4, 5, 2), codes(*[0] * 9))]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [
+        ([], {"w1": 0.2}),
+        ([1], {"w4": 1 - 0.8**2}),  # goes on after one id, and is the second
+        ([1, 4], {"w5": 1 - 0.8**3}),
+        ([1, 4, 5], {"w2": 1 - 0.8**3}),  # another word begins: three ids of the last one were copied
+        ([1, 4, 5, 2], {"eoi": 0.2}),  # a word of one id says no more than itself
+        ([3, 5], {"w2": 0.2}),  # of "3 5", only the 5 is as in the document
+        ([3, 4, 5], {"w2": 1 - 0.8**2}),
+    ],
+)
+def test_the_weight_grows_within_a_word(drawn: list[int], expected: dict[str, float]):
+    """The model is sure of 11."""
+    log_probs = jnp.where(jnp.asarray(TEXT), jnp.where(jnp.arange(42) == 19, 0.0, -1e9), -jnp.inf)[None, None]
+    now = step([[*NAMES, *CAPTION]], [words(*drawn)] if drawn else [], len(drawn) + 1).replace(word_starts=BEGINS)
+    out = np.exp(mixed(Copying(0.2), log_probs, now))[0, 0]
+    np.testing.assert_allclose(out, some(w11=1 - sum(expected.values()), **expected), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_the_mixture(weight: float):
     now = step([[*DOCUMENTS, *CAPTION]], [], 1)
