@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from rac3 import recipes
@@ -53,6 +54,7 @@ from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.frozen import FrozenVQGAN
 
 EXPERIMENT = "experiment.json"  # of a workdir: the experiment that it was made with
+PROGRAMS = "compiled"  # the folder of compiled programs in a workdir
 DOCUMENT = "document"  # the array of the vectors that are retrieved
 PARTS = ("text", "image")  # of a document, each of which is a query (paper, section 3.2)
 MARKUP = 8  # ids of a prompt at most, besides documents, text and image
@@ -432,6 +434,19 @@ def _embeddings(folder: Path) -> EmbeddingRows:
     return vectors[:] if 4 * math.prod(vectors.shape) <= machine // 16 else vectors
 
 
+def keep_programs(workdir: Path) -> None:
+    """Keeps compiled programs in the workdir, so that the next process finds them.
+
+    A folder that `JAX_COMPILATION_CACHE_DIR` or `jax.config` names stays in use; nothing is kept where nothing can be
+    written.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] or not os.access(workdir, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / PROGRAMS))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # generation has many small programs
+    compilation_cache.reset_cache()  # what was compiled before has settled that there is none
+
+
 def describe(run: Run) -> None:
     """Writes the experiment into its workdir, for `load`: plain data, overrides included, relative paths resolved."""
     plain = {
@@ -492,4 +507,6 @@ def load(workdir: str | os.PathLike[str], config: str | os.PathLike[str] | None 
         raise InputError(f"{record} was written by another version of rac3 ({error}); run the command again") from error
     if not isinstance(experiment, Experiment):
         raise InputError(f"{record} holds no experiment; run the command that made the workdir again")
-    return Run(experiment, Workdir(folder, experiment.name, arguments))
+    run = Run(experiment, Workdir(folder, experiment.name, arguments))
+    keep_programs(folder)
+    return run
