@@ -1,71 +1,94 @@
 """What reaches the engine, and what it gives: the last place before ids are drawn."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from rac3.generation.engine import Engine, prompt_digest
-from rac3.generation.grammar import shortest
+from rac3.generation.engine import Engine
 from rac3.generation.request import Draw, Request, Sample
 from rac3.generation.sampling import Sampling
 
 
 class Call(NamedTuple):
-    """One call of `Engine.run` whose requests draw one run; its rows are prompts, each as often as it has samples."""
+    """One call of `Engine.run`."""
 
-    prompts: list[list[int]]
-    grammar: Draw
-    sampling: Sampling
-    keys: list[tuple[int, int, int]]  # what the noise of each row is a function of
-    out: list[Sample]
+    requests: list[Request]
+    samplings: list[Sampling]
+    seeds: list[int]
+    out: list[list[Sample]]
 
-    def samples(self, count: int) -> list[tuple[list[int], list[list[int]], list[float]]]:
-        """(prompt, ids of each sample, their mean log probabilities) of each prompt, of `count` samples each."""
-        found = []
-        for start in range(0, len(self.prompts), count):
-            own = slice(start, start + count)
-            (prompt,) = {tuple(each) for each in self.prompts[own]}  # all rows have the one prompt
-            ids = [sample.runs[0].tolist() for sample in self.out[own]]
-            found.append((list(prompt), ids, [sample.mean_log_prob for sample in self.out[own]]))
-        return found
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The first prompt of each request."""
+        return [request.prompts[0].ids.tolist() for request in self.requests]
+
+    @property
+    def keys(self) -> list[tuple[object, ...]]:
+        """All that a sample depends on, besides the model."""
+        return [
+            (seed, tuple(prompt), request.first + number)
+            for request, prompt, seed in zip(self.requests, self.prompts, self.seeds, strict=True)
+            for number in range(request.samples)
+        ]
+
+    @property
+    def sampling(self) -> Sampling:
+        """That of all requests."""
+        first, *others = self.samplings
+        assert all(each == first for each in others)
+        return first
+
+    @property
+    def draws(self) -> list[Draw]:
+        """The only run of each request."""
+        return [run for request in self.requests for run in request.grammar if isinstance(run, Draw)]
+
+    def samples(self) -> list[tuple[list[int], list[list[int]], list[float]]]:
+        """(prompt, ids of each sample, their mean log probabilities) of each request of one run."""
+        return [
+            (prompt, [sample.runs[0].tolist() for sample in samples], [sample.mean_log_prob for sample in samples])
+            for prompt, samples in zip(self.prompts, self.out, strict=True)
+        ]
 
 
 def watch_decoding(monkeypatch: pytest.MonkeyPatch, real: bool = True) -> list[Call]:
-    """The calls of engines from now on, as they come; without `real`, their answers are made up (see `made_up`)."""
+    """The calls of the engine from now on, as they come; without `real`, its answers are made up (see `made_up`)."""
     calls: list[Call] = []
     run = Engine.run
 
-    def watched(self: Engine, requests, samplings, seed, on_progress=None) -> Iterator[tuple[int, list[Sample]]]:
-        keys = [[(seed, prompt_digest(each.prompts[0]), n) for n in range(each.samples)] for each in requests]
+    def watched(
+        self: Engine, requests: Sequence[Request], samplings: Sequence[Sampling], seeds: Sequence[int], progress=None
+    ):
         if real:
-            out = dict(run(self, requests, samplings, seed, on_progress))
+            found = dict(run(self, requests, samplings, seeds, progress))
         else:
-            positions = self.model.max_positions
-            out = {index: made_up(request, positions, keys[index]) for index, request in enumerate(requests)}
-        prompts = [each.prompts[0].tolist() for each in requests for _ in range(each.samples)]
-        rows = [sample for index in range(len(requests)) for sample in out[index]]
-        (grammar,), *_ = (each.grammar for each in requests)
-        (sampling,) = set(samplings)
-        calls.append(Call(prompts, grammar, sampling, [key for own in keys for key in own], rows))
-        return iter(out.items())
+            found = {number: made_up(self, *each) for number, each in enumerate(zip(requests, seeds, strict=True))}
+        out = [found[number] for number in range(len(requests))]
+        calls.append(Call([*requests], [*samplings], [*seeds], out))
+        return iter(found.items())
 
     monkeypatch.setattr(Engine, "run", watched)
     return calls
 
 
-def made_up(request: Request, positions: int, keys: list[tuple[int, int, int]]) -> list[Sample]:
-    """What the grammar allows, drawn evenly by each sample's key: without a model, hence at once."""
-    (run,) = request.grammar
-    room = positions - len(request.prompts[0])
-    assert room >= shortest(request.grammar)
-    allowed = np.setdiff1d(np.flatnonzero(run.allowed), [run.stop])
+def made_up(engine: Engine, request: Request, seed: int) -> list[Sample]:
+    """What the grammar allows, drawn evenly: without a model, hence at once."""
+    longest = max(len(prompt.ids) for prompt in request.prompts)
+    needed = sum(run.count + (run.stop >= 0) if isinstance(run, Draw) else len(run.ids) for run in request.grammar)
+    assert longest + needed <= engine.model.max_positions
     samples = []
-    for key in keys:
-        rng = np.random.default_rng(key)
-        limit = min(run.count, room)
-        count = limit if run.stop < 0 else int(rng.integers(1, limit + 1))
-        ids, log_probs = rng.choice(allowed, count).astype(np.int32), np.full(count, -rng.random(), np.float32)
-        samples.append(Sample([ids], [log_probs]))
+    for number in range(request.first, request.first + request.samples):
+        key = hashlib.sha256(repr((seed, request.prompts[0].ids.tolist(), number)).encode()).digest()
+        rng = np.random.default_rng([*key])
+        runs, scores = [], []
+        for run in request.grammar:
+            if isinstance(run, Draw):
+                count = run.count if run.stop < 0 else int(rng.integers(1, run.count + 1))
+                allowed = np.setdiff1d(np.flatnonzero(run.allowed), [run.stop])
+                runs.append(rng.choice(allowed, count).astype(np.int32))
+                scores.append(-rng.random(count, np.float32))
+        samples.append(Sample(runs, scores))
     return samples

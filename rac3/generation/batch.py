@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from rac3.devices.mesh import constrain
-from rac3.generation.sampling import Step, sample
+from rac3.generation.sampling import sample
+from rac3.generation.step import Step
 from rac3.model.decoder import Cache, Decoder
 from rac3.tokens.vocabulary import NUM_SPECIALS, Vocabulary
 
@@ -60,7 +61,8 @@ class Arrivals:
       places: of the grammar.
       forced, stop, jump, offset: as in `rac3.generation.grammar.Table`.
       allowed: the row of the masks that holds at each place.
-      sampler: its leaves are [shards, ...].
+      sampling: its leaves are [shards].
+      seeds: the data of `jax.random.key` of each.
       digest: of the first prompt's ids, for the keys.
       numbers: of the samples.
       count: how many of these there are; the others have ended.
@@ -76,7 +78,8 @@ class Arrivals:
     jump: Int[OnHost, "shards places"]
     offset: Int[OnHost, "shards places"]
     allowed: Int[OnHost, "shards places"]
-    sampler: PyTree
+    sampling: PyTree
+    seeds: UInt32[OnHost, "shards 2"]
     digest: UInt32[OnHost, " shards"]
     numbers: Int[OnHost, "shards samples"]
     count: Int[OnHost, " shards"]
@@ -89,16 +92,15 @@ class Batch:
     Attributes:
       prefix: keys and values of their prompts without the last ids.
       masks: the sets of allowed ids.
-      tokens, offsets: of the first prompt.
-      lengths, places, forced, stop, jump, offset, allowed, sampler: as in `Arrivals`.
+      tokens, offsets, lengths, places, forced, stop, jump, offset, allowed, sampling: as in `Arrivals`.
       begun: the step at which the rows of each request fed their first id.
       keys: of the samples.
     """
 
     prefix: Cache
     masks: Bool[Array, "masks vocab"]
-    tokens: Int[Array, "requests slots"]
-    offsets: Int[Array, "requests slots"]
+    tokens: Int[Array, "requests prompts slots"]
+    offsets: Int[Array, "requests prompts slots"]
     lengths: Int[Array, "requests prompts"]
     begun: Int[Array, " requests"]
     places: Int[Array, " requests"]
@@ -107,7 +109,7 @@ class Batch:
     jump: Int[Array, "requests places"]
     offset: Int[Array, "requests places"]
     allowed: Int[Array, "requests places"]
-    sampler: PyTree
+    sampling: PyTree
     keys: UInt32[Array, "requests samples 2"]
 
 
@@ -139,23 +141,23 @@ class Rows:
 
 
 def sample_keys(
-    seed: UInt32[OnHost, "2"], digest: UInt32[OnHost, " requests"], numbers: Int[OnHost, "requests samples"]
+    seeds: UInt32[OnHost, "requests 2"], digest: UInt32[OnHost, " requests"], numbers: Int[OnHost, "requests samples"]
 ) -> UInt32[Array, "requests samples 2"]:
     """The random key of each sample: a function of the seed, the prompt's ids and the sample's number.
 
     The id at place p is drawn with `fold_in(key, p)`.
 
     Args:
-      seed: the data of `jax.random.key(seed)`.
+      seeds: the data of `jax.random.key` of each request's seed.
     """
-    prompts = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(jnp.asarray(seed)), digest)
+    prompts = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(jnp.asarray(seeds)), digest)
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(prompts, numbers)
     return jax.random.key_data(keys)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def empty(
-    decoder: Decoder, shape: Shape, shards: int, masks: Bool[OnHost, "masks vocab"], sampler: PyTree
+    decoder: Decoder, shape: Shape, shards: int, masks: Bool[OnHost, "masks vocab"], sampling: PyTree
 ) -> tuple[Batch, Rows, Cache]:
     """A batch without requests, its rows, which have ended, and the cache that prompts are prefilled in."""
     requests, prompts, samples, slots, places, _ = shape
@@ -166,8 +168,8 @@ def empty(
     batch = Batch(
         prefix=decoder.empty_prefix(requests * prompts, slots),
         masks=_replicated(jnp.asarray(masks)),
-        tokens=zeros(requests, slots),
-        offsets=zeros(requests, slots),
+        tokens=zeros(requests, prompts, slots),
+        offsets=zeros(requests, prompts, slots),
         lengths=zeros(requests, prompts) + 1,
         begun=zeros(requests),
         places=zeros(requests),
@@ -176,7 +178,7 @@ def empty(
         jump=zeros(requests, places),
         offset=zeros(requests, places),
         allowed=zeros(requests, places),
-        sampler=jax.tree.map(lambda leaf: zeros(requests, *leaf.shape[1:], dtype=leaf.dtype), sampler),
+        sampling=jax.tree.map(lambda leaf: zeros(requests, dtype=leaf.dtype), sampling),
         keys=zeros(requests, samples, 2, dtype=jnp.uint32),
     )
     rows = Rows(
@@ -207,23 +209,19 @@ def prefill(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def insert(
-    decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, new: Arrivals, seed: UInt32[OnHost, "2"]
-) -> tuple[Batch, Rows]:
+def insert(decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, new: Arrivals) -> tuple[Batch, Rows]:
     """The batch with other requests in some slots, and their rows at the beginning."""
 
     def put(old: Array, value: OnHost) -> Array:
         return _replicated(old.at[new.slots].set(value, mode="drop"))
 
-    kept = ("lengths", "places", "forced", "stop", "jump", "offset", "allowed")
+    kept = ("tokens", "offsets", "lengths", "places", "forced", "stop", "jump", "offset", "allowed")
     batch = replace(
         batch,
         prefix=decoder.insert(batch.prefix, prefilled, jnp.asarray(new.slots)),
-        tokens=put(batch.tokens, new.tokens[:, 0]),
-        offsets=put(batch.offsets, new.offsets[:, 0]),
         begun=put(batch.begun, jnp.broadcast_to(rows.step, new.slots.shape)),
-        sampler=jax.tree.map(put, batch.sampler, new.sampler),
-        keys=put(batch.keys, sample_keys(seed, new.digest, new.numbers)),
+        sampling=jax.tree.map(put, batch.sampling, new.sampling),
+        keys=put(batch.keys, sample_keys(new.seeds, new.digest, new.numbers)),
         **{name: put(getattr(batch, name), getattr(new, name)) for name in kept},
     )
     shape = new.numbers.shape
@@ -246,10 +244,11 @@ def insert(
     return batch, rows
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def advance(
     decoder: Decoder,
     vocabulary: Vocabulary,
+    image_width: int,
     weights: PyTree,
     batch: Batch,
     rows: Rows,
@@ -263,10 +262,12 @@ def advance(
         running = jnp.any(rows.place < batch.places[:, None], axis=1)
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
-    return jax.lax.while_loop(goes_on, partial(_step, decoder, vocabulary, weights, batch), rows)
+    return jax.lax.while_loop(goes_on, partial(_step, decoder, vocabulary, image_width, weights, batch), rows)
 
 
-def _step(decoder: Decoder, vocabulary: Vocabulary, weights: PyTree, batch: Batch, rows: Rows) -> Rows:
+def _step(
+    decoder: Decoder, vocabulary: Vocabulary, image_width: int, weights: PyTree, batch: Batch, rows: Rows
+) -> Rows:
     """Feeds an id to each row and draws the next. Rows that have ended do as the others, but nothing is kept of it."""
     requests, prompts, samples = rows.feed.shape
     prefilled = batch.lengths - 1
@@ -289,9 +290,10 @@ def _step(decoder: Decoder, vocabulary: Vocabulary, weights: PyTree, batch: Batc
         return jnp.take_along_axis(table, place, axis=1)
 
     offset, forced = here(batch.offset), here(batch.forced)
-    given = Step(batch.tokens, batch.offsets, batch.lengths[:, 0], rows.drawn, rows.drawn_offsets, rows.count, offset)
+    known = batch.tokens, batch.offsets, batch.lengths, rows.drawn, rows.drawn_offsets, rows.count, offset
+    given = Step(*known, vocabulary, image_width)
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(jax.random.wrap_key_data(batch.keys), place)
-    ids, log_probs = sample(batch.sampler, logits, batch.masks[here(batch.allowed)], given, keys)
+    ids, log_probs = sample(batch.sampling, logits, batch.masks[here(batch.allowed)], given, keys)
     ids, log_probs = _replicated(jnp.where(forced >= 0, forced, ids).astype(jnp.int32)), _replicated(log_probs)
     in_segment = (forced >= 0) | ((ids >= NUM_SPECIALS) & (ids < vocabulary.mask_start))
     offset = jnp.where(in_segment, offset, 0)  # a run may stop, or have markup in it

@@ -10,7 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ from rac3.devices.mesh import DeviceMesh
 from rac3.generation.batch import Arrivals, Batch, Rows, Shape, advance, empty, insert, prefill
 from rac3.generation.grammar import Table, allowed_ids, fitted, parse, shortest, tabulate
 from rac3.generation.request import Draw, Given, Request, Sample
+from rac3.generation.sampling import Sampling, stack
 from rac3.model.decoder import Cache, Decoder
 from rac3.model.transformer import Transformer
-from rac3.tokens.html import segment_offsets
 from rac3.tokens.vocabulary import Vocabulary
 
 FEWEST_MASKS = 8  # sets of allowed ids that each program has room for
@@ -33,14 +33,6 @@ FEWEST_PLACES = 64
 FEWEST_SLOTS = 256
 EXCESS = 4  # a program that is compiled serves if none of its sizes is more than this many times too large
 FEW_ROUNDS = 2  # and if it fills its slots at most so often
-
-
-@runtime_checkable
-class Sampled(Protocol):
-    """What chooses ids: `rac3.generation.sampling.Sampling`, or a config of the user's own."""
-
-    def build(self) -> Any:
-        """A pytree that `sample` takes, whose leaves are arrays of one request, [1, ...]."""
 
 
 class Progress(NamedTuple):
@@ -69,7 +61,8 @@ class Entry:
 
     index: int
     request: Request
-    sampler: PyTree
+    sampling: PyTree
+    seed: int
     grammar: list[Draw | Given]
     table: Table
     samples: dict[int, Sample] = field(default_factory=dict)
@@ -89,6 +82,7 @@ class Engine:
     Args:
       params: as `init` and the checkpoints of training have them.
       mesh: that the parameters are laid out over, if any. The rows of a batch are sharded over it too.
+      image_width: codes in a row of an image; 0 is unknown.
       rows: the most samples in a batch; each counts as often as its request has prompts.
       cache_bytes: the most that the caches of a batch may take; one request per shard is always decoded.
       chunk: ids that are prefilled at a time; None is what suits the device.
@@ -101,12 +95,13 @@ class Engine:
         params: PyTree,
         vocabulary: Vocabulary,
         mesh: DeviceMesh | None = None,
+        image_width: int = 0,
         rows: int = 64,
         cache_bytes: float = 8e9,
         chunk: int | None = None,
         steps: int = 32,
     ) -> None:
-        self.model, self.vocabulary, self.mesh = model, vocabulary, mesh
+        self.model, self.vocabulary, self.mesh, self.image_width = model, vocabulary, mesh, image_width
         self.rows, self.cache_bytes, self.steps = rows, cache_bytes, steps
         self.shards = mesh.num_shards("batch") if mesh else 1
         usual = 128 if jax.default_backend() == "cpu" else 512
@@ -128,10 +123,10 @@ class Engine:
         Raises:
           InputError: no prompt, one that leaves no room for the output, or a text longer than the model is trained on.
         """
-        if not request.prompts or min(map(len, request.prompts)) == 0:
+        lengths = [len(prompt.ids) for prompt in request.prompts]
+        if min(lengths, default=0) == 0:
             raise InputError("a request has no prompt, or an empty one; give at least one id, such as <eod>")
-        model, least = self.model, shortest(request.grammar)
-        prompt = max(map(len, request.prompts))
+        model, least, prompt = self.model, shortest(request.grammar), max(lengths)
         if prompt + least > model.max_positions:
             raise InputError(
                 f"a prompt of {prompt} tokens and {least} to generate exceed the {model.max_positions} "
@@ -139,7 +134,7 @@ class Engine:
             )
         grammar = fitted(request.grammar, model.max_positions - prompt)
         ends = [run.offset + run.count - 1 if isinstance(run, Draw) else max(run.offsets, default=0) for run in grammar]
-        segment = max(*ends, *(segment_offsets(self.vocabulary, prompt).max() for prompt in request.prompts))
+        segment = max(*ends, *(prompt.offsets.max() for prompt in request.prompts))
         if segment > model.max_segment_tokens:
             raise InputError(
                 f"a text of {segment} tokens, given or to generate, exceeds the {model.max_segment_tokens} that the "
@@ -150,37 +145,36 @@ class Engine:
     def run(
         self,
         requests: Sequence[Request],
-        samplings: Sequence[Sampled],
-        seed: int,
+        samplings: Sequence[Sampling],
+        seeds: Sequence[int],
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yields the place of each request in `requests` and its samples, as they finish.
 
         Args:
-          samplings: one of each request. Requests with as many prompts and the same processors share batches.
+          samplings: one for each request. Requests with as many prompts and samplings of one structure share batches.
+          seeds: one for each request.
           on_progress: called after every few steps.
 
         Raises:
           InputError: at once, if a request does not fit (`check` says so of each).
         """
         groups: dict[Any, list[Entry]] = {}
-        for index, (request, sampling) in enumerate(zip(requests, samplings, strict=True)):
-            grammar, sampler = self.check(request), sampling.build()
-            leaves, structure = jax.tree.flatten(sampler)
-            kind = len(request.prompts), structure, *((leaf.shape[1:], leaf.dtype) for leaf in leaves)
-            groups.setdefault(kind, []).append(Entry(index, request, sampler, grammar, tabulate(grammar)))
-        return self._finished(groups, np.asarray(jax.random.key_data(jax.random.key(seed))), on_progress)
+        for index, (request, sampling, seed) in enumerate(zip(requests, samplings, seeds, strict=True)):
+            grammar, stacked = self.check(request), stack([sampling])
+            kind = len(request.prompts), jax.tree.structure(stacked)
+            groups.setdefault(kind, []).append(Entry(index, request, stacked, seed, grammar, tabulate(grammar)))
+        return self._finished(groups, on_progress)
 
     def _finished(
         self,
         groups: dict[Any, list[Entry]],
-        seed: np.ndarray,
         on_progress: Callable[[Progress], None] | None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         total = sum(len(entry.table.run) * entry.request.samples for group in groups.values() for entry in group)
         before = 0
         for kind, group in groups.items():
-            slots = Slots(self, self._shape(kind, group), group, seed)
+            slots = Slots(self, self._shape(kind, group), group)
             while not slots.done:
                 slots.fill()
                 finished = slots.advance()
@@ -193,7 +187,7 @@ class Engine:
     def _shape(self, kind: Any, group: list[Entry]) -> Shape:
         """The shape that suits the requests. For few of them, one that is compiled and not far from it."""
         prompts = len(group[0].request.prompts)
-        longest = max(len(prompt) for entry in group for prompt in entry.request.prompts)
+        longest = max(len(prompt.ids) for entry in group for prompt in entry.request.prompts)
         places = max(len(entry.table.run) for entry in group)
         masks = len(_masks(group, self.vocabulary.padded_size)[0])
         samples = max(entry.request.samples for entry in group)
@@ -230,8 +224,8 @@ class Slots:
       drawn: ids so far.
     """
 
-    def __init__(self, engine: Engine, shape: Shape, group: list[Entry], seed: np.ndarray) -> None:
-        self.engine, self.shape, self.seed = engine, shape, seed
+    def __init__(self, engine: Engine, shape: Shape, group: list[Entry]) -> None:
+        self.engine, self.shape = engine, shape
         self.waiting = deque(
             Part(entry, first, min(shape.samples, entry.request.samples - first))
             for entry in group
@@ -241,13 +235,13 @@ class Slots:
         table, self.mask_of = _masks(group, engine.vocabulary.padded_size)
         masks = np.zeros((shape.masks, engine.vocabulary.padded_size), bool)
         masks[: len(table)] = table
-        self.sampler = group[0].sampler
+        self.sampling = group[0].sampling
         self.ended = 0
         self.batch: Batch
         self.rows: Rows
         self.prefilled: Cache
         with engine.on_mesh():
-            self.batch, self.rows, self.prefilled = empty(engine.decoder, shape, engine.shards, masks, self.sampler)
+            self.batch, self.rows, self.prefilled = empty(engine.decoder, shape, engine.shards, masks, self.sampling)
         self.host = self._read()
 
     @property
@@ -286,10 +280,11 @@ class Slots:
             jump=zeros(shape.places),
             offset=zeros(shape.places),
             allowed=zeros(shape.places),
-            sampler=jax.tree.map(
+            sampling=jax.tree.map(
                 lambda *leaves: np.concatenate(leaves),
-                *(self.sampler if part is None else part.entry.sampler for part in parts),
+                *(self.sampling if part is None else part.entry.sampling for part in parts),
             ),
+            seeds=np.zeros((shards, 2), np.uint32),
             digest=np.zeros(shards, np.uint32),
             numbers=zeros(shape.samples),
             count=zeros(),
@@ -299,15 +294,16 @@ class Slots:
                 continue
             entry, table = part.entry, part.entry.table
             for number, prompt in enumerate(entry.request.prompts):
-                new.tokens[shard, number, : len(prompt)] = prompt
-                new.offsets[shard, number, : len(prompt)] = segment_offsets(engine.vocabulary, prompt)
-                new.lengths[shard, number] = len(prompt)
+                length = len(prompt.ids)
+                new.tokens[shard, number, :length], new.offsets[shard, number, :length] = prompt
+                new.lengths[shard, number] = length
             places = len(table.run)
             new.places[shard] = places
             for name in ("forced", "stop", "jump", "offset"):
                 getattr(new, name)[shard, :places] = getattr(table, name)
             new.allowed[shard, :places] = self.mask_of[entry.index][table.run]
-            new.digest[shard] = prompt_digest(entry.request.prompts[0])
+            new.seeds[shard] = jax.random.key_data(jax.random.key(entry.seed))
+            new.digest[shard] = prompt_digest(entry.request.prompts[0].ids)
             new.numbers[shard] = entry.request.first + part.first + np.arange(shape.samples)
             new.count[shard] = part.size
         tokens, offsets = (x.reshape(-1, shape.slots) for x in (new.tokens, new.offsets))
@@ -315,13 +311,15 @@ class Slots:
             for start in range(0, int(new.lengths.max()) - 1, engine.chunk):
                 chunk = [x[:, start : start + engine.chunk] for x in (tokens, offsets)]
                 self.prefilled = prefill(engine.decoder, engine.weights, self.prefilled, *chunk, np.int32(start))
-            self.batch, self.rows = insert(engine.decoder, self.batch, self.rows, self.prefilled, new, self.seed)
+            self.batch, self.rows = insert(engine.decoder, self.batch, self.rows, self.prefilled, new)
 
     def advance(self) -> list[Entry]:
         """Decodes for some steps, or until a slot is free for a waiting request; gives the requests that finished."""
         engine, limits = self.engine, (np.int32(self.engine.steps), np.bool_(bool(self.waiting)))
         with engine.on_mesh():
-            self.rows = advance(engine.decoder, engine.vocabulary, engine.weights, self.batch, self.rows, *limits)
+            self.rows = advance(
+                engine.decoder, engine.vocabulary, engine.image_width, engine.weights, self.batch, self.rows, *limits
+            )
         self.host = self._read()
         finished = []
         for slot, part in enumerate(self.parts):
@@ -331,6 +329,11 @@ class Slots:
             entry.samples.update(self._samples(slot, part))
             self.ended += len(entry.table.run) * part.size
             self.parts[slot] = None
+            if any(np.isnan(log_probs).any() for each in entry.samples.values() for log_probs in each.log_probs):
+                raise InputError(
+                    "the model gives no number for the probability of an id: its parameters are damaged, or a "
+                    "processor of the sampling leaves no id; restore another checkpoint, or remove the processor"
+                )
             if len(entry.samples) == entry.request.samples:
                 finished.append(entry)
         return finished

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rac3.config import InputError
+from rac3.tokens.html import Sequenced
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +52,14 @@ class Request:
 
     Attributes:
       prompts: one, or several whose distributions `Sampling` combines for each id: the prompt with and without its
-        text (guidance), or with other documents (ensemble). Each is at least one id.
+        text (guidance), or with other documents (ensemble). Each is at least one id, with the offset of each id: after
+        a masked span, offsets go on from where the span ended in the document.
       grammar: what follows, the same after each of the prompts.
       samples: how many to draw.
       first: the number of the first sample; sample i is the same in every request that asks for it.
     """
 
-    prompts: Sequence[Int[np.ndarray, " _"]]
+    prompts: Sequence[Sequenced]
     grammar: Sequence[Draw | Given]
     samples: int = 1
     first: int = 0

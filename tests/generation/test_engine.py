@@ -17,9 +17,9 @@ from rac3.generation.batch import Shape
 from rac3.generation.engine import Engine, Entry, Progress, Slots
 from rac3.generation.grammar import tabulate
 from rac3.generation.request import Draw, Given, Request, Sample
-from rac3.generation.sampling import Sampling
+from rac3.generation.sampling import Sampling, stack
 from rac3.model.transformer import TransformerConfig
-from rac3.tokens.html import Segment, encode, segment_offsets
+from rac3.tokens.html import Segment, Sequenced, encode, segment_offsets
 from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_SOURCE, Vocabulary
 
 VOCABULARY = Vocabulary(text_size=40, image_size=30)  # text ids are 8 to 47, image ids 48 to 77, in a table of 128
@@ -43,7 +43,11 @@ INFILL = [
 ]
 
 
-def prompt(text: int, seed: int, documents: int = 0) -> np.ndarray:
+def sequenced(ids: Sequence[int] | np.ndarray) -> Sequenced:
+    return Sequenced(np.asarray(ids, np.int32), segment_offsets(VOCABULARY, np.asarray(ids, np.int32)))
+
+
+def prompt(text: int, seed: int, documents: int = 0) -> Sequenced:
     """Of 3 ids and a text of so many; each document before it has 16."""
     rng = np.random.default_rng(seed)
     before = [
@@ -51,10 +55,10 @@ def prompt(text: int, seed: int, documents: int = 0) -> np.ndarray:
         for _ in range(documents)
     ]
     ids = [EOD, *(id for each in before for id in each), IMAGE_ALT, *VOCABULARY.from_text(rng.integers(0, 40, text))]
-    return np.array([*ids, IMAGE_SOURCE], np.int32)
+    return sequenced([*ids, IMAGE_SOURCE])
 
 
-PROMPTS = [prompt(5, 0), prompt(4, 1, documents=1), prompt(9, 2), np.array([EOD], np.int32)]
+PROMPTS = [prompt(5, 0), prompt(4, 1, documents=1), prompt(9, 2), sequenced([EOD])]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def drawn(
 ) -> list[list[Sample]]:
     """The samples of each request."""
     each = [sampling] * len(requests) if isinstance(sampling, Sampling) else sampling
-    found = dict(engine.run(requests, each, seed))
+    found = dict(engine.run(requests, each, [seed] * len(requests)))
     return [found[index] for index in range(len(requests))]
 
 
@@ -95,10 +99,10 @@ def logits_after() -> Forward:
 
 def plain(forward: Forward, request: Request, sampling: Sampling, seed: int, number: int) -> Sample:
     """The oracle: the whole sequence again for each id, run by run."""
-    digest = prompt_digest(request.prompts[0])
+    digest = prompt_digest(request.prompts[0].ids)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), digest), number)
-    ids = [[*map(int, each)] for each in request.prompts]
-    offsets = [segment_offsets(VOCABULARY, each).tolist() for each in request.prompts]
+    ids = [each.ids.tolist() for each in request.prompts]
+    offsets = [each.offsets.tolist() for each in request.prompts]
     sample, place = Sample([], []), 0
 
     def put(id: int, offset: int) -> None:
@@ -117,9 +121,9 @@ def plain(forward: Forward, request: Request, sampling: Sampling, seed: int, num
         for step in range(run.count):
             probs = np.zeros(len(ALL))
             for own, places in zip(ids, offsets, strict=True):
-                logits = forward(own, places)
-                probs += np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum() / len(ids)
-            log_probs = np.where(allowed, np.log(probs / probs[allowed].sum()), -np.inf)
+                weights = np.where(allowed, np.exp(forward(own, places)), 0)
+                probs += weights / weights.sum() / len(ids)
+            log_probs = np.where(allowed, np.log(np.where(allowed, probs, 1)), -np.inf)
             if sampling.temperature == 0:
                 id = int(log_probs.argmax())
             else:
@@ -234,8 +238,8 @@ def test_rows_that_start_at_different_times_share_a_ring(logits_after):
 def test_prompts_are_prefilled_in_chunks(logits_after, chunk):
     """Of 1, 8, 9, 16, 17 and 41 ids: the last one is not prefilled."""
     engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2, chunk=chunk)
-    whole = prompt(9, 3, documents=2)[:41]
-    requests = [Request([whole[:size]], PICTURE, 1) for size in (1, 8, 9, 16, 17, 41)]
+    whole = prompt(9, 3, documents=2)
+    requests = [Request([Sequenced(*(x[:size] for x in whole))], PICTURE, 1) for size in (1, 8, 9, 16, 17, 41)]
     for request, samples in zip(requests, drawn(engine, requests, GREEDY), strict=True):
         assert_same(samples, [plain(logits_after, request, GREEDY, 0, 0)])
 
@@ -314,7 +318,7 @@ def test_progress_and_what_is_drawn_so_far(engine):
         reports.append((progress.drawn, progress.total))
         parts.append(progress.partial())
 
-    finished = dict(few.run(requests, [WARM, WARM], 0, keep))
+    finished = dict(few.run(requests, [WARM, WARM], [0, 0], keep))
     assert {total for _, total in reports} == {3 * 10 + 4 * 13}
     counts = [count for count, _ in reports]
     assert counts == sorted(counts)
@@ -333,7 +337,11 @@ def test_progress_and_what_is_drawn_so_far(engine):
 def reports_of(engine: Engine, requests: Sequence[Request], sampling: Sampling = WARM) -> list[int]:
     """How many ids there are at each report of progress."""
     found: list[int] = []
-    dict(engine.run(requests, [sampling] * len(requests), 0, lambda progress: found.append(progress.drawn)))
+    dict(
+        engine.run(
+            requests, [sampling] * len(requests), [0] * len(requests), lambda progress: found.append(progress.drawn)
+        )
+    )
     return found
 
 
@@ -342,7 +350,7 @@ def test_a_free_slot_is_filled_while_others_go_on():
     engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2, steps=100)
     requests = [Request([PROMPTS[0]], [Draw(CODES, size)]) for size in (40, 3, 5)]
     assert reports_of(engine, requests) == [3 + 3, 48]
-    assert [index for index, _ in engine.run(requests, [WARM] * 3, 0)] == [1, 0, 2]
+    assert [index for index, _ in engine.run(requests, [WARM] * 3, [0] * 3)] == [1, 0, 2]
 
 
 def test_a_slot_is_free_when_those_that_are_asked_for_have_ended():
@@ -361,10 +369,10 @@ def test_a_slot_keeps_nothing_of_the_request_before(engine):
     """What processors of the sampling look at: the prompt and the ids after it, then zeros."""
     requests = [Request([PROMPTS[1]], PICTURE), Request([PROMPTS[0]], [Draw(TEXT, 2), INFILL[1]])]
     group = [
-        Entry(index, request, WARM.build(), list(request.grammar), tabulate(request.grammar))
+        Entry(index, request, stack([WARM]), 0, list(request.grammar), tabulate(request.grammar))
         for index, request in enumerate(requests)
     ]
-    slots = Slots(engine, Shape(1, 1, 1, 64, 64, 8), group, np.zeros(2, np.uint32))
+    slots = Slots(engine, Shape(1, 1, 1, 64, 64, 8), group)
     finished = []
     while not slots.done:
         slots.fill()
@@ -374,14 +382,14 @@ def test_a_slot_keeps_nothing_of_the_request_before(engine):
     rows, batch = slots.rows, slots.batch
     assert np.asarray(rows.drawn[0, 0]).tolist() == drawn + [0] * 61
     assert np.asarray(rows.drawn_offsets[0, 0]).tolist() == [1, 2] + [0] * 62
-    assert np.asarray(batch.tokens[0]).tolist() == PROMPTS[0].tolist() + [0] * 56
-    assert np.asarray(batch.offsets[0]).tolist() == [0, 0, 1, 2, 3, 4, 5] + [0] * 57
+    assert np.asarray(batch.tokens[0, 0]).tolist() == PROMPTS[0].ids.tolist() + [0] * 56
+    assert np.asarray(batch.offsets[0, 0]).tolist() == [0, 0, 1, 2, 3, 4, 5] + [0] * 57
     assert (int(rows.count[0, 0]), batch.lengths.tolist()) == (3, [[8]])
 
 
 def test_a_prompt_may_end_within_a_text(engine, logits_after):
     """Its last id has an offset, from which the drawn ones go on."""
-    request = Request([PROMPTS[2][:8]], [Draw(TEXT, 4, END_OF_INFILL, offset=7), INFILL[1]])
+    request = Request([Sequenced(*(x[:8] for x in PROMPTS[2]))], [Draw(TEXT, 4, END_OF_INFILL, offset=7), INFILL[1]])
     (samples,) = drawn(engine, [request], GREEDY)
     assert_same(samples, [plain(logits_after, request, GREEDY, 0, 0)])
 
@@ -413,20 +421,20 @@ def test_a_text_ends_with_its_context_and_others_go_on(engine, logits_after):
 
 
 def test_what_does_not_fit_is_refused_at_once(engine):
-    long = np.full(POSITIONS - IMAGE + 1, EOD, np.int32)
+    long = sequenced([EOD] * (POSITIONS - IMAGE + 1))
     with pytest.raises(InputError, match=r"a prompt of 56 tokens and 9 to generate exceed the 64 positions"):
-        engine.run([Request([PROMPTS[0]], PICTURE), Request([long], PICTURE)], [WARM, WARM], 0)
+        engine.run([Request([PROMPTS[0]], PICTURE), Request([long], PICTURE)], [WARM, WARM], [0, 0])
     with pytest.raises(InputError, match=r"a prompt of 56 tokens and 9 to generate exceed the 64 positions"):
         engine.check(Request([PROMPTS[0], long], PICTURE))
     with pytest.raises(InputError, match=r"a prompt of 64 tokens and 1 to generate exceed the 64 positions"):
-        engine.check(Request([np.full(POSITIONS, EOD, np.int32)], CAPTION))
+        engine.check(Request([sequenced([EOD] * POSITIONS)], CAPTION))
     with pytest.raises(InputError, match=r"a prompt of 57 tokens and 8 to generate exceed the 64 positions"):
-        engine.check(Request([np.full(57, EOD, np.int32)], INFILL))
-    for nothing in ([], [np.zeros(0, np.int32)]):
+        engine.check(Request([sequenced([EOD] * 57)], INFILL))
+    for nothing in ([], [sequenced([])]):
         with pytest.raises(InputError, match="no prompt, or an empty one"):
             engine.check(Request(nothing, PICTURE))
-    assert [len(run.runs[0]) for run in drawn(engine, [Request([long[1:]], PICTURE)])[0]] == [IMAGE]
-    assert list(engine.run([], [], 0)) == []
+    assert [len(run.runs[0]) for run in drawn(engine, [Request([sequenced([EOD] * 55)], PICTURE)])[0]] == [IMAGE]
+    assert list(engine.run([], [], [])) == []
 
 
 def test_a_longer_text_than_the_model_is_trained_on_is_refused():

@@ -1,0 +1,77 @@
+"""Classify: which label is an image's caption, by demonstrations (paper, section 5.4).
+
+    run 1  <eod> <img alt=" cat " src=" ... "> <eod> <img alt=" dog " src=" ... "> <eod>
+           <img alt=" <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> cat <eoi>
+
+One run has one demonstration of each label. Of k runs, with other demonstrations, the probabilities are averaged.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from rac3.config import InputError
+from rac3.documents.store import Tokens
+from rac3.generation.prompts import Context, Form, TextIds
+from rac3.generation.tasks import score
+
+
+class Asked(NamedTuple):
+    """Captions of an image to be scored.
+
+    Attributes:
+      parts: for each run, for each label.
+      notes: as in `rac3.generation.prompts.Asked`.
+    """
+
+    parts: list[list[score.Part]]
+    notes: list[str]
+
+
+def request(
+    form: Form,
+    codes: Int[np.ndarray, " tokens"],
+    labels: Sequence[TextIds],
+    demonstrations: Sequence[Sequence[Tokens]],
+) -> Asked:
+    """Each label as the caption of an image, after the demonstrations of each run.
+
+    Args:
+      demonstrations: of each run, its documents; no runs ask without demonstrations.
+
+    Raises:
+      InputError: fewer than two labels, equal or empty ones, or demonstrations that do not fit.
+    """
+    form.check_image(codes)
+    if len(labels) < 2:
+        raise InputError(f"{len(labels)} labels leave no choice; give at least 2")
+    if not all(len(label) for label in labels) or len({tuple(label) for label in labels}) < len(labels):
+        raise InputError("a label is empty, or given twice; give different ones")
+    parts, notes = [], []
+    for documents in demonstrations or [()]:
+        row = []
+        for label in labels:
+            document = (False, np.asarray(label, np.int32)), (True, codes)
+            asked = score.request(form, document, 0, Context(documents), infill=True)
+            if asked.dropped:
+                raise InputError(
+                    f"{len(documents)} demonstrations do not fit into one context next to the image; "
+                    "give fewer to a run, and more runs"
+                )
+            row += asked.parts
+            notes += [note for note in asked.notes if note not in notes]
+        parts.append(row)
+    return Asked(parts, notes)
+
+
+def answer(log_probs: Sequence[Sequence[Float[np.ndarray, " _"]]]) -> Float[np.ndarray, " labels"]:
+    """The probability of each label: among the labels, and averaged over runs.
+
+    Args:
+      log_probs: of the ids of each label, for each run.
+    """
+    totals = np.array([[float(label.sum()) for label in run] for run in log_probs])
+    probs = np.exp(totals - totals.max(1, keepdims=True))
+    return (probs / probs.sum(1, keepdims=True)).mean(0)

@@ -1,0 +1,137 @@
+"""Infill an image: the codes under a mask, given the others (paper, section 5.2).
+
+    mask     <eod> m1 <eod> <img alt=" a red fox " src=" I0 <mask:0> I3 "> <mask:0>
+    . x      ->  I1 I2
+    x .
+
+A mask is given in pixels. Each code that shows a masked pixel is drawn, and of its pixels the masked ones are taken:
+all others stay as they were, bit for bit.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+from rac3.config import InputError
+from rac3.generation.prompts import Asked, Context, Form, Piece, TextIds, ask, given
+from rac3.generation.request import Draw, Given, Sample
+from rac3.tokens.vocabulary import END_OF_INFILL, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE
+
+PixelMask = Bool[np.ndarray, "height width"]
+
+
+def rectangle(left: int, top: int, right: int, bottom: int, size: int) -> PixelMask:
+    """The mask of the pixels from (left, top) up to, not including, (right, bottom), of an image of size x size.
+
+    Raises:
+      InputError: the rectangle is empty, or not inside the image.
+    """
+    if not (0 <= left < right <= size and 0 <= top < bottom <= size):
+        raise InputError(
+            f"the rectangle {left},{top},{right},{bottom} is empty or not inside the image of {size} x {size} pixels; "
+            "give left,top,right,bottom"
+        )
+    mask = np.zeros((size, size), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def masked_codes(form: Form, mask: PixelMask) -> Bool[np.ndarray, " tokens"]:
+    """Which codes show a masked pixel.
+
+    Raises:
+      InputError: nothing is masked, or the grid of codes does not divide the image.
+    """
+    width = form.image_width
+    if not mask.any():
+        raise InputError("the mask covers nothing; mark what is to be drawn")
+    if not width or mask.shape[0] != mask.shape[1] or mask.shape[0] % width:
+        raise InputError(
+            f"a mask of {mask.shape[1]} x {mask.shape[0]} pixels does not divide into {form.tokens_per_image} codes; "
+            "give one of the size of the run's images"
+        )
+    side = mask.shape[0] // width
+    return mask.reshape(width, side, width, side).any((1, 3)).reshape(-1)
+
+
+def request(
+    form: Form,
+    codes: Int[np.ndarray, " tokens"],
+    masked: Bool[np.ndarray, " tokens"],
+    context: Context,
+    text: TextIds = (),
+    samples: int = 1,
+    first: int = 0,
+    max_spans: int = 16,
+) -> Asked:
+    """The masked codes of an image, given the others.
+
+    Args:
+      text: the image's caption, if there is one.
+      max_spans: runs of masked codes are moved to the end one by one, or together with the known codes between them if
+        there are more runs than this.
+
+    Raises:
+      InputError: these are no image's codes, nothing is masked, or there is no room.
+    """
+    form.check_image(codes)
+    if not masked.any():
+        raise InputError("the mask covers nothing; mark what is to be drawn")
+    vocabulary = form.vocabulary
+    spans = _spans(masked, min(max_spans, vocabulary.num_masks))
+    image: list[Piece] = []
+    grammar: list[Draw | Given] = []
+    begin = 0
+    for index, (start, end) in enumerate(spans):
+        if start > begin:
+            image.append(form.image_piece(codes[begin:start], begin + 1))
+        image.append(vocabulary.mask(index))
+        if index:
+            grammar.append(given([END_OF_INFILL, vocabulary.mask(index)]))
+        grammar += _runs(form, codes, masked, start, end)
+        begin = end
+    if begin < len(codes):
+        image.append(form.image_piece(codes[begin:], begin + 1))
+    after = [IMAGE_SOURCE, *image, IMAGE_END, vocabulary.mask(0)]
+    main = [IMAGE_ALT, *([form.text_piece(text)] if len(text) else []), *after]
+    bare = [IMAGE_ALT, vocabulary.mask(min(len(spans), vocabulary.num_masks - 1)), *after] if len(text) else None
+    return ask(form, main, grammar, context, samples, first, bare)
+
+
+def _spans(masked: Bool[np.ndarray, " tokens"], most: int) -> list[tuple[int, int]]:
+    """The [start, end) of the runs of masked codes, of which those with the smallest gaps are joined if over `most`."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], masked, [0]])))
+    spans = [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+    while len(spans) > most:
+        gaps = [later[0] - earlier[1] for earlier, later in pairwise(spans)]
+        joined = int(np.argmin(gaps))
+        spans[joined : joined + 2] = [(spans[joined][0], spans[joined + 1][1])]
+    return spans
+
+
+def _runs(form: Form, codes: np.ndarray, masked: np.ndarray, start: int, end: int) -> Iterator[Draw | Given]:
+    """The codes of a span: drawn where masked, else known."""
+    for is_masked, group in groupby(range(start, end), key=lambda place: bool(masked[place])):
+        places = [*group]
+        if is_masked:
+            yield form.draw_codes(places[0], len(places))
+        else:
+            yield given([form.image_piece(codes[places], places[0] + 1)])
+
+
+def answer(
+    form: Form, sample: Sample, codes: Int[np.ndarray, " tokens"], masked: Bool[np.ndarray, " tokens"]
+) -> Int[np.ndarray, " tokens"]:
+    """The codes of the whole image."""
+    filled = codes.copy()
+    filled[masked] = np.concatenate(sample.runs) - form.vocabulary.image_start
+    return filled
+
+
+def plug(
+    original: UInt8[np.ndarray, "height width 3"], drawn: UInt8[np.ndarray, "height width 3"], mask: PixelMask
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The original with the drawn pixels under the mask."""
+    return np.where(mask[..., None], drawn, original)

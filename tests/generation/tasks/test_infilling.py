@@ -1,0 +1,214 @@
+"""Prompts and answers of the tasks that infill or draw a part: with the answer, each is a masked training group."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from plain_engine import PlainEngine
+
+from rac3.batches.masking import move_spans
+from rac3.config import InputError
+from rac3.documents.store import Tokens
+from rac3.generation.copying import Copying
+from rac3.generation.prompts import Context, Form
+from rac3.generation.request import Sample
+from rac3.generation.sampling import Guidance, Sampling
+from rac3.generation.tasks import caption, controlled, draw, edit, infill_image, infill_text
+from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_END
+
+CODES = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5])
+TEXT = np.array([20, 21, 22, 23, 24, 25])
+MAIN: Tokens = (False, TEXT), (True, CODES)
+RETRIEVED: Tokens = (False, np.array([7, 8])), (True, np.arange(9))
+
+
+def training(
+    form: Form, spans: list[tuple[int, int]], main: Tokens = MAIN, retrieved: tuple[Tokens, ...] = (RETRIEVED,)
+):
+    """The masked group as (id, offset) of each place; spans of the text count from 0, those of the image from 100."""
+    starts = {False: 1, True: len(main[0][1]) + 2 - 100}
+    spans = [(low + starts[low >= 100], high + starts[low >= 100]) for low, high in spans]
+    sequences = [form.builder.sequence(each) for each in (*retrieved, main)]
+    sequences[-1] = move_spans(form.vocabulary, sequences[-1], spans)
+    ids = [EOD, *np.concatenate([each.ids for each in sequences])]
+    return list(zip(map(int, ids), [0, *np.concatenate([each.offsets for each in sequences]).tolist()], strict=True))
+
+
+def sample(*runs: np.ndarray) -> Sample:
+    return Sample([np.asarray(run, np.int32) for run in runs], [np.zeros(len(run), np.float32) for run in runs])
+
+
+CONTEXT = Context([RETRIEVED])
+
+
+def test_an_image_follows_its_caption(form: Form, completed: Callable):
+    (got,) = completed(draw.request(form, TEXT, CONTEXT).request, [48 + CODES])
+    assert [*got, (IMAGE_END, 0), (EOD, 0)] == training(form, [])
+    assert draw.answer(form, sample(48 + CODES)).tolist() == CODES.tolist()
+
+
+def test_guidance_draws_with_a_mask_for_the_text(form: Form, completed: Callable):
+    """As in training where the whole caption is masked."""
+    _, bare = completed(draw.request(form, TEXT, Context([RETRIEVED], without="text")).request, [48 + CODES])
+    masked = training(form, [(0, 6)])
+    assert bare == masked[: len(bare)]
+    assert masked[len(bare)] == (IMAGE_END, 0)
+
+
+def test_a_caption_is_a_masked_text(form: Form, completed: Callable):
+    (got,) = completed(caption.request(form, CODES, CONTEXT, 10).request, [8 + TEXT])
+    assert [*got, (EOD, 0)] == training(form, [(0, 6)])
+    assert caption.answer(form, sample(8 + TEXT)).tolist() == TEXT.tolist()
+
+
+def test_a_caption_may_follow_its_image(form: Form, completed: Callable):
+    (got,) = completed(caption.request(form, CODES, CONTEXT, 10, infill=False).request, [8 + TEXT])
+    assert got == training(form, [], ((True, CODES), (False, TEXT)))
+
+
+@pytest.mark.parametrize("spans", [[(2, 4)], [(0, 2)], [(4, 6)], [(0, 6)], [(1, 2), (3, 5)], [(0, 1), (1, 2), (5, 6)]])
+@pytest.mark.parametrize("image", [False, True])
+def test_parts_of_a_text_are_masked_spans(form: Form, completed: Callable, spans: list[tuple[int, int]], image: bool):
+    edges = [0, *(edge for span in spans for edge in span), 6]
+    known = [TEXT[low:high] for low, high in zip(edges[::2], edges[1::2], strict=True)]
+    lengths = [high - low for low, high in spans]
+    asked = infill_text.request(form, known, lengths, CONTEXT, CODES if image else None)
+    runs = [8 + TEXT[low:high] for low, high in spans]
+    (got,) = completed(asked.request, runs)
+    if image:
+        assert [*got, (EOD, 0)] == training(form, spans)
+    else:
+        text = form.builder.sequence(((False, TEXT),))
+        masked = move_spans(form.vocabulary, text, spans)
+        assert got[-len(masked.ids) + 1 :] == list(
+            zip(masked.ids[:-1].tolist(), masked.offsets[:-1].tolist(), strict=True)
+        )
+    assert [run.tolist() for run in infill_text.answer(sample(*runs))] == [
+        TEXT[low:high].tolist() for low, high in spans
+    ]
+
+
+PIXELS = infill_image.rectangle
+
+
+@pytest.mark.parametrize(
+    ("masked", "spans"),
+    [
+        ([4, 5, 6], [(4, 7)]),
+        ([0, 1, 3, 4], [(0, 2), (3, 5)]),
+        ([2, 5, 8], [(2, 3), (5, 6), (8, 9)]),
+        (range(9), [(0, 9)]),
+    ],
+)
+@pytest.mark.parametrize("text", [(), TEXT])
+def test_parts_of_an_image_are_masked_spans(form: Form, completed: Callable, masked, spans, text):
+    under = np.isin(np.arange(9), masked)
+    asked = infill_image.request(form, CODES, under, CONTEXT, text)
+    (got,) = completed(asked.request, [48 + CODES[low:high] for low, high in spans])
+    if len(text):
+        assert [*got, (END_OF_INFILL, 0), (EOD, 0)] == training(form, [(100 + low, 100 + high) for low, high in spans])
+    else:
+        sequence = form.builder.sequence(((True, CODES),))
+        whole = move_spans(form.vocabulary, sequence, [(2 + low, 2 + high) for low, high in spans])
+        assert got[-len(whole.ids) + 2 :] == list(
+            zip(whole.ids[:-2].tolist(), whole.offsets[:-2].tolist(), strict=True)
+        )
+
+
+def test_runs_that_are_masked_together_keep_what_is_between(form: Form, completed: Callable):
+    """Of three runs, the two with the smaller gap become one span, in which the known code is given."""
+    under = np.isin(np.arange(9), [0, 3, 5, 6])
+    asked = infill_image.request(form, CODES, under, CONTEXT, TEXT, max_spans=2)
+    (got,) = completed(asked.request, [48 + CODES[[0]], 48 + CODES[[3]], 48 + CODES[[5, 6]]])
+    assert [*got, (END_OF_INFILL, 0), (EOD, 0)] == training(form, [(100, 101), (103, 107)])
+
+
+def test_only_masked_codes_change(form: Form):
+    under = np.isin(np.arange(9), [0, 4, 5])
+    filled = infill_image.answer(form, sample([58], [59, 60]), CODES, under)
+    assert filled.tolist() == [10, 1, 4, 1, 11, 12, 2, 6, 5]
+    assert CODES.tolist() == [3, 1, 4, 1, 5, 9, 2, 6, 5]
+
+
+def test_masked_codes_are_those_that_show_a_masked_pixel(form: Form):
+    """12 x 12 pixels are 3 x 3 codes of 4 x 4: a rectangle of pixels 3 to 4 touches four of them."""
+    assert np.flatnonzero(infill_image.masked_codes(form, PIXELS(3, 3, 5, 5, 12))).tolist() == [0, 1, 3, 4]
+    assert np.flatnonzero(infill_image.masked_codes(form, PIXELS(4, 8, 8, 12, 12))).tolist() == [7]
+    assert np.flatnonzero(infill_image.masked_codes(form, PIXELS(0, 0, 12, 1, 12))).tolist() == [0, 1, 2]
+
+
+def test_outside_the_mask_every_pixel_stays():
+    rng = np.random.default_rng(0)
+    original, drawn = rng.integers(0, 256, (2, 12, 12, 3), np.uint8)
+    mask = PIXELS(3, 2, 7, 9, 12)
+    plugged = infill_image.plug(original, drawn, mask)
+    np.testing.assert_array_equal(plugged[~mask], original[~mask])
+    np.testing.assert_array_equal(plugged[2:9, 3:7], drawn[2:9, 3:7])
+
+
+def test_guidance_infills_with_a_mask_for_the_text(form: Form):
+    """The image's spans come first in what is drawn, so the text has the sentinel after theirs."""
+    under = np.isin(np.arange(9), [0, 4])
+    asked = infill_image.request(form, CODES, under, Context(without="text"), TEXT)
+    image = [3, 78, *(48 + CODES[1:4]), 79, *(48 + CODES[5:]), 4, 78]
+    assert [prompt.ids.tolist() for prompt in asked.request.prompts] == [
+        [1, 2, *(8 + TEXT), *image],
+        [1, 2, 80, *image],
+    ]
+
+
+@pytest.mark.parametrize("module", [edit, controlled])
+def test_tasks_by_given_documents_need_some(form: Form, module):
+    given = (TEXT,) if module is controlled else (CODES, CODES == 1)
+    plain = draw if module is controlled else infill_image
+    asked, same = (each.request(form, *given, CONTEXT, samples=2, first=3).request for each in (module, plain))
+    assert [prompt.ids.tolist() for prompt in asked.prompts] == [prompt.ids.tolist() for prompt in same.prompts]
+    assert (asked.samples, asked.first) == (2, 3)
+    with pytest.raises(InputError, match="and none is given"):
+        module.request(form, *given, Context())
+
+
+BAD = [
+    (lambda form: draw.request(form, [], CONTEXT), "the prompt has no text"),
+    (
+        lambda form: caption.request(form, CODES[:4], CONTEXT, 5),
+        "the image has 4 codes, but this model's images have 9",
+    ),
+    (lambda form: infill_image.request(form, CODES[:4], CODES[:4] > 0, CONTEXT), "the image has 4 codes"),
+    (lambda form: infill_image.request(form, CODES, CODES > 90, CONTEXT), "the mask covers nothing"),
+    (lambda form: infill_image.masked_codes(form, np.zeros((12, 12), bool)), "the mask covers nothing"),
+    (lambda form: infill_image.masked_codes(form, np.ones((12, 8), bool)), "a mask of 8 x 12 pixels does not divide"),
+    (lambda form: infill_image.masked_codes(form, np.ones((10, 10), bool)), "a mask of 10 x 10 pixels does not divide"),
+    (lambda form: PIXELS(3, 3, 3, 5, 12), "the rectangle 3,3,3,5 is empty or not inside the image of 12 x 12"),
+    (lambda form: PIXELS(3, 3, 5, 13, 12), "not inside the image"),
+    (lambda form: PIXELS(-1, 3, 5, 7, 12), "not inside the image"),
+    (lambda form: infill_text.request(form, [TEXT], [], CONTEXT), "the text has 0 masks; use 1 to 16"),
+    (lambda form: infill_text.request(form, [TEXT[:1]] * 18, [1] * 17, CONTEXT), "the text has 17 masks"),
+    (lambda form: infill_text.request(form, [TEXT], [1], CONTEXT), "1 masks separate 2 known parts of a text, not 1"),
+    (lambda form: infill_text.request(form, [TEXT, []], [0], CONTEXT), "a mask of 0 tokens has nothing to fill in"),
+]
+
+
+@pytest.mark.parametrize(("ask", "message"), BAD)
+def test_bad_input_is_one_line(form: Form, ask: Callable, message: str):
+    with pytest.raises(InputError, match=message) as raised:
+        ask(form)
+    assert "\n" not in str(raised.value)
+
+
+def test_all_of_it_draws_what_its_grammar_says(form: Form, engine: PlainEngine):
+    """With a random model, and guidance and copying where there are documents."""
+    under = np.isin(np.arange(9), [0, 4, 5])
+    asked = [
+        draw.request(form, TEXT[:3], Context([RETRIEVED], without="text"), samples=2),
+        caption.request(form, CODES, CONTEXT, 6),
+        infill_text.request(form, [TEXT[:2], TEXT[3:]], [4], CONTEXT),
+        infill_image.request(form, CODES, under, CONTEXT),
+    ]
+    samplings = [Sampling(guidance=Guidance(2.0)), *[Sampling(copying=Copying(0.5), top_p=0.9)] * 3]
+    results = dict(engine.run([each.request for each in asked], samplings, [0] * len(asked)))
+    assert [draw.answer(form, each).shape for each in results[0]] == [(9,)] * 2
+    assert len(caption.answer(form, results[1][0])) <= 6
+    assert len(infill_text.answer(results[2][0])[0]) <= 4
+    filled = infill_image.answer(form, results[3][0], CODES, under)
+    assert (filled[~under] == CODES[~under]).all()
