@@ -331,8 +331,8 @@ class Slots:
             self.parts[slot] = None
             if any(np.isnan(log_probs).any() for each in entry.samples.values() for log_probs in each.log_probs):
                 raise InputError(
-                    "the model gives no number for the probability of an id: its parameters are damaged, or a processor "
-                    "of the sampling leaves no id; restore another checkpoint, or remove the processor"
+                    "the model gives no number for the probability of an id: its parameters are damaged, or a "
+                    "processor of the sampling leaves no id; restore another checkpoint, or remove the processor"
                 )
             if len(entry.samples) == entry.request.samples:
                 finished.append(entry)
