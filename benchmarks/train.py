@@ -129,6 +129,7 @@ def load_opt(model: Any, params: Any) -> None:
 
     ours = params["params"]
     positions = np.asarray(ours["position_embedding"])
+    layers, width = ours["blocks"]["mlp_norm"]["scale"].shape
     table = model.model.decoder.embed_positions.weight.shape[0]
     state = {
         "embed_tokens.weight": ours["token_embedding"],
@@ -137,13 +138,13 @@ def load_opt(model: Any, params: Any) -> None:
         "final_layer_norm.bias": ours["final_norm"]["bias"],
     }
     blocks = ours["blocks"]
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix, attention = f"layers.{layer}.", blocks["attention"]
         for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
             kernel, bias = attention["qkv_kernel"][layer][:, part], attention["qkv_bias"][layer][part]
-            state[f"{prefix}self_attn.{name}.weight"] = kernel.reshape(WIDTH, WIDTH).T
-            state[f"{prefix}self_attn.{name}.bias"] = bias.reshape(WIDTH)
-        state[f"{prefix}self_attn.out_proj.weight"] = attention["out_kernel"][layer].reshape(WIDTH, WIDTH).T
+            state[f"{prefix}self_attn.{name}.weight"] = kernel.reshape(width, width).T
+            state[f"{prefix}self_attn.{name}.bias"] = bias.reshape(width)
+        state[f"{prefix}self_attn.out_proj.weight"] = attention["out_kernel"][layer].reshape(width, width).T
         state[f"{prefix}self_attn.out_proj.bias"] = attention["out_bias"][layer]
         for theirs, name in (("self_attn_layer_norm", "attention_norm"), ("final_layer_norm", "mlp_norm")):
             state[f"{prefix}{theirs}.weight"] = blocks[name]["scale"][layer]

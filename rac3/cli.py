@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Union
 import jax
 
 from rac3 import recipes
+from rac3.answering import Model
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, check_finite, load_config_module, shipped_configs
 from rac3.devices.processes import Distributed, Processes, leave
@@ -27,13 +28,14 @@ from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
 from rac3.execution.ray import Ray
 from rac3.experiment import Data, Experiment
+from rac3.experiment_file import describe, load
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
-from rac3.run import Run, describe, load
+from rac3.run import Run, keep_programs
 from rac3.training.checkpoint import SaveError
 from rac3.training.preemption import RUN_AGAIN, PreemptedError
 from rac3.vqgan.frozen import FrozenVQGAN
@@ -114,7 +116,7 @@ def run(arguments: Sequence[str]) -> None:
     if stage in AT_INFERENCE:
         trained = dataclasses.replace(experiment, retriever=config.retriever, takedowns=config.takedowns)
     started = time.monotonic()
-    STAGES[stage].work(Run(experiment, workdir, trained), options)
+    STAGES[stage].work(Model(experiment, workdir, trained), options)
     if STAGES[stage].timed:
         print(f"{stage}: done in {time.monotonic() - started:.0f} s, in {workdir.path}")
 
@@ -441,9 +443,10 @@ def _run(run: Run, options: Any) -> None:
         work(run, options)
 
 
-def _generate(run: Run, options: Any) -> None:
+def _generate(run: Model, options: Any) -> None:
     from rac3.stages.generate import generate
 
+    keep_programs(run.workdir.path)
     run.experiment.mesh.build()
     _index(run, options)
     print(generate(run, options))
@@ -504,7 +507,7 @@ class Stage:
     """
 
     help: str
-    work: Callable[[Run, Any], None]
+    work: Callable[[Any, Any], None]
     options: Callable[[], type] = lambda: NoOptions
     timed: bool = True
 
@@ -527,7 +530,12 @@ STAGES = {
         _evaluate,
         _evaluate_options,
     ),
-    "generate": Stage("draw your caption, or caption your picture", _generate, _generate_options, False),
+    "generate": Stage(
+        "draw, caption, infill, edit or continue what you give; --prompts FILE for many",
+        _generate,
+        _generate_options,
+        False,
+    ),
     "report": Stage("write the report and metrics.json", _report, timed=False),
     "run": Stage("prepare, train, evaluate and report", _run),
     "plan": Stage("what all would take: memory, FLOPs, time, disk, messages; runs nothing", _plan, timed=False),

@@ -1,16 +1,11 @@
 """A run: what a workdir holds, opened.
 
-    run = rac3.load("runs/quickstart")
-    run.draw("a red fox").images[0]
-
 Stages write artifacts and read those of earlier stages through a `Run`. Whoever opens a finished workdir, in a notebook
 or for `rac3 generate`, has the same object.
 """
 
-import json
 import math
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,30 +15,29 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jax.experimental.compilation_cache import compilation_cache
+from jaxtyping import Array, Int, PyTree, UInt8
 
 from rac3 import recipes
 from rac3.artifacts.arrays import Rows, Vectors
 from rac3.artifacts.recipe import Recipe
-from rac3.artifacts.workdir import Artifact, Workdir, write_atomic
+from rac3.artifacts.workdir import Artifact, Workdir
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.loader import BatchStream
 from rac3.batches.masking import Masking
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
-from rac3.config import InputError, fingerprint, from_plain, load_config_module, to_plain
-from rac3.documents.document import Document
+from rac3.config import InputError, fingerprint
+from rac3.documents.document import Document, Image
 from rac3.documents.store import DocumentStore, Keys, Texts, TokenizedDocument, hash64
 from rac3.experiment import Experiment, Split
-from rac3.generation.captions import generate_captions
-from rac3.generation.generator import Generator
-from rac3.generation.images import generate_images
-from rac3.generation.sampling import Sampling
+from rac3.generation.engine import Engine
+from rac3.generation.prompts import Form
+from rac3.generation.tasks.score import Scorer
 from rac3.model.transformer import Transformer
 from rac3.retrieval.memory import EmbeddingRows, MemoryPart
 from rac3.retrieval.open_memory import IndexedPart, OpenMemory
 from rac3.retrieval.retriever import Queries, Retriever
-from rac3.tokens.html import Sequenced
 from rac3.tokens.text import Tokenizer
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
@@ -51,45 +45,21 @@ from rac3.training.metrics import read_metrics
 from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.frozen import FrozenVQGAN
 
-EXPERIMENT = "experiment.json"  # of a workdir: the experiment that it was made with
+PROGRAMS = "compiled"  # the folder of compiled programs in a workdir
 DOCUMENT = "document"  # the array of the vectors that are retrieved
 PARTS = ("text", "image")  # of a document, each of which is a query (paper, section 3.2)
-MARKUP = 8  # ids of a prompt at most, besides documents, text and image
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Run")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A retrieved document and its similarity to the query."""
+    """A document for a context, and its similarity to the query; None if it was given by hand."""
 
     document: Document
-    score: float
+    score: float | None
     tokens: TokenizedDocument
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Images of a caption.
-
-    Attributes:
-      images: the one that CLIP likes best first.
-      retrieved: the documents in context, best first.
-      dropped: documents that were retrieved, but did not fit into the context with the others.
-    """
-
-    images: list[UInt8[np.ndarray, "height width 3"]]
-    retrieved: list[Found]
-    dropped: list[Found]
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """The caption of an image; `retrieved` and `dropped` as in `Drawn`."""
-
-    text: str
-    retrieved: list[Found]
-    dropped: list[Found]
 
 
 class Run:
@@ -113,15 +83,15 @@ class Run:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What is open stays where it is: another process opens it again."""
-        return Run, (self.experiment, self.workdir, self.trained)
+        return type(self), (self.experiment, self.workdir, self.trained)
 
-    def with_retriever(self, retriever: Retriever) -> "Run":
+    def with_retriever(self: R, retriever: Retriever) -> R:
         """This run with another retriever at inference, its model unchanged. `rac3 index` makes what that needs."""
         return self.variant(replace(self.experiment, retriever=retriever), self.trained)
 
-    def variant(self, experiment: Experiment, trained: Experiment) -> "Run":
+    def variant(self: R, experiment: Experiment, trained: Experiment) -> R:
         """A run of other experiments in the same workdir; what both have in common is opened once."""
-        other = Run(experiment, self.workdir, trained)
+        other = type(self)(experiment, self.workdir, trained)
         other._opened, other._lock = self._opened, self._lock
         return other
 
@@ -267,8 +237,32 @@ class Run:
         return params
 
     @property
-    def generator(self) -> Generator:
-        return Generator(self.model, self.params, self.vocabulary, self.images.tokens_per_image)
+    def form(self) -> Form:
+        """What prompts are made of, and how long they may be."""
+        model = self.model
+        return Form(
+            self.builder,
+            self.images.tokens_per_image,
+            model.max_positions,
+            model.max_segment_tokens,
+            max(self.trained.batches.num_retrieved) if self.trained.retrieves else 0,
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """Continues prompts with the model that `train` ended with, over this machine's mesh."""
+
+        def start(_: Path) -> Engine:
+            mesh = self.experiment.mesh.build()
+            return Engine(self.model, self.params, self.vocabulary, mesh, self.form.image_width)
+
+        return self._open(self.training_recipe, start, "engine")
+
+    @property
+    def scorer(self) -> Scorer:
+        """Log probabilities of what is given."""
+        batches = self.experiment.batches
+        return Scorer(self.model, self.params, batches.row, batches.max_groups)
 
     @property
     def builder(self) -> GroupBuilder:
@@ -327,79 +321,52 @@ class Run:
         text = text.strip()  # as the texts of documents are
         if (text == "") == (image is None):
             raise InputError("the prompt has no text and no image, or both; give --prompt TEXT or --image FILE")
-        if not self.experiment.retrieves or k == 0:
-            return []
-        vector: Float[np.ndarray, "1 embed"] = (
-            self.encoder.embed_texts([text]) if image is None else self.encoder.embed_images([image])
-        )
+        return self.retrieve_many([text if image is None else image], k)[0]
+
+    def retrieve_many(self, queries: Sequence[str | UInt8[np.ndarray, "_ _ 3"]], k: int) -> list[list[Found]]:
+        """What each of several texts and images retrieves, as `retrieve` has it."""
+        if not self.experiment.retrieves or k == 0 or not queries:
+            return [[] for _ in queries]
+        texts = [query for query in queries if isinstance(query, str)]
+        images = [query for query in queries if not isinstance(query, str)]
+        of_texts = iter(self.encoder.embed_texts(texts) if texts else [])
+        of_images = iter(self.encoder.embed_images(images) if images else [])
+        vectors = np.stack([next(of_texts if isinstance(query, str) else of_images) for query in queries])
+        words = [query if isinstance(query, str) else "" for query in queries]
+        keys = [text or "image" for text in words]
         memory, builder = self.memory(), self.builder
-        selected = memory.retrieve(Queries([text or "image"], vector, [text]), np.array([-1]))
-        found: list[Found] = []
-        for number, score in zip(selected.ids[0].tolist(), selected.scores[0].tolist(), strict=True):
-            if number >= 0 and len(found) < k:
-                item = memory.document(number)
-                if builder.shown(item.tokens) is not None:
-                    found.append(Found(item.document, score, item))
-        return found
+        selected = memory.retrieve(Queries(keys, vectors, words), np.full(len(queries), -1))
+        out: list[list[Found]] = []
+        for ids, scores in zip(selected.ids.tolist(), selected.scores.tolist(), strict=True):
+            found: list[Found] = []
+            for number, score in zip(ids, scores, strict=True):
+                if number >= 0 and len(found) < k:
+                    item = memory.document(number)
+                    if builder.shown(item.tokens) is not None:
+                        found.append(Found(item.document, score, item))
+            out.append(found)
+        return out
 
-    def draw(self, text: str, k: int = 2, samples: int = 4, seed: int = 0, sampling: Sampling | None = None) -> Drawn:
-        """Images of a caption.
+    def tokenize(self, documents: Sequence[Document]) -> list[TokenizedDocument]:
+        """Text ids and image codes of documents that need not be in the memory."""
+        return tokenize(documents, self.tokenizer, self.images, self.experiment.max_text_tokens)
 
-        Args:
-          k: documents to retrieve.
-          sampling: None is `evaluation.image_sampling` of the experiment.
 
-        Raises:
-          InputError: an empty caption, or one that leaves no room for an image.
-        """
-        text = text.strip()
-        ids = self.tokenizer.encode(text)
-        found = self.retrieve(text, k=k) if ids else []
-        context, retrieved, dropped = self._context(found, self.images.tokens_per_image + len(ids))
-        sampling = sampling or self.experiment.evaluation.image_sampling
-        codes = generate_images(self.generator, [ids], [context], sampling, samples, seed)[0]
-        pixels = self.images.decode(codes)
-        scores = self.encoder.embed_images(list(pixels)) @ self.encoder.embed_texts([text])[0]
-        return Drawn([pixels[i] for i in np.argsort(-scores)], retrieved, dropped)
-
-    def caption(
-        self,
-        image: UInt8[np.ndarray, "_ _ 3"],
-        k: int = 2,
-        samples: int = 4,
-        seed: int = 0,
-        sampling: Sampling | None = None,
-    ) -> Captioned:
-        """The caption of lowest perplexity of an image; the arguments are those of `draw`."""
-        settings, images = self.experiment.evaluation, self.images
-        found = self.retrieve(image=image, k=k)
-        context, retrieved, dropped = self._context(found, images.tokens_per_image + settings.max_caption_tokens)
-        ids = generate_captions(
-            self.generator,
-            [images.encode([image])[0]],
-            [context],
-            sampling or settings.caption_sampling,
-            samples,
-            settings.max_caption_tokens,
-            seed,
-        )
-        return Captioned(self.tokenizer.decode(ids[0].tolist()), retrieved, dropped)
-
-    def _context(self, found: list[Found], main: int) -> tuple[list[Sequenced], list[Found], list[Found]]:
-        """The sequences of the documents that fit next to `main` ids, those documents, and the others."""
-        context = self.in_context([item.tokens for item in found], main)
-        return context, found[: len(context)], found[len(context) :]
-
-    def in_context(self, documents: Sequence[TokenizedDocument], main: int) -> list[Sequenced]:
-        """The first of the documents, as far as the context has room for them next to `main` ids and markup."""
-        room = self.model.max_positions - main - MARKUP
-        kept: list[Sequenced] = []
-        for sequence in self.builder.retrieved_sequences([item.tokens for item in documents]):
-            room -= len(sequence.ids)
-            if room < 0:
-                break
-            kept.append(sequence)
-        return kept
+def tokenize(
+    documents: Sequence[Document], tokenizer: Tokenizer, images: ImageTokenizer, max_text_tokens: int
+) -> list[TokenizedDocument]:
+    """Text ids and image codes of each document."""
+    codes = iter(images.encode([image for document in documents for image in document.images]))
+    tokenized = []
+    for document in documents:
+        ids = [
+            next(codes)
+            if isinstance(segment, Image)
+            else np.array(tokenizer.encode(segment.text)[:max_text_tokens], np.int32)
+            for segment in document.segments
+        ]
+        tokenized.append(TokenizedDocument(document, tuple(ids)))
+    return tokenized
 
 
 def initializer(model: Transformer) -> Callable[[Array], PyTree]:
@@ -422,64 +389,14 @@ def _embeddings(folder: Path) -> EmbeddingRows:
     return vectors[:] if 4 * math.prod(vectors.shape) <= machine // 16 else vectors
 
 
-def describe(run: Run) -> None:
-    """Writes the experiment into its workdir, for `load`: plain data, overrides included, relative paths resolved."""
-    plain = {
-        "arguments": run.workdir.arguments,
-        "experiment": to_plain(_with_absolute_paths(run.experiment)),
-    }
-    write_atomic(run.workdir.path / EXPERIMENT, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+def keep_programs(workdir: Path) -> None:
+    """Keeps compiled programs in the workdir, so that the next process finds them.
 
-
-def _with_absolute_paths(experiment: Experiment) -> Experiment:
-    """A notebook runs in another folder than the command did."""
-    folders: dict[str, Any] = {name: _absolute(getattr(experiment, name)) for name in ("data_dir", "takedowns")}
-    text = replace(experiment.text, checkpoint=_absolute(experiment.text.checkpoint))
-    frozen: dict[str, Any] = {
-        name: replace(config, checkpoint=_absolute(config.checkpoint))
-        for name, config in (("vqgan", experiment.vqgan), ("clip", experiment.clip))
-        if isinstance(config, FrozenVQGAN | FrozenCLIP)
-    }
-    model = replace(experiment.model, init_from=_absolute(experiment.model.init_from))
-    return replace(experiment, **folders, text=text, model=model, **frozen)
-
-
-def _absolute(path: str | None) -> Any:
-    """The absolute form of a path that exists; names on a hub, and what is empty, stay as they are."""
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
-
-
-def load(workdir: str | os.PathLike[str], config: str | os.PathLike[str] | None = None) -> Run:
-    """Opens a workdir that `rac3 run` or the stages have made.
-
-        run = rac3.load("runs/quickstart")
-
-    Args:
-      config: the config file, needed only if the experiment uses classes defined in it (a retriever, an encoder):
-        a workdir holds plain data, and no code is run out of it.
-
-    Raises:
-      InputError: the folder holds no experiment, or one that uses classes of a config that is not given.
+    A folder that `JAX_COMPILATION_CACHE_DIR` or `jax.config` names stays in use; nothing is kept where nothing can be
+    written.
     """
-    folder = Path(workdir)
-    record = folder / EXPERIMENT
-    if not record.is_file():
-        raise InputError(f"{folder} holds no {EXPERIMENT}, so it is no workdir; give the folder that `rac3 run` made")
-    try:
-        plain = json.loads(record.read_text())
-        arguments, stored = plain["arguments"], plain["experiment"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{record} is damaged ({error}); run the command that made the workdir again") from error
-    module = None if config is None else load_config_module(os.fspath(config))
-    try:
-        experiment = from_plain(stored, module)
-    except KeyError as error:
-        raise InputError(
-            f"{folder} was made with {error.args[0].rpartition('.')[2]}, a class defined in its config; give the file: "
-            f"rac3.load({str(folder)!r}, config={(shlex.split(arguments) or ['config.py'])[0]!r})"
-        ) from error
-    except (TypeError, InputError) as error:
-        raise InputError(f"{record} was written by another version of rac3 ({error}); run the command again") from error
-    if not isinstance(experiment, Experiment):
-        raise InputError(f"{record} holds no experiment; run the command that made the workdir again")
-    return Run(experiment, Workdir(folder, experiment.name, arguments))
+    if jax.config.values["jax_compilation_cache_dir"] or not os.access(workdir, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / PROGRAMS))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # generation has many small programs
+    compilation_cache.reset_cache()  # what was compiled before has settled that there is none

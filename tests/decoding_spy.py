@@ -1,64 +1,94 @@
-"""What reaches the decoder, and what it gives: the last place before ids are drawn."""
+"""What reaches the engine, and what it gives: the last place before ids are drawn."""
 
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 
-from rac3.generation import generator
-from rac3.generation.decode import Generated, Grammar
+from rac3.generation.engine import Engine
+from rac3.generation.request import Draw, Request, Sample
 from rac3.generation.sampling import Sampling
 
 
 class Call(NamedTuple):
-    """One call of `decode.generate`: its rows are prompts, each as often as it has samples."""
+    """One call of `Engine.run`."""
 
-    prompts: list[list[int]]
-    grammar: Grammar
-    sampling: Sampling
-    keys: list[tuple[int, ...]]  # their bits, one a row
-    out: Generated
+    requests: list[Request]
+    samplings: list[Sampling]
+    seeds: list[int]
+    out: list[list[Sample]]
 
-    def samples(self, count: int) -> list[tuple[list[int], list[list[int]], list[float]]]:
-        """(prompt, ids of each sample, their mean log probabilities) of each prompt, of `count` samples each."""
-        found = []
-        for start in range(0, len(self.prompts), count):
-            own = slice(start, start + count)
-            (prompt,) = {tuple(each) for each in self.prompts[own]}  # all rows have the one prompt
-            found.append(
-                (list(prompt), [ids.tolist() for ids in self.out.ids[own]], self.out.mean_log_prob[own].tolist())
-            )
-        return found
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The first prompt of each request."""
+        return [request.prompts[0].ids.tolist() for request in self.requests]
+
+    @property
+    def keys(self) -> list[tuple[object, ...]]:
+        """All that a sample depends on, besides the model."""
+        return [
+            (seed, tuple(prompt), request.first + number)
+            for request, prompt, seed in zip(self.requests, self.prompts, self.seeds, strict=True)
+            for number in range(request.samples)
+        ]
+
+    @property
+    def sampling(self) -> Sampling:
+        """That of all requests."""
+        first, *others = self.samplings
+        assert all(each == first for each in others)
+        return first
+
+    @property
+    def draws(self) -> list[Draw]:
+        """The only run of each request."""
+        return [run for request in self.requests for run in request.grammar if isinstance(run, Draw)]
+
+    def samples(self) -> list[tuple[list[int], list[list[int]], list[float]]]:
+        """(prompt, ids of each sample, their mean log probabilities) of each request of one run."""
+        return [
+            (prompt, [sample.runs[0].tolist() for sample in samples], [sample.mean_log_prob for sample in samples])
+            for prompt, samples in zip(self.prompts, self.out, strict=True)
+        ]
 
 
 def watch_decoding(monkeypatch: pytest.MonkeyPatch, real: bool = True) -> list[Call]:
-    """The calls of the decoder from now on, as they come; without `real`, its answers are made up (see `made_up`)."""
+    """The calls of the engine from now on, as they come; without `real`, its answers are made up (see `made_up`)."""
     calls: list[Call] = []
-    decode = generator.generate
+    run = Engine.run
 
-    def generate(model, params, vocabulary, prompts, grammar, sampling, keys):
-        bits = [tuple(row) for row in np.asarray(jax.random.key_data(keys)).tolist()]
+    def watched(
+        self: Engine, requests: Sequence[Request], samplings: Sequence[Sampling], seeds: Sequence[int], progress=None
+    ):
         if real:
-            out = decode(model, params, vocabulary, prompts, grammar, sampling, keys)
+            found = dict(run(self, requests, samplings, seeds, progress))
         else:
-            room = [model.max_positions - len(prompt) for prompt in prompts]
-            assert min(room) >= grammar.shortest
-            out = made_up(grammar, bits, room)
-        calls.append(Call([prompt.tolist() for prompt in prompts], grammar, sampling, bits, out))
-        return out
+            found = {number: made_up(self, *each) for number, each in enumerate(zip(requests, seeds, strict=True))}
+        out = [found[number] for number in range(len(requests))]
+        calls.append(Call([*requests], [*samplings], [*seeds], out))
+        return iter(found.items())
 
-    monkeypatch.setattr(generator, "generate", generate)
+    monkeypatch.setattr(Engine, "run", watched)
     return calls
 
 
-def made_up(grammar: Grammar, keys: list[tuple[int, ...]], room: list[int]) -> Generated:
-    """What the grammar allows, drawn evenly by each row's key: without a model, hence at once."""
-    allowed = np.setdiff1d(np.flatnonzero(grammar.allowed), [grammar.stop])
-    ids, scores = [], []
-    for key, limit in zip(keys, np.minimum(grammar.count, room).tolist(), strict=True):
-        rng = np.random.default_rng(key)
-        count = limit if grammar.stop < 0 else int(rng.integers(1, limit + 1))
-        ids.append(rng.choice(allowed, count).astype(np.int32))
-        scores.append(-rng.random())
-    return Generated(ids, np.array(scores, np.float32))
+def made_up(engine: Engine, request: Request, seed: int) -> list[Sample]:
+    """What the grammar allows, drawn evenly: without a model, hence at once."""
+    longest = max(len(prompt.ids) for prompt in request.prompts)
+    needed = sum(run.count + (run.stop >= 0) if isinstance(run, Draw) else len(run.ids) for run in request.grammar)
+    assert longest + needed <= engine.model.max_positions
+    samples = []
+    for number in range(request.first, request.first + request.samples):
+        key = hashlib.sha256(repr((seed, request.prompts[0].ids.tolist(), number)).encode()).digest()
+        rng = np.random.default_rng([*key])
+        runs, scores = [], []
+        for run in request.grammar:
+            if isinstance(run, Draw):
+                count = run.count if run.stop < 0 else int(rng.integers(1, run.count + 1))
+                allowed = np.setdiff1d(np.flatnonzero(run.allowed), [run.stop])
+                runs.append(rng.choice(allowed, count).astype(np.int32))
+                scores.append(-rng.random(count, np.float32))
+        samples.append(Sample(runs, scores))
+    return samples

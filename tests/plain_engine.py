@@ -1,12 +1,12 @@
 """The engine's oracle: for every id, the whole sequence again, one sample at a time, with no cache."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rac3.generation.generator import sample_keys
 from rac3.generation.request import Draw, Request, Sample
 from rac3.generation.sampling import Sampling, sample
 from rac3.generation.step import Step
@@ -20,11 +20,13 @@ class PlainEngine:
         self._logits, self._sample = jax.jit(self._last), jax.jit(sample)
 
     def run(
-        self, requests: Sequence[Request], samplings: Sequence[Sampling], seed: int
+        self, requests: Sequence[Request], samplings: Sequence[Sampling], seeds: Sequence[int]
     ) -> Iterator[tuple[int, list[Sample]]]:
-        for number, (request, sampling) in enumerate(zip(requests, samplings, strict=True)):
-            keys = sample_keys(seed, [request.prompts[0].ids], request.first + request.samples)[0]
-            yield number, [self._one(request, sampling, key) for key in keys[request.first :]]
+        for place, (request, sampling, seed) in enumerate(zip(requests, samplings, seeds, strict=True)):
+            digest = hashlib.blake2b(request.prompts[0].ids.astype("<i4").tobytes(), digest_size=4).digest()
+            of_prompt = jax.random.fold_in(jax.random.key(seed), np.uint32(int.from_bytes(digest, "little")))
+            numbers = range(request.first, request.first + request.samples)
+            yield place, [self._one(request, sampling, jax.random.fold_in(of_prompt, each)) for each in numbers]
 
     def _one(self, request: Request, sampling: Sampling, key: jax.Array) -> Sample:
         ids: list[int] = []

@@ -193,13 +193,19 @@ def prepare_image(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UIn
 
     Crops first: the pixels are the same, and a very long strip never becomes a huge image.
     """
+    rows, columns = center_square(pixels)
+    if rows.stop - rows.start == size:
+        return pixels[rows, columns]
+    box = (columns.start, rows.start, columns.stop, rows.stop)
+    return np.asarray(PIL.Image.fromarray(pixels).resize((size, size), PIL.Image.Resampling.BICUBIC, box=box))
+
+
+def center_square(pixels: UInt8[np.ndarray, "height width 3"]) -> tuple[slice, slice]:
+    """The rows and columns of the middle square."""
     height, width, _ = pixels.shape
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    if side == size:
-        return pixels[top : top + side, left : left + side]
-    box = (left, top, left + side, top + side)
-    return np.asarray(PIL.Image.fromarray(pixels).resize((size, size), PIL.Image.Resampling.BICUBIC, box=box))
+    return slice(top, top + side), slice(left, left + side)
 
 
 def plain_json(value: object) -> JSON:

@@ -187,5 +187,5 @@ def cm3_loss(
 def _hidden_and_table(model: Transformer, params: PyTree, batch: PackedBatch) -> tuple[Array, Array]:
     """The hidden states, and the embedding that makes logits of them."""
     apply: Any = model.apply  # flax types its result by what is mutable
-    hidden, _ = apply(params, batch.tokens, batch.positions, batch.offsets, batch.segments)
+    hidden = apply(params, batch.tokens, batch.positions, batch.offsets, batch.segments)
     return hidden, apply(params, method="output_table")

@@ -10,11 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from rac3.config import InputError
 from rac3.devices.mesh import constrain
-from rac3.model.attention import KVCache, SelfAttention
+from rac3.model.attention import SelfAttention
 from rac3.model.blockwise import SAVED
 from rac3.model.embedding import look_up
 from rac3.model.packed import AttentionName, PackedAttention, choose_attention
 from rac3.model.product import dot_general
+
+EPSILON = 1e-5  # of the norms, as in OPT
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,11 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        segments: Int[Array, "batch seq"] | None,
-        positions: Int[Array, "batch seq"],
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
+        segments: Int[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], None]:
         config = self.config
         output_std = config.init_std / (2 * config.num_layers) ** 0.5
-        attended, cache = SelfAttention(
+        attended = SelfAttention(
             num_heads=config.num_heads,
             head_dim=config.embed // config.num_heads,
             dtype=config.dtype,
@@ -110,14 +110,14 @@ class Block(nn.Module):
             output_init_std=output_std,
             packed=self.packed,
             name="attention",
-        )(_layer_norm(config, "attention_norm")(x), segments, positions, cache)
-        x = _residual(x + attended, cache)
+        )(_layer_norm(config, "attention_norm")(x), segments)
+        x = constrain(x + attended, "batch", "seq", None)
         hidden = _dense(config, config.mlp, ("embed", "mlp"), config.init_std, "mlp_in")(
             _layer_norm(config, "mlp_norm")(x)
         )
         hidden = constrain(jax.nn.relu(hidden), "batch", None, "mlp")
         x = x + _dense(config, config.embed, ("mlp", "embed"), output_std, "mlp_out")(hidden)
-        return _residual(x, cache), cache
+        return constrain(x, "batch", "seq", None), None  # a scan over the layers collects nothing
 
 
 class Transformer(nn.Module):
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),  # all layers share segments and positions; each has its own cache
+            in_axes=nn.broadcast,  # all layers share the segments
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.packed)
@@ -163,34 +163,28 @@ class Transformer(nn.Module):
         tokens: Int[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
         offsets: Int[Array, "batch seq"],
-        segments: Int[Array, "batch seq"] | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "batch seq embed"], KVCache | None]:
-        """Hidden states after the final norm, and the cache with these tokens in it.
+        segments: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq embed"]:
+        """Hidden states after the final norm.
 
         Args:
           tokens: ids.
           positions: the place of each token in its group, from 0.
           offsets: 1 + the place of each token in its text or image (raster order), 0 at markup.
-          segments: the group of each token, from 1; 0 is padding. Required without a cache, unused with one.
-          cache: of the tokens that these continue.
-
-        Raises:
-          ValueError: neither segments nor a cache.
+          segments: the group of each token, from 1; 0 is padding.
         """
-        x = self._embedded(tokens, positions, offsets, None if cache is not None else "seq")
-        x, cache = self.blocks(x, segments, positions, cache)
-        return _residual(self.final_norm(x), cache), cache
+        x, _ = self.blocks(self._embedded(tokens, positions, offsets), segments)
+        return constrain(self.final_norm(x), "batch", "seq", None)
 
-    def _embedded(self, tokens: Array, positions: Array, offsets: Array, seq: str | None) -> Array:
+    def _embedded(self, tokens: Array, positions: Array, offsets: Array) -> Array:
         """The sum of the embeddings of ids, positions and offsets. `init`, which needs no values, gets zeros."""
         dtype = self.config.dtype
         if self.is_initializing():
             return jnp.zeros((*tokens.shape, self.config.embed), dtype)
-        x = look_up(self.token_embedding, tokens, dtype, "vocab", seq)
-        x = x + look_up(self.position_embedding, positions, dtype, "positions", seq)
+        x = look_up(self.token_embedding, tokens, dtype, "vocab", "seq")
+        x = x + look_up(self.position_embedding, positions, dtype, "positions", "seq")
         if self.config.offset_embedding:
-            x = x + look_up(self.offset_embedding, offsets, dtype, "positions", seq)
+            x = x + look_up(self.offset_embedding, offsets, dtype, "positions", "seq")
         return x
 
     def logits(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
@@ -201,26 +195,10 @@ class Transformer(nn.Module):
         """The token embedding in the dtype of the model: what hidden states are multiplied with."""
         return constrain(jnp.asarray(self.token_embedding, self.config.dtype), "vocab", "embed")
 
-    def empty_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache for `slots` positions, of zeros. It takes 2 * layers * batch * slots * embed * itemsize bytes."""
-        shape = (
-            self.config.num_layers,
-            batch,
-            slots,
-            self.config.num_heads,
-            self.config.embed // self.config.num_heads,
-        )
-        return KVCache(jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype))
-
-
-def _residual(x: Array, cache: KVCache | None) -> Array:
-    """Shards the residual stream by its rows and positions; decoding has few positions, and leaves them whole."""
-    return constrain(x, "batch", None if cache is not None else "seq", None)
-
 
 def _layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(
-        epsilon=1e-5,
+        epsilon=EPSILON,
         dtype=config.dtype,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),

@@ -21,12 +21,13 @@ from rac3.evaluation.recall import clip_metrics
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
-from rac3.generation.captions import generate_captions
-from rac3.generation.images import generate_images
-from rac3.generation.rerank import best_by_clip
+from rac3.generation.prompts import Asked, Context
+from rac3.generation.request import Sample
+from rac3.generation.rerank import best_by_clip, best_by_perplexity
+from rac3.generation.sampling import Sampling
+from rac3.generation.tasks import caption, draw
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
-from rac3.tokens.html import Sequenced
 
 METRICS = "metrics.json"
 SPLITS: tuple[Split, ...] = ("validation", "test")
@@ -190,15 +191,15 @@ def _images(
     chosen = list(captions)
     if not chosen:
         return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
-    mains = [codec.tokens_per_image + len(captions[row]) for row in chosen]
-    codes = generate_images(
-        run.generator,
-        list(captions.values()),
-        _contexts(run, f"{split} images", neighbors[chosen], k, mains),
-        settings.image_sampling,
-        settings.image_samples,
-        run.experiment.seed,
-    )
+    form = run.form
+    asked = [
+        draw.request(
+            form, captions[row], _context(run, neighbors[row], k, settings.image_sampling), settings.image_samples
+        )
+        for row in chosen
+    ]
+    drawn = _samples(run, f"{split} images", asked, settings.image_sampling)
+    codes = np.array([[draw.answer(form, sample) for sample in samples] for samples in drawn])
     pixels = codec.decode(codes.reshape(-1, codes.shape[-1]))
     image_vectors = run.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
     text_vectors = run.encoder.embed_texts([items[row].document.text for row in chosen])
@@ -214,18 +215,18 @@ def _captions(
     images = {row: codes for row, item in enumerate(items) if (codes := _segment_ids(item, Image)) is not None}
     if not images:
         return []
-    mains = [run.images.tokens_per_image + settings.max_caption_tokens] * len(images)
-    ids = generate_captions(
-        run.generator,
-        list(images.values()),
-        _contexts(run, f"{split} captions", neighbors[list(images)], k, mains),
-        settings.caption_sampling,
-        settings.caption_samples,
-        settings.max_caption_tokens,
-        run.experiment.seed,
-    )
-    tokenizer = run.tokenizer
-    return [tokenizer.decode(row.tolist()) for row in ids]
+    form, most = run.form, settings.max_caption_tokens
+    asked = [
+        caption.request(
+            form, codes, _context(run, neighbors[row], k, settings.caption_sampling), most, settings.caption_samples
+        )
+        for row, codes in images.items()
+    ]
+    drawn = _samples(run, f"{split} captions", asked, settings.caption_sampling)
+    log_probs = np.array([[sample.mean_log_prob for sample in samples] for samples in drawn])
+    best = best_by_perplexity(log_probs).tolist()
+    kept = [samples[choice] for samples, choice in zip(drawn, best, strict=True)]
+    return [run.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in kept]
 
 
 def _retrieved(run: Run, neighbors: Int[np.ndarray, " depth"], k: int) -> list[TokenizedDocument]:
@@ -237,16 +238,22 @@ def _retrieved(run: Run, neighbors: Int[np.ndarray, " depth"], k: int) -> list[T
     return list(islice((item for item in documents if builder.shown(item.tokens) is not None), k))
 
 
-def _contexts(
-    run: Run, what: str, neighbors: Int[np.ndarray, "prompts depth"], k: int, mains: Sequence[int]
-) -> list[list[Sequenced]]:
-    """The first k neighbors of each prompt, as far as they fit; says how many did not."""
-    found = [_retrieved(run, row, k) for row in neighbors]
-    kept = [run.in_context(documents, main) for documents, main in zip(found, mains, strict=True)]
-    lost = sum(map(len, found)) - sum(map(len, kept))
+def _context(run: Run, neighbors: Int[np.ndarray, " depth"], k: int, sampling: Sampling) -> Context:
+    """The first k neighbors."""
+    return Context([item.tokens for item in _retrieved(run, neighbors, k)], without=sampling.without)
+
+
+def _samples(run: Run, what: str, asked: Sequence[Asked], sampling: Sampling) -> list[list[Sample]]:
+    """The samples of each request; says how many documents did not fit."""
+    lost = sum(len(each.dropped) for each in asked)
     if lost:
-        print(f"{what}: {lost} of {sum(map(len, found))} retrieved documents did not fit into the context")
-    return kept
+        found = lost + sum(len(documents) for each in asked for documents in each.contexts)
+        print(f"{what}: {lost} of {found} retrieved documents did not fit into the context")
+    requests = [each.request for each in asked]
+    out: dict[int, list[Sample]] = dict(
+        run.engine.run(requests, [sampling] * len(requests), [run.experiment.seed] * len(requests))
+    )
+    return [out[number] for number in range(len(requests))]
 
 
 def _accuracies(

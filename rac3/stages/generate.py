@@ -1,17 +1,24 @@
-"""Generate: your prompt -> what it retrieves, and images or a caption."""
+"""Generate: your prompts -> pictures and texts, with what they retrieve; one prompt, or a file of them."""
 
+import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
-import numpy as np
-import PIL.Image
-from jaxtyping import UInt8
-
-from rac3.config import InputError
-from rac3.documents.document import ImageError, decode_image
-from rac3.generation.sampling import Sampling
+from rac3.answering import AT_ONCE, Model, Prompt, Task, mask_of, pixels_of
+from rac3.artifacts.workdir import write_atomic
+from rac3.config import InputError, fingerprint, to_plain
+from rac3.documents.document import Document, Image, Text
+from rac3.execution.progress import Progress
+from rac3.generation.answers import Answer
+from rac3.generation.engine import Progress as Drawing
+from rac3.generation.sampling import Guidance, Sampling
+from rac3.generation.tasks.continuation import Kind
 from rac3.retrieval.retriever import Chosen
-from rac3.run import Found, Run
+
+ANSWERS = "answers.jsonl"  # of a file of prompts: a line for each
 
 
 @dataclass(frozen=True)
@@ -19,74 +26,285 @@ class GenerateOptions:
     """What `rac3 generate` makes.
 
     Attributes:
-      prompt: a caption to draw.
-      image: a picture to caption instead.
-      num_retrieved: documents in context; None is 2, or all that retriever:fixed names.
-      samples: images to draw; captions to choose from.
-      seed: of the drawing; another one draws other images.
+      task: `draw` a prompt, as `controlled` does in the manner of the given documents; `caption` an image;
+        `infill_image` under a mask, as `edit` does by the given documents; `infill_text` where the prompt says <mask>;
+        `continue` a prompt, an image, or both. Without one, a prompt is drawn, and an image alone captioned.
+      prompt: a text.
+      image: a picture: a png, jpeg or webp file.
+      mask: what is drawn of the image: a picture of its size, white there; or LEFT,TOP,RIGHT,BOTTOM in pixels.
+      documents: given to the model besides what is retrieved, each a picture with its caption, as FILE=CAPTION.
+      follow: what `continue` makes, in order: text and image.
+      prompts: a file with a prompt in each line instead: JSON objects of these options, with files relative to it. The
+        command can be killed, and goes on where it was.
+      retrieve: documents to retrieve; None is 2, all that retriever:fixed names, or 0 for `edit` and `controlled`.
+      ensemble: average over prompts that have some of the documents each, if they are more than in training.
+      samples: for each prompt; the best are first.
+      seed: of the drawing; another one draws other samples.
       temperature: of sampling, 0 for the most probable ids; None is what the config evaluates with.
       top_p: ids are drawn from the smallest set of this probability; None is what the config evaluates with.
-      out: the folder for the images; "" is WORKDIR/generated.
+      top_k: ids are drawn from this many; None is what the config evaluates with.
+      guidance: the scale of classifier-free guidance, 1 for none; None is what the config evaluates with.
+      guidance_without: what guidance contrasts with: a prompt without its text, or without its documents.
+      copying: the weight of what the documents in the prompt say, 0 for none; None is what the config evaluates with.
+      out: the folder for the answers; "" is WORKDIR/generated.
     """
 
+    task: Task | Literal[""] = ""
     prompt: str = ""
     image: str = ""
-    num_retrieved: int | None = None
+    mask: str = ""
+    documents: tuple[str, ...] = ()
+    follow: tuple[Kind, ...] = ()
+    prompts: str = ""
+    retrieve: int | None = None
+    ensemble: bool = False
     samples: int = 4
     seed: int = 0
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    guidance: float | None = None
+    guidance_without: Literal["text", "documents"] = "text"
+    copying: float | None = None
     out: str = ""
 
     def __post_init__(self) -> None:
-        if (self.num_retrieved is not None and self.num_retrieved < 0) or self.samples < 1:
-            raise InputError(
-                f"num_retrieved={self.num_retrieved} must be at least 0 and samples={self.samples} at least 1"
-            )
+        if (self.retrieve is not None and self.retrieve < 0) or self.samples < 1:
+            raise InputError(f"retrieve={self.retrieve} must be at least 0 and samples={self.samples} at least 1")
         self.sampling(Sampling())
 
     def sampling(self, configured: Sampling) -> Sampling:
         """The configured sampling with the options' own settings."""
-        own = {field.name: getattr(self, field.name) for field in fields(Sampling)}
-        return replace(configured, **{name: value for name, value in own.items() if value is not None})
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        own = {name: value for name, value in own.items() if value is not None}
+        if self.guidance is not None:
+            own["guidance"] = Guidance(self.guidance, self.guidance_without)
+        if self.copying is not None:
+            own["copying"] = replace(configured.copying, weight=self.copying)
+        return replace(configured, **own)
 
 
-def generate(run: Run, options: GenerateOptions) -> str:
-    """Runs one prompt; the report of what was retrieved and made, for the terminal.
+def generate(run: Model, options: GenerateOptions) -> str:
+    """Answers one prompt, or a file of prompts; the report for the terminal.
 
     Raises:
-      InputError: no prompt, or an image that cannot be read.
+      InputError: no prompt, a file that cannot be read, or a prompt that cannot be answered.
     """
-    if (options.prompt.strip() == "") == (options.image == ""):
-        raise InputError("the prompt has no text and no image, or both; give --prompt TEXT or --image FILE")
-    settings, retriever, k = run.experiment.evaluation, run.experiment.retriever, options.num_retrieved
-    if k is None:
-        k = retriever.num_neighbors if isinstance(retriever, Chosen) else 2
-    if options.image:
-        pixels, sampling = _read_image(Path(options.image)), options.sampling(settings.caption_sampling)
-        captioned = run.caption(pixels, k, options.samples, options.seed, sampling)
-        return "\n".join([*_retrieved(captioned.retrieved, captioned.dropped), f"caption: {captioned.text}"])
     folder = Path(options.out) if options.out else run.workdir.path / "generated"
+    if options.prompts:
+        return _generate_all(run, options, folder)
+    with Progress("opening", 1, "models") as bar:  # the first thing that is seen
+        prompt = _prompt(run, options, Path())
+        run.engine  # noqa: B018  # opens it
+        bar.update()
+    with _Bar() as bar_of_ids:
+        ((_, answer),) = run.answers([prompt], bar_of_ids)
+    if isinstance(answer, InputError):
+        raise answer
+    name = _file_name(prompt, options)
+    files = answer.save(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = run.draw(options.prompt, k, options.samples, options.seed, options.sampling(settings.image_sampling))
-    lines = _retrieved(drawn.retrieved, drawn.dropped)
-    name = "".join(c if c.isalnum() else "-" for c in options.prompt.strip().lower())[:60]
-    for rank, image in enumerate(drawn.images):
-        path = folder / f"{name}-{rank}.png"
-        PIL.Image.fromarray(image).save(path)
-        lines.append(f"image {rank}: {path}")
-    return "\n".join(lines)
+    write_atomic(folder / f"{name}.json", answer.to_json(files) + "\n")
+    return "\n".join(_report(answer, folder, files))
 
 
-def _retrieved(kept: list[Found], dropped: list[Found]) -> list[str]:
-    lines = [f"retrieved {item.document.key} ({item.score:.2f}): {item.document.text}" for item in kept]
-    return lines + [f"does not fit into the context: {item.document.key} ({item.score:.2f})" for item in dropped]
+def _file_name(prompt: Prompt, options: GenerateOptions) -> str:
+    """Of the text, or of the given picture, which no answer of another task replaces."""
+    name = "".join(c if c.isalnum() else "-" for c in (prompt.text.strip() or Path(options.image).stem).lower())[:60]
+    return name if prompt.task == "draw" else f"{name}-{prompt.task.replace('_', '-')}"
 
 
-def _read_image(path: Path) -> UInt8[np.ndarray, "_ _ 3"]:
+def _report(answer: Answer, folder: Path, files: Sequence[str]) -> list[str]:
+    lines = []
+    for document, similarity in zip(answer.documents, answer.similarities, strict=True):
+        how = "given" if similarity is None else f"retrieved {document.key} ({similarity:.2f})"
+        lines.append(f"{how}: {document.text}")
+    lines += [f"does not fit into the context: {document.key}" for document in answer.dropped]
+    lines += answer.notes
+    names = iter(files)
+    for rank, (sample, score) in enumerate(zip(answer.samples, answer.scores, strict=True)):
+        parts = [_printable(part) if isinstance(part, str) else str(folder / next(names)) for part in sample]
+        lines.append(f"{answer.task} {rank} ({answer.score} {score:.3f}): {' | '.join(parts)}")
+    return lines
+
+
+def _printable(text: str) -> str:
+    """A text without what would move the cursor of a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+class _Bar:
+    """Progress through the ids of samples; it begins when their number is known."""
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+
+    def __call__(self, progress: Drawing) -> None:
+        if self.bar is None:
+            self.bar = Progress("drawing", progress.total, "ids").__enter__()
+        self.bar.update(progress.drawn - self.bar.done)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *how: Any) -> None:
+        if self.bar is not None:
+            self.bar.__exit__(*how)
+
+
+def _generate_all(run: Model, options: GenerateOptions, folder: Path) -> str:
+    """Answers every line of a file, after those that are answered already."""
+    path = Path(options.prompts)
+    lines = _lines(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = folder / ANSWERS
+    common = run.training_recipe.fingerprint, to_plain(replace(options, prompts="", out=""))
+    asked = [fingerprint([*common, line]) for line in lines]
+    done = _answered(answers, asked)
+    failed = sum("error" in record for record in done)
+    with Progress("answers", len(lines), "prompts", initial=len(done)) as bar, answers.open("ab") as file:
+        for number, answer in _each(run, options, path.parent, lines, len(done)):
+            record = {"number": number, "asked": asked[number]}
+            if isinstance(answer, InputError):
+                failed += 1
+                record["error"] = str(answer)
+            else:
+                record |= json.loads(answer.to_json(answer.save(folder, f"{number:06d}")))
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update()
+    if failed:
+        raise InputError(f'{failed} of {len(lines)} prompts of {path} have no answer; see "error" in {answers}')
+    return f"{len(lines)} answers: {answers}"
+
+
+def _each(
+    run: Model, options: GenerateOptions, files: Path, lines: Sequence[dict[str, Any]], start: int
+) -> Iterator[tuple[int, Answer | InputError]]:
+    """The answers to the lines from number `start` on, in order; a few prompts are in memory at a time."""
+    for begin in range(start, len(lines), AT_ONCE):
+        prompts: list[Prompt | InputError] = []
+        for number in range(begin, min(begin + AT_ONCE, len(lines))):
+            try:
+                prompts.append(_prompt(run, _with(options, lines[number], number), files))
+            except InputError as error:
+                prompts.append(error)
+        answers = run.answers([prompt for prompt in prompts if isinstance(prompt, Prompt)])
+        for number, prompt in enumerate(prompts, begin):
+            yield number, prompt if isinstance(prompt, InputError) else next(answers)[1]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise InputError(f"image {path} does not exist; give a png, jpeg or webp file")
+        raise InputError(f"prompts {path} does not exist; give a file with a JSON object in each line")
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"prompts {path}, line {number} is no JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise InputError(f'prompts {path}, line {number} is no JSON object; write {{"prompt": "a red fox"}}')
+        lines.append(record)
+    if not lines:
+        raise InputError(f'prompts {path} is empty; write a line such as {{"prompt": "a red fox"}}')
+    return lines
+
+
+def _with(options: GenerateOptions, line: dict[str, Any], number: int) -> GenerateOptions:
+    """The options of one line."""
+    known = {field.name: field for field in fields(GenerateOptions) if field.name not in ("prompts", "out")}
+    for name, value in line.items():
+        if name not in known:
+            raise InputError(f"line {number + 1} has {name!r}; use {', '.join(known)}")
+        default = getattr(GenerateOptions(), name)
+        if isinstance(default, tuple):
+            good = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        elif name in ("seed", "samples", "retrieve", "top_k"):
+            good = isinstance(value, int) and not isinstance(value, bool)
+        elif default is None:
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+        else:
+            good = isinstance(value, type(default))
+        if not good:
+            raise InputError(f"line {number + 1}: {name} cannot be {value!r}; see `rac3 generate CONFIG --help`")
+    if line.get("task", "draw") not in get_args(Task):
+        raise InputError(f"line {number + 1}: task {line['task']!r} is unknown; use {', '.join(get_args(Task))}")
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in line.items()}
+    return replace(options, **values)
+
+
+def _answered(path: Path, asked: Sequence[str]) -> list[dict[str, Any]]:
+    """The lines of an earlier run, of which one that was not finished is removed.
+
+    Raises:
+      InputError: they answer other prompts.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
     try:
-        return decode_image(path.read_bytes())
-    except ImageError as error:
-        raise InputError(f"image {path} cannot be read: {error}") from error
+        done = [json.loads(line) for line in whole.splitlines()]
+        same = [record["asked"] for record in done] == list(asked[: len(done)])
+    except (ValueError, TypeError, KeyError):
+        same = False
+    if not same:
+        raise InputError(f"{path} has answers to other prompts, or with other options; use another --out, or remove it")
+    return done
+
+
+def _prompt(run: Model, options: GenerateOptions, files: Path) -> Prompt:
+    """The prompt of the options; their files are relative to a folder.
+
+    Raises:
+      InputError: nothing is asked, or a file that cannot be read.
+    """
+    if not (options.prompt.strip() or options.image):
+        raise InputError("the prompt has no text and no image; give --prompt TEXT or --image FILE")
+    task = options.task or ("draw" if options.prompt.strip() else "caption")
+    if not options.task and options.prompt.strip() and options.image:
+        raise InputError("the prompt has a text and an image; say what to do: --task continue, infill_image or edit")
+    retriever, retrieve = run.experiment.retriever, options.retrieve
+    if retrieve is None and task in ("edit", "controlled"):
+        retrieve = 0  # they follow what is given by hand
+    elif retrieve is None:
+        retrieve = retriever.num_neighbors if isinstance(retriever, Chosen) else 2
+    settings = run.experiment.evaluation
+    texts = task in ("caption", "infill_text")
+    image = pixels_of(files / options.image) if options.image else None
+    return Prompt(
+        task=task,
+        text=options.prompt,
+        image=image,
+        mask=None if image is None or not options.mask else mask_of(_mask(files, options.mask), image),
+        documents=[_document(files, each) for each in options.documents],
+        retrieve=retrieve,
+        ensemble=options.ensemble,
+        follow=options.follow,
+        samples=options.samples,
+        seed=options.seed,
+        sampling=options.sampling(settings.caption_sampling if texts else settings.image_sampling),
+    )
+
+
+def _mask(files: Path, text: str) -> Any:
+    """LEFT,TOP,RIGHT,BOTTOM, or a file."""
+    numbers = text.split(",")
+    if len(numbers) == 4 and all(number.strip().isdigit() for number in numbers):
+        return tuple(map(int, numbers))
+    return pixels_of(files / text).mean(-1) > 127
+
+
+def _document(files: Path, text: str) -> Document:
+    """FILE=CAPTION as a document."""
+    name, _, caption = text.partition("=")
+    path = files / name
+    pixels_of(path)  # refuses what is no image
+    texts = (Text(caption.strip()),) if caption.strip() else ()
+    return Document(name, (*texts, Image(path.read_bytes())), {})

@@ -32,9 +32,8 @@ from rac3.documents.store import (
 from rac3.execution.shards import Shard, Tally, clear
 from rac3.execution.shards import run as run_shards
 from rac3.experiment import Experiment, Split
-from rac3.run import Run
+from rac3.run import Run, tokenize
 from rac3.tokens.text import Tokenizer
-from rac3.vqgan.codec import ImageTokenizer
 
 REJECTS = "rejects.jsonl"
 DOCUMENTS_AT_ONCE = 512  # that a thread holds in memory
@@ -131,23 +130,6 @@ class _Summary:
     filtered: dict[str, int] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
     texts_cut: int = 0
-
-
-def tokenize(
-    documents: Sequence[Document], tokenizer: Tokenizer, images: ImageTokenizer, max_text_tokens: int
-) -> list[TokenizedDocument]:
-    """Text ids and image codes of each document."""
-    codes = iter(images.encode([image for document in documents for image in document.images]))
-    tokenized = []
-    for document in documents:
-        ids = [
-            next(codes)
-            if isinstance(segment, Image)
-            else np.array(tokenizer.encode(segment.text)[:max_text_tokens], np.int32)
-            for segment in document.segments
-        ]
-        tokenized.append(TokenizedDocument(document, tuple(ids)))
-    return tokenized
 
 
 def _is_cut(item: TokenizedDocument, tokenizer: Tokenizer, limit: int) -> bool:

@@ -40,7 +40,7 @@ def log_probs_of(model: Transformer, params):
 
     @jax.jit
     def plain(tokens, offsets, segments):
-        hidden, _ = model.apply(params, tokens, jnp.arange(64)[None], offsets, segments)
+        hidden = model.apply(params, tokens, jnp.arange(64)[None], offsets, segments)
         return jax.nn.log_softmax(model.apply(params, hidden, method="logits")[0])
 
     def of(group):

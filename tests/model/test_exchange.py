@@ -96,7 +96,7 @@ def test_transformers_reads_an_export_and_has_its_logits(packed: bool, tmp_path:
         rest["attention_mask"] = torch.tensor(np.where(seen, 0.0, -np.inf).astype(np.float32))[:, None]
     with torch.no_grad():
         theirs = peer.eval()(torch.tensor(tokens), **rest).logits.numpy()
-    hidden, _ = jax.jit(model.apply)(params, *(np.int32(x) for x in (tokens, places, 0 * places, segments)))
+    hidden = jax.jit(model.apply)(params, *(np.int32(x) for x in (tokens, places, 0 * places, segments)))
     ours = np.asarray(model.apply(params, hidden, method="logits"))
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=EPS * np.abs(ours).max())
     for row, segment in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)] if packed else [(0, 1), (1, 1)]:
@@ -124,7 +124,7 @@ def test_a_model_starts_as_the_opt_that_transformers_wrote(form: str, opt: Any, 
     tokens[0, 0] = EOD
     offsets = np.arange(16)[None] % (LONGEST + 1)
     places = np.arange(16)[None]
-    hidden, _ = jax.jit(model.apply)(params, *(np.int32(x) for x in (tokens, places, offsets, np.ones((1, 16)))))
+    hidden = jax.jit(model.apply)(params, *(np.int32(x) for x in (tokens, places, offsets, np.ones((1, 16)))))
     ours = np.asarray(model.apply(params, hidden, method="logits"))[0]
     with torch.no_grad():
         theirs = peer(torch.tensor(ids)).logits[0].numpy()

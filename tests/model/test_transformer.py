@@ -50,12 +50,12 @@ def batch():
 
 @pytest.fixture(scope="module")
 def hidden_of(model):
-    return jax.jit(lambda params, *inputs: model.apply(params, *inputs)[0])
+    return jax.jit(lambda params, *inputs: model.apply(params, *inputs))
 
 
 @pytest.fixture(scope="module")
 def logits_of(model):
-    return jax.jit(lambda params, *inputs: model.apply(params, model.apply(params, *inputs)[0], method="logits"))
+    return jax.jit(lambda params, *inputs: model.apply(params, model.apply(params, *inputs), method="logits"))
 
 
 def visible(segments: np.ndarray) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_the_forward_pass_is_that_of_plain_numpy(offset_embedding):
     offsets[1, 11] = IMAGE  # the last place of a text or image, at the last of the 12 positions
     positions = np.array([[*range(7), *range(5), *range(4), *range(4)], [*range(12), *range(8)]])
     inputs = [jnp.asarray(field, jnp.int32) for field in (tokens, positions, offsets, SEGMENTS)]
-    hidden, _ = jax.jit(model.apply)(params, *inputs)
+    hidden = jax.jit(model.apply)(params, *inputs)
     got = np.asarray(model.apply(params, hidden, method="logits"))
     for row, segment in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]:
         place = SEGMENTS[row] == segment
@@ -102,74 +102,14 @@ def test_the_forward_pass_is_that_of_plain_numpy(offset_embedding):
         np.testing.assert_allclose(got[row, place], expected, rtol=0, atol=EPS * np.abs(expected).max())
 
 
-@pytest.fixture(scope="module")
-def opt():
-    """Our model of the OPT shape, and transformers' OPT in float64 with the same random weights."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    model = dataclasses.replace(CONFIG, offset_embedding=False).build(VOCAB, POSITIONS, IMAGE)
-    params = random_params(model)
-    peer = transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4,
-            ffn_dim=48, max_position_embeddings=POSITIONS, dropout=0.0, attn_implementation="eager",
-        )
-    ).double().eval()  # fmt: skip
-    ours = params["params"]
-    state = {
-        "embed_tokens.weight": ours["token_embedding"],
-        "embed_positions.weight": np.pad(ours["position_embedding"], ((2, 0), (0, 0))),  # OPT's begin at row 2
-        "final_layer_norm.weight": ours["final_norm"]["scale"],
-        "final_layer_norm.bias": ours["final_norm"]["bias"],
-    }
-    for layer in range(2):
-        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], ours["blocks"])
-        attention, prefix = block["attention"], f"layers.{layer}."
-        for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            state[f"{prefix}self_attn.{name}.weight"] = attention["qkv_kernel"][:, part].reshape(32, 32).T
-            state[f"{prefix}self_attn.{name}.bias"] = attention["qkv_bias"][part].reshape(32)
-        state[f"{prefix}self_attn.out_proj.weight"] = attention["out_kernel"].reshape(32, 32).T
-        state[f"{prefix}self_attn.out_proj.bias"] = attention["out_bias"]
-        for theirs, name in (("self_attn_layer_norm", "attention_norm"), ("final_layer_norm", "mlp_norm")):
-            state[f"{prefix}{theirs}.weight"] = block[name]["scale"]
-            state[f"{prefix}{theirs}.bias"] = block[name]["bias"]
-        for theirs, name in (("fc1", "mlp_in"), ("fc2", "mlp_out")):
-            state[f"{prefix}{theirs}.weight"] = block[name]["kernel"].T
-            state[f"{prefix}{theirs}.bias"] = block[name]["bias"]
-    peer.model.decoder.load_state_dict({name: torch.tensor(np.float64(value)) for name, value in state.items()})
-
-    def logits(tokens: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return peer(torch.tensor(tokens[None].astype(np.int64))).logits[0].numpy()
-
-    return model, params, logits
-
-
 def test_packed_groups_have_the_logits_of_transformers_opt(opt, batch):
     model, params, logits = opt
-    hidden, _ = jax.jit(model.apply)(params, *batch)
+    hidden = jax.jit(model.apply)(params, *batch)
     got = np.asarray(model.apply(params, hidden, method="logits"))
     for row, segment in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]:
         place = SEGMENTS[row] == segment
         expected = logits(batch[0][row, place])
         np.testing.assert_allclose(got[row, place], expected, rtol=0, atol=EPS * np.abs(expected).max())
-
-
-def test_cached_decoding_has_the_logits_of_transformers_opt(opt):
-    model, params, logits = opt
-    tokens = np.random.default_rng(0).integers(1, VOCAB, 12).astype(np.int32)
-    expected = logits(tokens)
-
-    @jax.jit
-    def step(params, tokens, positions, cache):
-        hidden, cache = model.apply(params, tokens, positions, 0 * positions, None, cache)
-        return model.apply(params, hidden, method="logits"), cache
-
-    cache, got = model.empty_cache(1, 14), []
-    for part in np.split(np.arange(12), range(5, 12)):  # a prompt of 5, then one by one
-        logits_of_part, cache = step(params, tokens[None, part], part[None], cache)
-        got.append(logits_of_part[0])
-    np.testing.assert_allclose(np.concatenate(got), expected, rtol=0, atol=EPS * np.abs(expected).max())
 
 
 def test_attend_is_a_softmax_over_what_is_visible():
@@ -193,7 +133,7 @@ def test_gradients_flow_from_what_is_visible_and_from_nothing_else(model, params
 
     def score(table, row, place):
         changed = {"params": {**params["params"], "token_embedding": table}}
-        return model.apply(changed, *map(jnp.asarray, batch))[0][row, place] @ direction
+        return model.apply(changed, *map(jnp.asarray, batch))[row, place] @ direction
 
     rows, places = np.divmod(np.arange(40), 20)
     table = params["params"]["token_embedding"]
@@ -217,34 +157,6 @@ def test_a_packed_group_is_as_if_it_were_alone(hidden_of, params, batch):
         np.testing.assert_allclose(got, packed[row, place], rtol=RTOL, atol=RTOL)  # hidden states have unit scale
 
 
-@pytest.mark.parametrize("width", [1, 12])
-def test_cached_decoding_agrees_with_the_whole_sequence(model, params, logits_of, width):
-    """Token by token (width 1), and after right-padded prompts of different lengths (width 12)."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, VOCAB, (3, 20)).astype(np.int32)
-    offsets = rng.integers(0, IMAGE + 1, (3, 20)).astype(np.int32)
-    places = np.broadcast_to(np.arange(20, dtype=np.int32), (3, 20))
-    whole = np.asarray(logits_of(params, tokens, places, offsets, np.ones_like(tokens)))
-    lengths = np.minimum([5, 9, 12], width)
-
-    @jax.jit
-    def step(params, tokens, positions, offsets, cache):
-        hidden, cache = model.apply(params, tokens, positions, offsets, None, cache)
-        return model.apply(params, hidden, method="logits"), cache
-
-    garbage = np.where(np.arange(width) < lengths[:, None], tokens[:, :width], 77)
-    logits, cache = step(params, garbage, places[:, :width], offsets[:, :width], model.empty_cache(3, 24))
-    atol = RTOL * np.abs(whole).max()
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, :length], whole[row, :length], rtol=0, atol=atol)
-    rows = np.arange(3)
-    for extra in range(20 - lengths.max()):
-        place = lengths + extra
-        inputs = [field[rows, place][:, None] for field in (tokens, places, offsets)]
-        logits, cache = step(params, *inputs, cache)
-        np.testing.assert_allclose(logits[:, 0], whole[rows, place], rtol=0, atol=atol)
-
-
 def test_offsets_tell_the_places_in_a_segment_apart(hidden_of, params, batch):
     tokens, positions, offsets, segments = batch
     other = offsets.copy()
@@ -263,7 +175,7 @@ def test_what_the_backward_pass_keeps_does_not_change_the_gradients(params, batc
         model = dataclasses.replace(CONFIG, remat=remat).build(VOCAB, POSITIONS, IMAGE)
 
         def loss(params, model=model):
-            hidden, _ = model.apply(params, *map(jnp.asarray, batch))
+            hidden = model.apply(params, *map(jnp.asarray, batch))
             return jnp.sum(jnp.sin(model.apply(params, hidden, method="logits")))
 
         gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
@@ -279,7 +191,7 @@ def kept_of_layers(remat: str) -> list[tuple[int, ...]]:
     ids = jnp.zeros((rows, seq), jnp.int32)
 
     def backward(params):
-        return jax.vjp(lambda params: model.apply(params, ids, ids, ids, ids)[0], params)[1]
+        return jax.vjp(lambda params: model.apply(params, ids, ids, ids, ids), params)[1]
 
     params = random_params(model)
     shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, params))]
@@ -302,7 +214,7 @@ def test_attention_runs_again_only_where_its_output_is_not_kept(remat, times):
     """Counted by its exponentials: two in a forward pass, one in the backward pass."""
     model = dataclasses.replace(CONFIG, remat=remat).build(VOCAB, POSITIONS, IMAGE)
     ids = jnp.ones((2, 7), jnp.int32)
-    gradient = jax.grad(lambda params: jnp.sum(model.apply(params, ids, ids, ids, ids)[0]))
+    gradient = jax.grad(lambda params: jnp.sum(model.apply(params, ids, ids, ids, ids)))
     names = [each.primitive.name for each in equations(jax.make_jaxpr(gradient)(random_params(model)).jaxpr)]
     assert names.count("exp") == 2 * times + 1
 
@@ -311,15 +223,13 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_counts(batch):
     model = dataclasses.replace(CONFIG, dtype="bfloat16").build(VOCAB, POSITIONS, IMAGE)
     boxed = jax.eval_shape(model.init, jax.random.key(0), *batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(boxed)} == {jnp.dtype("float32")}
-    hidden, _ = jax.eval_shape(model.apply, nn.unbox(boxed), *batch)
+    hidden = jax.eval_shape(model.apply, nn.unbox(boxed), *batch)
     assert hidden.dtype == jnp.bfloat16
     logits = jax.eval_shape(partial(model.apply, method="logits"), nn.unbox(boxed), hidden)
     assert (logits.dtype, logits.shape) == (jnp.float32, (2, 20, VOCAB))
     program = jax.make_jaxpr(partial(model.apply, method="logits"))(nn.unbox(boxed), hidden).jaxpr
     (product,) = [each for each in equations(program) if each.primitive.name == "dot_general"]
     assert product.outvars[0].aval.dtype == jnp.float32  # its sums are not rounded
-    assert model.empty_cache(3, 10).keys.shape == (2, 3, 10, 4, 8)
-    assert model.empty_cache(3, 10).keys.dtype == jnp.bfloat16
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -341,7 +251,7 @@ def test_bfloat16_multiplies_matrices_in_bfloat16_and_takes_softmaxes_in_float32
     batch = [jnp.asarray(field) for field in batch]
 
     def loss(params):
-        hidden, _ = model.apply(params, *batch)
+        hidden = model.apply(params, *batch)
         table = model.apply(params, method="output_table")
         return weighted_cross_entropy(hidden, table, batch[0], jnp.ones(batch[0].shape))[0]
 
@@ -368,7 +278,7 @@ def test_the_residual_stream_is_sharded_along_positions():
     model = dataclasses.replace(CONFIG, remat="full").build(VOCAB, POSITIONS, IMAGE)
     ids, params = jnp.ones((4, 16), jnp.int32), random_params(model)
     with MeshConfig(data=2, tensor=4).build().use():
-        gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, ids, ids, ids, ids)[0])))
+        gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, ids, ids, ids, ids))))
         program = gradient.lower(params).compile().as_text()
     kept = set(re.findall(r"f32\[2,\d+,\d+,32\]", program))
     assert "f32[2,2,4,32]" in kept
@@ -403,11 +313,6 @@ def test_a_layout_without_a_rule_raises(model, params, batch):
     rules = tuple(rule for rule in MeshConfig().rules if rule[0] != "mlp")
     with MeshConfig(rules=rules).build(jax.devices()[:1]).use(), pytest.raises(InputError, match="'mlp' has no rule"):
         jax.eval_shape(model.apply, params, *batch)
-
-
-def test_packed_rows_need_segments(model, params, batch):
-    with pytest.raises(ValueError, match="segments"):
-        jax.eval_shape(model.apply, params, *batch[:3])
 
 
 @pytest.mark.parametrize(

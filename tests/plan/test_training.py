@@ -83,7 +83,7 @@ def test_what_a_layer_keeps_is_what_jax_keeps(remat: str, dtype: str):
     model = config.build(128, 96, 16)
     params = nn.unbox(jax.eval_shape(initializer(model), jax.random.key(0)))
     ids = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
-    kept = saved_residuals(lambda params, x: model.apply(params, x, x, x, x)[0], params, ids)
+    kept = saved_residuals(lambda params, x: model.apply(params, x, x, x, x), params, ids)
     stacked = [array for array, why in kept if array.shape[:2] == (layers, rows) and "argument" not in why]
     plan = TrainingPlan(replace(PAPER, model=config))
     bytes_per_token = plan.kept(remat).stream + plan.kept(remat).split
@@ -154,7 +154,7 @@ def test_flops_of_recomputation_are_those_of_the_program():
         model = replace(config, remat=remat).build(128, seq, 16)
         params = nn.unbox(jax.eval_shape(initializer(model), jax.random.key(0)))
         ids = jax.ShapeDtypeStruct((rows, seq), jnp.int32)
-        loss = jax.jit(jax.grad(lambda params, x: jnp.sum(model.apply(params, x, x, x, x)[0])))
+        loss = jax.jit(jax.grad(lambda params, x: jnp.sum(model.apply(params, x, x, x, x))))
         return loss.lower(params, ids).compile().cost_analysis()["flops"]
 
     products, attention = 2.0 * (4 * 256**2 + 256 * 1024), 4.0 * seq * 256  # the plain form counts all pairs

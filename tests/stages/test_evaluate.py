@@ -125,7 +125,7 @@ def plain_perplexity(run: Run, sequences: Sequence[tuple[list[int], list[int]]])
     @jax.jit
     def log_probs(params: Any, ids: Any, places: Any, segments: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden, _ = model.apply(params, ids, positions, places, segments)
+        hidden = model.apply(params, ids, positions, places, segments)
         return jax.nn.log_softmax(model.apply(params, hidden, method="logits"))
 
     given = np.asarray(log_probs(params, ids[:, :width], places[:, :width], segments[:, :width]))
@@ -175,7 +175,7 @@ def evaluated(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
         metrics = _evaluate_split(run, "test", folder)
     rows, pictures = json.loads((folder / "test.json").read_text()), np.load(folder / "test.npy")
     assert len(calls) == 2
-    images, captions = calls[0].samples(SETTINGS.image_samples), calls[1].samples(SETTINGS.caption_samples)
+    images, captions = calls[0].samples(), calls[1].samples()
     return Evaluated(metrics, rows, pictures, images, captions, calls)
 
 
@@ -214,8 +214,8 @@ def test_a_prompt_holds_what_it_retrieved_and_never_its_target(
 def test_samples_are_drawn_as_the_settings_say(evaluated: Evaluated):
     images, captions = evaluated.calls
     assert (images.sampling, captions.sampling) == (SETTINGS.image_sampling, SETTINGS.caption_sampling)
-    assert (images.grammar.count, captions.grammar.count) == (25, 6)
-    assert (len(images.prompts), len(captions.prompts)) == (4 * 3, 4 * 5)
+    assert ({run.count for run in images.draws}, {run.count for run in captions.draws}) == ({25}, {6})
+    assert (len(images.keys), len(captions.keys)) == (4 * 3, 4 * 5)
     for call in evaluated.calls:
         assert len(set(call.keys)) == len(call.keys)
 
@@ -299,11 +299,11 @@ def test_fewer_documents_in_context(
     metrics = _evaluate_split(with_members(run, replace(experiment, evaluation=few)), split, tmp_path)
     assert metrics["documents"] == 2
     assert [list(values) for values in metrics["perplexity_by_k"].values()] == [[str(n) for n in range(k + 1)]] * 2
-    prompts = [prompt for prompt, _, _ in calls[0].samples(3)]
+    prompts = [prompt for prompt, _, _ in calls[0].samples()]
     assert prompts == [
         image_prompt([memory[i] for i in neighbors[row, TEXT, :k]], items[row].ids[0]) for row in range(2)
     ]
-    prompts = [prompt for prompt, _, _ in calls[1].samples(5)]
+    prompts = [prompt for prompt, _, _ in calls[1].samples()]
     assert prompts == [
         caption_prompt([memory[i] for i in neighbors[row, IMAGE, :k]], items[row].ids[1]) for row in range(2)
     ]
@@ -349,7 +349,7 @@ def test_documents_without_a_text_or_an_image(
     mixed = [without(items[0], Text), items[1], without(items[2], Image), items[3]]
     pictures, scores = _images(run, "test", mixed, neighbors[:, TEXT], 1)
     captions = _captions(run, "test", mixed, neighbors[:, IMAGE], 1)
-    drawn, written = calls[0].samples(3), calls[1].samples(5)
+    drawn, written = calls[0].samples(), calls[1].samples()
     for (prompt, samples, _), picture, score, row in zip(drawn, pictures, scores, (1, 2, 3), strict=True):
         assert prompt == image_prompt([memory[neighbors[row, TEXT, 0]]], items[row].ids[0])
         decoded = run.images.decode(np.array(samples) - FIRST_CODE)
@@ -418,7 +418,7 @@ def test_prompts_leave_room_for_what_is_generated(
     documents = [of_length(item, 40) for item in items[:2]]
     main = of_length(items[2], 41)  # of 12 text ids
     row = np.array([[0, 1]])
-    for positions, images, captions in ((125, 2, 2), (124, 1, 2), (119, 1, 2), (118, 1, 1)):
+    for positions, images, captions in ((120, 2, 2), (119, 1, 2), (118, 1, 2), (117, 1, 1)):
         model = run.model.clone(max_positions=positions)
         small = with_members(run, model=model, memory=lambda _: Remembered(documents))
         calls.clear()
@@ -426,7 +426,7 @@ def test_prompts_leave_room_for_what_is_generated(
         _captions(small, "test", [main], row, 2)
         assert calls[0].prompts[0] == image_prompt(documents[:images], main.ids[0])
         assert calls[1].prompts[0] == caption_prompt(documents[:captions], main.ids[1])
-        assert calls[1].grammar.count == SETTINGS.max_caption_tokens
+        assert calls[1].draws[0].count == SETTINGS.max_caption_tokens
         said = [
             f"{what}: {2 - kept} of 2 retrieved documents did not fit into the context"
             for what, kept in (("validation images", images), ("test captions", captions))
@@ -557,7 +557,7 @@ def test_the_control_has_the_trained_model_and_its_own_retriever(experiment: Exp
     ours, theirs = (
         jax.tree.leaves(Run(each, store).params) for each in (experiment, replace(random, retriever=NoRetriever()))
     )
-    held = jax.tree.leaves(control.generator.params)
+    held = jax.tree.leaves(control.params)
     assert all(np.array_equal(a, b) for a, b in zip(held, ours, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(held, theirs, strict=True))
 

@@ -1,9 +1,11 @@
 """`rac3 generate`: what it passes to the run, what it writes, and what it says."""
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -11,28 +13,31 @@ import pytest
 import tiny_config
 from decoding_spy import Call, watch_decoding
 from replaced import with_members
-from tiny_prompts import FIRST_TEXT, caption_prompt, image_prompt
+from tiny_prompts import FIRST_CODE, FIRST_TEXT, caption_prompt, image_prompt
 
 import rac3.retrieval.open_memory
+from rac3.answering import Model
 from rac3.artifacts.workdir import Workdir
 from rac3.cli import parse
 from rac3.config import InputError
 from rac3.experiment import Experiment
-from rac3.generation.sampling import Sampling
+from rac3.generation.copying import Copying
+from rac3.generation.request import Draw
+from rac3.generation.sampling import Guidance, Sampling
 from rac3.retrieval.fixed import Fixed
-from rac3.run import Found, Run
+from rac3.run import Found
 from rac3.stages.generate import GenerateOptions, generate
 
 PROMPT = "a fox on water in night"
 
 
 @pytest.fixture(scope="module")
-def run(experiment: Experiment, store: Workdir) -> Run:
-    return Run(experiment, store)
+def run(experiment: Experiment, store: Workdir) -> Model:
+    return Model(experiment, store)
 
 
 @pytest.fixture(scope="module")
-def pixels(run: Run) -> np.ndarray:
+def pixels(run: Model) -> np.ndarray:
     """A picture that the memory does not hold."""
     return run.documents("test")[0].document.images[0].pixels()
 
@@ -48,63 +53,83 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     return watch_decoding(monkeypatch, real=False)
 
 
-def lines_of(found: list[Found]) -> list[str]:
+def lines_of(found: Sequence[Found]) -> list[str]:
     return [f"retrieved {item.document.key} ({item.score:.2f}): {item.document.text}" for item in found]
 
 
-def same_pictures(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
-    return len(a) == len(b) and all(np.abs(x.astype(int) - y).max() <= 1 for x, y in zip(a, b, strict=True))
+def same_pictures(a: Sequence, b: Sequence) -> bool:
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(np.abs(np.asarray(x).astype(int) - np.asarray(y)).max() <= 1 for x, y in pairs)
 
 
-def test_pictures_are_written_in_their_order(run: Run, calls: list[Call], tmp_path: Path):
+def answer_in(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_pictures_are_written_in_their_order(run: Model, calls: list[Call], tmp_path: Path):
     folder = tmp_path / "new" / "folder"
-    options = GenerateOptions(prompt=" A fox, 2! ", samples=5, num_retrieved=1, seed=7, out=str(folder))
+    options = GenerateOptions(prompt=" A fox, 2! ", samples=5, retrieve=1, seed=7, out=str(folder))
     said = generate(run, options).splitlines()
     found = run.retrieve("A fox, 2!", k=1)
     files = [folder / f"a-fox--2--{rank}.png" for rank in range(5)]
-    assert said == [*lines_of(found), *(f"image {rank}: {path}" for rank, path in enumerate(files))]
-    assert calls[0].prompts == 5 * [image_prompt([found[0].tokens], run.tokenizer.encode("A fox, 2!"))]
+    answer = run.generate("A fox, 2!", retrieve=1, samples=5, seed=7)
+    drawn = [f"draw {rank} (CLIP score {answer.scores[rank]:.3f}): {path}" for rank, path in enumerate(files)]
+    assert said == [*lines_of(found), *drawn]
+    assert calls[0].prompts == [image_prompt([found[0].tokens], run.tokenizer.encode("A fox, 2!"))]
     pictures = [np.asarray(PIL.Image.open(path)) for path in files]
-    assert same_pictures(pictures, run.draw(" A fox, 2! ", 1, 5, seed=7).images)
-    assert not same_pictures(pictures, run.draw(" A fox, 2! ", 1, 5, seed=0).images)
+    assert same_pictures(pictures, answer.images)
+    assert not same_pictures(pictures, run.generate("A fox, 2!", retrieve=1, samples=5, seed=0).images)
+    record = answer_in(folder)
+    assert record["samples"] == [[{"image": path.name}] for path in files]
+    assert record["scores"] == sorted(record["scores"], reverse=True) == [round(score, 6) for score in answer.scores]
+    assert [each["key"] for each in record["documents"]] == [found[0].document.key]
+    assert (record["task"], record["settings"]["seed"], record["settings"]["retrieve"]) == ("draw", 7, 1)
 
 
 @pytest.mark.parametrize(("named", "asked", "k"), [(None, None, 2), (None, 0, 0), (3, None, 3), (3, 1, 1)])
 def test_how_many_documents_are_in_context(
-    run: Run, calls: list[Call], picture: Path, tmp_path: Path, named: int | None, asked: int | None, k: int
+    run: Model, calls: list[Call], picture: Path, tmp_path: Path, named: int | None, asked: int | None, k: int
 ):
     """Two, or all that are named by hand, unless a number is given."""
     experiment = run.experiment
     if named:
         experiment = replace(experiment, retriever=Fixed(tuple(f"train/{number:06d}" for number in range(named))))
     # The memory stays, which no stage has indexed for `Fixed`.
-    other = with_members(run, experiment, memory=lambda _: run.memory())
+    other = with_members(run, experiment, memory=lambda _=None: run.memory())
     for options in (
-        GenerateOptions(prompt=PROMPT, samples=1, num_retrieved=asked, out=str(tmp_path)),
-        GenerateOptions(image=str(picture), samples=1, num_retrieved=asked),
+        GenerateOptions(prompt=PROMPT, samples=1, retrieve=asked, out=str(tmp_path)),
+        GenerateOptions(image=str(picture), samples=1, retrieve=asked, out=str(tmp_path)),
     ):
         assert generate(other, options).count("retrieved ") == k
         assert calls.pop().prompts[0].count(1) == k + 1  # <eod> before all, and after each
 
 
-def test_documents_that_do_not_fit_are_named(run: Run, calls: list[Call], picture: Path, pixels, tmp_path: Path):
+def test_documents_that_do_not_fit_are_named(run: Model, calls: list[Call], picture: Path, pixels, tmp_path: Path):
     """Six of them exceed the context."""
-    for options, result in (
-        (GenerateOptions(prompt=PROMPT, num_retrieved=6, out=str(tmp_path)), run.draw(PROMPT, 6)),
-        (GenerateOptions(image=str(picture), num_retrieved=6), run.caption(pixels, 6)),
+    for options, found, result in (
+        (
+            GenerateOptions(prompt=PROMPT, retrieve=6, out=str(tmp_path)),
+            run.retrieve(PROMPT, k=6),
+            run.generate(PROMPT, retrieve=6),
+        ),
+        (
+            GenerateOptions(image=str(picture), retrieve=6, out=str(tmp_path)),
+            run.retrieve(image=pixels, k=6),
+            run.caption(pixels, retrieve=6),
+        ),
     ):
-        assert len(result.retrieved) + len(result.dropped) == 6
-        assert result.dropped
+        kept = len(result.documents)
+        assert 0 < kept < 6
         said = generate(run, options).splitlines()
-        assert said[: len(result.retrieved)] == lines_of(result.retrieved)
-        assert said[len(result.retrieved) : 6] == [
-            f"does not fit into the context: {item.document.key} ({item.score:.2f})" for item in result.dropped
-        ]
+        assert said[:kept] == lines_of(found[:kept])
+        lost = [f"does not fit into the context: {item.document.key}" for item in found[kept:]]
+        assert said[kept:6] == lost
     assert [call.prompts for call in calls[2:]] == [call.prompts for call in calls[:2]]
 
 
 def test_a_prompt_is_searched_for_once(
-    run: Run, calls: list[Call], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Model, calls: list[Call], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     searched = []
     search = rac3.retrieval.open_memory.search_memory
@@ -116,9 +141,9 @@ def test_a_prompt_is_searched_for_once(
     monkeypatch.setattr(rac3.retrieval.open_memory, "search_memory", counted)
     generate(run, GenerateOptions(prompt=PROMPT, out=str(tmp_path)))
     assert searched == [[PROMPT]]
-    generate(run, GenerateOptions(image=str(picture)))
+    generate(run, GenerateOptions(image=str(picture), out=str(tmp_path)))
     assert searched == [[PROMPT], [""]]
-    generate(run, GenerateOptions(prompt=PROMPT, num_retrieved=0, out=str(tmp_path)))
+    generate(run, GenerateOptions(prompt=PROMPT, retrieve=0, out=str(tmp_path)))
     assert len(searched) == 2
     assert len(calls) == 3
 
@@ -126,7 +151,7 @@ def test_a_prompt_is_searched_for_once(
 def test_an_image_of_ones_own_is_captioned(
     rac3: Callable[..., int],
     workdir: Path,
-    run: Run,
+    run: Model,
     pixels: np.ndarray,
     calls: list[Call],
     tmp_path: Path,
@@ -136,23 +161,28 @@ def test_an_image_of_ones_own_is_captioned(
     large = pixels.repeat(2, 0).repeat(2, 1)
     path = tmp_path / "mine.png"
     PIL.Image.fromarray(large).save(path)
-    assert (
-        rac3("generate", tiny_config.__file__, "--workdir", str(workdir), "--image", str(path), "--samples", "3") == 0
-    )
+    command = ["generate", tiny_config.__file__, "--workdir", str(workdir), "--image", str(path), "--samples", "3"]
+    assert rac3(*command, "--out", str(tmp_path / "out")) == 0
     lines = capsys.readouterr().out.splitlines()
     found = run.retrieve(image=large, k=2)
     assert lines[:2] == lines_of(found)
-    ((prompt, samples, means),) = calls[0].samples(3)
+    ((prompt, samples, means),) = calls[0].samples()
     assert prompt == caption_prompt([item.tokens for item in found], run.images.encode([large])[0])
-    caption = run.tokenizer.decode([id - FIRST_TEXT for id in samples[int(np.argmax(means))]])
-    assert "\n".join(lines[2:]) == f"caption: {caption}"
-    assert not (workdir / "generated").exists()
+    best = sorted(range(3), key=lambda number: -means[number])
+    texts = [run.tokenizer.decode([id - FIRST_TEXT for id in samples[number]]) for number in best]
+    assert any(not text.isprintable() for text in texts)  # a control character that is drawn reaches no terminal
+    shown = ["".join(c if c.isprintable() else "\ufffd" for c in text) for text in texts]
+    assert lines[2:] == [
+        f"caption {rank} (log p per id {means[number]:.3f}): {text}"
+        for rank, (number, text) in enumerate(zip(best, shown, strict=True))
+    ]
+    assert [sample[0]["text"] for sample in answer_in(tmp_path / "out")["samples"]] == texts
 
 
 def test_the_options_of_sampling_reach_it_and_leave_every_artifact(
     rac3: Callable[..., int],
     workdir: Path,
-    run: Run,
+    run: Model,
     pixels: np.ndarray,
     picture: Path,
     calls: list[Call],
@@ -166,11 +196,11 @@ def test_the_options_of_sampling_reach_it_and_leave_every_artifact(
     assert rac3(*common, *sampling, "--image", str(picture)) == 0
     assert [call.sampling for call in calls] == [Sampling(0.5, 0.9)] * 2
     assert sorted(workdir.glob("*/*/manifest.json")) == made
-    paths = re.findall(r"^image \d: (.+)$", capsys.readouterr().out, re.M)
+    paths = re.findall(r"^draw \d .+: (.+)$", capsys.readouterr().out, re.M)
     assert [Path(path).parent for path in paths] == [workdir / "generated"] * 3
-    run.draw(PROMPT, 2, 3, seed=7)
-    run.caption(pixels, 2, 3, seed=7)
-    run.draw(PROMPT, 2, 3, seed=0)
+    run.generate(PROMPT, samples=3, seed=7)
+    run.caption(pixels, samples=3, seed=7)
+    run.generate(PROMPT, samples=3, seed=0)
     drawn, captioned, drawn_again, captioned_again, otherwise = calls
     assert (drawn.keys, drawn.prompts) == (drawn_again.keys, drawn_again.prompts)
     assert (captioned.keys, captioned.prompts) == (captioned_again.keys, captioned_again.prompts)
@@ -183,33 +213,222 @@ def test_the_options_of_sampling_reach_it_and_leave_every_artifact(
     )
 
 
-def test_sampling_that_is_not_given_is_that_of_the_evaluation(run: Run, calls: list[Call], picture: Path, tmp_path):
+def test_sampling_that_is_not_given_is_that_of_the_evaluation(run: Model, calls: list[Call], picture: Path, tmp_path):
     settings = replace(
-        run.experiment.evaluation, image_sampling=Sampling(0.3, 0.8), caption_sampling=Sampling(0.4, 0.7)
+        run.experiment.evaluation, image_sampling=Sampling(0.3, 0.8), caption_sampling=Sampling(0.4, 0.7, 9)
     )
     other = run.variant(replace(run.experiment, evaluation=settings), run.trained)
     for given, image, caption in (
-        ({}, Sampling(0.3, 0.8), Sampling(0.4, 0.7)),
-        ({"temperature": 0.0}, Sampling(0.0, 0.8), Sampling(0.0, 0.7)),
-        ({"top_p": 0.5}, Sampling(0.3, 0.5), Sampling(0.4, 0.5)),
+        ({}, Sampling(0.3, 0.8), Sampling(0.4, 0.7, 9)),
+        ({"temperature": 0.0}, Sampling(0.0, 0.8), Sampling(0.0, 0.7, 9)),
+        ({"top_p": 0.5}, Sampling(0.3, 0.5), Sampling(0.4, 0.5, 9)),
+        ({"top_k": 3}, Sampling(0.3, 0.8, 3), Sampling(0.4, 0.7, 3)),
+        ({"copying": 0.5}, *(replace(s, copying=Copying(0.5)) for s in (Sampling(0.3, 0.8), Sampling(0.4, 0.7, 9)))),
     ):
         generate(other, GenerateOptions(prompt=PROMPT, samples=1, out=str(tmp_path), **given))
-        generate(other, GenerateOptions(image=str(picture), samples=1, **given))
+        generate(other, GenerateOptions(image=str(picture), samples=1, out=str(tmp_path), **given))
         assert [call.sampling for call in calls[-2:]] == [image, caption]
+    guided = GenerateOptions(prompt=PROMPT, samples=1, out=str(tmp_path), guidance=2.0, guidance_without="documents")
+    generate(other, guided)
+    assert calls[-1].sampling == Sampling(0.3, 0.8, guidance=Guidance(2.0, "documents"))
+    with_documents, alone = (prompt.ids.tolist() for prompt in calls[-1].requests[0].prompts)
+    assert alone == image_prompt([], run.tokenizer.encode(PROMPT))
+    assert with_documents[-len(alone) + 1 :] == alone[1:]
+    assert len(with_documents) > len(alone)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"num_retrieved": -1}, {"samples": 0}, {"temperature": -0.5}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "fields",
+    [{"retrieve": -1}, {"samples": 0}, {"temperature": -0.5}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}],
 )
 def test_numbers_are_checked(fields: dict[str, float]):
     ((name, value),) = fields.items()
     with pytest.raises(InputError, match=f"{name}={value}"):
         GenerateOptions(prompt="a fox", **fields)
-    assert GenerateOptions(num_retrieved=0, samples=1).num_retrieved == 0
+    assert GenerateOptions(retrieve=0, samples=1).retrieve == 0
 
 
-def test_a_caption_without_room_for_an_image_is_refused_and_nothing_is_written(run: Run, tmp_path: Path):
+def test_a_caption_without_room_for_an_image_is_refused_and_nothing_is_written(run: Model, tmp_path: Path):
     options = GenerateOptions(prompt="a fox and an owl " * 40, out=str(tmp_path))
-    with pytest.raises(InputError, match=r"a prompt of \d+ tokens and 25 to generate exceed the 192 positions"):
+    with pytest.raises(InputError, match=r"exceed the 192 positions|exceeds the \d+ that the model was trained for"):
         generate(run, options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "the prompt has no text and no image"),
+        ({"prompt": "a fox", "image": "mine.png"}, "say what to do"),
+        ({"task": "caption", "prompt": "a fox"}, "the task caption needs an image"),
+        ({"task": "infill_image", "image": "mine.png"}, "the task infill_image needs a mask"),
+        ({"task": "infill_image", "image": "mine.png", "mask": "5,5,5,9"}, "the rectangle 5,5,5,9 is empty or not"),
+        ({"task": "infill_image", "image": "mine.png", "mask": "0,0,41,9"}, "not inside the image of 40 x 40 pixels"),
+        ({"task": "infill_image", "image": "mine.png", "mask": "black.png"}, "the mask covers no pixel"),
+        ({"task": "infill_image", "image": "mine.png", "mask": "small.png"}, "the mask has 20 x 20 pixels, but"),
+        ({"task": "edit", "image": "mine.png", "mask": "0,0,9,9"}, "an edit follows documents, and none is given"),
+        ({"task": "controlled", "prompt": "a fox"}, "follows demonstrations, and none is given"),
+        ({"task": "infill_text", "prompt": "a fox"}, "0 masks"),
+        ({"task": "continue", "prompt": "a fox"}, "nothing is to follow"),
+        ({"image": "none.png"}, "does not exist; give a png, jpeg or webp file"),
+        ({"image": "text.png"}, "cannot be read"),
+        ({"prompt": "a fox", "documents": ("none.png=a fox",)}, "does not exist; give a png, jpeg or webp file"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(
+    run: Model, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], said: str
+):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("black.png", 40), ("small.png", 20)):
+        PIL.Image.new("L", (size, size), 0).save(tmp_path / name)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match=re.escape(said)):
+        generate(run, GenerateOptions(out=str(tmp_path / "out"), **fields))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_what_is_masked_changes(run: Model, calls: list[Call], pixels: np.ndarray, picture: Path, tmp_path: Path):
+    """Of 5 x 5 codes of 8 x 8 pixels, the mask touches the four around (16, 24)."""
+    options = GenerateOptions(
+        task="infill_image", image=str(picture), mask="12,20,20,28", samples=3, retrieve=0, out=str(tmp_path / "out")
+    )
+    generate(run, options)
+    (codes,) = run.images.encode([pixels])
+    request = calls[0].requests[0]
+    drawn = [run for run in request.grammar if isinstance(run, Draw)]
+    assert [(run.offset, run.count) for run in drawn] == [(12, 2), (17, 2)]
+    kept = [int(each) - FIRST_CODE for each in request.prompts[0].ids if FIRST_CODE <= each < FIRST_CODE + 16]
+    assert kept == np.delete(codes, [11, 12, 16, 17]).tolist()
+    inside = np.zeros((40, 40), bool)
+    inside[20:28, 12:20] = True
+    paths = [tmp_path / "out" / sample[0]["image"] for sample in answer_in(tmp_path / "out")["samples"]]
+    for path, sample in zip(paths, run.infill(pixels, inside, samples=3, retrieve=0).images, strict=True):
+        filled = np.asarray(PIL.Image.open(path))
+        np.testing.assert_array_equal(filled[~inside], pixels[~inside])
+        assert (filled[inside] != pixels[inside]).any()
+        np.testing.assert_array_equal(filled, np.asarray(sample))
+    order = np.argsort([-sample.mean_log_prob for sample in calls[0].out[0]])
+    whole = codes.copy()
+    whole[[11, 12, 16, 17]] = np.concatenate(calls[0].out[0][order[0]].runs) - FIRST_CODE
+    best = np.asarray(PIL.Image.open(paths[0])).astype(int)
+    assert np.abs(best - run.images.decode(whole[None])[0])[inside].max() <= 1
+
+
+def test_a_picture_that_is_not_square_keeps_its_sides(run: Model, calls: list[Call], pixels: np.ndarray):
+    """The model sees the middle square, at its own size; the answer has the picture's."""
+    wide = np.concatenate([pixels[:, :10], pixels, pixels[:, :6]], 1).repeat(2, 0).repeat(2, 1)  # 80 x 112
+    mask = np.zeros(wide.shape[:2], bool)
+    mask[30:50, 40:60] = True
+    answer = run.infill(wide, mask, samples=1, retrieve=0)
+    filled = np.asarray(answer.images[0])
+    np.testing.assert_array_equal(filled[~mask], wide[~mask])
+    assert (filled[mask] != wide[mask]).any()
+    outside = np.zeros(wide.shape[:2], bool)
+    outside[:, :16] = True
+    with pytest.raises(InputError, match="the mask covers no pixel of the image's middle square"):
+        run.infill(wide, outside)
+
+
+def test_given_documents_come_before_retrieved_ones(run: Model, calls: list[Call], picture: Path, tmp_path: Path):
+    options = GenerateOptions(
+        prompt=PROMPT, documents=(f"{picture}=an owl",), retrieve=1, samples=1, out=str(tmp_path / "out")
+    )
+    said = generate(run, options).splitlines()
+    (found,) = run.retrieve(PROMPT, k=1)
+    assert said[:2] == ["given: an owl", *lines_of([found])]
+    (codes,) = run.images.encode([np.asarray(PIL.Image.open(picture))])
+    own = np.array(run.tokenizer.encode("an owl"), np.int32)
+    text = run.tokenizer.encode(PROMPT)
+    given = [2, *(FIRST_TEXT + own), 3, *(FIRST_CODE + codes), 4, 1]
+    after = image_prompt([found.tokens], text)[1:]
+    assert calls[0].prompts == [[1, *given, *after]]
+    assert [each["similarity"] is None for each in answer_in(tmp_path / "out")["documents"]] == [True, False]
+
+
+LINES = [
+    {"prompt": PROMPT, "seed": 3},
+    {"image": "mine.png", "samples": 1},
+    {"prompt": "a fox " * 100},
+    {"prompt": "an owl", "task": "continue", "follow": ["image"]},
+]
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_file_of_prompts_goes_on_where_it_was_killed(
+    run: Model, calls: list[Call], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of four prompts one is too long, which is said. The line that a kill has left half written is written again."""
+    prompts = picture.parent / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, LINES)) + "\n\n")
+    options = GenerateOptions(prompts=str(prompts), samples=2, retrieve=1, out=str(tmp_path / "whole"))
+    with pytest.raises(InputError, match="1 of 4 prompts of"):
+        generate(run, options)
+    whole = written(tmp_path / "whole")
+    records = [json.loads(line) for line in whole["answers.jsonl"].splitlines()]
+    assert [record["number"] for record in records] == [0, 1, 2, 3]
+    assert [len(record.get("samples", [])) for record in records] == [2, 1, 0, 2]
+    assert "exceed" in records[2]["error"]
+    assert records[0]["settings"]["seed"] == 3
+    pictures = [f"{number:06d}-{rank}.png" for number in (0, 3) for rank in (0, 1)]
+    assert sorted(whole) == [*pictures, "answers.jsonl"]
+
+    part = tmp_path / "part"
+    part.mkdir()
+    lines = whole["answers.jsonl"].splitlines(keepends=True)
+    (part / "answers.jsonl").write_bytes(lines[0] + lines[1][:40])
+    for name in pictures[:2]:
+        (part / name).write_bytes(whole[name])
+    calls.clear()
+    with pytest.raises(InputError, match="1 of 4 prompts of"):
+        generate(run, replace(options, out=str(part)))
+    assert written(part) == whole
+    assert [len(call.requests) for call in calls] == [2]  # the first is not drawn again
+    calls.clear()
+    with pytest.raises(InputError, match="1 of 4"):
+        generate(run, replace(options, out=str(part)))  # all is done
+    assert not calls
+    for other in (replace(options, seed=9), replace(options, samples=3)):
+        with pytest.raises(InputError, match="has answers to other prompts, or with other options"):
+            generate(run, replace(other, out=str(part)))
+    assert written(part) == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "is empty"),
+        ("a fox", "line 1 is no JSON"),
+        ("[1]", "line 1 is no JSON object"),
+    ],
+)
+def test_a_file_that_is_no_list_of_prompts_is_refused(run: Model, tmp_path: Path, line: str, said: str):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(line)
+    with pytest.raises(InputError, match=said):
+        generate(run, GenerateOptions(prompts=str(path), out=str(tmp_path / "out")))
+    with pytest.raises(InputError, match="does not exist"):
+        generate(run, GenerateOptions(prompts=str(tmp_path / "none"), out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"promt": "a fox"}, "line 1 has 'promt'; use task, prompt"),
+        ({"prompt": "a fox", "samples": "2"}, "samples cannot be '2'"),
+        ({"prompt": "a fox", "temperature": True}, "temperature cannot be True"),
+        ({"prompt": 3}, "prompt cannot be 3"),
+        ({"prompt": "a fox", "task": "paint"}, "task 'paint' is unknown"),
+        ({"prompt": "a fox", "follow": "image"}, "follow cannot be 'image'"),
+        ({"prompt": "a fox", "samples": 0}, "samples=0"),
+    ],
+)
+def test_a_line_that_asks_nothing_is_named(run: Model, tmp_path: Path, line: dict[str, Any], said: str):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(line))
+    with pytest.raises(InputError, match="1 of 1 prompts"):
+        generate(run, GenerateOptions(prompts=str(path), out=str(tmp_path / "out")))
+    (record,) = map(json.loads, (tmp_path / "out" / "answers.jsonl").read_text().splitlines())
+    assert said in record["error"]

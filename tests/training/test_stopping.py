@@ -105,8 +105,11 @@ def test_a_second_interrupt_ends_at_once(command: tuple[str, ...], tmp_path: Pat
         assert "stopped after" not in process.err()
 
 
-def test_a_full_disk_ends_a_run_after_its_last_checkpoint(command: tuple[str, ...], tmp_path: Path):
+def test_a_full_disk_ends_a_run_after_its_last_checkpoint(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """From the first checkpoint on, the kernel lets the process write no file above 64 kB: enough for metrics."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # else JAX warns that it can't write its own files
     often = (*command[: -len(LONG)], "--training.steps", str(STEPS), "--training.checkpoint-every", "5")
     with started(tmp_path, *often) as process:
         wait_until(lambda: bool(list(Path(command[3]).glob("train/*.partial/checkpoints/5"))), process)

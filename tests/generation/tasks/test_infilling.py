@@ -194,7 +194,7 @@ def test_all_of_it_draws_what_its_grammar_says(form: Form, engine: PlainEngine):
         infill_image.request(form, CODES, under, CONTEXT),
     ]
     samplings = [Sampling(guidance=Guidance(2.0)), *[Sampling(copying=Copying(0.5), top_p=0.9)] * 3]
-    results = dict(engine.run([each.request for each in asked], samplings, seed=0))
+    results = dict(engine.run([each.request for each in asked], samplings, [0] * len(asked)))
     assert [draw.answer(form, each).shape for each in results[0]] == [(9,)] * 2
     assert len(caption.answer(form, results[1][0])) <= 6
     assert len(infill_text.answer(results[2][0])[0]) <= 4

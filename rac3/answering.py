@@ -1,0 +1,509 @@
+"""A trained model that answers prompts: every task of the paper, with retrieved or given documents.
+
+model = rac3.load("runs/quickstart")
+model.generate("a red fox", retrieve=2, samples=4, seed=1).images[0]
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Bool, Float, UInt8
+
+from rac3.config import InputError, to_plain
+from rac3.documents.document import (
+    Document,
+    Image,
+    ImageError,
+    Text,
+    center_square,
+    decode_image,
+    prepare_image,
+)
+from rac3.generation.answers import Answer, Part
+from rac3.generation.engine import Progress
+from rac3.generation.prompts import Asked, Context
+from rac3.generation.request import Sample
+from rac3.generation.sampling import Sampling
+from rac3.generation.tasks import (
+    caption,
+    classify,
+    continuation,
+    controlled,
+    draw,
+    edit,
+    infill_image,
+    infill_text,
+    score,
+)
+from rac3.generation.tasks.continuation import Kind
+from rac3.run import Found, Run
+from rac3.tokens.html import Segment
+
+Task = Literal["draw", "caption", "infill_image", "infill_text", "edit", "controlled", "continue"]
+Pixels = UInt8[np.ndarray, "_ _ 3"]
+PixelMask = Bool[np.ndarray, "_ _"]
+Picture = Pixels | PIL.Image.Image | str | os.PathLike[str]  # pixels, or a file
+Mask = PixelMask | PIL.Image.Image | tuple[int, int, int, int]  # white is drawn; or left, top, right, bottom
+
+CLIP_SCORE, LOG_PROB = "CLIP score", "log p per id"
+MASK = "<mask>"  # in the text of a prompt: a part to fill in
+MASK_TOKENS = (1, 2, 4, 8)  # ids that a masked part of a text may have
+AT_ONCE = 64  # prompts that are retrieved for and decoded together
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What is asked of a model.
+
+    Attributes:
+      task: `draw` an image of the text, as `controlled` does in the manner of the given documents; `caption` the image;
+        `infill_image` under the mask, as `edit` does by what the given documents show; `infill_text` where the text
+        says <mask>; `continue` with `follow` after text and image.
+      text, image, mask: what the task starts from. The mask is True at the pixels to draw, and has the image's size.
+      documents: given by hand, in context before those that are retrieved; they need not be in the memory.
+      retrieve: the number of documents to retrieve.
+      ensemble: if there are more documents than in training, averages over prompts with some of them each (paper,
+        section 5.4).
+      follow: kinds of segments, in order.
+      samples: how many to draw; the answer has them best first.
+      seed: another one draws other samples.
+      sampling: None is what the experiment evaluates with.
+    """
+
+    task: Task = "draw"
+    text: str = ""
+    image: Pixels | None = None
+    mask: PixelMask | None = None
+    documents: Sequence[Document] = ()
+    retrieve: int = 2
+    ensemble: bool = False
+    follow: Sequence[Kind] = ()
+    samples: int = 4
+    seed: int = 0
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        if self.retrieve < 0:
+            raise InputError(f"retrieve={self.retrieve} is below 0; use 0 to retrieve nothing")
+        if self.samples < 1:
+            raise InputError(f"samples={self.samples} is below 1; use at least 1")
+        if self.mask is not None and self.image is not None and self.mask.shape != self.image.shape[:2]:
+            size, wanted = (f"{x.shape[1]} x {x.shape[0]}" for x in (self.mask, self.image))
+            raise InputError(f"the mask has {size} pixels, but the image {wanted}; give one of the same size")
+        if self.task in ("draw", "controlled", "infill_text") and not self.text.strip():
+            raise InputError(f"the task {self.task} needs a text; give one, such as 'a red fox'")
+
+    @property
+    def query(self) -> str | Pixels | None:
+        """What retrieves: the text, if there is one, else the image, without what is masked."""
+        text = " ".join(self.text.replace(MASK, " ").split())
+        return text or self.image
+
+
+class Ranked(NamedTuple):
+    """The samples of an answer, best first, their scores, and what the scores are."""
+
+    samples: list[tuple[Part, ...]]
+    scores: list[float]
+    score: str
+
+
+Finish = Callable[[list[list[Sample]]], Ranked]  # of the samples of each request
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """One prompt in progress.
+
+    Attributes:
+      found: the documents for its context.
+      asked: the requests to run.
+      finish: makes the answer of their samples.
+    """
+
+    prompt: Prompt
+    found: list[Found]
+    sampling: Sampling
+    asked: list[Asked]
+    finish: Finish
+
+
+class Model(Run):
+    """A run that answers prompts. Every method has the options of `Prompt`: retrieve, documents, samples, seed, ..."""
+
+    def generate(self, text: str, **options: Any) -> Answer:
+        """Images of a caption (paper, section 4.2), the one that CLIP likes best first.
+
+        Raises:
+          InputError: (as all methods here) an empty prompt, or one that leaves no room for its answer.
+        """
+        return self.answer(Prompt("draw", text, **options))
+
+    def caption(self, image: Picture, **options: Any) -> Answer:
+        """Captions of an image, the one of the lowest perplexity first (paper, section 4.2)."""
+        return self.answer(Prompt("caption", image=pixels_of(image), **options))
+
+    def infill(self, image: Picture, mask: Mask, text: str = "", **options: Any) -> Answer:
+        """The image with other pixels under the mask (paper, section 5.2); those outside stay as they are."""
+        pixels = pixels_of(image)
+        return self.answer(Prompt("infill_image", text, pixels, mask_of(mask, pixels), **options))
+
+    def edit(self, image: Picture, mask: Mask, documents: Sequence[Document], text: str = "", **options: Any) -> Answer:
+        """The image with what the documents show under the mask (paper, section 5.3)."""
+        pixels = pixels_of(image)
+        options = {"retrieve": 0, **options}
+        return self.answer(Prompt("edit", text, pixels, mask_of(mask, pixels), documents, **options))
+
+    def infill_text(self, text: str, image: Picture | None = None, **options: Any) -> Answer:
+        """The text, with every `<mask>` filled in, the one of the lowest perplexity first (paper, section 3.3)."""
+        return self.answer(Prompt("infill_text", text, None if image is None else pixels_of(image), **options))
+
+    def resume(self, follow: Sequence[Kind], text: str = "", image: Picture | None = None, **options: Any) -> Answer:
+        """What follows a text, an image, or both: `follow` names the kinds, in order."""
+        pixels = None if image is None else pixels_of(image)
+        return self.answer(Prompt("continue", text, pixels, follow=follow, **options))
+
+    def classify(
+        self, image: Picture, labels: Mapping[str, Sequence[Picture]], shots: int | None = None
+    ) -> dict[str, float]:
+        """The probability of each label, the most probable first, by k-shot in-context learning (paper, section 5.4).
+
+        Of k runs, each has one demonstration of every label; their probabilities are averaged.
+
+        Args:
+          labels: demonstrations of each, as many of one as of another.
+          shots: use the first k of them; None is all.
+
+        Raises:
+          InputError: fewer than two labels, labels with different numbers of demonstrations, or fewer than k.
+        """
+        counts = {len(pictures) for pictures in labels.values()}
+        if len(counts) > 1:
+            raise InputError(
+                f"labels have {min(counts)} to {max(counts)} demonstrations; give each as many as the others"
+            )
+        most = max(counts, default=0)
+        shots = most if shots is None else shots
+        if not 0 <= shots <= most:
+            raise InputError(f"shots={shots} is not among the 0 to {most} demonstrations of each label")
+        documents = [
+            _labelled(label, pixels_of(pictures[run])) for run in range(shots) for label, pictures in labels.items()
+        ]
+        tokens = [each.tokens for each in self.tokenize(documents)]
+        runs = [tokens[start : start + len(labels)] for start in range(0, len(tokens), max(1, len(labels)))]
+        ids = [self.tokenizer.encode(label) for label in labels]
+        asked = classify.request(self.form, self.images.encode([pixels_of(image)])[0], ids, runs)
+        log_probs = iter(self.scorer.log_probs([part for row in asked.parts for part in row]))
+        probs = classify.answer([[next(log_probs) for _ in row] for row in asked.parts])
+        order = np.argsort(-probs, kind="stable").tolist()
+        return {[*labels][number]: float(probs[number]) for number in order}
+
+    def score(
+        self,
+        document: Document,
+        segment: int = 0,
+        *,
+        infill: bool = False,
+        documents: Sequence[Document] = (),
+        retrieve: int = 0,
+        ensemble: bool = False,
+    ) -> Float[np.ndarray, " ids"]:
+        """The log probability of each id of a segment, in nats, given the documents and the rest of `document`.
+
+        Args:
+          segment: its number.
+          infill: given also what follows the segment; else only what is before it.
+          documents, retrieve, ensemble: the context, as in `Prompt`. What retrieves is the rest of the document: its
+            text, or else its image.
+        """
+        if not 0 <= segment < len(document.segments):
+            raise InputError(f"segment {segment} is not among the document's {len(document.segments)}; the first is 0")
+        rest = [each for number, each in enumerate(document.segments) if number != segment]
+        text = " ".join(each.text for each in rest if isinstance(each, Text))
+        image = next((each.pixels() for each in rest if isinstance(each, Image)), None)
+        found = self.tokenize(documents)
+        if retrieve and (text or image is not None):
+            found += [each.tokens for each in self.retrieve(text, None if text else image, retrieve)]
+        (own,) = self.tokenize([document])
+        context = Context([each.tokens for each in found], ensemble)
+        asked = score.request(self.form, own.tokens, segment, context, infill=infill)
+        return score.answer(self.scorer.log_probs(asked.parts))
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The answer to one prompt."""
+        (answer,) = (each for _, each in self.answers([prompt]))
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
+
+    def answers(
+        self, prompts: Sequence[Prompt], on_progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[tuple[int, Answer | InputError]]:
+        """The answer to each prompt, in their order; for one that can't be answered, the reason.
+
+        Args:
+          on_progress: called every few steps of the engine.
+        """
+        for start in range(0, len(prompts), AT_ONCE):
+            chunk = prompts[start : start + AT_ONCE]
+            work = self._prepare(chunk)
+            samples = self._samples([each for each in work if isinstance(each, _Work)], on_progress)
+            for number, each in enumerate(work, start):
+                yield number, each if isinstance(each, InputError) else self._answer(each, next(samples))
+
+    def _prepare(self, prompts: Sequence[Prompt]) -> list[_Work | InputError]:
+        """Retrieves for each prompt, and makes its requests."""
+        found = self._found(prompts)
+        work: list[_Work | InputError] = []
+        for prompt, own in zip(prompts, found, strict=True):
+            try:
+                work.append(self._work(prompt, own))
+            except InputError as error:
+                work.append(error)
+        return work
+
+    def _found(self, prompts: Sequence[Prompt]) -> list[list[Found]]:
+        """Given documents, then retrieved ones."""
+        given = [each for prompt in prompts for each in prompt.documents]
+        tokenized = iter(self.tokenize(given))
+        queries = [prompt.query if prompt.retrieve and self.experiment.retrieves else None for prompt in prompts]
+        asking = [number for number, query in enumerate(queries) if query is not None]
+        most = max((prompts[number].retrieve for number in asking), default=0)
+        retrieved = dict(zip(asking, self.retrieve_many([queries[n] for n in asking], most), strict=True))  # type: ignore[misc]
+        return [
+            [Found(document, None, next(tokenized)) for document in prompt.documents]
+            + retrieved.get(number, [])[: prompt.retrieve]
+            for number, prompt in enumerate(prompts)
+        ]
+
+    def _samples(self, work: Sequence[_Work], on_progress: Callable[[Progress], None] | None) -> Iterator[list[Any]]:
+        """The samples of each request of each prompt."""
+        requests = [asked.request for each in work for asked in each.asked]
+        samplings = [each.sampling for each in work for _ in each.asked]
+        seeds = [each.prompt.seed for each in work for _ in each.asked]
+        out: list[Any] = [None] * len(requests)
+        for number, samples in self.engine.run(requests, samplings, seeds, on_progress):
+            out[number] = samples
+        start = 0
+        for each in work:
+            yield out[start : start + len(each.asked)]
+            start += len(each.asked)
+
+    def _answer(self, work: _Work, samples: list[list[Sample]]) -> Answer:
+        prompt, asked = work.prompt, work.asked[0]
+        ranked = work.finish(samples)
+        dropped = set(asked.dropped)
+        kept = [found for number, found in enumerate(work.found) if number not in dropped]
+        return Answer(
+            task=prompt.task,
+            prompt={"text": prompt.text, **({"follow": list(prompt.follow)} if prompt.follow else {})},
+            samples=ranked.samples,
+            scores=ranked.scores,
+            score=ranked.score,
+            documents=[found.document for found in kept],
+            similarities=[found.score for found in kept],
+            dropped=[work.found[number].document for number in asked.dropped],
+            notes=asked.notes,
+            settings={
+                "retrieve": prompt.retrieve,
+                "ensemble": prompt.ensemble,
+                "samples": prompt.samples,
+                "seed": prompt.seed,
+                "sampling": to_plain(work.sampling),
+            },
+        )
+
+    # What each task asks, and what it makes of the samples.
+
+    def _work(self, prompt: Prompt, found: list[Found]) -> _Work:
+        settings = self.experiment.evaluation
+        draws = prompt.task not in ("caption", "infill_text")
+        sampling = prompt.sampling or (settings.image_sampling if draws else settings.caption_sampling)
+        context = Context([each.tokens.tokens for each in found], prompt.ensemble, sampling.without)
+        asked, finish = {
+            "draw": self._draw,
+            "controlled": self._draw,
+            "caption": self._caption,
+            "infill_image": self._infill_image,
+            "edit": self._infill_image,
+            "infill_text": self._infill_text,
+            "continue": self._continue,
+        }[prompt.task](prompt, context)
+        return _Work(prompt, found, sampling, asked, finish)
+
+    def _draw(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
+        form, text = self.form, prompt.text.strip()
+        task = controlled if prompt.task == "controlled" else draw
+        asked = task.request(form, self.tokenizer.encode(text), context, prompt.samples)
+
+        def finish(samples: list[list[Sample]]) -> Ranked:
+            codes = [draw.answer(form, sample) for sample in samples[0]]
+            return self._by_clip([*self.images.decode(np.stack(codes))], text, samples[0])
+
+        return [asked], finish
+
+    def _infill_image(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
+        form, text = self.form, prompt.text.strip()
+        image, mask = _given_image(prompt), _given_mask(prompt)
+        square = center_square(image)
+        inside = mask[square]
+        if not inside.any():
+            raise InputError(
+                "the mask covers no pixel of the image's middle square, which is all that the model sees; mark pixels "
+                "in it"
+            )
+        codes = self.images.encode([image])[0]
+        masked = infill_image.masked_codes(form, scaled_mask(inside, self.images.resolution))
+        task = edit if prompt.task == "edit" else infill_image
+        asked = task.request(form, codes, masked, context, self.tokenizer.encode(text), prompt.samples)
+
+        def finish(samples: list[list[Sample]]) -> Ranked:
+            filled = [infill_image.answer(form, sample, codes, masked) for sample in samples[0]]
+            pictures = [image.copy() for _ in filled]
+            for picture, drawn in zip(pictures, self.images.decode(np.stack(filled)), strict=True):
+                picture[square] = infill_image.plug(image[square], prepare_image(drawn, len(inside)), inside)
+            return self._by_clip(pictures, text, samples[0])
+
+        return [asked], finish
+
+    def _caption(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
+        form, codes = self.form, self.images.encode([_given_image(prompt)])[0]
+        asked = caption.request(form, codes, context, self.experiment.evaluation.max_caption_tokens, prompt.samples)
+
+        def finish(samples: list[list[Sample]]) -> Ranked:
+            texts = [self.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in samples[0]]
+            return by_log_prob([(text,) for text in texts], samples[0])
+
+        return [asked], finish
+
+    def _infill_text(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
+        parts = prompt.text.strip().split(MASK)
+        known = [self.tokenizer.encode(part) for part in parts]
+        codes = None if prompt.image is None else self.images.encode([prompt.image])[0]
+        ends_open = len(parts) == 2 and not parts[1].strip()  # nothing after the mask tells how long it is
+        lengths = (self.experiment.evaluation.max_caption_tokens,) if ends_open else MASK_TOKENS
+        asked = [
+            infill_text.request(self.form, known, [tokens] * (len(parts) - 1), context, codes, prompt.samples)
+            for tokens in lengths
+        ]
+
+        def finish(samples: list[list[Sample]]) -> Ranked:
+            every = [sample for one in samples for sample in one]
+            texts = []
+            for sample in every:
+                filled = [self.tokenizer.decode(ids.tolist()).strip() for ids in infill_text.answer(sample)]
+                texts.append("".join(piece for pair in zip(parts, [*filled, ""], strict=True) for piece in pair))
+            return by_log_prob([(text,) for text in texts], every, prompt.samples)
+
+        return asked, finish
+
+    def _continue(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
+        form, ids = self.form, np.array(self.tokenizer.encode(prompt.text.strip()), np.int32)
+        document = [(False, ids)] if len(ids) else []
+        if prompt.image is not None:
+            document.append((True, self.images.encode([prompt.image])[0]))
+        most = self.experiment.evaluation.max_caption_tokens
+        asked = continuation.request(form, tuple(document), prompt.follow, context, most, prompt.samples)
+
+        def finish(samples: list[list[Sample]]) -> Ranked:
+            made = [continuation.answer(form, prompt.follow, sample) for sample in samples[0]]
+            return by_log_prob([tuple(map(self._part, segments)) for segments in made], samples[0])
+
+        return [asked], finish
+
+    def _part(self, segment: Segment) -> Part:
+        if segment.is_image:
+            return PIL.Image.fromarray(self.images.decode(segment.ids[None])[0])
+        return self.tokenizer.decode(segment.ids.tolist())
+
+    def _by_clip(self, pictures: list[Pixels], text: str, samples: list[Sample]) -> Ranked:
+        """By the cosine of CLIP's vectors of picture and text (paper, section 4.2); without a text, by perplexity."""
+        parts: list[tuple[Part, ...]] = [(PIL.Image.fromarray(picture),) for picture in pictures]
+        if not text:
+            return by_log_prob(parts, samples)
+        scores = self.encoder.embed_images(pictures) @ self.encoder.embed_texts([text])[0]
+        return _ranked(parts, scores, CLIP_SCORE)
+
+
+def by_log_prob(parts: list[tuple[Part, ...]], samples: list[Sample], most: int | None = None) -> Ranked:
+    """The lowest perplexity first (paper, section 4.2); at most this many."""
+    ranked = _ranked(parts, np.array([sample.mean_log_prob for sample in samples]), LOG_PROB)
+    return Ranked(ranked.samples[:most], ranked.scores[:most], ranked.score)
+
+
+def _ranked(parts: list[tuple[Part, ...]], scores: Float[np.ndarray, " samples"], unit: str) -> Ranked:
+    order = np.argsort(-scores, kind="stable").tolist()
+    return Ranked([parts[i] for i in order], [float(scores[i]) for i in order], unit)
+
+
+def _labelled(label: str, pixels: Pixels) -> Document:
+    data = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(data, "png")
+    return Document(label, (Text(label), Image(data.getvalue())), {})
+
+
+def pixels_of(picture: Picture) -> Pixels:
+    """RGB in 0..255 of a picture, or of a file.
+
+    Raises:
+      InputError: the file does not exist, or is no image.
+    """
+    if isinstance(picture, np.ndarray):
+        return picture
+    if isinstance(picture, PIL.Image.Image):
+        return np.asarray(picture.convert("RGB"))
+    path = Path(picture)
+    if not path.is_file():
+        raise InputError(f"image {path} does not exist; give a png, jpeg or webp file")
+    try:
+        return decode_image(path.read_bytes())
+    except ImageError as error:
+        raise InputError(f"image {path} cannot be read: {error}") from error
+
+
+def mask_of(mask: Mask, image: Pixels) -> PixelMask:
+    """True at the pixels to draw: those that are white in a mask, or inside a rectangle.
+
+    Raises:
+      InputError: the rectangle is empty, or not inside the image.
+    """
+    height, width, _ = image.shape
+    if isinstance(mask, np.ndarray):
+        return mask
+    if isinstance(mask, PIL.Image.Image):
+        return np.asarray(mask.convert("L")) > 127
+    left, top, right, bottom = mask
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise InputError(
+            f"the rectangle {left},{top},{right},{bottom} is empty or not inside the image of {width} x {height} "
+            "pixels; give left,top,right,bottom"
+        )
+    inside = np.zeros((height, width), bool)
+    inside[top:bottom, left:right] = True
+    return inside
+
+
+def scaled_mask(mask: Bool[np.ndarray, "side side"], size: int) -> Bool[np.ndarray, "size size"]:
+    """A square mask at another size: True where a pixel has any part of a masked one in it."""
+    if len(mask) == size:
+        return mask
+    grey = PIL.Image.fromarray(mask.astype(np.float32))
+    return np.asarray(grey.resize((size, size), PIL.Image.Resampling.BOX)) > 0
+
+
+def _given_image(prompt: Prompt) -> Pixels:
+    if prompt.image is None:
+        raise InputError(f"the task {prompt.task} needs an image; give one")
+    return prompt.image
+
+
+def _given_mask(prompt: Prompt) -> PixelMask:
+    if prompt.mask is None:
+        raise InputError(f"the task {prompt.task} needs a mask of the pixels to draw; give one")
+    return prompt.mask
