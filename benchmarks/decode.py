@@ -64,12 +64,13 @@ def our_call(engine: Any, prompts: Any, new: int) -> Callable[[], Any]:
 
     from rac3.generation.request import Draw, Request
     from rac3.generation.sampling import Sampling
+    from rac3.tokens.html import Sequenced
 
     any_id = Draw(np.ones(engine.model.vocab_size, bool), new)
-    requests = [Request([prompt], [any_id]) for prompt in prompts]
+    requests = [Request([Sequenced(prompt, np.zeros_like(prompt))], [any_id]) for prompt in prompts]
 
     def call() -> Any:
-        found = dict(engine.run(requests, [Sampling(temperature=0.0)] * len(requests), 0))
+        found = dict(engine.run(requests, [Sampling(temperature=0.0)] * len(requests), [0] * len(requests)))
         return np.stack([found[index][0].runs[0] for index in range(len(requests))])
 
     return call
@@ -178,11 +179,13 @@ def shared(samples: int, sizes: Sizes) -> dict[str, Any]:
 
     from rac3.generation.request import Draw, Request
     from rac3.generation.sampling import Sampling
+    from rac3.tokens.html import Sequenced
 
     engine, _ = our_engine(sizes, samples, "float32")
     base = _resident()
     prompt = np.random.default_rng(0).integers(8, sizes["vocab"] - 16, sizes["prompt"] - 48).astype(np.int32)
-    request = Request([prompt], [Draw(np.ones(engine.model.vocab_size, bool), sizes["new"])], samples)
+    sequenced = Sequenced(prompt, np.zeros_like(prompt))
+    request = Request([sequenced], [Draw(np.ones(engine.model.vocab_size, bool), sizes["new"])], samples)
 
     def run() -> tuple[float, float]:
         """Seconds until the first report, which comes after two steps, and of a step after that."""
@@ -193,7 +196,7 @@ def shared(samples: int, sizes: Sizes) -> dict[str, Any]:
             marks.append(time.perf_counter())
             engine.steps = 8
 
-        dict(engine.run([request], [Sampling()], 0, mark))
+        dict(engine.run([request], [Sampling()], [0], mark))
         return marks[1] - marks[0], (marks[-1] - marks[1]) / (sizes["new"] - 2)
 
     compiled = run()[0]

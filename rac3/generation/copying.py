@@ -142,7 +142,8 @@ def _documents(
     """
     requests, streams, longest = step.prompts.shape
     known = jnp.arange(longest) <= _main_start(step)[..., None]
-    return tuple(each.reshape(requests, streams * longest) for each in (step.prompts, step.prompt_offsets, known))
+    flat = (requests, streams * longest)
+    return step.prompts.reshape(flat), step.prompt_offsets.reshape(flat), known.reshape(flat)
 
 
 def _main_start(step: Step) -> Int[Array, "requests streams"]:

@@ -141,7 +141,7 @@ def _register(kind: type, static: Sequence[str], off: Mapping[str, tuple[str, fl
         return leaves, tuple(getattr(config, name) for name in static)
 
     def unflatten(aux: tuple[Any, ...], leaves: Sequence[Any]) -> Any:
-        config = object.__new__(kind)  # no checks: the leaves of a pytree may be anything
+        config: Any = object.__new__(kind)  # no checks: the leaves of a pytree may be anything
         for name, leaf in (*zip(names, leaves, strict=True), *zip(static, aux, strict=True)):
             object.__setattr__(config, name, leaf)
         return config
