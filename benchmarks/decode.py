@@ -118,29 +118,34 @@ def bytes_of_step(sizes: Sizes, rows: int, itemsize: int) -> float:
     return itemsize * (weights + rows * slots * 2 * layers * width)
 
 
-def read_rate() -> float:
-    """Bytes per second at which one core reads memory: the fastest of three sums over 512 MB."""
+def read_rate(size: float) -> float:
+    """Bytes per second at which one core reads `size` bytes again and again: the fastest of some ways to sum them.
+
+    As many bytes as a step reads: a cache that holds a part of them does so in both.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
     import torch
 
-    host = np.ones(2**27, np.float32)
+    host = np.ones((int(size) // 8192, 2048), np.float32)
+    flat, ones = host.ravel(), jnp.ones(2048)
     device, tensor = jnp.asarray(host), torch.from_numpy(host)
-    total = jax.jit(jnp.sum)
+    total, rows = jax.jit(jnp.sum), jax.jit(jnp.matmul)
     calls: dict[str, Callable[[], Any]] = {
-        "numpy": lambda: np.dot(host, host),
-        "jax": lambda: jax.block_until_ready(total(device)),
+        "numpy": lambda: np.dot(flat, flat),
         "torch": lambda: tensor.sum().item(),
+        "jax": lambda: jax.block_until_ready(total(device)),
+        "jax, of each row": lambda: jax.block_until_ready(rows(device, ones)),
     }
-    return float(host.nbytes / min(min(times) for times in interleaved(calls, 3).values()))
+    return float(host.nbytes / min(min(times) for times in interleaved(calls, 5).values()))
 
 
 def step(batch: int, rounds: int, sizes: Sizes) -> dict[str, Any]:
     import numpy as np
     from train import load_opt
 
-    rate = read_rate()
+    rate = read_rate(bytes_of_step(sizes, batch, 4))
     prompts = np.random.default_rng(0).integers(8, sizes["vocab"] - 16, (batch, sizes["prompt"])).astype(np.int32)
     engine, params = our_engine(sizes, batch, "float32")
     theirs = their_model(sizes, "float32")
