@@ -81,6 +81,6 @@ class PlainEngine:
         """Logits after the last of `lengths` ids of each row."""
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (places < lengths[:, None]).astype(jnp.int32)
-        hidden, _ = self.model.apply(params, tokens, places, offsets, segments)
+        hidden = self.model.apply(params, tokens, places, offsets, segments)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.model.apply(params, last, method="logits")

@@ -33,7 +33,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
-from rac3.run import EXPERIMENT, Run
+from rac3.experiment_file import EXPERIMENT, Run
 
 TINY = str(ROOT / "tests" / "tiny_config.py")
 COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]

@@ -27,7 +27,7 @@ from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
-from rac3.run import EXPERIMENT, Run, describe
+from rac3.experiment_file import EXPERIMENT, Run, describe
 
 Command = Callable[..., int]
 TINY = tiny_config.get_config()
