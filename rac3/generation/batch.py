@@ -27,6 +27,7 @@ from rac3.tokens.vocabulary import NUM_SPECIALS, Vocabulary
 
 # Arrays that come from the host.
 OnHost = Array | np.ndarray
+READ = ("place", "count", "drawn", "log_probs")  # of the rows, by the host
 
 
 class Shape(NamedTuple):
@@ -262,7 +263,8 @@ def advance(
         running = jnp.any(rows.place < batch.places[:, None], axis=1)
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
-    return jax.lax.while_loop(goes_on, partial(_step, decoder, vocabulary, image_width, weights, batch), rows)
+    rows = jax.lax.while_loop(goes_on, partial(_step, decoder, vocabulary, image_width, weights, batch), rows)
+    return replace(rows, **{name: _replicated(getattr(rows, name)) for name in READ})
 
 
 def _step(
@@ -315,4 +317,5 @@ def _step(
 
 
 def _replicated(x: Array) -> Array:
+    """Whole on every device: each process reads it."""
     return constrain(x, *[None] * x.ndim)
