@@ -27,7 +27,6 @@ from rac3.tokens.vocabulary import NUM_SPECIALS, Vocabulary
 
 # Arrays that come from the host.
 OnHost = Array | np.ndarray
-READ = ("place", "count", "drawn", "log_probs")  # of the rows, by the host
 
 
 class Shape(NamedTuple):
@@ -264,7 +263,8 @@ def advance(
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
     rows = jax.lax.while_loop(goes_on, partial(_step, decoder, vocabulary, image_width, weights, batch), rows)
-    return replace(rows, **{name: _replicated(getattr(rows, name)) for name in READ})
+    read = [_replicated(x) for x in (rows.place, rows.count, rows.drawn, rows.log_probs)]
+    return replace(rows, place=read[0], count=read[1], drawn=read[2], log_probs=read[3])
 
 
 def _step(
