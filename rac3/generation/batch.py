@@ -244,11 +244,12 @@ def insert(decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, new: Ar
     return batch, rows
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
 def advance(
     decoder: Decoder,
     vocabulary: Vocabulary,
     image_width: int,
+    word_starts: Bool[Array, " vocab"] | None,
     weights: PyTree,
     batch: Batch,
     rows: Rows,
@@ -262,13 +263,20 @@ def advance(
         running = jnp.any(rows.place < batch.places[:, None], axis=1)
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
-    rows = jax.lax.while_loop(goes_on, partial(_step, decoder, vocabulary, image_width, weights, batch), rows)
+    step = partial(_step, decoder, vocabulary, image_width, word_starts, weights, batch)
+    rows = jax.lax.while_loop(goes_on, step, rows)
     read = [_replicated(x) for x in (rows.place, rows.count, rows.drawn, rows.log_probs)]
     return replace(rows, place=read[0], count=read[1], drawn=read[2], log_probs=read[3])
 
 
 def _step(
-    decoder: Decoder, vocabulary: Vocabulary, image_width: int, weights: PyTree, batch: Batch, rows: Rows
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    image_width: int,
+    word_starts: Bool[Array, " vocab"] | None,
+    weights: PyTree,
+    batch: Batch,
+    rows: Rows,
 ) -> Rows:
     """Feeds an id to each row and draws the next. Rows that have ended do as the others, but nothing is kept of it."""
     requests, prompts, samples = rows.feed.shape
@@ -293,7 +301,7 @@ def _step(
 
     offset, forced = here(batch.offset), here(batch.forced)
     known = batch.tokens, batch.offsets, batch.lengths, rows.drawn, rows.drawn_offsets, rows.count, offset
-    given = Step(*known, vocabulary, image_width)
+    given = Step(*known, word_starts, vocabulary=vocabulary, image_width=image_width)
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(jax.random.wrap_key_data(batch.keys), place)
     ids, log_probs = sample(batch.sampling, logits, batch.masks[here(batch.allowed)], given, keys)
     ids, log_probs = _replicated(jnp.where(forced >= 0, forced, ids).astype(jnp.int32)), _replicated(log_probs)
