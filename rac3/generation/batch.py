@@ -263,9 +263,10 @@ def advance(
         running = jnp.any(rows.place < batch.places[:, None], axis=1)
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
-    return jax.lax.while_loop(
-        goes_on, partial(_step, decoder, vocabulary, image_width, word_starts, weights, batch), rows
-    )
+    step = partial(_step, decoder, vocabulary, image_width, word_starts, weights, batch)
+    rows = jax.lax.while_loop(goes_on, step, rows)
+    read = [_replicated(x) for x in (rows.place, rows.count, rows.drawn, rows.log_probs)]
+    return replace(rows, place=read[0], count=read[1], drawn=read[2], log_probs=read[3])
 
 
 def _step(
@@ -324,4 +325,5 @@ def _step(
 
 
 def _replicated(x: Array) -> Array:
+    """Whole on every device: each process reads it."""
     return constrain(x, *[None] * x.ndim)
