@@ -39,7 +39,7 @@ from rac3.retrieval.memory import EmbeddingRows, MemoryPart
 from rac3.retrieval.open_memory import IndexedPart, OpenMemory
 from rac3.retrieval.retriever import Queries, Retriever
 from rac3.tokens.text import Tokenizer
-from rac3.tokens.vocabulary import Vocabulary
+from rac3.tokens.vocabulary import NUM_SPECIALS, Vocabulary
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.metrics import read_metrics
 from rac3.vqgan.codec import ImageTokenizer
@@ -253,8 +253,11 @@ class Run:
         """Continues prompts with the model that `train` ended with, over this machine's mesh."""
 
         def start(_: Path) -> Engine:
-            mesh = self.experiment.mesh.build()
-            return Engine(self.model, self.params, self.vocabulary, mesh, self.form.image_width)
+            mesh, vocabulary, starts = self.experiment.mesh.build(), self.vocabulary, self.tokenizer.word_starts
+            if starts is not None:
+                after = vocabulary.padded_size - vocabulary.image_start
+                starts = np.pad(starts, (NUM_SPECIALS, after), constant_values=True)
+            return Engine(self.model, self.params, vocabulary, mesh, self.form.image_width, starts)
 
         return self._open(self.training_recipe, start, "engine")
 

@@ -11,6 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Bool
+
 from rac3.config import InputError
 from rac3.weights.checkpoint_files import checkpoint_folder, read_json
 
@@ -21,6 +24,8 @@ CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # the format before tokenizer.jso
 FILES = ("*.json", "*.txt", "*.model")  # vocabularies and settings of published tokenizers
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
 SENTENCEPIECE = "spiece.model"  # SigLIP's
+SPACES = ("\u0120", "\u2581")  # before a word, in the tokens of byte-level BPE and of SentencePiece
+CONTINUES, ENDS = "##", "</w>"  # before the rest of a word, in WordPiece; after a word, in CLIP's BPE
 BYTES = 256  # every byte is a token, so that any text can be encoded
 
 PROBES = {
@@ -147,6 +152,21 @@ class Tokenizer:
         changes = [f"{kind} ({probes[kind]!r} -> {text!r})" for kind, text in back.items() if text != probes[kind]]
         verdict = f"changes {', '.join(changes)}" if changes else f"preserves all {len(probes)} kinds of text tried"
         return f"{type(self._pretrained).__name__}, {', '.join([f'{self.size} ids', *own])}; {verdict}"
+
+    @cached_property
+    def word_starts(self) -> Bool[np.ndarray, " size"] | None:
+        """Whether each id begins a word, by the mark of its token: a space before it, or `##` if it does not.
+
+        None if tokens have no such marks; CLIP's mark where words end.
+        """
+        tokens = [token or "" for token in self._pretrained.convert_ids_to_tokens(list(range(self.size)))]
+        if any(token.endswith(ENDS) for token in tokens):
+            return None
+        if any(token.startswith(SPACES) for token in tokens):
+            return np.array([token.startswith(SPACES) for token in tokens])
+        if any(token.startswith(CONTINUES) for token in tokens):
+            return np.array([not token.startswith(CONTINUES) for token in tokens])
+        return None
 
     def ids(self) -> dict[str, int]:
         """Every token and its id."""
