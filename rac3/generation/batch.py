@@ -249,8 +249,8 @@ def advance(
     decoder: Decoder,
     vocabulary: Vocabulary,
     image_width: int,
-    word_starts: Bool[Array, " vocab"] | None,
     weights: PyTree,
+    word_starts: Bool[Array | np.ndarray, " vocab"] | None,
     batch: Batch,
     rows: Rows,
     most: Int[Array, ""],
@@ -263,7 +263,7 @@ def advance(
         running = jnp.any(rows.place < batch.places[:, None], axis=1)
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
-    step = partial(_step, decoder, vocabulary, image_width, word_starts, weights, batch)
+    step = partial(_step, decoder, vocabulary, image_width, weights, word_starts, batch)
     rows = jax.lax.while_loop(goes_on, step, rows)
     read = [_replicated(x) for x in (rows.place, rows.count, rows.drawn, rows.log_probs)]
     return replace(rows, place=read[0], count=read[1], drawn=read[2], log_probs=read[3])
@@ -273,8 +273,8 @@ def _step(
     decoder: Decoder,
     vocabulary: Vocabulary,
     image_width: int,
-    word_starts: Bool[Array, " vocab"] | None,
     weights: PyTree,
+    word_starts: Bool[Array | np.ndarray, " vocab"] | None,
     batch: Batch,
     rows: Rows,
 ) -> Rows:
