@@ -23,11 +23,12 @@ from rac3.documents.tfds import Tfds
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.ray import Ray
 from rac3.experiment import Data, Experiment
+from rac3.experiment_file import EXPERIMENT, describe
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
-from rac3.experiment_file import EXPERIMENT, Run, describe
+from rac3.run import Run
 
 Command = Callable[..., int]
 TINY = tiny_config.get_config()

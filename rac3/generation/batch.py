@@ -301,7 +301,8 @@ def _step(
 
     offset, forced = here(batch.offset), here(batch.forced)
     known = batch.tokens, batch.offsets, batch.lengths, rows.drawn, rows.drawn_offsets, rows.count, offset
-    given = Step(*known, word_starts, vocabulary=vocabulary, image_width=image_width)
+    starts = None if word_starts is None else jnp.asarray(word_starts)
+    given = Step(*known, starts, vocabulary=vocabulary, image_width=image_width)
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(jax.random.wrap_key_data(batch.keys), place)
     ids, log_probs = sample(batch.sampling, logits, batch.masks[here(batch.allowed)], given, keys)
     ids, log_probs = _replicated(jnp.where(forced >= 0, forced, ids).astype(jnp.int32)), _replicated(log_probs)
