@@ -33,6 +33,7 @@ HINTS: dict[Task, str] = {
     "infill_image": "Other pixels where you brush; those outside stay as they are. A text is optional.",
     "edit": "What your own documents show, where you brush. Add at least one document.",
 }
+TITLES = {"draw": "Drawn", "caption": "Captions", "infill_image": "Infilled", "edit": "Edited"}
 MASKED = ("infill_image", "edit")
 FILES = [".png", ".jpg", ".jpeg", ".webp"]
 MAX_PIXELS = 16_000_000  # of an uploaded picture
@@ -257,7 +258,7 @@ def results(answer: Answer) -> str:
         for sample, score in zip(answer.samples, answer.scores, strict=True)
     ]
     notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in answer.notes)
-    return f"<div class='samples {kind}'>{''.join(made)}</div>{notes}"
+    return f"<h3>{TITLES[answer.task]}, best first</h3><div class='samples {kind}'>{''.join(made)}</div>{notes}"
 
 
 def hint(task: Task) -> str:
@@ -270,6 +271,9 @@ def alert(text: str) -> str:
 
 CSS = """
 .gradio-container { max-width: 1080px !important; width: 100% !important; margin: auto; }
+.html-container { padding: 0 !important; }
+#message:has(.html-container > div:empty) { display: none; }
+h3 { font-size: 14px; font-weight: 600; margin: 0 0 8px; color: var(--body-text-color); }
 figure { margin: 0; }
 figure img { width: 100%; border-radius: 6px; display: block; }
 img.pixels, .brush img { image-rendering: pixelated; }
@@ -279,7 +283,7 @@ figcaption, .note, .hint { font-size: 13px; color: var(--body-text-color); opaci
 .alert { margin: 0; padding: 8px 12px; border-left: 4px solid #dc2626; background: var(--background-fill-secondary);
   color: var(--body-text-color); }
 .samples { display: grid; gap: 12px; }
-.samples.pictures { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
+.samples.pictures { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); }
 .samples.texts p { font-size: 16px; margin: 0; }
 .cards { flex-wrap: wrap; gap: 12px; }
 .cards > .column { flex: 0 0 144px !important; min-width: 144px !important; max-width: 144px; gap: 6px; }
@@ -439,16 +443,18 @@ class Page:
     def _html(self, value: str = "", **options: Any) -> Any:
         return self.gr.HTML(value, apply_default_css=False, **options)
 
-    def _upload(self, label: str) -> Any:
-        return self.gr.UploadButton(label, file_types=FILES, type="binary", size="sm", min_width=60)
+    def _upload(self, label: str, **options: Any) -> Any:
+        return self.gr.UploadButton(label, file_types=FILES, type="binary", size="sm", min_width=60, **options)
 
     def _build_prompt(self) -> None:
         gr, examples = self.gr, self.session.examples
         placeholder = examples[0].text if examples else ""
         self.task = gr.Radio([(name, task) for task, name in TASKS.items()], value="draw", show_label=False)
         self.hint = self._html(hint("draw"))
-        self.text = gr.Textbox(label="Text", placeholder=placeholder, lines=2, max_lines=4, max_length=MOST_CHARACTERS)
-        self.drop = gr.File(label="Picture", file_types=FILES, type="binary", height=140, visible=False)
+        self.text = gr.Textbox(
+            label="Text", placeholder=placeholder, lines=2, max_lines=4, max_length=MOST_CHARACTERS, elem_id="text"
+        )
+        self.drop = gr.File(label="Picture", file_types=FILES, type="binary", height=140, visible=False, elem_id="drop")
         brush: dict[str, Any] = {"html_template": BRUSH, "css_template": BRUSH_CSS, "js_on_load": BRUSH_JS}
         self.canvas = self._html(picture=EMPTY, masks=False, visible=False, **brush)
         self.other = gr.Button("Another picture", size="sm", visible=False)
@@ -470,21 +476,20 @@ class Page:
             self.without = gr.Radio(["text", "documents"], value="text", label="Guidance: away from no ...")
 
     def _build_answer(self) -> None:
-        self.message = self._html()
+        self.message = self._html(elem_id="message")
 
         @self.gr.render(inputs=[self.context], show_progress="hidden")
         def cards(context: Context) -> None:
             self._build_cards(context)
 
-        self.add = self._upload("Add your own document")
+        self.add = self._upload("Add your own document", elem_id="add")
         self.result = self._html(min_height=160, elem_id="result")
 
     def _build_cards(self, context: Context) -> None:
         """The documents in context, each with its buttons."""
         gr, outputs = self.gr, [self.context, self.message]
-        if not context.listed:
-            self._html("<p class='hint'>No documents in context yet.</p>")
-            return
+        empty = "" if context.listed else "<p class='hint'>No documents yet: they are retrieved, or your own.</p>"
+        self._html(f"<h3>In context</h3>{empty}")
         with gr.Row(elem_classes="cards"):
             for number, listed in enumerate(context.listed):
                 with gr.Column(min_width=144):
