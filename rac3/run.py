@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ DOCUMENT = "document"  # the array of the vectors that are retrieved
 PARTS = ("text", "image")  # of a document, each of which is a query (paper, section 3.2)
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Run")
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ class Run:
         """What is open stays where it is: another process opens it again."""
         return type(self), (self.experiment, self.workdir, self.trained)
 
-    def with_retriever(self, retriever: Retriever) -> Self:
+    def with_retriever(self: R, retriever: Retriever) -> R:
         """This run with another retriever at inference, its model unchanged. `rac3 index` makes what that needs."""
         return self.variant(replace(self.experiment, retriever=retriever), self.trained)
 
-    def variant(self, experiment: Experiment, trained: Experiment) -> Self:
+    def variant(self: R, experiment: Experiment, trained: Experiment) -> R:
         """A run of other experiments in the same workdir; what both have in common is opened once."""
         other = type(self)(experiment, self.workdir, trained)
         other._opened, other._lock = self._opened, self._lock

@@ -85,6 +85,7 @@ ORDER = {
         "embedding",
         "attention",
         "transformer",
+        "decoder",
         "losses",
         "exchange",
     ),
@@ -100,13 +101,25 @@ ORDER = {
         "profile",
         "loop",
     ),
-    "generation": ("sampling", "decode", "prompts", "rerank", "generator"),
+    "generation": (
+        "request",
+        "step",
+        "copying",
+        "sampling",
+        "grammar",
+        "batch",
+        "engine",
+        "prompts",
+        "answers",
+        "rerank",
+        "tasks",
+    ),
     "report": ("table", "plots", "page", "samples"),
 }
 
 
 # Everything else takes the parts of an experiment that it uses.
-TAKE_AN_EXPERIMENT = ("recipes", "run", "stages", "plan", "report", "cli")
+TAKE_AN_EXPERIMENT = ("recipes", "run", "experiment_file", "stages", "plan", "report", "cli")
 
 
 def modules() -> list[tuple[str, ...]]:

@@ -151,8 +151,8 @@ def test_what_has_nothing_to_show_is_passed_over(run: Model, memory):
         (remembered.items[0], 0.8),
         (remembered.items[1], 0.6),
     ]
-    found = [item.tokens for item in images.retrieve("a fox", k=2)]
-    assert [sequence.ids.tolist() for sequence in images.in_context(found, 30)] == [
+    found = [item.tokens.tokens for item in images.retrieve("a fox", k=2)]
+    assert [sequence.ids.tolist() for sequence in images.builder.retrieved_sequences(found)] == [
         [2, 3, *(FIRST_CODE + remembered.items[number].ids[1]), 4, 1] for number in (0, 1)
     ]
 
@@ -189,7 +189,7 @@ def test_a_caption_follows_its_image(run: Model, memory, vectors, pixels, calls:
     (codes,) = run.images.encode([pixels])
     for k in (0, 2):
         calls.clear()
-        result = other.caption(pixels, retrieve=k, samples=5, seed=1)
+        result = other.caption(pixels, retrieve=k, samples=5, seed=2)
         ((prompt, samples, means),) = calls[0].samples()
         assert prompt == caption_prompt(wanted[:k], codes)
         assert keys(result.documents) == [item.document.key for item in wanted[:k]]
@@ -268,7 +268,7 @@ def test_prompts_leave_room_for_what_is_generated(run: Model, memory, pixels: np
 
 
 def test_a_caption_that_leaves_no_room_for_an_image_is_refused(run: Model):
-    with pytest.raises(InputError, match=r"a prompt of \d+ tokens and 25 to generate exceed the 40 positions"):
+    with pytest.raises(InputError, match=r"a prompt of \d+ ids without its documents, and 25 to draw, exceed the 40 positions"):
         with_members(run, model=run.model.clone(max_positions=40)).generate("a fox and an owl " * 4)
 
 

@@ -36,7 +36,7 @@ class GenerateOptions:
       follow: what `continue` makes, in order: text and image.
       prompts: a file with a prompt in each line instead: JSON objects of these options, with files relative to it. The
         command can be killed, and goes on where it was.
-      retrieve: documents to retrieve; None is 2, or all that retriever:fixed names.
+      retrieve: documents to retrieve; None is 2, all that retriever:fixed names, or 0 for `edit` and `controlled`.
       ensemble: average over prompts that have some of the documents each, if they are more than in training.
       samples: for each prompt; the best are first.
       seed: of the drawing; another one draws other samples.
@@ -101,11 +101,17 @@ def generate(run: Model, options: GenerateOptions) -> str:
         ((_, answer),) = run.answers([prompt], bar_of_ids)
     if isinstance(answer, InputError):
         raise answer
-    name = "".join(c if c.isalnum() else "-" for c in (prompt.text or Path(options.image).stem).strip().lower())[:60]
+    name = _file_name(prompt, options)
     files = answer.save(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{name}.json", answer.to_json(files) + "\n")
     return "\n".join(_report(answer, folder, files))
+
+
+def _file_name(prompt: Prompt, options: GenerateOptions) -> str:
+    """Of the text, or of the given picture, which no answer of another task replaces."""
+    name = "".join(c if c.isalnum() else "-" for c in (prompt.text.strip() or Path(options.image).stem).lower())[:60]
+    return name if prompt.task == "draw" else f"{name}-{prompt.task.replace('_', '-')}"
 
 
 def _report(answer: Answer, folder: Path, files: Sequence[str]) -> list[str]:
@@ -117,9 +123,14 @@ def _report(answer: Answer, folder: Path, files: Sequence[str]) -> list[str]:
     lines += answer.notes
     names = iter(files)
     for rank, (sample, score) in enumerate(zip(answer.samples, answer.scores, strict=True)):
-        parts = [part if isinstance(part, str) else str(folder / next(names)) for part in sample]
+        parts = [_printable(part) if isinstance(part, str) else str(folder / next(names)) for part in sample]
         lines.append(f"{answer.task} {rank} ({answer.score} {score:.3f}): {' | '.join(parts)}")
     return lines
+
+
+def _printable(text: str) -> str:
+    """A text without what would move the cursor of a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class _Bar:
@@ -147,7 +158,8 @@ def _generate_all(run: Model, options: GenerateOptions, folder: Path) -> str:
     lines = _lines(path)
     folder.mkdir(parents=True, exist_ok=True)
     answers = folder / ANSWERS
-    asked = [fingerprint([run.training_recipe.fingerprint, to_plain(options), line]) for line in lines]
+    common = run.training_recipe.fingerprint, to_plain(replace(options, prompts="", out=""))
+    asked = [fingerprint([*common, line]) for line in lines]
     done = _answered(answers, asked)
     failed = sum("error" in record for record in done)
     with Progress("answers", len(lines), "prompts", initial=len(done)) as bar, answers.open("ab") as file:
@@ -221,7 +233,8 @@ def _with(options: GenerateOptions, line: dict[str, Any], number: int) -> Genera
             raise InputError(f"line {number + 1}: {name} cannot be {value!r}; see `rac3 generate CONFIG --help`")
     if line.get("task", "draw") not in get_args(Task):
         raise InputError(f"line {number + 1}: task {line['task']!r} is unknown; use {', '.join(get_args(Task))}")
-    return replace(options, **{name: tuple(v) if isinstance(v, list) else v for name, v in line.items()})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in line.items()}
+    return replace(options, **values)
 
 
 def _answered(path: Path, asked: Sequence[str]) -> list[dict[str, Any]]:
@@ -258,7 +271,9 @@ def _prompt(run: Model, options: GenerateOptions, files: Path) -> Prompt:
     if not options.task and options.prompt.strip() and options.image:
         raise InputError("the prompt has a text and an image; say what to do: --task continue, infill_image or edit")
     retriever, retrieve = run.experiment.retriever, options.retrieve
-    if retrieve is None:
+    if retrieve is None and task in ("edit", "controlled"):
+        retrieve = 0  # they follow what is given by hand
+    elif retrieve is None:
         retrieve = retriever.num_neighbors if isinstance(retriever, Chosen) else 2
     settings = run.experiment.evaluation
     texts = task in ("caption", "infill_text")

@@ -557,7 +557,7 @@ def test_the_control_has_the_trained_model_and_its_own_retriever(experiment: Exp
     ours, theirs = (
         jax.tree.leaves(Run(each, store).params) for each in (experiment, replace(random, retriever=NoRetriever()))
     )
-    held = jax.tree.leaves(control.generator.params)
+    held = jax.tree.leaves(control.params)
     assert all(np.array_equal(a, b) for a, b in zip(held, ours, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(held, theirs, strict=True))
 
