@@ -98,7 +98,8 @@ class Context:
         if (query, k) == self.found_for:
             return self
         own = [each for each in self.listed if each.similarity is None]
-        found = iter([Listed(each.document, each.score) for each in retrieve(max(0, k - len(own))) if query])
+        retrieved = retrieve(max(0, k - len(own))) if query else []
+        found = iter([Listed(each.document, each.score) for each in retrieved])
         kept = [each if each.similarity is None else next(found, None) for each in self.listed]
         return Context(tuple(each for each in [*kept, *found] if each is not None), (query, k))
 
@@ -359,7 +360,7 @@ class Session:
         query = text or (hashlib.blake2b(image).hexdigest() if image else "")
         pixels = None if image is None else decode_image(image, MAX_PIXELS)
         k = 0 if task == "edit" else min(int(k), self.most)
-        return context.find(query, k, lambda k: self.model.retrieve(text, pixels, k) if query else [])
+        return context.find(query, k, lambda k: self.model.retrieve(text, pixels, k))
 
     def answer(self, prompt: Prompt, on_progress: Callable[[Drawing], None] | None = None) -> Answer:
         ((_, answer),) = self.model.answers([prompt], on_progress)
@@ -371,7 +372,7 @@ class Session:
         """Draws once, so that the first visitor does not wait for the compiler."""
         text = self.examples[0].text if self.examples else "a"
         sampling = self.sampling("draw")
-        form = Form("draw", text, None, "", 4, 0, sampling.temperature, 1, "text", 0)
+        form = Form("draw", text, None, "", 4, 0, sampling.temperature, 1.0, "text", 0.0)
         self.answer(form.prompt(self.find(Context(), "draw", text, None, 2), sampling))
 
 
@@ -495,7 +496,9 @@ class Page:
                 with gr.Column(min_width=144):
                     self._html(card(listed))
                     if listed.similarity is None:
-                        own = gr.Textbox(listed.document.text, placeholder="its caption", container=False)
+                        own = gr.Textbox(
+                            listed.document.text, placeholder="its caption", show_label=False, container=False
+                        )
                         self._on(own.blur, partial(self.caption_own, number), [self.context, own], outputs)
                     with gr.Row():
                         remove, replace = gr.Button("Remove", size="sm", min_width=60), self._upload("Replace")

@@ -55,7 +55,7 @@ def found(name: str, score: float = 0.5) -> Found:
 
 
 MINE = own_document(png(np.full((4, 4, 3), 7, np.uint8)), "")
-FORM = Form("draw", " a fox ", None, "", 3, 5, 0.5, 1, "text", 0)
+FORM = Form("draw", " a fox ", None, "", 3, 5, 0.5, 1.0, "text", 0.0)
 
 
 def names(context: Context) -> list[str]:
@@ -121,7 +121,7 @@ def test_what_is_listed_is_the_context_and_nothing_is_retrieved_besides():
 
 def test_settings_of_the_form_replace_those_of_the_experiment():
     configured = Sampling(temperature=0.2, top_p=0.9, copying=Copying(0.1, sharpness=2.0))
-    form = dataclasses.replace(FORM, guidance=3, copying=0.4)
+    form = dataclasses.replace(FORM, guidance=3.0, copying=0.4)
     assert form.prompt(Context(), configured).sampling == Sampling(
         temperature=0.5, top_p=0.9, guidance=Guidance(3.0, "text"), copying=Copying(0.4, sharpness=2.0)
     )
@@ -130,12 +130,12 @@ def test_settings_of_the_form_replace_those_of_the_experiment():
 def test_guidance_replaces_the_experiments_contrast():
     configured = Sampling(contrast=Contrast(k=4))
     assert FORM.prompt(Context(), configured).sampling.contrast.k == 4
-    assert dataclasses.replace(FORM, guidance=2).prompt(Context(), configured).sampling.contrast.k == 0
+    assert dataclasses.replace(FORM, guidance=2.0).prompt(Context(), configured).sampling.contrast.k == 0
 
 
 @pytest.mark.parametrize(("task", "text", "without"), [("caption", "x", "documents"), ("infill_image", "x", "text")])
 def test_guidance_leaves_out_the_text_only_if_there_is_one(task: Any, text: str, without: str):
-    form = dataclasses.replace(FORM, task=task, text=text, picture=png(np.zeros((8, 8, 3), np.uint8)), guidance=2)
+    form = dataclasses.replace(FORM, task=task, text=text, picture=png(np.zeros((8, 8, 3), np.uint8)), guidance=2.0)
     assert form.prompt(Context(), Sampling()).sampling.guidance.without == without
 
 
@@ -171,10 +171,11 @@ def test_a_mask_that_is_none_is_refused(mask: str):
         (bytes(3 * 2**20), "the file has 3.0 MB, more than the 2 MB allowed"),
         (png(np.zeros((4001, 4000), bool)), "decompression bomb: 4000x4001 exceeds 16000000 pixels"),
     ],
+    ids=["text", "empty", "truncated", "large", "many pixels"],
 )
 def test_uploads_are_pictures_of_a_bounded_size(data: bytes, line: str):
     with pytest.raises(InputError) as error:
-        picture_of(data, DemoOptions(max_upload_mb=2).max_bytes)
+        picture_of(data, DemoOptions(max_upload_mb=2.0).max_bytes)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -289,7 +290,7 @@ class Visitor:
         found = self.driver.find_elements("css selector", selector)
         return [each for each in found if each.is_displayed() or each.get_attribute("type") == "file"]
 
-    def wait(self, condition: Callable[[], Any], seconds: float = 120) -> Any:
+    def wait(self, condition: Callable[[], Any], seconds: float = 60) -> Any:
         from selenium.common.exceptions import StaleElementReferenceException
 
         end = time.monotonic() + seconds
@@ -320,7 +321,7 @@ class Visitor:
         """Into the drop zone or the button of this label."""
         inputs = {
             "Picture": "#drop input[type=file]",
-            "Add": "#add input[type=file]",
+            "Add": "input[type=file]:has(+ #add)",
             "Replace": ".cards input[type=file]",
         }
         self.wait(lambda: self.all(inputs[label]))[0].send_keys(str(path))
