@@ -588,7 +588,10 @@ class Page:
         }
 
     def upload(self, task: Task, data: bytes) -> dict[Any, Any]:
-        return self.show_picture(task, picture_of(data, self.session.options.max_bytes))
+        try:
+            return self.show_picture(task, picture_of(data, self.session.options.max_bytes))
+        except InputError as error:
+            return {**self.show_picture(task, None), self.message: alert(str(error))}
 
     def forget(self, task: Task) -> dict[Any, Any]:
         return self.show_picture(task, None)
@@ -600,7 +603,8 @@ class Page:
         return {**shown, self.turn: turn + 1}
 
     def find(self, context: Context, *query: Any) -> dict[Any, Any]:
-        return {self.context: self.session.find(context, *query)}
+        context = self.session.find(context, *query)
+        return {self.context: context, self.message: self.gr.update()}  # which may be about what came before
 
     def remove(self, number: int, context: Context) -> dict[Any, Any]:
         return {self.context: context.removed(number)}
