@@ -64,12 +64,13 @@ def our_call(engine: Any, prompts: Any, new: int) -> Callable[[], Any]:
 
     from rac3.generation.request import Draw, Request
     from rac3.generation.sampling import Sampling
+    from rac3.tokens.html import Sequenced
 
     any_id = Draw(np.ones(engine.model.vocab_size, bool), new)
-    requests = [Request([prompt], [any_id]) for prompt in prompts]
+    requests = [Request([Sequenced(prompt, np.zeros_like(prompt))], [any_id]) for prompt in prompts]
 
     def call() -> Any:
-        found = dict(engine.run(requests, [Sampling(temperature=0.0)] * len(requests), 0))
+        found = dict(engine.run(requests, [Sampling(temperature=0.0)] * len(requests), [0] * len(requests)))
         return np.stack([found[index][0].runs[0] for index in range(len(requests))])
 
     return call
@@ -117,29 +118,34 @@ def bytes_of_step(sizes: Sizes, rows: int, itemsize: int) -> float:
     return itemsize * (weights + rows * slots * 2 * layers * width)
 
 
-def read_rate() -> float:
-    """Bytes per second at which one core reads memory: the fastest of three sums over 512 MB."""
+def read_rate(size: float) -> float:
+    """Bytes per second at which one core reads `size` bytes again and again: the fastest of some ways to sum them.
+
+    As many bytes as a step reads: a cache that holds a part of them does so in both.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
     import torch
 
-    host = np.ones(2**27, np.float32)
+    host = np.ones((int(size) // 8192, 2048), np.float32)
+    flat, ones = host.ravel(), jnp.ones(2048)
     device, tensor = jnp.asarray(host), torch.from_numpy(host)
-    total = jax.jit(jnp.sum)
+    total, rows = jax.jit(jnp.sum), jax.jit(jnp.matmul)
     calls: dict[str, Callable[[], Any]] = {
-        "numpy": lambda: np.dot(host, host),
-        "jax": lambda: jax.block_until_ready(total(device)),
+        "numpy": lambda: np.dot(flat, flat),
         "torch": lambda: tensor.sum().item(),
+        "jax": lambda: jax.block_until_ready(total(device)),
+        "jax, of each row": lambda: jax.block_until_ready(rows(device, ones)),
     }
-    return float(host.nbytes / min(min(times) for times in interleaved(calls, 3).values()))
+    return float(host.nbytes / min(min(times) for times in interleaved(calls, 5).values()))
 
 
 def step(batch: int, rounds: int, sizes: Sizes) -> dict[str, Any]:
     import numpy as np
     from train import load_opt
 
-    rate = read_rate()
+    rate = read_rate(bytes_of_step(sizes, batch, 4))
     prompts = np.random.default_rng(0).integers(8, sizes["vocab"] - 16, (batch, sizes["prompt"])).astype(np.int32)
     engine, params = our_engine(sizes, batch, "float32")
     theirs = their_model(sizes, "float32")
@@ -178,11 +184,13 @@ def shared(samples: int, sizes: Sizes) -> dict[str, Any]:
 
     from rac3.generation.request import Draw, Request
     from rac3.generation.sampling import Sampling
+    from rac3.tokens.html import Sequenced
 
     engine, _ = our_engine(sizes, samples, "float32")
     base = _resident()
     prompt = np.random.default_rng(0).integers(8, sizes["vocab"] - 16, sizes["prompt"] - 48).astype(np.int32)
-    request = Request([prompt], [Draw(np.ones(engine.model.vocab_size, bool), sizes["new"])], samples)
+    sequenced = Sequenced(prompt, np.zeros_like(prompt))
+    request = Request([sequenced], [Draw(np.ones(engine.model.vocab_size, bool), sizes["new"])], samples)
 
     def run() -> tuple[float, float]:
         """Seconds until the first report, which comes after two steps, and of a step after that."""
@@ -193,7 +201,7 @@ def shared(samples: int, sizes: Sizes) -> dict[str, Any]:
             marks.append(time.perf_counter())
             engine.steps = 8
 
-        dict(engine.run([request], [Sampling()], 0, mark))
+        dict(engine.run([request], [Sampling()], [0], mark))
         return marks[1] - marks[0], (marks[-1] - marks[1]) / (sizes["new"] - 2)
 
     compiled = run()[0]

@@ -26,11 +26,11 @@ from matplotlib.figure import Figure
 from PIL import ImageDraw, ImageFont
 
 import rac3
+from rac3.answering import Model
 from rac3.config import load_config_module
 from rac3.experiment import Experiment
 from rac3.plan.table import amount, duration
 from rac3.plan.training import Estimate, Setting, TrainingPlan, growth
-from rac3.run import Run
 
 IMAGES = Path(__file__).parent / "images"
 ROWS = 3  # of the strip
@@ -53,17 +53,19 @@ class Row:
     truth: UInt8[np.ndarray, "_ _ 3"]
 
 
-def rows(run: Run) -> list[Row]:
+def rows(run: Model) -> list[Row]:
     """The first documents of the test split, drawn as `rac3 evaluate` does: the best of several samples by CLIP."""
     settings, vanilla = run.experiment.evaluation, run.experiment.vanilla()
     cm3 = run.variant(vanilla, vanilla)
     made = []
     for item in run.documents("test").many(range(ROWS)):
         document = item.document
-        drawn = run.draw(document.text, settings.num_retrieved, settings.image_samples)
-        plain = cm3.draw(document.text, 0, settings.image_samples)
-        retrieved = [(found.document.text, found.document.images[0].pixels()) for found in drawn.retrieved]
-        made.append(Row(document.text, retrieved, drawn.images[0], plain.images[0], document.images[0].pixels()))
+        samples = settings.image_samples
+        drawn = run.generate(document.text, retrieve=settings.num_retrieved, samples=samples)
+        plain = cm3.generate(document.text, retrieve=0, samples=samples)
+        retrieved = [(found.text, found.images[0].pixels()) for found in drawn.documents]
+        best, other = (np.asarray(answer.images[0]) for answer in (drawn, plain))
+        made.append(Row(document.text, retrieved, best, other, document.images[0].pixels()))
     return made
 
 
@@ -187,7 +189,9 @@ def main() -> None:
         parser.error("name the workdir of a finished quickstart, or --growth CONFIG")
     run = rac3.load(arguments.workdir)
     strip(rows(run)).save(arguments.out / "strip.png", optimize=True)
-    side_by_side(run.draw(PROMPT).images).save(arguments.out / "generate.png", optimize=True)
+    side_by_side([np.asarray(image) for image in run.generate(PROMPT).images]).save(
+        arguments.out / "generate.png", optimize=True
+    )
 
 
 if __name__ == "__main__":

@@ -20,21 +20,28 @@ if ((gpus % processes)); then
 fi
 coordinator=localhost:$((61440 + $$ % 4096))
 
+asked= # to stop; the trap comes before the first process, which would outlive this script otherwise
+left=0
+trap 'asked=yes; kill -TERM $(jobs -pr) 2>/dev/null' INT TERM
 for ((process = 0; process < processes; process++)); do
+    [[ -z $asked ]] || break
     if ((gpus)); then
         CUDA_VISIBLE_DEVICES=$(seq -s, $((process * gpus / processes)) $(((process + 1) * gpus / processes - 1)))
         export CUDA_VISIBLE_DEVICES
     fi
     rac3 train "$@" --distributed.coordinator "$coordinator" --distributed.processes "$processes" \
         --distributed.process "$process" &
+    ((left += 1))
 done
-trap 'kill -TERM $(jobs -pr) 2>/dev/null' INT TERM
 
-left=$processes
+((left)) || exit 143
 while ((left)); do
     code=0
     wait -n -p ended || code=$?
-    [[ -n ${ended:-} ]] || continue # a signal came, and no process has ended
+    if [[ -z ${ended:-} ]]; then # a signal came, and no process has ended; or none is left to wait for
+        ((code == 127)) && exit 143
+        continue
+    fi
     ((left--))
     ((code)) || continue
     for ((tenth = 0; tenth < 100; tenth++)); do

@@ -35,7 +35,7 @@ from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Retriever
 from rac3.retrieval.scann import Scann
-from rac3.run import Run
+from rac3.run import Run, keep_programs
 from rac3.training.checkpoint import SaveError
 from rac3.training.preemption import RUN_AGAIN, PreemptedError
 from rac3.vqgan.frozen import FrozenVQGAN
@@ -446,6 +446,7 @@ def _run(run: Run, options: Any) -> None:
 def _generate(run: Model, options: Any) -> None:
     from rac3.stages.generate import generate
 
+    keep_programs(run.workdir.path)
     run.experiment.mesh.build()
     _index(run, options)
     print(generate(run, options))

@@ -12,7 +12,7 @@ from rac3.artifacts.workdir import Workdir, write_atomic
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, from_plain, load_config_module, to_plain
 from rac3.experiment import Experiment
-from rac3.run import Run
+from rac3.run import Run, keep_programs
 from rac3.vqgan.frozen import FrozenVQGAN
 
 EXPERIMENT = "experiment.json"  # of a workdir: the experiment that it was made with
@@ -78,4 +78,5 @@ def load(workdir: str | os.PathLike[str], config: str | os.PathLike[str] | None 
         raise InputError(f"{record} was written by another version of rac3 ({error}); run the command again") from error
     if not isinstance(experiment, Experiment):
         raise InputError(f"{record} holds no experiment; run the command that made the workdir again")
+    keep_programs(folder)
     return Model(experiment, Workdir(folder, experiment.name, arguments))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import Array, Int, PyTree, UInt8
 
 from rac3 import recipes
@@ -38,13 +39,13 @@ from rac3.retrieval.memory import EmbeddingRows, MemoryPart
 from rac3.retrieval.open_memory import IndexedPart, OpenMemory
 from rac3.retrieval.retriever import Queries, Retriever
 from rac3.tokens.text import Tokenizer
-from rac3.tokens.vocabulary import Vocabulary
+from rac3.tokens.vocabulary import NUM_SPECIALS, Vocabulary
 from rac3.training.checkpoint import CHECKPOINTS, Checkpoints
 from rac3.training.metrics import read_metrics
 from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.frozen import FrozenVQGAN
 
-EXPERIMENT = "experiment.json"  # of a workdir: the experiment that it was made with
+PROGRAMS = "compiled"  # the folder of compiled programs in a workdir
 DOCUMENT = "document"  # the array of the vectors that are retrieved
 PARTS = ("text", "image")  # of a document, each of which is a query (paper, section 3.2)
 
@@ -253,7 +254,10 @@ class Run:
 
         def start(_: Path) -> Engine:
             mesh = self.experiment.mesh.build()
-            return Engine(self.model, self.params, self.vocabulary, mesh, self.form.image_width)
+            vocabulary, starts = self.vocabulary, self.tokenizer.word_starts()
+            if starts is not None:
+                starts = np.pad(starts, (NUM_SPECIALS, vocabulary.padded_size - vocabulary.image_start))
+            return Engine(self.model, self.params, vocabulary, mesh, self.form.image_width, starts)
 
         return self._open(self.training_recipe, start, "engine")
 
@@ -386,3 +390,16 @@ def _embeddings(folder: Path) -> EmbeddingRows:
     vectors = Vectors(folder / DOCUMENT)
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return vectors[:] if 4 * math.prod(vectors.shape) <= machine // 16 else vectors
+
+
+def keep_programs(workdir: Path) -> None:
+    """Keeps compiled programs in the workdir, so that the next process finds them.
+
+    A folder that `JAX_COMPILATION_CACHE_DIR` or `jax.config` names stays in use; nothing is kept where nothing can be
+    written.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] or not os.access(workdir, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / PROGRAMS))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # generation has many small programs
+    compilation_cache.reset_cache()  # what was compiled before has settled that there is none

@@ -71,7 +71,8 @@ class PlainEngine:
         drawn[..., : len(ids)], drawn_offsets[..., : len(ids)] = ids, offsets
         count = [np.full((1, 1), each, np.int32) for each in (len(ids), offset)]
         prompts = [np.where(known, each, 0)[None] for each in (tokens, places)]
-        step = Step(*prompts, lengths[None], drawn, drawn_offsets, *count, self.vocabulary, self.image_width)
+        known = *prompts, lengths[None], drawn, drawn_offsets, *count
+        step = Step(*known, vocabulary=self.vocabulary, image_width=self.image_width)
         step = jax.tree.map(jnp.asarray, step)
         drawn_ids, scores = self._sample(sampling, logits[None, :, None], allowed[None, None], step, key[None, None])
         return int(drawn_ids[0, 0]), float(scores[0, 0])

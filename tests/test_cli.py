@@ -266,7 +266,19 @@ OWN_FLAGS = {
     "encoders": {"--report", "--report-images"},
     "evaluate": {"--task"},
     "generate": {
-        *("--prompt", "--image", "--num-retrieved", "--samples", "--seed", "--temperature", "--top-p", "--out"),
+        *(
+            "--task",
+            "--prompt",
+            "--image",
+            "--mask",
+            "--documents",
+            "--follow",
+            "--prompts",
+            "--retrieve",
+            "--ensemble",
+        ),
+        *("--samples", "--seed", "--temperature", "--top-p", "--top-k", "--guidance", "--guidance-without"),
+        *("--copying", "--out"),
     },
 }
 

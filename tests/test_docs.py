@@ -173,7 +173,7 @@ def test_the_encoder_and_the_image_tokenizer_of_the_page_run(tmp_path: Path):
     text = mine.documents("train")[0].document.text
     (found,) = mine.retrieve(text, k=1)
     assert found.score == pytest.approx(mine.encoder.embed_texts([text, found.document.text]).prod(axis=0).sum())
-    assert mine.draw(text, samples=1).images[0].shape == (40, 40, 3)
+    assert mine.generate(text, samples=1).images[0].size == (40, 40)
 
 
 def test_the_readme_is_short_and_shows_how_to_start():

@@ -181,6 +181,17 @@ def test_local_passes_sigterm_on_and_waits_until_all_have_saved(local):
     assert process.returncode == 75
 
 
+def test_local_leaves_nothing_behind_if_it_is_stopped_as_it_starts(local, tmp_path: Path):
+    """The first process stops the script before the second begins, as a signal would that comes so early."""
+    early = f"echo $$ >>{tmp_path}/pids; kill -TERM $PPID; exec sleep 60"
+    process = local(early, "40", "x.py")
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    for pid in (tmp_path / "pids").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
 @pytest.mark.parametrize("arguments", [(), ("0", "x.py"), ("x.py",)])
 def test_local_needs_a_number(local, arguments: tuple[str, ...]):
     process = local("true", *arguments)

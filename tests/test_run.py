@@ -268,7 +268,9 @@ def test_prompts_leave_room_for_what_is_generated(run: Model, memory, pixels: np
 
 
 def test_a_caption_that_leaves_no_room_for_an_image_is_refused(run: Model):
-    with pytest.raises(InputError, match=r"a prompt of \d+ ids without its documents, and 25 to draw, exceed the 40 positions"):
+    with pytest.raises(
+        InputError, match=r"a prompt of \d+ ids without its documents, and 25 to draw, exceed the 40 positions"
+    ):
         with_members(run, model=run.model.clone(max_positions=40)).generate("a fox and an owl " * 4)
 
 

@@ -1,6 +1,7 @@
 """A workdir describes itself: `rac3.load` opens it without its config, and runs no code out of it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_config
@@ -157,6 +159,28 @@ def test_the_paths_of_a_loaded_run_do_not_depend_on_where_it_is_loaded(tmp_path:
     assert Path(loaded.data_dir) == tmp_path / "there" / "data"
     assert recipes.takedown_keys(loaded) == ["key"]
     assert loaded.text.checkpoint == "owner/name"
+
+
+LOAD = """
+import sys, jax, rac3
+jax.jit(lambda x: x + 1)(1.0)  # before it is known that programs are kept
+rac3.load(sys.argv[1])
+jax.jit(lambda x: jax.numpy.linalg.eigh(x)[0] + jax.random.normal(jax.random.key(0), (3,)))(jax.numpy.eye(3))
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_compiled_programs_are_kept_in_the_workdir_or_where_the_user_says(tmp_path: Path):
+    described(TINY, tmp_path / "run")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "run")]
+    environment |= {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    folder = tmp_path / "run" / "compiled"
+    assert done.stdout.strip() == str(folder)
+    assert list(folder.glob("*"))
+    rac3.load(tmp_path / "run")
+    assert jax.config.values["jax_compilation_cache_dir"] == os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 def test_classes_of_a_config_need_that_config(tmp_path: Path):

@@ -244,11 +244,12 @@ def insert(decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, new: Ar
     return batch, rows
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
 def advance(
     decoder: Decoder,
     vocabulary: Vocabulary,
     image_width: int,
+    word_starts: Bool[Array, " vocab"] | None,
     weights: PyTree,
     batch: Batch,
     rows: Rows,
@@ -262,11 +263,19 @@ def advance(
         running = jnp.any(rows.place < batch.places[:, None], axis=1)
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
-    return jax.lax.while_loop(goes_on, partial(_step, decoder, vocabulary, image_width, weights, batch), rows)
+    return jax.lax.while_loop(
+        goes_on, partial(_step, decoder, vocabulary, image_width, word_starts, weights, batch), rows
+    )
 
 
 def _step(
-    decoder: Decoder, vocabulary: Vocabulary, image_width: int, weights: PyTree, batch: Batch, rows: Rows
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    image_width: int,
+    word_starts: Bool[Array, " vocab"] | None,
+    weights: PyTree,
+    batch: Batch,
+    rows: Rows,
 ) -> Rows:
     """Feeds an id to each row and draws the next. Rows that have ended do as the others, but nothing is kept of it."""
     requests, prompts, samples = rows.feed.shape
@@ -291,7 +300,7 @@ def _step(
 
     offset, forced = here(batch.offset), here(batch.forced)
     known = batch.tokens, batch.offsets, batch.lengths, rows.drawn, rows.drawn_offsets, rows.count, offset
-    given = Step(*known, vocabulary, image_width)
+    given = Step(*known, word_starts, vocabulary=vocabulary, image_width=image_width)
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(jax.random.wrap_key_data(batch.keys), place)
     ids, log_probs = sample(batch.sampling, logits, batch.masks[here(batch.allowed)], given, keys)
     ids, log_probs = _replicated(jnp.where(forced >= 0, forced, ids).astype(jnp.int32)), _replicated(log_probs)

@@ -13,7 +13,7 @@ from rac3.config import InputError
 from rac3.generation.step import Step
 from rac3.tokens.vocabulary import EOD, NUM_SPECIALS
 
-TEXT_NEIGHBORS = tuple(range(1, 17))  # how far before a place of a text the compared ids are, nearest first
+TEXT_NEIGHBORS = 16  # ids before a place of a text that are compared
 IMAGE_NEIGHBORS = ((0, -1), (1, -1), (1, 0), (1, 1))  # (rows above, columns to the right) of a place of an image
 OUTSIDE, UNKNOWN = -1, -2  # the id of a neighbor beyond the edge of a text or image; of one that is not drawn yet
 
@@ -33,6 +33,11 @@ class Copying:
 
         document: <img alt=" a red fox " src=" ...          p_documents(fox) is high: "a red" precedes it
         drawn   : <img alt=" a red
+
+    Unlike a kNN-LM's, the weight grows within a word: for a place whose id continues or ends a word of which n ids
+    were drawn as in the document, it is 1 - (1 - weight)^n, with n counting the place's own id if it continues the
+    word. So a small weight decides whether a name is copied, which is then spelled to its end, and leaves alone the
+    words that the model is sure of. Where it is unknown which ids begin words, each id is a word.
 
     Attributes:
       weight: of what the documents say; 0 is the model alone, 1 the documents alone.
@@ -54,7 +59,7 @@ class Copying:
         """Log probabilities of the model -> those of the mixture."""
         vocabulary, size = step.vocabulary, log_probs.shape[-1]
         allowed = log_probs > -jnp.inf
-        matches, ids = _text_places(step)
+        matches, evidence, ids = _text_places(step)
         specials = allowed[..., :NUM_SPECIALS]
         stop = jnp.where(jnp.any(specials, axis=-1), jnp.argmax(specials, axis=-1), size)  # past the end is no id
         ids = jnp.where(ids == OUTSIDE, stop[..., None], ids)
@@ -62,34 +67,47 @@ class Copying:
             draws_image = jnp.any(allowed[..., vocabulary.image_start : vocabulary.mask_start], axis=-1)[..., None]
             of_images = _image_places(step)
             matches, ids = (jnp.where(draws_image, *both) for both in zip(of_images, (matches, ids), strict=True))
+            evidence = jnp.where(draws_image, 1, evidence)
         fits = jax.vmap(jax.vmap(lambda allowed, ids: allowed.at[ids].get(mode="fill", fill_value=False)))(allowed, ids)
         counted = fits & (matches > 0)
         score = jnp.where(counted, _by_request(self.sharpness) * matches, 0)
-        places = jnp.where(counted, jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)), 0)
-        total = jnp.sum(places, axis=-1, keepdims=True)
-        copied = jax.vmap(jax.vmap(lambda ids, places: jnp.zeros(size).at[ids].add(places)))(ids, places)
-        weight = jnp.where(total > 0, _by_request(self.weight), 0)
-        return jnp.logaddexp(
-            jnp.log1p(-weight) + log_probs, jnp.log(weight) + jnp.log(copied) - jnp.log(jnp.where(total > 0, total, 1))
-        )
+        shares = jnp.where(counted, jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)), 0)
+        shares = shares / jnp.maximum(jnp.sum(shares, axis=-1, keepdims=True), 1)
+        weights = shares * (1 - (1 - _by_request(self.weight)) ** evidence)
+        copied = jax.vmap(jax.vmap(lambda ids, weights: jnp.zeros(size).at[ids].add(weights)))(ids, weights)
+        left = 1 - jnp.sum(weights, axis=-1, keepdims=True)
+        return jnp.logaddexp(jnp.log(jnp.maximum(left, 0)) + log_probs, jnp.log(copied))
 
 
 def _text_places(
     step: Step,
-) -> tuple[Int[Array, "requests samples places"], Int[Array, "requests 1 places"]]:
-    """For each place of the prompts, how many ids before it match, and its id: `OUTSIDE` at the end of a text."""
+) -> tuple[
+    Int[Array, "requests samples places"], Int[Array, "requests samples places"], Int[Array, "requests 1 places"]
+]:
+    """For each place of the prompts: how many ids before it match; how many are of its word, at least 1; and its id.
+
+    The id is `OUTSIDE` at the end of a text.
+    """
     ids, offsets, known = _documents(step)
     text = _is_text(step, ids)
     ended = ~text & _shifted(text, 1)
     place = jnp.where(text, offsets, jnp.where(ended, _shifted(offsets, 1) + 1, 0))
-    run = (known & (place > 0))[:, None]
-    total = jnp.zeros((*step.offset.shape, ids.shape[-1]), jnp.int32)
-    for distance in TEXT_NEIGHBORS:
+    begins = jnp.ones(1, bool) if step.word_starts is None else step.word_starts
+    shape = (*step.offset.shape, ids.shape[-1])
+
+    def compare(distance: int | Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        run, word, matches, of_word = found  # whether all ids so far match; whether they are of the word that is drawn
         theirs = jnp.where(place > distance, _shifted(ids, distance), OUTSIDE)
         ours = jnp.where(step.offset > distance, _so_far(step, step.offset - distance, _is_text), OUTSIDE)
-        run = run & (theirs[:, None] == ours[..., None])
-        total = total + run
-    return total, jnp.where(text, ids, OUTSIDE)[:, None]
+        run, word = run & (theirs[:, None] == ours[..., None]), word & (ours >= 0)
+        matches, of_word = matches + run, of_word + (run & word[..., None])
+        return run, word & ~begins.at[ours].get(mode="clip"), matches, of_word
+
+    zeros = jnp.zeros(shape, jnp.int32)
+    start = jnp.broadcast_to((known & (place > 0))[:, None], shape), jnp.ones(shape[:2], bool), zeros, zeros
+    _, _, matches, of_word = jax.lax.fori_loop(1, TEXT_NEIGHBORS + 1, compare, start)
+    continues = (text & ~begins.at[ids].get(mode="clip"))[:, None]
+    return matches, jnp.maximum(of_word + continues, 1), jnp.where(text, ids, OUTSIDE)[:, None]
 
 
 def _image_places(
@@ -102,7 +120,6 @@ def _image_places(
     total = jnp.zeros((*step.offset.shape, ids.shape[-1]), jnp.int32)
     for rows, columns in IMAGE_NEIGHBORS:
         distance = rows * width - columns
-
         inside = functools.partial(_inside, width, rows, columns)
         theirs = jnp.where(inside(offsets), _shifted(ids, distance), OUTSIDE)
         ours = jnp.where(inside(step.offset), _so_far(step, step.offset - distance, _is_image), OUTSIDE)
@@ -125,7 +142,8 @@ def _documents(
     """
     requests, streams, longest = step.prompts.shape
     known = jnp.arange(longest) <= _main_start(step)[..., None]
-    return tuple(each.reshape(requests, streams * longest) for each in (step.prompts, step.prompt_offsets, known))
+    flat = (requests, streams * longest)
+    return step.prompts.reshape(flat), step.prompt_offsets.reshape(flat), known.reshape(flat)
 
 
 def _main_start(step: Step) -> Int[Array, "requests streams"]:
@@ -159,9 +177,10 @@ def _is_image(step: Step, ids: Array) -> Array:
     return (ids >= step.vocabulary.image_start) & (ids < step.vocabulary.mask_start)
 
 
-def _shifted(x: Array, distance: int) -> Array:
+def _shifted(x: Array, distance: int | Array) -> Array:
     """x[i - distance] at place i; zeros at the start."""
-    return jnp.pad(x, ((0, 0), (distance, 0)))[:, : x.shape[1]]
+    moved = jnp.roll(x, distance, axis=1)
+    return jnp.where(jnp.arange(x.shape[1]) < distance, jnp.zeros_like(x), moved)
 
 
 def _by_request(number: float | int | Array) -> Float[Array, "#requests 1 1"]:

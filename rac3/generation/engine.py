@@ -83,6 +83,7 @@ class Engine:
       params: as `init` and the checkpoints of training have them.
       mesh: that the parameters are laid out over, if any. The rows of a batch are sharded over it too.
       image_width: codes in a row of an image; 0 is unknown.
+      word_starts: whether each id begins a word; None is unknown.
       rows: the most samples in a batch; each counts as often as its request has prompts.
       cache_bytes: the most that the caches of a batch may take; one request per shard is always decoded.
       chunk: ids that are prefilled at a time; None is what suits the device.
@@ -96,12 +97,14 @@ class Engine:
         vocabulary: Vocabulary,
         mesh: DeviceMesh | None = None,
         image_width: int = 0,
+        word_starts: Bool[np.ndarray, " vocab"] | None = None,
         rows: int = 64,
         cache_bytes: float = 8e9,
         chunk: int | None = None,
         steps: int = 32,
     ) -> None:
         self.model, self.vocabulary, self.mesh, self.image_width = model, vocabulary, mesh, image_width
+        self.word_starts = word_starts
         self.rows, self.cache_bytes, self.steps = rows, cache_bytes, steps
         self.shards = mesh.num_shards("batch") if mesh else 1
         usual = 128 if jax.default_backend() == "cpu" else 512
@@ -318,7 +321,14 @@ class Slots:
         engine, limits = self.engine, (np.int32(self.engine.steps), np.bool_(bool(self.waiting)))
         with engine.on_mesh():
             self.rows = advance(
-                engine.decoder, engine.vocabulary, engine.image_width, engine.weights, self.batch, self.rows, *limits
+                engine.decoder,
+                engine.vocabulary,
+                engine.image_width,
+                engine.word_starts,
+                engine.weights,
+                self.batch,
+                self.rows,
+                *limits,
             )
         self.host = self._read()
         finished = []
@@ -331,8 +341,8 @@ class Slots:
             self.parts[slot] = None
             if any(np.isnan(log_probs).any() for each in entry.samples.values() for log_probs in each.log_probs):
                 raise InputError(
-                    "the model gives no number for the probability of an id: its parameters are damaged, or a processor "
-                    "of the sampling leaves no id; restore another checkpoint, or remove the processor"
+                    "the model gives no number for the probability of an id: its parameters are damaged, or a "
+                    "processor of the sampling leaves no id; restore another checkpoint, or remove the processor"
                 )
             if len(entry.samples) == entry.request.samples:
                 finished.append(entry)

@@ -120,9 +120,10 @@ class Asked(NamedTuple):
 
 def sequence(pieces: Sequence[Piece]) -> Sequenced:
     """Markup and runs of ids as one sequence."""
-    ids, offsets = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    ids: list[np.ndarray] = [np.zeros(0, np.int32)]
+    offsets: list[np.ndarray] = [np.zeros(0, np.int32)]
     for piece in pieces:
-        run, first = (np.array([piece]), 0) if isinstance(piece, int) else piece
+        run, first = (np.array([piece], np.int32), 0) if isinstance(piece, int) else piece
         ids.append(run)
         offsets.append(np.arange(first, first + len(run)))
     return Sequenced(np.concatenate(ids).astype(np.int32), np.concatenate(offsets).astype(np.int32))

@@ -141,7 +141,7 @@ def _register(kind: type, static: Sequence[str], off: Mapping[str, tuple[str, fl
         return leaves, tuple(getattr(config, name) for name in static)
 
     def unflatten(aux: tuple[Any, ...], leaves: Sequence[Any]) -> Any:
-        config = object.__new__(kind)  # no checks: the leaves of a pytree may be anything
+        config: Any = object.__new__(kind)  # no checks: the leaves of a pytree may be anything
         for name, leaf in (*zip(names, leaves, strict=True), *zip(static, aux, strict=True)):
             object.__setattr__(config, name, leaf)
         return config
@@ -179,20 +179,26 @@ def sample(
 ) -> tuple[Int[Array, "requests samples"], Float[Array, "requests samples"]]:
     """An id for each sample of each request, and its log probability.
 
-    The log probability is in nats, among the allowed ids, at temperature 1, without guidance and copying: that of the
-    model, or of the ensemble. An infinite logit is a very large one. The log probability is NaN, for the caller to
-    refuse, if an allowed id has a logit that is NaN (the parameters are damaged), or if a processor leaves no id.
+    The log probability is in nats, among the allowed ids, at temperature 1: that of the model, or of the ensemble,
+    mixed with what it copies, but without guidance and processors. An infinite logit is a very large one. The log
+    probability is NaN, for the caller to refuse, if an allowed id has a logit that is NaN (the parameters are damaged),
+    or if a processor leaves no id.
 
     Args:
       sampling: its numbers are arrays [requests], as from `stack`. What is off is None.
-      logits: of each stream of a request. With guidance, the streams that lack their text or documents come last: as
-        many as the others without the text, one without the documents.
+      logits: of each stream of a request. With guidance or contrast, the streams that lack their text or documents come
+        last: as many as the others without the text, one without the documents.
       keys: one for each sample, so that a draw does not depend on the rest of the batch.
     """
-    alone, combined = combine(sampling.guidance or sampling.contrast, logits, allowed)
-    for processor in (*([sampling.copying] if sampling.copying else []), *sampling.processors):
+    guidance = sampling.guidance or sampling.contrast
+    alone, combined = combine(guidance, logits, allowed)
+    if sampling.copying is not None:
+        copied = sampling.copying(combined, step)
+        alone = sampling.copying(alone, step) if guidance else copied
+        combined = copied
+    for processor in sampling.processors:
         combined = jax.nn.log_softmax(jnp.where(allowed, processor(combined, step), -jnp.inf))
-    alone = jnp.where(jnp.any(combined > -jnp.inf, axis=-1, keepdims=True), alone, jnp.nan)
+    damaged = jnp.any(jnp.isnan(logits) & allowed[:, None], axis=(1, 3)) | jnp.all(jnp.isnan(combined), axis=-1)
     temperature = _by_request(sampling.temperature)
     scaled = combined - jnp.max(combined, axis=-1, keepdims=True)
     scaled = scaled / jnp.where(temperature > 0, temperature, 1)
@@ -200,9 +206,13 @@ def sample(
         scaled = jnp.where(top_k(jax.nn.softmax(scaled), _by_request(sampling.top_k)), scaled, -jnp.inf)
     if sampling.top_p is not None:
         scaled = jnp.where(top_p(jax.nn.softmax(scaled), _by_request(sampling.top_p)), scaled, -jnp.inf)
-    drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, scaled)
-    ids = jnp.where(temperature[..., 0] > 0, drawn, jnp.argmax(combined, axis=-1))
-    return ids, jnp.take_along_axis(alone, ids[..., None], axis=-1)[..., 0]
+    best = jnp.argmax(combined, axis=-1)
+    drawn = jax.lax.cond(  # no noise is made where no request needs it
+        jnp.any(temperature > 0), lambda: jax.vmap(jax.vmap(jax.random.categorical))(keys, scaled), lambda: best
+    )
+    ids = jnp.where(temperature[..., 0] > 0, drawn, best)
+    log_probs = jnp.take_along_axis(alone, ids[..., None], axis=-1)[..., 0]
+    return ids, jnp.where(damaged, jnp.nan, log_probs)
 
 
 def combine(
@@ -212,25 +222,24 @@ def combine(
 ) -> tuple[Float[Array, "requests samples vocab"], Float[Array, "requests samples vocab"]]:
     """The streams as one distribution: log probabilities without guidance, and with it; -inf where not allowed.
 
-    The distribution of an ensemble is the mean of the probabilities of its streams (paper, section 5.4).
+    The distribution of an ensemble is the mean of the probabilities of its streams (paper, section 5.4). A logit that
+    is NaN counts as a very small one.
     """
-    seen = allowed[:, None]
-    damaged = jnp.any(jnp.isnan(logits) & seen, axis=(1, 3))[..., None]
     finite = jnp.clip(jnp.where(jnp.isnan(logits), -LARGEST, logits), -LARGEST, LARGEST)
-    log_probs = jax.nn.log_softmax(jnp.where(seen, finite, -jnp.inf))
-    streams = logits.shape[1]
+    log_probs = jax.nn.log_softmax(jnp.where(allowed[:, None], finite, -jnp.inf))
     if guidance is None:
         mean = _mean(log_probs)
-        return jnp.where(damaged, jnp.nan, mean), mean
+        return mean, mean
+    streams = logits.shape[1]
     conditioned = streams // 2 if guidance.without == "text" else streams - 1
     mean, without = _mean(log_probs[:, :conditioned]), _mean(log_probs[:, conditioned:])
     contrast = jnp.where(allowed, mean - without, -jnp.inf)
     if isinstance(guidance, Guidance):
         guided = without + _by_request(guidance.scale) * contrast
     else:
-        plausible = _by_request(guidance.alpha) * _largest(jnp.exp(mean), _by_request(guidance.k))
+        plausible = _by_request(guidance.alpha) * _kth_largest(jnp.exp(mean), _by_request(guidance.k))
         guided = jnp.where(jnp.exp(mean) >= plausible, contrast, -jnp.inf)
-    return jnp.where(damaged, jnp.nan, mean), jax.nn.log_softmax(jnp.where(allowed, guided, -jnp.inf))
+    return mean, jax.nn.log_softmax(jnp.where(allowed, guided, -jnp.inf))
 
 
 def top_k(
@@ -259,7 +268,7 @@ def _smallest_set(probs: Array, weights: Array, target: Array) -> Array:
     return above | ((probs == least) & (jnp.cumsum(tied, axis=-1) - tied < missing))
 
 
-def _largest(probs: Array, k: Array) -> Array:
+def _kth_largest(probs: Array, k: Array) -> Array:
     """The k-th largest probability."""
     return _threshold(probs, jnp.ones_like(probs), k)
 

@@ -3,7 +3,7 @@
 from typing import Protocol, no_type_check, runtime_checkable
 
 import flax.struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rac3.tokens.vocabulary import Vocabulary
 
@@ -20,6 +20,7 @@ class Step(flax.struct.PyTreeNode):
       drawn_offsets: as `prompt_offsets`.
       count: how many ids `drawn` holds.
       offset: of the id to draw.
+      word_starts: whether each id of the vocabulary begins a word; None is unknown.
       vocabulary: what the ids mean.
       image_width: codes in a row of an image; 0 is unknown.
     """
@@ -31,7 +32,8 @@ class Step(flax.struct.PyTreeNode):
     drawn_offsets: Int[Array, "requests samples drawn"]
     count: Int[Array, "requests samples"]
     offset: Int[Array, "requests samples"]
-    vocabulary: Vocabulary = flax.struct.field(pytree_node=False)
+    word_starts: Bool[Array, " vocab"] | None = None
+    vocabulary: Vocabulary = flax.struct.field(pytree_node=False, kw_only=True)
     image_width: int = flax.struct.field(pytree_node=False, default=0)
 
 

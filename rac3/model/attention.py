@@ -1,6 +1,5 @@
-"""Multi-head self-attention: the projections around a form of attention."""
+"""Self-attention within packed groups."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,32 +7,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rac3.devices.mesh import constrain
+from rac3.model.packed import PackedAttention
 from rac3.model.product import product
 
 Dtype = jnp.dtype | str
-# Query, key and value, [batch, seq, heads, head_dim], and segments -> output: `rac3.model.packed` in training.
-Attend = Callable[[Array, Array, Array, Any], Array]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases, as in OPT.
-
-    Attributes:
-      attend: who sees whom, and how it is computed.
-    """
+    """Multi-head self-attention with biases, as in OPT; tokens attend within their groups."""
 
     num_heads: int
     head_dim: int
     dtype: Dtype
     init_std: float
     output_init_std: float
-    attend: Attend
+    packed: PackedAttention
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        segments: Int[Array, "batch seq"] | None,
+        segments: Int[Array, "batch seq"],
     ) -> Float[Array, "batch seq embed"]:
         heads = (self.num_heads, self.head_dim)
         qkv_kernel = self._kernel(
@@ -42,7 +36,7 @@ class SelfAttention(nn.Module):
         qkv_bias = self._bias("qkv_bias", (3, *heads), (None, "heads", "head_dim"))
         qkv = constrain(product(x, qkv_kernel) + qkv_bias, "batch", None, None, "heads", None)
         query, key, value = (qkv[:, :, part] for part in range(3))
-        out = query if self.is_initializing() else self.attend(query, key, value, segments)
+        out = query if self.is_initializing() else self.packed(query, key, value, segments)
         out_kernel = self._kernel(
             "out_kernel", (*heads, x.shape[-1]), ("heads", "head_dim", "embed"), self.output_init_std
         )

@@ -5,12 +5,13 @@
     own     of each sample, a ring: what all rows feed at step t is in slot t mod slots
             3 4 5 0 1 2     step 5; a row that began at step 3 sees the slots of 3, 4 and 5
 
-A stream is a prompt; its samples are to a `Block` what the positions of a row are in training. Keys and values are
-[heads, slots, head_dim], so that each head reads a block of memory from front to back. A step is unrolled over the
-layers, whose weights are arrays of their own: a scan would slice them out of its stack into new buffers.
+A prompt is called a stream. A step reads all weights and all filled slots once, and does little with them, so it is as
+fast as memory if it copies neither. Hence each layer has its own arrays, where a scan would slice them out of its
+stack; kernels are [*out, *in] and activations [embed, ...], so that products run along each kernel from front to back;
+and the keys and values of a head are [slots, head_dim].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from rac3.devices.mesh import constrain, map_shards, mesh_axes
 from rac3.model.blockwise import HIDDEN
-from rac3.model.transformer import Block, Transformer, layer_norm
+from rac3.model.transformer import EPSILON, Transformer
+
+# The axes of each kernel of a layer, [*in, *out] in training, in the order [*out, *in].
+ORDERS = {"qkv_kernel": (1, 2, 3, 0), "out_kernel": (2, 0, 1), "kernel": (1, 0)}
 
 
 class KeyValues(NamedTuple):
@@ -32,6 +36,9 @@ class KeyValues(NamedTuple):
 
 
 Cache = list[KeyValues]  # one of each layer
+Weights = Mapping[str, Any]
+# The caches of a layer, the queries, and the new keys and values -> what is attended to, and the cache with these.
+Attend = Callable[[Any, Array, KeyValues], tuple[Array, KeyValues]]
 
 
 @dataclass(frozen=True)
@@ -40,29 +47,38 @@ class Decoder:
 
     model: Transformer
 
-    def weights(self, params: PyTree) -> PyTree:
-        """The parameters as decoding reads them: an array for each layer, in the dtype of the model.
+    def weights(self, params: PyTree) -> Weights:
+        """The parameters as decoding reads them, in the dtype of the model; norms stay in float32, as in training.
 
-        Norms stay in float32, as in training. Arrays on a mesh keep their shardings.
+        Arrays on a mesh keep their shardings.
         """
+        config, tree = self.model.config, params["params"]
 
-        def unstack(params: PyTree) -> PyTree:
-            blocks = params["params"]["blocks"]
-            layers = [jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(self.model.config.num_layers)]
-            tree = {**params["params"], "blocks": layers}
-            return jax.tree_util.tree_map_with_path(self._cast, tree)
+        def arrange(path: tuple[Any, ...], leaf: Array) -> Array:
+            order = ORDERS.get(path[-1].key)
+            of_norm = any("norm" in each.key for each in path)
+            leaf = leaf if order is None else leaf.transpose(order)
+            return leaf if of_norm else leaf.astype(config.dtype)
 
-        def sharding(leaf: Any, first: int) -> NamedSharding | None:
-            own = getattr(leaf, "sharding", None)
-            return NamedSharding(own.mesh, PartitionSpec(*own.spec[first:])) if isinstance(own, NamedSharding) else None
+        def layer(blocks: PyTree, number: Array) -> PyTree:
+            return jax.tree.map_with_path(arrange, jax.tree.map(lambda leaf: leaf[number], blocks))
 
-        tree = params["params"]
-        of_layer = jax.tree.map(lambda leaf: sharding(leaf, 1), tree["blocks"])
-        rest = jax.tree.map(lambda leaf: sharding(leaf, 0), {name: tree[name] for name in tree if name != "blocks"})
-        return jax.jit(unstack, out_shardings={**rest, "blocks": [of_layer] * self.model.config.num_layers})(params)
+        def sharding(path: tuple[Any, ...], leaf: Any, stacked: int) -> NamedSharding | None:
+            if not isinstance(getattr(leaf, "sharding", None), NamedSharding):
+                return None
+            names = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim][stacked:]
+            order = ORDERS.get(path[-1].key, range(len(names)))
+            return NamedSharding(leaf.sharding.mesh, PartitionSpec(*(names[axis] for axis in order)))
 
-    def _cast(self, path: tuple[Any, ...], leaf: Array) -> Array:
-        return leaf if any("norm" in str(key) for key in path) else leaf.astype(self.model.config.dtype)
+        blocks = tree["blocks"]
+        of_blocks = jax.tree.map_with_path(lambda path, leaf: sharding(path, leaf, 1), blocks)
+        rest = {name: tree[name] for name in tree if name != "blocks"}
+        of_rest = jax.tree.map_with_path(lambda path, leaf: sharding(path, leaf, 0), rest)
+        # A layer at a time, so that no second copy of all is ever in memory.
+        take = jax.jit(layer, out_shardings=of_blocks)
+        layers = [take(blocks, number) for number in range(config.num_layers)]
+        arranged = jax.jit(lambda rest: jax.tree.map_with_path(arrange, rest), out_shardings=of_rest)(rest)
+        return {**arranged, "blocks": layers}
 
     def empty_prefix(self, streams: int, slots: int) -> Cache:
         """For the prompts: zeros, of 2 * layers * streams * slots * embed * itemsize bytes."""
@@ -88,7 +104,7 @@ class Decoder:
 
     def prefill(
         self,
-        weights: PyTree,
+        weights: Weights,
         cache: Cache,
         tokens: Int[Array, "streams chunk"],
         offsets: Int[Array, "streams chunk"],
@@ -101,11 +117,10 @@ class Decoder:
         positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
 
         def attend(old: KeyValues, query: Array, new: KeyValues) -> tuple[Array, KeyValues]:
-            chunk = KeyValues(*(x.swapaxes(1, 2) for x in new))
-            kept = KeyValues(*(_write(x, y, start) for x, y in zip(old, chunk, strict=True)))
+            kept = KeyValues(*(_write(x, y.swapaxes(1, 2), start) for x, y in zip(old, new, strict=True)))
             return _causal(query, kept, start), kept
 
-        _, cache = self._blocks(weights, tokens, positions, offsets, cache, attend)
+        _, cache = self._layers(weights, tokens, positions, offsets, cache, attend)
         return cache
 
     def insert(self, prefix: Cache, prefilled: Cache, slots: Int[Array, " shards"]) -> Cache:
@@ -130,7 +145,7 @@ class Decoder:
 
     def step(
         self,
-        weights: PyTree,
+        weights: Weights,
         prefix: Cache,
         own: Cache,
         lengths: Int[Array, " streams"],
@@ -154,42 +169,56 @@ class Decoder:
 
         def attend(caches: tuple[KeyValues, KeyValues], query: Array, new: KeyValues) -> tuple[Array, KeyValues]:
             shared, old = caches
-            kept = KeyValues(
-                *(_write(x, y.reshape(*x.shape[:-2], 1, -1), step % ring) for x, y in zip(old, new, strict=True))
-            )
+            fed = [x.reshape(*old.keys.shape[:-2], 1, -1) for x in new]
+            kept = KeyValues(*(_write(x, y, step % ring) for x, y in zip(old, fed, strict=True)))
             return _shared_prefix(query, shared, kept, seen), kept
 
-        x, own = self._blocks(weights, tokens, positions, offsets, list(zip(prefix, own, strict=True)), attend)
-        norm: Any = layer_norm(self.model.config, "final_norm").apply  # flax types its result by what is mutable
-        x = norm({"params": weights["final_norm"]}, x)
-        table = weights["token_embedding"]
-        return jnp.einsum("xse,ve->xsv", x, table, preferred_element_type=jnp.float32), own
+        x, own = self._layers(weights, tokens, positions, offsets, list(zip(prefix, own, strict=True)), attend)
+        x = self._norm(weights["final_norm"], x)
+        logits = jnp.tensordot(weights["token_embedding"], x, 1, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(logits, 0, -1), own
 
-    def _blocks(
-        self,
-        weights: PyTree,
-        tokens: Array,
-        positions: Array,
-        offsets: Array,
-        caches: list[Any],
-        attend: Callable[[Any, Array, KeyValues], tuple[Array, KeyValues]],
-    ) -> tuple[Array, Cache]:
+    def _layers(
+        self, weights: Weights, tokens: Array, positions: Array, offsets: Array, caches: list[Any], attend: Attend
+    ) -> tuple[Float[Array, "embed streams seq"], Cache]:
         """The hidden states before the final norm, and the new cache of each layer."""
-        config, last = self.model.config, self.model.max_positions - 1
-        x = weights["token_embedding"][tokens] + weights["position_embedding"][jnp.minimum(positions, last)]
-        if config.offset_embedding:
-            x = x + weights["offset_embedding"][offsets]
-        kept = []
+        x = weights["token_embedding"][tokens]
+        # Rows that have ended, and the padding of prompts, may be past the last position.
+        x += weights["position_embedding"].at[positions].get(mode="clip")
+        if self.model.config.offset_embedding:
+            x += weights["offset_embedding"][offsets]
+        x, kept = jnp.moveaxis(x, -1, 0), []
         for layer, cache in zip(weights["blocks"], caches, strict=True):
-
-            def own(query: Array, key: Array, value: Array, _: None, cache: Any = cache) -> Array:
-                out, new = attend(cache, query, KeyValues(key, value))
-                kept.append(new)
-                return out
-
-            apply: Any = Block(config, own, seq=None).apply
-            x, _ = apply({"params": layer}, constrain(x, "batch", None, None), None)
+            x, new = self._block(layer, constrain(x, None, "batch", None), cache, attend)
+            kept.append(new)
         return x, kept
+
+    def _block(
+        self, weights: Weights, x: Float[Array, "embed streams seq"], cache: Any, attend: Attend
+    ) -> tuple[Float[Array, "embed streams seq"], KeyValues]:
+        """`rac3.model.transformer.Block`, with the attention to a cache."""
+        attention, mlp_in, mlp_out = weights["attention"], weights["mlp_in"], weights["mlp_out"]
+        qkv = _affine(attention["qkv_kernel"], self._norm(weights["attention_norm"], x), attention["qkv_bias"])
+        qkv = constrain(qkv, None, "heads", None, "batch", None)
+        query, *new = (part.transpose(2, 3, 0, 1) for part in qkv)  # [streams, seq, heads, head_dim]
+        out, kept = attend(cache, query, KeyValues(*new))
+        x += _affine(attention["out_kernel"], out.transpose(2, 3, 0, 1), attention["out_bias"], 2)
+        x = constrain(x, None, "batch", None)
+        hidden = _affine(mlp_in["kernel"], self._norm(weights["mlp_norm"], x), mlp_in["bias"])
+        hidden = constrain(jax.nn.relu(hidden), "mlp", "batch", None)
+        return x + _affine(mlp_out["kernel"], hidden, mlp_out["bias"]), kept
+
+    def _norm(self, weights: Weights, x: Array) -> Array:
+        """Layer normalization over the first axis, in float32."""
+        centered = x.astype(jnp.float32) - jnp.mean(x, 0, dtype=jnp.float32)
+        scaled = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), 0) + EPSILON)
+        normal = scaled * weights["scale"][:, None, None] + weights["bias"][:, None, None]
+        return normal.astype(self.model.config.dtype)
+
+
+def _affine(kernel: Array, x: Array, bias: Array, axes: int = 1) -> Array:
+    """[*out, *in], [*in, streams, seq] -> [*out, streams, seq]; `axes` is the number of axes of `in`."""
+    return jnp.tensordot(kernel, x, axes) + bias[..., None, None]
 
 
 def _causal(
@@ -213,12 +242,8 @@ def _causal(
         new = jnp.einsum("xhqk,xhkd->xhqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return out * rescale + new, top, total * rescale + jnp.sum(weights, -1, keepdims=True)
 
-    first = (
-        jnp.zeros(query.shape, jnp.float32),
-        jnp.full((*query.shape[:3], 1), HIDDEN),
-        jnp.zeros((*query.shape[:3], 1)),
-    )
-    out, _, total = jax.lax.fori_loop(0, start // size + 1, add, first)
+    each = jnp.zeros((*query.shape[:3], 1))
+    out, _, total = jax.lax.fori_loop(0, start // size + 1, add, (jnp.zeros(query.shape), each + HIDDEN, each))
     return (out / total).astype(cache.values.dtype).swapaxes(1, 2)
 
 
@@ -234,27 +259,26 @@ def _shared_prefix(
       seen: [streams, 1, 1, slots of the prefix and own slots], bool.
     """
     query = query * query.shape[-1] ** -0.5
-    heads_first = query.swapaxes(1, 2)
-    of_prefix = _product(heads_first, prefix.keys, 3)  # [streams, heads, samples, slots]
-    of_own = _product(query.reshape(*own.keys.shape[:-2], -1), own.keys, own.keys.ndim - 1)
+    of_prefix = _product(prefix.keys, query.swapaxes(1, 2), (3, 3)).swapaxes(2, 3)  # [streams, heads, samples, slots]
+    of_own = _product(query.reshape(*own.keys.shape[:-2], -1), own.keys, (own.keys.ndim - 2, own.keys.ndim - 1))
     of_own = of_own.reshape(*query.shape[:3], -1).swapaxes(1, 2)
     scores = jnp.where(seen, jnp.concatenate([of_prefix, of_own], axis=-1), HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(prefix.values.dtype)
     for_prefix, for_own = jnp.split(weights, [prefix.keys.shape[-2]], axis=-1)
-    out = _product(for_prefix, prefix.values, 2).swapaxes(1, 2)
+    out = _product(for_prefix, prefix.values, (3, 2)).swapaxes(1, 2)
     for_own = for_own.swapaxes(1, 2).reshape(*own.values.shape[:-1])
-    out += _product(for_own, own.values, own.values.ndim - 2).reshape(query.shape)
+    out += _product(for_own, own.values, (own.values.ndim - 2, own.values.ndim - 2)).reshape(query.shape)
     return out.astype(prefix.values.dtype)
 
 
-def _product(x: Array, cache: Array, axis: int) -> Array:
-    """The product of [*batch, *rows, n] and a cache [*batch, heads, slots, head_dim] over its `axis`, in float32.
+def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
+    """The product of a cache, [*batch, slots, head_dim], with [*batch, ...] over one axis of each, in float32.
 
-    The batch comes first in both. `einsum` may turn operands around, and transpose the cache at each step.
+    `einsum` may turn the operands around, and then XLA would transpose the cache at each step.
     """
-    batch = tuple(range(cache.ndim - 2))
-    over = ((x.ndim - 1,), (axis,)), (batch, batch)
-    return jax.lax.dot_general(x, cache, over, preferred_element_type=jnp.float32)
+    batch = tuple(range(max(x.ndim, y.ndim) - 2))
+    over = ((axes[:1], axes[1:]), (batch, batch))
+    return jax.lax.dot_general(x, y, over, preferred_element_type=jnp.float32)
 
 
 def _write(cache: Array, new: Array, slot: Array) -> Array:

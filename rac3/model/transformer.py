@@ -10,11 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from rac3.config import InputError
 from rac3.devices.mesh import constrain
-from rac3.model.attention import Attend, SelfAttention
+from rac3.model.attention import SelfAttention
 from rac3.model.blockwise import SAVED
 from rac3.model.embedding import look_up
 from rac3.model.packed import AttentionName, PackedAttention, choose_attention
 from rac3.model.product import dot_general
+
+EPSILON = 1e-5  # of the norms, as in OPT
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,16 @@ REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-    """LayerNorm and attention, then LayerNorm and a ReLU MLP, each with a residual connection around it.
-
-    Attributes:
-      seq: the logical axis that the positions of the residual stream are sharded along, if any.
-    """
+    """LayerNorm and attention, then LayerNorm and a ReLU MLP, each with a residual connection around it."""
 
     config: TransformerConfig
-    attend: Attend
-    seq: str | None = "seq"
+    packed: PackedAttention
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        segments: Int[Array, "batch seq"] | None,
+        segments: Int[Array, "batch seq"],
     ) -> tuple[Float[Array, "batch seq embed"], None]:
         config = self.config
         output_std = config.init_std / (2 * config.num_layers) ** 0.5
@@ -111,16 +108,16 @@ class Block(nn.Module):
             dtype=config.dtype,
             init_std=config.init_std,
             output_init_std=output_std,
-            attend=self.attend,
+            packed=self.packed,
             name="attention",
-        )(layer_norm(config, "attention_norm")(x), segments)
-        x = constrain(x + attended, "batch", self.seq, None)
+        )(_layer_norm(config, "attention_norm")(x), segments)
+        x = constrain(x + attended, "batch", "seq", None)
         hidden = _dense(config, config.mlp, ("embed", "mlp"), config.init_std, "mlp_in")(
-            layer_norm(config, "mlp_norm")(x)
+            _layer_norm(config, "mlp_norm")(x)
         )
         hidden = constrain(jax.nn.relu(hidden), "batch", None, "mlp")
         x = x + _dense(config, config.embed, ("mlp", "embed"), output_std, "mlp_out")(hidden)
-        return constrain(x, "batch", self.seq, None), None  # a scan over the layers collects nothing
+        return constrain(x, "batch", "seq", None), None  # a scan over the layers collects nothing
 
 
 class Transformer(nn.Module):
@@ -159,7 +156,7 @@ class Transformer(nn.Module):
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.packed)
-        self.final_norm = layer_norm(self.config, "final_norm")
+        self.final_norm = _layer_norm(self.config, "final_norm")
 
     def __call__(
         self,
@@ -199,9 +196,9 @@ class Transformer(nn.Module):
         return constrain(jnp.asarray(self.token_embedding, self.config.dtype), "vocab", "embed")
 
 
-def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
+def _layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(
-        epsilon=1e-5,
+        epsilon=EPSILON,
         dtype=config.dtype,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),

@@ -11,6 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Bool
+
 from rac3.config import InputError
 from rac3.weights.checkpoint_files import checkpoint_folder, read_json
 
@@ -89,6 +92,9 @@ class TextTokenizer:
         return Tokenizer(_load_pretrained(os.fspath(source)))
 
 
+SPACES = ("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}", "\N{LOWER ONE EIGHTH BLOCK}", " ")  # of byte-level BPE, Unigram
+
+
 class Tokenizer:
     """A loaded tokenizer: text to ids in [0, size) and back, without special tokens."""
 
@@ -151,6 +157,19 @@ class Tokenizer:
     def ids(self) -> dict[str, int]:
         """Every token and its id."""
         return self._pretrained.get_vocab()
+
+    def word_starts(self) -> Bool[np.ndarray, " size"] | None:
+        """Whether each id begins a word, by the space that its token holds; None if this tokenizer marks none.
+
+        The first word of a text may lack its space.
+        """
+        tokens = self.ids()
+        marked = [id for token, id in tokens.items() if token.startswith(SPACES)]
+        if not marked:
+            return None
+        starts = np.zeros(self.size, bool)
+        starts[marked] = True
+        return starts
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""

@@ -33,24 +33,26 @@ def document(text: Piece, image: Piece) -> list[Piece]:
 def step(prompts: list[list[Piece]], drawn: list[Piece], offset: int) -> Step:
     """One request of one sample, padded."""
     parts = [sequence(prompt) for prompt in prompts]
-    longest = max(len(part.ids) for part in parts) + 3
-    tokens, offsets = np.zeros((2, 1, len(parts), longest), np.int32)
+    tokens, offsets = np.zeros((2, 1, len(parts), 72), np.int32)
     for row, part in enumerate(parts):
         tokens[0, row, : len(part.ids)], offsets[0, row, : len(part.ids)] = part
     after = sequence(drawn) if drawn else Sequenced(np.zeros(0, np.int32), np.zeros(0, np.int32))
-    ids, places = np.zeros((2, 1, 1, 40), np.int32)
+    ids, places = np.zeros((2, 1, 1, 12), np.int32)
     ids[..., : len(after.ids)], places[..., : len(after.ids)] = after
     lengths = np.array([[len(part.ids) for part in parts]])
     arrays = [
         jnp.asarray(x, jnp.int32) for x in (tokens, offsets, lengths, ids, places, [[len(after.ids)]], [[offset]])
     ]
-    return Step(*arrays, VOCABULARY, WIDTH)
+    return Step(*arrays, vocabulary=VOCABULARY, image_width=WIDTH)
+
+
+mixed = jax.jit(lambda copying, log_probs, now: copying(log_probs, now))
 
 
 def copied(now: Step, allowed: np.ndarray, sharpness: float = 1.0) -> np.ndarray:
     """The probabilities of weight 1, which are those of the documents alone."""
     log_probs = jnp.log(jnp.asarray(allowed / allowed.sum(), jnp.float32))[None, None]
-    return np.exp(jax.jit(Copying(1.0, sharpness))(log_probs, now))[0, 0]
+    return np.exp(mixed(Copying(1.0, sharpness), log_probs, now))[0, 0]
 
 
 def some(**probs: float) -> np.ndarray:
@@ -115,13 +117,38 @@ def test_known_codes_around_a_mask_are_compared():
     np.testing.assert_allclose(found, some(c4=1.0), atol=1e-6)
 
 
+BEGINS = np.ones(42, bool)
+BEGINS[8 + np.array([4, 5])] = False  # 4 and 5 go on with a word, as in "1 4 5"
+NAMES = [EOD, *document(words(1, 4, 5, 2), codes(*[0] * 9))]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [
+        ([], {"w1": 0.2}),
+        ([1], {"w4": 1 - 0.8**2}),  # goes on after one id, and is the second
+        ([1, 4], {"w5": 1 - 0.8**3}),
+        ([1, 4, 5], {"w2": 1 - 0.8**3}),  # another word begins: three ids of the last one were copied
+        ([1, 4, 5, 2], {"eoi": 0.2}),  # a word of one id says no more than itself
+        ([3, 5], {"w2": 0.2}),  # of "3 5", only the 5 is as in the document
+        ([3, 4, 5], {"w2": 1 - 0.8**2}),
+    ],
+)
+def test_the_weight_grows_within_a_word(drawn: list[int], expected: dict[str, float]):
+    """The model is sure of 11."""
+    log_probs = jnp.where(jnp.asarray(TEXT), jnp.where(jnp.arange(42) == 19, 0.0, -1e9), -jnp.inf)[None, None]
+    now = step([[*NAMES, *CAPTION]], [words(*drawn)] if drawn else [], len(drawn) + 1).replace(word_starts=BEGINS)
+    out = np.exp(mixed(Copying(0.2), log_probs, now))[0, 0]
+    np.testing.assert_allclose(out, some(w11=1 - sum(expected.values()), **expected), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_the_mixture(weight: float):
     now = step([[*DOCUMENTS, *CAPTION]], [], 1)
     model = np.random.default_rng(0).dirichlet(np.ones(42)) * TEXT
     model /= model.sum()
-    mixed = np.exp(Copying(weight)(jnp.log(jnp.asarray(model, jnp.float32))[None, None], now))[0, 0]
-    np.testing.assert_allclose(mixed, (1 - weight) * model + weight * some(w1=0.5, w4=0.5), rtol=1e-4, atol=1e-7)
+    out = np.exp(mixed(Copying(weight), jnp.log(jnp.asarray(model, jnp.float32))[None, None], now))[0, 0]
+    np.testing.assert_allclose(out, (1 - weight) * model + weight * some(w1=0.5, w4=0.5), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +166,7 @@ def test_the_mixture(weight: float):
 )
 def test_where_no_place_matches_the_model_is_alone(prompt: list[Piece], drawn: list[Piece], offset: int, allowed):
     log_probs = jnp.log(jnp.asarray(allowed / allowed.sum(), jnp.float32))[None, None]
-    out = Copying(0.9)(log_probs, step([prompt], drawn, offset))
+    out = mixed(Copying(0.9), log_probs, step([prompt], drawn, offset))
     np.testing.assert_allclose(out, log_probs, atol=1e-6)
 
 

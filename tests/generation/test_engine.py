@@ -202,7 +202,8 @@ def test_a_shared_prompt_is_as_separate_requests(engine):
     """Six samples of one request, six requests of one sample, and a request that goes on where another ended."""
     (together,) = drawn(engine, [Request([PROMPTS[1]], CAPTION, 6)])
     assert len({tuple(sample.runs[0]) for sample in together}) == 6
-    apart = drawn(engine, [Request([PROMPTS[1]], CAPTION, 1, first=number) for number in range(6)])
+    two = Engine(MODEL, PARAMS, VOCABULARY, rows=2)
+    apart = drawn(two, [Request([PROMPTS[1]], CAPTION, 1, first=number) for number in range(6)])
     assert_same(together, [sample for samples in apart for sample in samples])
     (later,) = drawn(engine, [Request([PROMPTS[1]], CAPTION, 4, first=2)])
     assert_same(later, together[2:])
@@ -229,15 +230,14 @@ def test_rows_that_start_at_different_times_share_a_ring(logits_after):
     samples = drawn(engine, LONG)
     lengths = [len(each[0].log_probs[0]) for each in samples]
     assert sum(lengths) > 2 * POSITIONS
-    assert len(set(lengths)) > 3
+    assert len(set(lengths)) > 2
     for request, own in zip(LONG, samples, strict=True):
         assert_same(own, [plain(logits_after, request, WARM, 0, 0)])
 
 
-@pytest.mark.parametrize("chunk", [8, 16])
-def test_prompts_are_prefilled_in_chunks(logits_after, chunk):
+def test_prompts_are_prefilled_in_chunks(logits_after):
     """Of 1, 8, 9, 16, 17 and 41 ids: the last one is not prefilled."""
-    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2, chunk=chunk)
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2, chunk=8)
     whole = prompt(9, 3, documents=2)
     requests = [Request([Sequenced(*(x[:size] for x in whole))], PICTURE, 1) for size in (1, 8, 9, 16, 17, 41)]
     for request, samples in zip(requests, drawn(engine, requests, GREEDY), strict=True):
@@ -250,16 +250,19 @@ def test_requests_of_a_batch_have_their_own_sampling(engine):
         assert_same(drawn(engine, [request], sampling)[0], samples)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 4)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (1, 4, 2), (1, 1, 4)])]
+)
 def test_many_devices_draw_what_one_draws(engine, sizes):
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = MeshConfig(*sizes).build(devices)
     boxed = jax.eval_shape(MODEL.init, jax.random.key(0), *[jnp.zeros((1, 2), jnp.int32)] * 4)
     params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), PARAMS, mesh.abstract(boxed))
     sharded = Engine(MODEL, params, VOCABULARY, mesh, rows=16, chunk=16, steps=5)
-    kernels = {leaf.sharding.spec for leaf in jax.tree.leaves(sharded.weights) if leaf.ndim == 2}
-    assert (max(sizes[1:]) > 1) == any(any(spec) for spec in kernels)
-    requests = [*REQUESTS, Request(PROMPTS[:2], CAPTION, 2)]
+    kernels = [leaf for leaf in jax.tree.leaves(sharded.weights) if leaf.ndim > 1]
+    parts = {leaf.size // leaf.addressable_shards[0].data.size for leaf in kernels}
+    assert max(parts) == sizes[1] * sizes[2]  # as in training
+    requests = [*REQUESTS, Request(PROMPTS[:2], CAPTION, 2)] if sizes == (1, 4, 2) else REQUESTS
     for samples, expected in zip(drawn(sharded, requests), drawn(engine, requests), strict=True):
         assert_same(samples, expected)
 
@@ -281,8 +284,8 @@ def compilations(call: Callable[[], Any]) -> int:
 
 def test_another_prompt_sample_count_or_temperature_compiles_nothing():
     """Nor another seed or grammar. A program for 4 samples draws 2, 3 and 8 as well, and a few requests one by one."""
-    jax.clear_caches()
-    engine = Engine(MODEL, PARAMS, VOCABULARY)
+    model = TransformerConfig(num_layers=1, embed=16, num_heads=2, mlp=16, dtype="float32").build(128, 64, 64)
+    engine = Engine(model, random_params(model), VOCABULARY)  # for which nothing is compiled yet
     request = Request([PROMPTS[0]], CAPTION, 4)
     assert compilations(lambda: drawn(engine, [request])) > 0
     for other, sampling, seed in [
@@ -299,9 +302,9 @@ def test_another_prompt_sample_count_or_temperature_compiles_nothing():
 
 
 def test_many_requests_do_not_wait_for_a_program_of_few_rows():
-    """Forty requests after one: they have their own program, of 32 rows."""
-    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=32)
-    assert [len(reports_of(engine, [Request([PROMPTS[0]], PICTURE)] * count)) for count in (1, 40)] == [1, 2]
+    """Nine requests after one: they have their own program, of two rows."""
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2)
+    assert [len(reports_of(engine, [Request([PROMPTS[0]], PICTURE)] * count)) for count in (1, 9)] == [1, 5]
 
 
 def test_progress_and_what_is_drawn_so_far(engine):
@@ -334,7 +337,11 @@ def test_progress_and_what_is_drawn_so_far(engine):
 def reports_of(engine: Engine, requests: Sequence[Request], sampling: Sampling = WARM) -> list[int]:
     """How many ids there are at each report of progress."""
     found: list[int] = []
-    dict(engine.run(requests, [sampling] * len(requests), [0] * len(requests), lambda progress: found.append(progress.drawn)))
+    dict(
+        engine.run(
+            requests, [sampling] * len(requests), [0] * len(requests), lambda progress: found.append(progress.drawn)
+        )
+    )
     return found
 
 
@@ -342,18 +349,19 @@ def test_a_free_slot_is_filled_while_others_go_on():
     """Requests of 40, 3 and 5 ids in two slots: the third begins when the second has ended."""
     engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2, steps=100)
     requests = [Request([PROMPTS[0]], [Draw(CODES, size)]) for size in (40, 3, 5)]
-    assert reports_of(engine, requests) == [3 + 3, 8 + 3 + 5, 48]
-    assert [index for index, _ in engine.run(requests, [WARM] * 3, [0] * 3)] == [1, 2, 0]
+    assert reports_of(engine, requests) == [3 + 3, 48]
+    assert [index for index, _ in engine.run(requests, [WARM] * 3, [0] * 3)] == [1, 0, 2]
 
 
-def test_a_slot_is_free_when_those_that_are_asked_for_have_ended():
+def test_a_slot_is_free_when_those_that_are_asked_for_have_ended(engine):
     """One sample by the program of four: the other rows are not waited for."""
-    engine = Engine(MODEL, PARAMS, VOCABULARY, steps=1)
-    (four,) = drawn(engine, [Request([PROMPTS[1]], CAPTION, 4, first=2)])
-    lengths = [len(sample.log_probs[0]) for sample in four]
-    shortest = int(np.argmin(lengths))
-    assert lengths[shortest] < max(lengths[shortest:])
-    assert len(reports_of(engine, [Request([PROMPTS[1]], CAPTION, 1, first=2 + shortest)])) == lengths[shortest]
+    (samples,) = drawn(engine, [Request([PROMPTS[1]], CAPTION, 16)])
+    lengths = [len(sample.log_probs[0]) for sample in samples]
+    first = next(number for number in range(13) if lengths[number] < max(lengths[number : number + 4]))
+    fresh = Engine(MODEL, PARAMS, VOCABULARY, steps=1)
+    for count in (4, 1):
+        reports = reports_of(fresh, [Request([PROMPTS[1]], CAPTION, count, first=first)])
+        assert len(reports) == max(lengths[first : first + count])
 
 
 def test_a_slot_keeps_nothing_of_the_request_before(engine):
@@ -388,7 +396,7 @@ def test_a_prompt_may_end_within_a_text(engine, logits_after):
 def test_each_id_is_drawn_with_its_own_noise():
     """A model of zeros gives all 30 codes the same probability after any prompt. Ids of two steps, or of two rows, are
     then equal 1 time in 30: of 9,216 and 2,295 pairs, within 5 deviations."""
-    engine = Engine(MODEL, jax.tree.map(np.zeros_like, PARAMS), VOCABULARY)
+    engine = Engine(MODEL, jax.tree.map(np.zeros_like, PARAMS), VOCABULARY, rows=8)
     (samples,) = drawn(engine, [Request([PROMPTS[0]], PICTURE, 256)], Sampling())
     ids = np.stack([sample.runs[0] for sample in samples])
     steps = [(ids[:, one] == ids[:, other]).mean() for one in range(IMAGE) for other in range(one)]
@@ -400,12 +408,13 @@ def test_each_id_is_drawn_with_its_own_noise():
     np.testing.assert_allclose([sample.mean_log_prob for sample in samples], -np.log(30), rtol=1e-5)
 
 
-def test_a_text_ends_with_its_context_and_others_go_on(engine, logits_after):
+def test_a_text_ends_with_its_context_and_others_go_on(logits_after):
     """A prompt of 60 of the 64 positions leaves 4 ids, and 3 to a text that two more ids follow."""
     full = Request([prompt(57, 4)], CAPTION)
     followed = replace(full, grammar=[*CAPTION, Given(np.array([3], np.int32), np.zeros(1, np.int32))])
     fitting = [replace(full, grammar=[replace(CAPTION[0], count=4)])]
     fitting += [replace(full, grammar=[replace(CAPTION[0], count=2), followed.grammar[1]])]
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2)
     both = drawn(engine, [full, followed, Request([PROMPTS[0]], CAPTION)], GREEDY)
     for samples, expected in zip(both, [*fitting, Request([PROMPTS[0]], CAPTION)], strict=True):
         assert_same(samples, [plain(logits_after, expected, GREEDY, 0, 0)])
@@ -451,9 +460,8 @@ def test_prompts_are_padded_within_the_positions_of_the_model(logits_after):
     assert_same(samples, [plain(logits_after, request, GREEDY, 0, 0)])
 
 
-@pytest.mark.parametrize("bytes_of_caches", [1.0, 5e5, 1e9])
-def test_caches_keep_to_their_memory(bytes_of_caches):
+@pytest.mark.parametrize(("limit", "rounds"), [(1.0, 4), (131_071.0, 4), (131_072.0, 2)])
+def test_caches_keep_to_their_memory(limit, rounds):
     """A request takes 2 layers x 2 x 32 numbers x 4 bytes of each of 64 + 64 slots: 65,536."""
-    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=16, cache_bytes=bytes_of_caches)
-    requests = [Request([PROMPTS[0]], PICTURE)] * 16
-    assert len(reports_of(engine, requests)) == {1.0: 16, 5e5: 4, 1e9: 1}[bytes_of_caches]
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2, cache_bytes=limit)
+    assert len(reports_of(engine, [Request([PROMPTS[0]], PICTURE)] * 4)) == rounds

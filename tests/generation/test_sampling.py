@@ -24,7 +24,7 @@ def a_step(requests: int, samples: int) -> Step:
         jnp.zeros(shape, jnp.int32) for shape in [(requests, 1, 1)] * 2 + [(requests, 1)] + [(requests, samples, 1)] * 2
     ]
     counts = [jnp.zeros((requests, samples), jnp.int32)] * 2
-    return Step(*zeros, *counts, Vocabulary(1, 1))
+    return Step(*zeros, *counts, vocabulary=Vocabulary(1, 1))
 
 
 def draw(sampling: Sampling, logits: np.ndarray, allowed: np.ndarray = ALL, count: int = 4000):

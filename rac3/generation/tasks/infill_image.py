@@ -5,11 +5,13 @@
     x .
 
 A mask is given in pixels. Each code that shows a masked pixel is drawn, and of its pixels the masked ones are taken:
-all others stay as they were, bit for bit.
+all others stay as they were, bit for bit. The codes from the first masked one to the last are one span, as most are in
+training, and the known ones in between are given where they come. With one span for each row, all known codes would
+stand before what is drawn; but on the quickstart's test split an emblem then is the right one 48% of the time, not 90%.
 """
 
-from collections.abc import Iterator
-from itertools import groupby, pairwise
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -17,7 +19,7 @@ from jaxtyping import Bool, Int, UInt8
 from rac3.config import InputError
 from rac3.generation.prompts import Asked, Context, Form, Piece, TextIds, ask, given
 from rac3.generation.request import Draw, Given, Sample
-from rac3.tokens.vocabulary import END_OF_INFILL, IMAGE_ALT, IMAGE_END, IMAGE_SOURCE
+from rac3.tokens.vocabulary import IMAGE_ALT, IMAGE_END, IMAGE_SOURCE
 
 PixelMask = Bool[np.ndarray, "height width"]
 
@@ -64,14 +66,11 @@ def request(
     text: TextIds = (),
     samples: int = 1,
     first: int = 0,
-    max_spans: int = 16,
 ) -> Asked:
     """The masked codes of an image, given the others.
 
     Args:
       text: the image's caption, if there is one.
-      max_spans: runs of masked codes are moved to the end one by one, or together with the known codes between them if
-        there are more runs than this.
 
     Raises:
       InputError: these are no image's codes, nothing is masked, or there is no room.
@@ -79,36 +78,18 @@ def request(
     form.check_image(codes)
     if not masked.any():
         raise InputError("the mask covers nothing; mark what is to be drawn")
-    vocabulary = form.vocabulary
-    spans = _spans(masked, min(max_spans, vocabulary.num_masks))
-    image: list[Piece] = []
-    grammar: list[Draw | Given] = []
-    begin = 0
-    for index, (start, end) in enumerate(spans):
-        if start > begin:
-            image.append(form.image_piece(codes[begin:start], begin + 1))
-        image.append(vocabulary.mask(index))
-        if index:
-            grammar.append(given([END_OF_INFILL, vocabulary.mask(index)]))
-        grammar += _runs(form, codes, masked, start, end)
-        begin = end
-    if begin < len(codes):
-        image.append(form.image_piece(codes[begin:], begin + 1))
-    after = [IMAGE_SOURCE, *image, IMAGE_END, vocabulary.mask(0)]
-    main = [IMAGE_ALT, *([form.text_piece(text)] if len(text) else []), *after]
-    bare = [IMAGE_ALT, vocabulary.mask(min(len(spans), vocabulary.num_masks - 1)), *after] if len(text) else None
-    return ask(form, main, grammar, context, samples, first, bare)
+    start, end = int(masked.argmax()), len(masked) - int(masked[::-1].argmax())
+    before = [form.image_piece(codes[:start])] if start else []
+    after = [form.image_piece(codes[end:], end + 1)] if end < len(codes) else []
+    mask, no_text = form.vocabulary.mask(0), form.vocabulary.mask(1)
 
+    def prompt(text: Sequence[Piece], mask: int) -> list[Piece]:
+        return [IMAGE_ALT, *text, IMAGE_SOURCE, *before, mask, *after, IMAGE_END, mask]
 
-def _spans(masked: Bool[np.ndarray, " tokens"], most: int) -> list[tuple[int, int]]:
-    """The [start, end) of the runs of masked codes, of which those with the smallest gaps are joined if over `most`."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], masked, [0]])))
-    spans = [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
-    while len(spans) > most:
-        gaps = [later[0] - earlier[1] for earlier, later in pairwise(spans)]
-        joined = int(np.argmin(gaps))
-        spans[joined : joined + 2] = [(spans[joined][0], spans[joined + 1][1])]
-    return spans
+    if not len(text):
+        return ask(form, prompt([], mask), [*_runs(form, codes, masked, start, end)], context, samples, first)
+    main, bare = prompt([form.text_piece(text)], mask), prompt([mask], no_text)
+    return ask(form, main, [*_runs(form, codes, masked, start, end)], context, samples, first, bare)
 
 
 def _runs(form: Form, codes: np.ndarray, masked: np.ndarray, start: int, end: int) -> Iterator[Draw | Given]:

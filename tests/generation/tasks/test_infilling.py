@@ -11,7 +11,7 @@ from rac3.config import InputError
 from rac3.documents.store import Tokens
 from rac3.generation.copying import Copying
 from rac3.generation.prompts import Context, Form
-from rac3.generation.request import Sample
+from rac3.generation.request import Draw, Sample
 from rac3.generation.sampling import Guidance, Sampling
 from rac3.generation.tasks import caption, controlled, draw, edit, infill_image, infill_text
 from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_END
@@ -91,36 +91,24 @@ def test_parts_of_a_text_are_masked_spans(form: Form, completed: Callable, spans
 PIXELS = infill_image.rectangle
 
 
-@pytest.mark.parametrize(
-    ("masked", "spans"),
-    [
-        ([4, 5, 6], [(4, 7)]),
-        ([0, 1, 3, 4], [(0, 2), (3, 5)]),
-        ([2, 5, 8], [(2, 3), (5, 6), (8, 9)]),
-        (range(9), [(0, 9)]),
-    ],
-)
+@pytest.mark.parametrize("masked", [[4, 5, 6], [0, 1, 3, 4], [2, 5, 8], [1], range(9)])
 @pytest.mark.parametrize("text", [(), TEXT])
-def test_parts_of_an_image_are_masked_spans(form: Form, completed: Callable, masked, spans, text):
+def test_the_masked_part_of_an_image_is_one_span(form: Form, completed: Callable, masked, text):
+    """From its first code to its last; the known codes in between are given."""
     under = np.isin(np.arange(9), masked)
     asked = infill_image.request(form, CODES, under, CONTEXT, text)
-    (got,) = completed(asked.request, [48 + CODES[low:high] for low, high in spans])
+    drawn = sum(isinstance(run, Draw) for run in asked.request.grammar)
+    runs = np.split(np.array(masked), 1 + np.flatnonzero(np.diff(masked) > 1))
+    assert drawn == len(runs)
+    (got,) = completed(asked.request, [48 + CODES[run] for run in runs])
+    span = (min(masked), max(masked) + 1)
     if len(text):
-        assert [*got, (END_OF_INFILL, 0), (EOD, 0)] == training(form, [(100 + low, 100 + high) for low, high in spans])
+        assert [*got, (END_OF_INFILL, 0), (EOD, 0)] == training(form, [(100 + span[0], 100 + span[1])])
     else:
-        sequence = form.builder.sequence(((True, CODES),))
-        whole = move_spans(form.vocabulary, sequence, [(2 + low, 2 + high) for low, high in spans])
+        whole = move_spans(form.vocabulary, form.builder.sequence(((True, CODES),)), [(2 + span[0], 2 + span[1])])
         assert got[-len(whole.ids) + 2 :] == list(
             zip(whole.ids[:-2].tolist(), whole.offsets[:-2].tolist(), strict=True)
         )
-
-
-def test_runs_that_are_masked_together_keep_what_is_between(form: Form, completed: Callable):
-    """Of three runs, the two with the smaller gap become one span, in which the known code is given."""
-    under = np.isin(np.arange(9), [0, 3, 5, 6])
-    asked = infill_image.request(form, CODES, under, CONTEXT, TEXT, max_spans=2)
-    (got,) = completed(asked.request, [48 + CODES[[0]], 48 + CODES[[3]], 48 + CODES[[5, 6]]])
-    assert [*got, (END_OF_INFILL, 0), (EOD, 0)] == training(form, [(100, 101), (103, 107)])
 
 
 def test_only_masked_codes_change(form: Form):
@@ -147,13 +135,13 @@ def test_outside_the_mask_every_pixel_stays():
 
 
 def test_guidance_infills_with_a_mask_for_the_text(form: Form):
-    """The image's spans come first in what is drawn, so the text has the sentinel after theirs."""
-    under = np.isin(np.arange(9), [0, 4])
+    """As in training where both are masked, the text first; the text's span would come after the image's."""
+    under = np.isin(np.arange(9), [3, 4])
     asked = infill_image.request(form, CODES, under, Context(without="text"), TEXT)
-    image = [3, 78, *(48 + CODES[1:4]), 79, *(48 + CODES[5:]), 4, 78]
+    image = [*(48 + CODES[:3]), *(48 + CODES[5:])]
     assert [prompt.ids.tolist() for prompt in asked.request.prompts] == [
-        [1, 2, *(8 + TEXT), *image],
-        [1, 2, 80, *image],
+        [1, 2, *(8 + TEXT), 3, *image[:3], 78, *image[3:], 4, 78],
+        [1, 2, 78, 3, *image[:3], 79, *image[3:], 4, 79],
     ]
 
 
