@@ -274,6 +274,7 @@ CSS = """
 .gradio-container { max-width: 1080px !important; width: 100% !important; margin: auto; }
 .html-container { padding: 0 !important; }
 #message:has(.html-container > div:empty) { display: none; }
+#task label { padding: 6px 8px; gap: 6px; }
 h3 { font-size: 14px; font-weight: 600; margin: 0 0 8px; color: var(--body-text-color); }
 figure { margin: 0; }
 figure img { width: 100%; border-radius: 6px; display: block; }
@@ -450,7 +451,9 @@ class Page:
     def _build_prompt(self) -> None:
         gr, examples = self.gr, self.session.examples
         placeholder = examples[0].text if examples else ""
-        self.task = gr.Radio([(name, task) for task, name in TASKS.items()], value="draw", show_label=False)
+        self.task = gr.Radio(
+            [(name, task) for task, name in TASKS.items()], value="draw", show_label=False, elem_id="task"
+        )
         self.hint = self._html(hint("draw"))
         self.text = gr.Textbox(
             label="Text", placeholder=placeholder, lines=2, max_lines=4, max_length=MOST_CHARACTERS, elem_id="text"
@@ -462,6 +465,7 @@ class Page:
         with gr.Row():
             self.example = gr.Button("Example", visible=bool(examples), min_width=100)
             self.go = gr.Button(TASKS["draw"], variant="primary", min_width=100, elem_id="go")
+        self.message = self._html(elem_id="message")
 
     def _build_settings(self) -> None:
         gr, most, sampling = self.gr, self.session.most, self.session.sampling("draw")
@@ -477,8 +481,6 @@ class Page:
             self.without = gr.Radio(["text", "documents"], value="text", label="Guidance: away from no ...")
 
     def _build_answer(self) -> None:
-        self.message = self._html(elem_id="message")
-
         @self.gr.render(inputs=[self.context], show_progress="hidden")
         def cards(context: Context) -> None:
             self._build_cards(context)
