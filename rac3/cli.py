@@ -49,7 +49,7 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
     "none": NoRetriever,
 }
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
-AT_INFERENCE = ("evaluate", "generate", "report")  # stages that leave the model as it is
+AT_INFERENCE = ("evaluate", "generate", "demo", "report")  # stages that leave the model as it is
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a process's limit
 USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,random,none} [its overrides]]"
 
@@ -452,6 +452,14 @@ def _generate(run: Model, options: Any) -> None:
     print(generate(run, options))
 
 
+def _demo(run: Model, options: Any) -> None:
+    from rac3.demo import demo
+
+    run.experiment.mesh.build()
+    _index(run, options)
+    demo(run, options)
+
+
 def _export(run: Run, options: Any) -> None:
     from rac3.stages.export import export
 
@@ -489,6 +497,12 @@ def _generate_options() -> type:
     from rac3.stages.generate import GenerateOptions
 
     return GenerateOptions
+
+
+def _demo_options() -> type:
+    from rac3.demo import DemoOptions
+
+    return DemoOptions
 
 
 def _export_options() -> type:
@@ -535,6 +549,9 @@ STAGES = {
         _generate,
         _generate_options,
         False,
+    ),
+    "demo": Stage(
+        "serve a web page that draws, captions, infills and edits; needs gradio", _demo, _demo_options, False
     ),
     "report": Stage("write the report and metrics.json", _report, timed=False),
     "run": Stage("prepare, train, evaluate and report", _run),

@@ -23,7 +23,7 @@ FLOORS = (
     ("experiment",),
     ("recipes", "run", "answering", "experiment_file"),
     ("stages",),
-    ("plan", "report"),
+    ("plan", "report", "demo"),
     ("cli",),
 )
 # Not even from a lower floor: (importer, imported, why).
