@@ -4,10 +4,13 @@
            <img alt=" <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> cat <eoi>
 
 One run has one demonstration of each label. Of k runs, with other demonstrations, the probabilities are averaged.
+
+The probability of a label is that of the caption given the image, as in the paper, or by Bayes' rule with equal priors
+that of the image given the caption, for models that draw what a name shows better than they name what an image shows.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,11 +38,13 @@ def request(
     codes: Int[np.ndarray, " tokens"],
     labels: Sequence[TextIds],
     demonstrations: Sequence[Sequence[Tokens]],
+    scored: Literal["text", "image"] = "text",
 ) -> Asked:
     """Each label as the caption of an image, after the demonstrations of each run.
 
     Args:
       demonstrations: of each run, its documents; no runs ask without demonstrations.
+      scored: the caption given the image, or the image given the caption.
 
     Raises:
       InputError: fewer than two labels, equal or empty ones, or demonstrations that do not fit.
@@ -54,7 +59,8 @@ def request(
         row = []
         for label in labels:
             document = (False, np.asarray(label, np.int32)), (True, codes)
-            asked = score.request(form, document, 0, Context(documents), infill=True)
+            segment = int(scored == "image")
+            asked = score.request(form, document, segment, Context(documents), infill=scored == "text")
             if asked.dropped:
                 raise InputError(
                     f"{len(documents)} demonstrations do not fit into one context next to the image; "
