@@ -125,6 +125,14 @@ def test_labels_are_scored_by_the_image(form: Form, engine: PlainEngine, scorer:
         np.testing.assert_allclose(log_probs, plain(form, engine, RETRIEVED[:1], main, first, first + 9), atol=1e-4)
 
 
+def test_labels_may_stand_apart_from_the_demonstrations_of_others(form: Form):
+    asked = classify.request(form, CODES, [[10], [11]], [RETRIEVED[:2], RETRIEVED[2:]], apart=True)
+    shown = [[part.group.tokens[2] - 8 for part in run] for run in asked.parts]
+    assert shown == [[0, 1], [2, 3]]
+    with pytest.raises(InputError, match="a run has not one demonstration for each of the 2 labels"):
+        classify.request(form, CODES, [[10], [11]], [RETRIEVED[:3]], apart=True)
+
+
 def test_probabilities_of_tiny_likelihoods():
     """Far below what exp can hold."""
     found = classify.answer([[np.array([-3000.0, -1.0]), np.array([-3001.0])], [np.array([-5000.0]), np.array([-9.0])]])
