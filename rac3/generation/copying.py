@@ -92,7 +92,7 @@ def _text_places(
     text = _is_text(step, ids)
     ended = ~text & _shifted(text, 1)
     place = jnp.where(text, offsets, jnp.where(ended, _shifted(offsets, 1) + 1, 0))
-    begins = jnp.ones(1, bool) if step.word_starts is None else step.word_starts
+    begins = jnp.ones(1, bool) if step.word_starts is None else jnp.asarray(step.word_starts)
     shape = (*step.offset.shape, ids.shape[-1])
 
     def compare(distance: int | Array, found: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -3,6 +3,7 @@
 from typing import Protocol, no_type_check, runtime_checkable
 
 import flax.struct
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rac3.tokens.vocabulary import Vocabulary
@@ -32,7 +33,7 @@ class Step(flax.struct.PyTreeNode):
     drawn_offsets: Int[Array, "requests samples drawn"]
     count: Int[Array, "requests samples"]
     offset: Int[Array, "requests samples"]
-    word_starts: Bool[Array, " vocab"] | None = None
+    word_starts: Bool[Array | np.ndarray, " vocab"] | None = None
     vocabulary: Vocabulary = flax.struct.field(pytree_node=False, kw_only=True)
     image_width: int = flax.struct.field(pytree_node=False, default=0)
 

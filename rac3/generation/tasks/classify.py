@@ -4,10 +4,13 @@
            <img alt=" <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> cat <eoi>
 
 One run has one demonstration of each label. Of k runs, with other demonstrations, the probabilities are averaged.
+
+The probability of a label is that of the caption given the image, as in the paper, or by Bayes' rule with equal priors
+that of the image given the caption, for models that draw what a name shows better than they name what an image shows.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,11 +38,15 @@ def request(
     codes: Int[np.ndarray, " tokens"],
     labels: Sequence[TextIds],
     demonstrations: Sequence[Sequence[Tokens]],
+    scored: Literal["text", "image"] = "text",
+    apart: bool = False,
 ) -> Asked:
     """Each label as the caption of an image, after the demonstrations of each run.
 
     Args:
       demonstrations: of each run, its documents; no runs ask without demonstrations.
+      scored: the caption given the image, or the image given the caption.
+      apart: each label stands after its own demonstration alone: of each run, the document of the same number.
 
     Raises:
       InputError: fewer than two labels, equal or empty ones, or demonstrations that do not fit.
@@ -49,12 +56,18 @@ def request(
         raise InputError(f"{len(labels)} labels leave no choice; give at least 2")
     if not all(len(label) for label in labels) or len({tuple(label) for label in labels}) < len(labels):
         raise InputError("a label is empty, or given twice; give different ones")
+    if apart and any(len(run) != len(labels) for run in demonstrations):
+        raise InputError(
+            f"a run has not one demonstration for each of the {len(labels)} labels; give as many, in order"
+        )
     parts, notes = [], []
-    for documents in demonstrations or [()]:
+    for run in demonstrations or [()]:
         row = []
-        for label in labels:
+        for index, label in enumerate(labels):
+            documents = run[index : index + 1] if apart else run
             document = (False, np.asarray(label, np.int32)), (True, codes)
-            asked = score.request(form, document, 0, Context(documents), infill=True)
+            segment = int(scored == "image")
+            asked = score.request(form, document, segment, Context(documents), infill=scored == "text")
             if asked.dropped:
                 raise InputError(
                     f"{len(documents)} demonstrations do not fit into one context next to the image; "

@@ -117,6 +117,22 @@ def test_labels_without_demonstrations(form: Form):
     assert asked.parts[0][0].group.tokens.tolist() == [1, 2, 78, 3, *(48 + CODES), 4, 78, 18, 5]
 
 
+def test_labels_are_scored_by_the_image(form: Form, engine: PlainEngine, scorer: score.Scorer):
+    """The codes after each label, in order."""
+    asked = classify.request(form, CODES, [[10], [11, 12]], [RETRIEVED[:1]], scored="image")
+    for log_probs, label in zip(scorer.log_probs(asked.parts[0]), ([10], [11, 12]), strict=True):
+        main, first = form.builder.sequence(((False, np.array(label)), (True, CODES))), len(label) + 2
+        np.testing.assert_allclose(log_probs, plain(form, engine, RETRIEVED[:1], main, first, first + 9), atol=1e-4)
+
+
+def test_labels_may_stand_apart_from_the_demonstrations_of_others(form: Form):
+    asked = classify.request(form, CODES, [[10], [11]], [RETRIEVED[:2], RETRIEVED[2:]], apart=True)
+    shown = [[part.group.tokens[2] - 8 for part in run] for run in asked.parts]
+    assert shown == [[0, 1], [2, 3]]
+    with pytest.raises(InputError, match="a run has not one demonstration for each of the 2 labels"):
+        classify.request(form, CODES, [[10], [11]], [RETRIEVED[:3]], apart=True)
+
+
 def test_probabilities_of_tiny_likelihoods():
     """Far below what exp can hold."""
     found = classify.answer([[np.array([-3000.0, -1.0]), np.array([-3001.0])], [np.array([-5000.0]), np.array([-9.0])]])
