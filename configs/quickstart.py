@@ -11,6 +11,7 @@ from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.documents.world import World
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Data, Experiment
+from rac3.generation.copying import Copying
 from rac3.generation.sampling import Sampling
 from rac3.model.transformer import TransformerConfig
 from rac3.retrieval.scann import Scann
@@ -85,7 +86,7 @@ def get_config(seed: int = 0) -> Experiment:
             image_samples=8,
             caption_samples=4,
             image_sampling=Sampling(temperature=0.2),
-            caption_sampling=Sampling(temperature=0.2),
+            caption_sampling=Sampling(temperature=0.2, copying=Copying(weight=0.2)),
             max_caption_tokens=24,
         ),
     )

@@ -202,9 +202,14 @@ def test_a_context_that_no_document_fits_in_is_refused(refused: Refused, workdir
     assert "context_length" in line
 
 
-@pytest.mark.parametrize("prompt", [[], ["--prompt", ""], ["--prompt", "  "], ["--prompt", "a", "--image", "b.png"]])
+@pytest.mark.parametrize("prompt", [[], ["--prompt", ""], ["--prompt", "  "]])
 def test_a_prompt_without_text_is_refused(prompt: list[str], refused: Refused, workdir: Path):
     assert "give --prompt TEXT or --image FILE" in refused("generate", TINY, *prompt, workdir=workdir)
+
+
+def test_a_text_and_an_image_need_a_task(refused: Refused, workdir: Path):
+    line = refused("generate", TINY, "--prompt", "a", "--image", "b.png", workdir=workdir)
+    assert "say what to do: --task" in line
 
 
 def test_an_image_that_is_none_is_refused(refused: Refused, workdir: Path, tmp_path: Path):
@@ -690,7 +695,7 @@ def test_a_finished_workdir_is_a_config(
     before = tree(moved)
     assert rac3("generate", str(moved), *own) == 0
     made = {name: digest for name, digest in tree(moved).items() if name not in before}
-    assert set(made) == {"generated/a-red-fox-0.png", "generated/a-red-fox-1.png"}
+    assert set(made) == {f"generated/a-red-fox{end}" for end in ("-0.png", "-1.png", ".json")}
     by_config = tree(tmp_path / "by config")
     assert {name.removeprefix("generated/"): digest for name, digest in made.items()} == by_config
     assert not workdir.exists()
@@ -743,7 +748,7 @@ def test_a_prompt_has_one_modality_of_what_is_retrieved(shown: str, hidden: str,
     run = Run(experiment, Workdir(workdir, "tiny"), tiny())
     found = run.retrieve("a fox", k=2)
     assert len(found) == 2
-    sequences = run.in_context([each.tokens for each in found], main=40)
+    sequences = run.builder.retrieved_sequences([each.tokens.tokens for each in found])
     vocabulary = run.builder.vocabulary
     assert len(sequences) == 2
     for sequence in sequences:

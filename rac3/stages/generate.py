@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def generate(run: Model, options: GenerateOptions) -> str:
     folder = Path(options.out) if options.out else run.workdir.path / "generated"
     if options.prompts:
         return _generate_all(run, options, folder)
-    with Progress("opening", 1, "models") as bar:  # the first thing that is seen
+    with Progress("opening", 1, "models", shown=sys.stderr.isatty()) as bar:  # the first thing that is seen
         prompt = _prompt(run, options, Path())
         run.engine  # noqa: B018  # opens it
         bar.update()
