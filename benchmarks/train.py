@@ -22,19 +22,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from measure import interleaved, ratio, record
 
 PACKAGES = ("rac3", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "transformers", "numpy")
 PARTS = ("step", "memory", "compile", "checkpoint")
-LAYERS, WIDTH, HEADS, VOCAB = 4, 512, 8, 8192
-ROWS = {"one group of 1,024": [1024], "a row of 4,096, four groups": [1000, 1100, 950, 1046]}
+ROWS = {"one group of 1,024": [[1024]], "a row of 4,096, four groups": [[1000, 1100, 950, 1046]]}
 
 
-def training_case(lengths: list[int]) -> tuple[Any, Any, Any]:
-    """(model, parameters, batch) of one row that holds groups of these lengths."""
+@dataclass(frozen=True)
+class Size:
+    """Of the model."""
+
+    layers: int = 4
+    width: int = 512
+    heads: int = 8
+    vocab: int = 8192
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def training_case(rows: list[list[int]], size: Size = Size(), **fields: Any) -> tuple[Any, Any, Any]:
+    """(model, parameters, batch) of rows that hold groups of these lengths, padded to the longest row.
+
+    Args:
+      fields: more of the model's config.
+    """
     import flax.linen as nn
     import jax
     import numpy as np
@@ -43,28 +58,25 @@ def training_case(lengths: list[int]) -> tuple[Any, Any, Any]:
     from rac3.model.transformer import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=LAYERS, embed=WIDTH, num_heads=HEADS, mlp=4 * WIDTH, offset_embedding=False, dtype="float32",
-        remat="none", init_std=0.02,
+        num_layers=size.layers, embed=size.width, num_heads=size.heads, mlp=4 * size.width, offset_embedding=False,
+        dtype=size.dtype, init_std=0.02, **{"remat": "none", **fields},
     )  # fmt: skip
-    model = config.build(VOCAB, max(lengths), 1)
-    rng, seq = np.random.default_rng(0), sum(lengths)
-    ids = rng.integers(0, VOCAB, (2, 1, seq)).astype(np.int32)
-    zeros = np.zeros((1, seq), np.int32)
-    batch = PackedBatch(
-        tokens=ids[0],
-        targets=ids[1],
-        segments=np.repeat(np.arange(1, len(lengths) + 1), lengths)[None].astype(np.int32),
-        positions=np.concatenate([np.arange(length) for length in lengths])[None].astype(np.int32),
-        offsets=zeros,
-        loss_weight=np.ones((1, seq), np.float32),
-        kind=zeros + MAIN_TEXT,
-    )
-    init = jax.jit(model.init)(jax.random.key(0), batch.tokens, batch.positions, batch.offsets, batch.segments)
+    seq, longest = max(map(sum, rows)), max(map(max, rows))
+    model = config.build(size.vocab, longest, 1, max(map(len, rows)))
+    ids = np.random.default_rng(0).integers(0, size.vocab, (2, len(rows), seq)).astype(np.int32)
+    segments, positions = np.zeros((2, len(rows), seq), np.int32)
+    for row, lengths in enumerate(rows):
+        real = slice(sum(lengths))
+        segments[row, real] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        positions[row, real] = np.concatenate([np.arange(length) for length in lengths])
+    weight = (segments > 0).astype(np.float32)
+    batch = PackedBatch(ids[0], ids[1], segments, positions, 0 * segments, weight, np.full_like(segments, MAIN_TEXT))
+    init = jax.jit(model.init)(jax.random.key(0), *[np.zeros((1, 2), np.int32)] * 4)
     return model, nn.unbox(init), batch
 
 
-def our_step(model: Any, params: Any, batch: Any) -> tuple[Callable[[], float], float]:
-    """A call that trains one step and gives its loss, and the FLOPs of matrix products without attention's."""
+def our_step(model: Any, params: Any, batch: Any) -> Callable[[], float]:
+    """A call that trains one step and gives its loss."""
     import jax
     import jax.numpy as jnp
 
@@ -75,7 +87,7 @@ def our_step(model: Any, params: Any, batch: Any) -> tuple[Callable[[], float], 
     optimizer = OptimizerConfig().build(1000)
     params = jax.tree.map(jnp.array, params)
     holder = [TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))]
-    step, batch = make_train_step(model, optimizer), jax.tree.map(jnp.asarray, batch)
+    step, batch = make_train_step(model, optimizer, chunk=256), jax.tree.map(jnp.asarray, batch)
 
     def call() -> float:
         state, metrics = step(holder[0], batch)
@@ -83,11 +95,13 @@ def our_step(model: Any, params: Any, batch: Any) -> tuple[Callable[[], float], 
         total, count = metrics["loss"]
         return float(total) / float(count)
 
-    return call, 6 * (LAYERS * 12 * WIDTH**2 + VOCAB * WIDTH) * batch.tokens.size
+    return call
 
 
-def torch_step(params: Any, batch: Any, attention: str) -> Callable[[], float]:
-    """The same by transformers and torch."""
+def torch_step(
+    params: Any, batch: Any, attention: str, size: Size = Size(), device: str = "cpu"
+) -> Callable[[], float]:
+    """The same by transformers and torch; on a GPU, compiled by torch.compile."""
     import numpy as np
     import torch
     import transformers
@@ -95,25 +109,29 @@ def torch_step(params: Any, batch: Any, attention: str) -> Callable[[], float]:
     seq = batch.tokens.shape[1]
     model = transformers.OPTForCausalLM(
         transformers.OPTConfig(
-            vocab_size=VOCAB, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, ffn_dim=4 * WIDTH, max_position_embeddings=seq, dropout=0.0,
-            attn_implementation=attention, use_cache=False,
+            vocab_size=size.vocab, hidden_size=size.width, word_embed_proj_dim=size.width,
+            num_hidden_layers=size.layers, num_attention_heads=size.heads, ffn_dim=4 * size.width,
+            max_position_embeddings=seq, dropout=0.0, attn_implementation=attention, use_cache=False,
         )
     ).train()  # fmt: skip
     load_opt(model, params)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    ids, targets = torch.tensor(np.int64(batch.tokens)), torch.tensor(np.int64(batch.targets))
+    targets = np.where(batch.loss_weight > 0, batch.targets, -100)  # which cross_entropy leaves out
+    ids, targets = (torch.tensor(np.int64(x), device=device) for x in (batch.tokens, targets))
     more: dict[str, Any] = {}
     if batch.segments.max() > 1:
-        segments = batch.segments[0]
-        seen = (segments[:, None] == segments[None, :]) & np.tril(np.ones((seq, seq), bool))
+        seen = (batch.segments[:, :, None] == batch.segments[:, None, :]) & np.tril(np.ones((seq, seq), bool))
         bias = torch.where(torch.tensor(seen), 0.0, torch.finfo(torch.float32).min)
-        more = {"attention_mask": bias[None, None], "position_ids": torch.tensor(np.int64(batch.positions))}
+        more = {"attention_mask": bias[:, None], "position_ids": torch.tensor(np.int64(batch.positions))}
+        more = {name: value.to(device) for name, value in more.items()}
+    forward = model if device == "cpu" else torch.compile(model)
 
     def call() -> float:
         optimizer.zero_grad()
-        logits = model(ids, **more).logits
-        loss = torch.nn.functional.cross_entropy(logits[0], targets[0])
+        with torch.autocast(device, torch.bfloat16, enabled=size.dtype == "bfloat16"):
+            logits = forward(ids, **more).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -122,7 +140,7 @@ def torch_step(params: Any, batch: Any, attention: str) -> Callable[[], float]:
     return call
 
 
-def load_opt(model: Any, params: Any) -> None:
+def load_opt(model: Any, params: Any, size: Size) -> None:
     """Gives transformers' OPT our weights."""
     import numpy as np
     import torch
@@ -162,10 +180,12 @@ def steps(threads: int, rounds: int) -> list[dict[str, Any]]:
 
     torch.set_num_threads(threads)
     best, rows = product_rate(), []
-    for name, lengths in ROWS.items():
-        model, params, batch = training_case(lengths)
-        ours, flops = our_step(model, params, batch)
-        calls = {"ours": ours, **{each: torch_step(params, batch, each) for each in ("sdpa", "eager")}}
+    for name, groups in ROWS.items():
+        model, params, batch = training_case(groups)
+        calls = {
+            "ours": our_step(model, params, batch),
+            **{each: torch_step(params, batch, each) for each in ("sdpa", "eager")},
+        }
         losses = {each: call() for each, call in calls.items()}
         if max(losses.values()) - min(losses.values()) > 1e-4:
             sys.exit(f"the losses of the same weights on the same batch differ: {losses}")
@@ -176,12 +196,17 @@ def steps(threads: int, rounds: int) -> list[dict[str, Any]]:
             "sdpa_over_ours": ratio(times["sdpa"], times["ours"]),
             "eager_over_ours": ratio(times["eager"], times["ours"]),
             "seconds": {each: round(min(found), 3) for each, found in times.items()},
-            "share_of_matmul_rate": round(flops / min(times["ours"]) / best, 3),
+            "share_of_matmul_rate": round(product_flops(Size(), batch) / min(times["ours"]) / best, 3),
             "matmul_gflops": round(best / 1e9),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
+
+
+def product_flops(size: Size, batch: Any) -> int:
+    """FLOPs of the matrix products of a step, without attention's."""
+    return int(6 * (size.layers * 12 * size.width**2 + size.vocab * size.width) * batch.tokens.size)
 
 
 def product_rate() -> float:
@@ -230,9 +255,10 @@ def compile_seconds() -> list[dict[str, Any]]:
     from rac3.training.state import TrainState
     from rac3.training.step import make_train_step
 
-    rows = []
+    size, rows = Size(), []
     for layers in (8, 32):
-        model = TransformerConfig(num_layers=layers, embed=WIDTH, num_heads=HEADS, mlp=4 * WIDTH).build(VOCAB, 1024, 1)
+        config = TransformerConfig(num_layers=layers, embed=size.width, num_heads=size.heads, mlp=4 * size.width)
+        model = config.build(size.vocab, 1024, 1)
         ids, optimizer = jax.ShapeDtypeStruct((1, 1024), jnp.int32), OptimizerConfig().build(1000)
 
         def state(key: Any, model: Any = model, optimizer: Any = optimizer) -> Any:

@@ -253,10 +253,10 @@ class Run:
         """Continues prompts with the model that `train` ended with, over this machine's mesh."""
 
         def start(_: Path) -> Engine:
-            mesh = self.experiment.mesh.build()
-            vocabulary, starts = self.vocabulary, self.tokenizer.word_starts()
+            mesh, vocabulary, starts = self.experiment.mesh.build(), self.vocabulary, self.tokenizer.word_starts
             if starts is not None:
-                starts = np.pad(starts, (NUM_SPECIALS, vocabulary.padded_size - vocabulary.image_start))
+                after = vocabulary.padded_size - vocabulary.image_start
+                starts = np.pad(starts, (NUM_SPECIALS, after), constant_values=True)
             return Engine(self.model, self.params, vocabulary, mesh, self.form.image_width, starts)
 
         return self._open(self.training_recipe, start, "engine")

@@ -15,8 +15,11 @@ from rac3.tokens.vocabulary import Vocabulary
 
 
 class PlainEngine:
-    def __init__(self, model: Transformer, params, vocabulary: Vocabulary, image_width: int = 0) -> None:
+    def __init__(
+        self, model: Transformer, params, vocabulary: Vocabulary, image_width: int = 0, word_starts=None
+    ) -> None:
         self.model, self.params, self.vocabulary, self.image_width = model, params, vocabulary, image_width
+        self.word_starts = word_starts
         self._logits, self._sample = jax.jit(self._last), jax.jit(sample)
 
     def run(
@@ -71,8 +74,16 @@ class PlainEngine:
         drawn[..., : len(ids)], drawn_offsets[..., : len(ids)] = ids, offsets
         count = [np.full((1, 1), each, np.int32) for each in (len(ids), offset)]
         prompts = [np.where(known, each, 0)[None] for each in (tokens, places)]
-        known = *prompts, lengths[None], drawn, drawn_offsets, *count
-        step = Step(*known, vocabulary=self.vocabulary, image_width=self.image_width)
+        step = Step(
+            *prompts,
+            lengths[None],
+            drawn,
+            drawn_offsets,
+            *count,
+            self.word_starts,
+            vocabulary=self.vocabulary,
+            image_width=self.image_width,
+        )
         step = jax.tree.map(jnp.asarray, step)
         drawn_ids, scores = self._sample(sampling, logits[None, :, None], allowed[None, None], step, key[None, None])
         return int(drawn_ids[0, 0]), float(scores[0, 0])
@@ -81,6 +92,6 @@ class PlainEngine:
         """Logits after the last of `lengths` ids of each row."""
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (places < lengths[:, None]).astype(jnp.int32)
-        hidden, _ = self.model.apply(params, tokens, places, offsets, segments)
+        hidden = self.model.apply(params, tokens, places, offsets, segments)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.model.apply(params, last, method="logits")

@@ -26,6 +26,7 @@ from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
 from rac3.execution.ray import Ray
 from rac3.experiment import Experiment
+from rac3.experiment_file import EXPERIMENT
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
@@ -33,7 +34,7 @@ from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.retriever import Queries
 from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
-from rac3.run import EXPERIMENT, Run
+from rac3.run import Run
 
 TINY = str(ROOT / "tests" / "tiny_config.py")
 COMMAND = [sys.executable, "-c", "from rac3.cli import main; main()"]

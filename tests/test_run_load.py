@@ -23,11 +23,12 @@ from rac3.documents.tfds import Tfds
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.ray import Ray
 from rac3.experiment import Data, Experiment
+from rac3.experiment_file import EXPERIMENT, describe
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.scann import Scann
-from rac3.run import EXPERIMENT, Run, describe
+from rac3.run import Run
 
 Command = Callable[..., int]
 TINY = tiny_config.get_config()
@@ -82,7 +83,7 @@ def test_a_finished_run_is_loaded_with_all_it_holds(finished_workdir: tuple[Path
 
 def test_overrides_are_stored(rac3: Command, tmp_path: Path):
     """With them the artifacts are current, of which the config alone knows nothing."""
-    from rac3.run import load
+    from rac3.experiment_file import load
 
     config = str(Path(tiny_config.__file__))
     overrides = ["--vqgan.fit.steps", "2", "--clip.fit.steps", "3", "--seed", "7", "--text.vocab-size", "290"]
@@ -97,7 +98,7 @@ def test_overrides_are_stored(rac3: Command, tmp_path: Path):
 
 def test_a_model_is_not_forgotten_for_a_stage_with_other_settings(rac3: Command, workdir: Path):
     """The experiment is that of the model, until another one is trained."""
-    from rac3.run import load
+    from rac3.experiment_file import load
 
     config = tiny_config.__file__
     before = (workdir / EXPERIMENT).read_text()
@@ -165,7 +166,7 @@ LOAD = """
 import sys, jax, rac3
 jax.jit(lambda x: x + 1)(1.0)  # before it is known that programs are kept
 rac3.load(sys.argv[1])
-jax.jit(lambda x: jax.numpy.linalg.eigh(x)[0] + jax.random.normal(jax.random.key(0), (3,)))(jax.numpy.eye(3))
+jax.jit(lambda x: [x := jax.numpy.sin(x @ x) for _ in range(400)][-1])(jax.numpy.eye(3))  # takes long to compile
 print(jax.config.jax_compilation_cache_dir)
 """
 

@@ -6,6 +6,7 @@ The quickstart, shrunken until it runs in seconds: what the tests run whole. It 
 from dataclasses import replace
 
 from rac3.configs.quickstart import get_config as quickstart
+
 from rac3.documents.world import World
 from rac3.experiment import Experiment
 from rac3.weights.fitting import FitConfig

@@ -233,6 +233,11 @@ def mesh_axes(name: str) -> tuple[str, ...]:
     return _mesh_axes(nn.get_logical_axis_rules(), name) or ()
 
 
+def is_sharded() -> bool:
+    """Whether the mesh in use has several devices."""
+    return jax.sharding.get_abstract_mesh().size > 1
+
+
 def _spec(rules: Iterable[tuple[str, Any]], names: Iterable[str | None]) -> PartitionSpec:
     return PartitionSpec(*(None if name is None else _mesh_axes(rules, name) for name in names))
 

@@ -33,5 +33,10 @@ class EvaluationConfig:
         for name in ("documents", "image_samples", "caption_samples", "max_caption_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"evaluation.{name}={getattr(self, name)} is below 1; use at least 1")
+        if self.caption_sampling.without == "text":
+            raise InputError(
+                "evaluation.caption_sampling compares with a prompt without its text, but a caption is asked for by an "
+                "image; set its guidance.without (or contrast.without) to documents"
+            )
         if self.num_retrieved < 0:
             raise InputError(f"evaluation.num_retrieved={self.num_retrieved} is below 0; use 0 to 2")

@@ -249,8 +249,8 @@ def advance(
     decoder: Decoder,
     vocabulary: Vocabulary,
     image_width: int,
-    word_starts: Bool[Array, " vocab"] | None,
     weights: PyTree,
+    word_starts: Bool[Array | np.ndarray, " vocab"] | None,
     batch: Batch,
     rows: Rows,
     most: Int[Array, ""],
@@ -263,17 +263,18 @@ def advance(
         running = jnp.any(rows.place < batch.places[:, None], axis=1)
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
-    return jax.lax.while_loop(
-        goes_on, partial(_step, decoder, vocabulary, image_width, word_starts, weights, batch), rows
-    )
+    step = partial(_step, decoder, vocabulary, image_width, weights, word_starts, batch)
+    rows = jax.lax.while_loop(goes_on, step, rows)
+    read = [_replicated(x) for x in (rows.place, rows.count, rows.drawn, rows.log_probs)]
+    return replace(rows, place=read[0], count=read[1], drawn=read[2], log_probs=read[3])
 
 
 def _step(
     decoder: Decoder,
     vocabulary: Vocabulary,
     image_width: int,
-    word_starts: Bool[Array, " vocab"] | None,
     weights: PyTree,
+    word_starts: Bool[Array | np.ndarray, " vocab"] | None,
     batch: Batch,
     rows: Rows,
 ) -> Rows:
@@ -300,7 +301,8 @@ def _step(
 
     offset, forced = here(batch.offset), here(batch.forced)
     known = batch.tokens, batch.offsets, batch.lengths, rows.drawn, rows.drawn_offsets, rows.count, offset
-    given = Step(*known, word_starts, vocabulary=vocabulary, image_width=image_width)
+    starts = None if word_starts is None else jnp.asarray(word_starts)
+    given = Step(*known, starts, vocabulary=vocabulary, image_width=image_width)
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(jax.random.wrap_key_data(batch.keys), place)
     ids, log_probs = sample(batch.sampling, logits, batch.masks[here(batch.allowed)], given, keys)
     ids, log_probs = _replicated(jnp.where(forced >= 0, forced, ids).astype(jnp.int32)), _replicated(log_probs)
@@ -324,4 +326,5 @@ def _step(
 
 
 def _replicated(x: Array) -> Array:
+    """Whole on every device: each process reads it."""
     return constrain(x, *[None] * x.ndim)

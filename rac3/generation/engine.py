@@ -83,7 +83,7 @@ class Engine:
       params: as `init` and the checkpoints of training have them.
       mesh: that the parameters are laid out over, if any. The rows of a batch are sharded over it too.
       image_width: codes in a row of an image; 0 is unknown.
-      word_starts: whether each id begins a word; None is unknown.
+      word_starts: whether each id begins a word, for `Copying`; None is unknown.
       rows: the most samples in a batch; each counts as often as its request has prompts.
       cache_bytes: the most that the caches of a batch may take; one request per shard is always decoded.
       chunk: ids that are prefilled at a time; None is what suits the device.
@@ -320,16 +320,8 @@ class Slots:
         """Decodes for some steps, or until a slot is free for a waiting request; gives the requests that finished."""
         engine, limits = self.engine, (np.int32(self.engine.steps), np.bool_(bool(self.waiting)))
         with engine.on_mesh():
-            self.rows = advance(
-                engine.decoder,
-                engine.vocabulary,
-                engine.image_width,
-                engine.word_starts,
-                engine.weights,
-                self.batch,
-                self.rows,
-                *limits,
-            )
+            constant = engine.decoder, engine.vocabulary, engine.image_width, engine.weights, engine.word_starts
+            self.rows = advance(*constant, self.batch, self.rows, *limits)
         self.host = self._read()
         finished = []
         for slot, part in enumerate(self.parts):

@@ -133,12 +133,12 @@ def _backward(
         def with_keys(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             d_queries, d_key, d_value = carry
             keys, values = _block(key, j, block, 1), _block(value, j, block, 1)
-            weights = jnp.exp(_logits(queries, keys, begins, i, j) - lse_block[..., None])
-            d_weights = _einsum("hqd,hkd->hqk", d_out, values) - dots_block[..., None]
+            weights = jnp.exp(_logits(queries, keys, begins, i, j, True) - lse_block[:, None, :])
+            d_weights = _einsum("hkd,hqd->hkq", values, d_out) - dots_block[:, None, :]
             d_logits = (weights * d_weights * _scale(query)).astype(query.dtype)
-            d_value = _add(d_value, _einsum("hqk,hqd->hkd", weights.astype(query.dtype), d_out), j)
-            d_key = _add(d_key, _einsum("hqk,hqd->hkd", d_logits, queries), j)
-            return d_queries + _einsum("hqk,hkd->hqd", d_logits, keys), d_key, d_value
+            d_value = _add(d_value, _einsum("hkq,hqd->hkd", weights.astype(query.dtype), d_out), j)
+            d_key = _add(d_key, _einsum("hkq,hqd->hkd", d_logits, queries), j)
+            return d_queries + _einsum("hkq,hkd->hqd", d_logits, keys), d_key, d_value
 
         start = (jnp.zeros(queries.shape), *of_keys)
         d_queries, d_key, d_value = jax.lax.fori_loop(begins[0] // block, i + 1, with_keys, start)
@@ -149,12 +149,17 @@ def _backward(
     return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype)
 
 
-def _logits(queries: Array, keys: Array, begins: Array, i: Array, j: Array) -> Array:
-    """Of the queries of block i and the keys of block j, [heads, block, block], in float32."""
+def _logits(queries: Array, keys: Array, begins: Array, i: Array, j: Array, by_key: bool = False) -> Array:
+    """Of the queries of block i and the keys of block j, in float32: [heads, query, key], or [heads, key, query]."""
     places = jnp.arange(len(begins))
-    queries_at, keys_at = i * len(begins) + places[:, None], j * len(begins) + places[None, :]
-    visible = (begins[:, None] <= keys_at) & (keys_at <= queries_at)
-    return jnp.where(visible, _einsum("hqd,hkd->hqk", queries, keys) * _scale(queries), HIDDEN)
+    queries_at, keys_at = i * len(begins) + places, j * len(begins) + places
+    if by_key:
+        visible = (begins[None, :] <= keys_at[:, None]) & (keys_at[:, None] <= queries_at[None, :])
+        logits = _einsum("hkd,hqd->hkq", keys, queries)
+    else:
+        visible = (begins[:, None] <= keys_at[None, :]) & (keys_at[None, :] <= queries_at[:, None])
+        logits = _einsum("hqd,hkd->hqk", queries, keys)
+    return jnp.where(visible, logits * _scale(queries), HIDDEN)
 
 
 def _scale(query: Array) -> float:

@@ -187,6 +187,7 @@ class Decoder:
         x += weights["position_embedding"].at[positions].get(mode="clip")
         if self.model.config.offset_embedding:
             x += weights["offset_embedding"][offsets]
+        x = constrain(x, None, None, None)  # on a mesh, tables are sharded along `embed`, and rows by `batch`
         x, kept = jnp.moveaxis(x, -1, 0), []
         for layer, cache in zip(weights["blocks"], caches, strict=True):
             x, new = self._block(layer, constrain(x, None, "batch", None), cache, attend)

@@ -101,8 +101,9 @@ def _nats_and_gradients(
     """-log p; and the gradients of its weighted sum: of hidden states, and of the table, summed over all rows."""
 
     def one(d_table: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-        nats, logits, lse, chosen = _chunk_nats(vocab, hidden, table, targets)
-        d_logits = ((jnp.exp(logits - lse[:, None]) - chosen) * weights[:, None]).astype(hidden.dtype)
+        nats, exponentials, total, chosen = _chunk_nats(vocab, hidden, table, targets)
+        d_logits = exponentials * (weights / total)[:, None] - jnp.where(chosen, weights[:, None], 0)
+        d_logits = d_logits.astype(hidden.dtype)
         d_hidden = _sum_over(vocab, d_logits @ table)
         return d_table + _float32_dot("tv,te->ve", d_logits, hidden), (nats, d_hidden)
 
@@ -116,15 +117,19 @@ def _nats_and_gradients(
 def _chunk_nats(
     vocab: tuple[str, ...], hidden: Array, table: Array, targets: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """-log p, the logits, their log-sum-exp over the whole vocabulary, and which logits are the targets'."""
+    """-log p; exp(logits - their maximum), and its sum over the whole vocabulary; which logits are the targets'."""
     logits = _float32_dot("te,ve->tv", hidden, table)
     number = jax.lax.axis_index(vocab) if vocab else 0
-    chosen = jnp.arange(len(table))[None, :] == targets[:, None] - number * len(table)
+    places = targets - number * len(table)
+    chosen = jnp.arange(len(table))[None, :] == places[:, None]
     peak = logits.max(-1)
     if vocab:
         peak = jax.lax.pmax(peak, vocab)
-    lse = peak + jnp.log(_sum_over(vocab, jnp.exp(logits - peak[:, None]).sum(-1)))
-    return lse - _sum_over(vocab, jnp.where(chosen, logits, 0).sum(-1)), logits, lse, chosen
+    exponentials = jnp.exp(logits - peak[:, None])
+    total = _sum_over(vocab, exponentials.sum(-1))
+    own = jnp.take_along_axis(logits, jnp.clip(places, 0, len(table) - 1)[:, None], 1)[:, 0]
+    own = _sum_over(vocab, jnp.where((places >= 0) & (places < len(table)), own, 0))
+    return peak + jnp.log(total) - own, exponentials, total, chosen
 
 
 def _by_chunk(function: Any, chunk: int, *arrays: Array, carry: Array | None = None) -> Any:

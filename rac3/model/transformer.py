@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rac3.config import InputError
-from rac3.devices.mesh import constrain
+from rac3.devices.mesh import constrain, is_sharded
 from rac3.model.attention import SelfAttention
 from rac3.model.blockwise import SAVED
 from rac3.model.embedding import look_up
@@ -115,7 +115,7 @@ class Block(nn.Module):
         hidden = _dense(config, config.mlp, ("embed", "mlp"), config.init_std, "mlp_in")(
             _layer_norm(config, "mlp_norm")(x)
         )
-        hidden = constrain(jax.nn.relu(hidden), "batch", None, "mlp")
+        hidden = constrain(jnp.where(hidden <= 0, 0, hidden), "batch", None, "mlp")  # a NaN stays one
         x = x + _dense(config, config.embed, ("mlp", "embed"), output_std, "mlp_out")(hidden)
         return constrain(x, "batch", "seq", None), None  # a scan over the layers collects nothing
 
@@ -154,9 +154,16 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # all layers share the segments
             length=self.config.num_layers,
+            unroll=self._unroll(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.packed)
         self.final_norm = _layer_norm(self.config, "final_norm")
+
+    def _unroll(self) -> int:
+        """How many layers a step of the scan runs: all of a small model on one CPU, where a scan copies what it keeps
+        of each layer for the backward pass; elsewhere one, so that programs stay small."""
+        one_cpu = jax.default_backend() == "cpu" and not is_sharded()
+        return self.config.num_layers if one_cpu and self.config.num_layers <= 4 and self.config.remat == "none" else 1
 
     def __call__(
         self,

@@ -24,6 +24,8 @@ CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # the format before tokenizer.jso
 FILES = ("*.json", "*.txt", "*.model")  # vocabularies and settings of published tokenizers
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
 SENTENCEPIECE = "spiece.model"  # SigLIP's
+SPACES = ("\u0120", "\u2581")  # before a word, in the tokens of byte-level BPE and of SentencePiece
+CONTINUES, ENDS = "##", "</w>"  # before the rest of a word, in WordPiece; after a word, in CLIP's BPE
 BYTES = 256  # every byte is a token, so that any text can be encoded
 
 PROBES = {
@@ -92,9 +94,6 @@ class TextTokenizer:
         return Tokenizer(_load_pretrained(os.fspath(source)))
 
 
-SPACES = ("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}", "\N{LOWER ONE EIGHTH BLOCK}", " ")  # of byte-level BPE, Unigram
-
-
 class Tokenizer:
     """A loaded tokenizer: text to ids in [0, size) and back, without special tokens."""
 
@@ -154,22 +153,24 @@ class Tokenizer:
         verdict = f"changes {', '.join(changes)}" if changes else f"preserves all {len(probes)} kinds of text tried"
         return f"{type(self._pretrained).__name__}, {', '.join([f'{self.size} ids', *own])}; {verdict}"
 
+    @cached_property
+    def word_starts(self) -> Bool[np.ndarray, " size"] | None:
+        """Whether each id begins a word, by the mark of its token: a space before it, or `##` if it does not.
+
+        None if tokens have no such marks; CLIP's mark where words end.
+        """
+        tokens = [token or "" for token in self._pretrained.convert_ids_to_tokens(list(range(self.size)))]
+        if any(token.endswith(ENDS) for token in tokens):
+            return None
+        if any(token.startswith(SPACES) for token in tokens):
+            return np.array([token.startswith(SPACES) for token in tokens])
+        if any(token.startswith(CONTINUES) for token in tokens):
+            return np.array([not token.startswith(CONTINUES) for token in tokens])
+        return None
+
     def ids(self) -> dict[str, int]:
         """Every token and its id."""
         return self._pretrained.get_vocab()
-
-    def word_starts(self) -> Bool[np.ndarray, " size"] | None:
-        """Whether each id begins a word, by the space that its token holds; None if this tokenizer marks none.
-
-        The first word of a text may lack its space.
-        """
-        tokens = self.ids()
-        marked = [id for token, id in tokens.items() if token.startswith(SPACES)]
-        if not marked:
-            return None
-        starts = np.zeros(self.size, bool)
-        starts[marked] = True
-        return starts
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""

@@ -1,6 +1,5 @@
 """The training step of the CM3 Transformer."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -9,6 +8,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from rac3.batches.packing import PackedBatch
+from rac3.devices.cpu import compiler_options
 from rac3.devices.mesh import constrain
 from rac3.model.losses import Metrics, cm3_loss
 from rac3.model.transformer import Transformer
@@ -54,7 +54,7 @@ def make_train_step(
         metrics |= one_each(values)
         return apply_gradients(state, gradients, optimizer), metrics
 
-    return jax.jit(skips_nonfinite(step, max_skipped), donate_argnums=0, compiler_options=_cpu_options())
+    return jax.jit(skips_nonfinite(step, max_skipped), donate_argnums=0, compiler_options=compiler_options())
 
 
 def shares(batch: PackedBatch, count: int) -> PackedBatch:
@@ -76,16 +76,3 @@ def _summed(one: Callable[[PackedBatch], tuple[PyTree, Metrics]], batches: Packe
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
     total, _ = jax.lax.scan(lambda sums, share: (jax.tree.map(jnp.add, sums, one(share)), None), zeros, batches)
     return total
-
-
-@functools.cache
-def _cpu_options() -> dict[str, str]:
-    """CPUs use XLA's library of kernels for matrix products alone: its sums along an axis are slower than XLA's own."""
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return {}  # another version of XLA, without this experimental option
-    return options

@@ -58,10 +58,8 @@ def test_two_processes_draw_what_one_device_draws():
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     processes = [started(2, 0), started(2, 1), started(1, 0)]
-    printed = []
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        printed.append(out.strip().splitlines()[-1])
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [code for _, _, code in ended] == [0, 0, 0], [err[-3000:] for _, err, _ in ended]
+    printed = [out.strip().splitlines()[-1] for out, _, _ in ended]
     assert printed[0] == printed[1] == printed[2]
     assert len(set(printed[0].split("], ["))) > 10

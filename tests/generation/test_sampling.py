@@ -72,6 +72,12 @@ def test_extreme_temperatures_are_those_of_the_limit(temperature: float):
     assert np.isfinite(log_probs).all()
 
 
+def test_a_tiny_temperature_takes_the_best_of_many_ids():
+    """Of 200 ids with log probabilities of about -5, which 1.2e-38 takes beyond what float32 holds."""
+    ids, _ = draw(Sampling(temperature=1.2e-38), np.where(np.arange(200) == 7, 0.5, 0.0), np.ones(200, bool), 20)
+    assert set(ids) == {7}
+
+
 NUCLEI = [(0.01, [1]), (0.39, [1]), (0.5, [1, 3]), (0.66, [1, 3, 4]), (0.94, [1, 2, 3, 4]), (0.999, [0, 1, 2, 3, 4])]
 
 

@@ -297,3 +297,19 @@ def test_the_command_tells_what_it_found_and_stores_ids_as_narrow_as_they_are(
         (folder / "tokenizer_config.json").write_text("{ }")
         with pytest.raises(InputError, match=r"text is stale .*run `rac3 encoders"):
             run(["ingest", *arguments])
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_ids_that_begin_words_are_known_by_their_marks(tokenizers: dict[str, Tokenizer], name: str):
+    """A text of eight words has eight such ids, whichever ids spell them; CLIP and ByT5 mark no beginnings."""
+    tokenizer = tokenizers[name]
+    starts = tokenizer.word_starts
+    if name.startswith(("CLIP", "ByT5")):
+        assert starts is None
+        return
+    assert starts is not None
+    assert len(starts) == tokenizer.size
+    ids = tokenizer.encode("a photo of the old bluesquare on grass")
+    spelled = "".join(("|" if starts[id] else "") + tokenizer.decode([id]).strip() for id in ids)
+    words = "a|photo|of|the|old|bluesquare|on|grass"
+    assert spelled.removeprefix("|") == words  # byte-level families mark no first word

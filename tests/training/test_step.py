@@ -169,6 +169,18 @@ def test_a_batch_that_is_not_finite_leaves_the_state_and_is_counted():
     jax.tree.map(np.testing.assert_array_equal, learned, jax.device_get(state.params))
 
 
+def test_a_weight_that_is_not_a_number_is_noticed_after_the_relu():
+    """The bias of one neuron, before the ReLU; its output reaches everything. A maximum with 0 could lose the NaN."""
+    optimizer = optax.sgd(1.0)
+    params = random_params(MODEL)
+    mlp = params["params"]["blocks"]["mlp_in"]
+    mlp["bias"] = jnp.asarray(mlp["bias"]).at[0, 3].set(jnp.nan)
+    params = jax.tree.map(jnp.array, params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    _, metrics = make_train_step(MODEL, optimizer)(state, jax.tree.map(jnp.asarray, random_batch()))
+    assert float(metrics["skipped_steps"][0]) == 1
+
+
 def test_the_learning_rate_is_that_of_the_updates_so_far():
     """A skipped batch doesn't move it on."""
     config = OptimizerConfig(peak_lr=1e-2, warmup_steps=4)

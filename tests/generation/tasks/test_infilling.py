@@ -10,6 +10,7 @@ from rac3.batches.masking import move_spans
 from rac3.config import InputError
 from rac3.documents.store import Tokens
 from rac3.generation.copying import Copying
+from rac3.generation.engine import Engine
 from rac3.generation.prompts import Context, Form
 from rac3.generation.request import Draw, Sample
 from rac3.generation.sampling import Guidance, Sampling
@@ -184,19 +185,27 @@ def test_bad_input_is_one_line(form: Form, ask: Callable, message: str):
     assert "\n" not in str(raised.value)
 
 
-def test_all_of_it_draws_what_its_grammar_says(form: Form, engine: PlainEngine):
-    """With a random model, and guidance and copying where there are documents."""
+def test_the_engine_draws_as_the_plain_one(form: Form, engine: PlainEngine):
+    """With a random model, guidance, an ensemble, and copying where there are documents and words."""
     under = np.isin(np.arange(9), [0, 4, 5])
+    three = [((False, TEXT[1 + text : 4]), (True, CODES[::-1])) for text in range(3)]
     asked = [
         draw.request(form, TEXT[:3], Context([RETRIEVED], without="text"), samples=2),
-        caption.request(form, CODES, CONTEXT, 6),
+        caption.request(form, CODES, Context(three, ensemble=True), 6, samples=2),
         infill_text.request(form, [TEXT[:2], TEXT[3:]], [4], CONTEXT),
         infill_image.request(form, CODES, under, CONTEXT),
     ]
-    samplings = [Sampling(guidance=Guidance(2.0)), *[Sampling(copying=Copying(0.5), top_p=0.9)] * 3]
-    results = dict(engine.run([each.request for each in asked], samplings, [0] * len(asked)))
+    copying = Sampling(copying=Copying(0.5), top_p=0.9)
+    samplings = [Sampling(guidance=Guidance(2.0), top_k=9), copying, copying, copying]
+    starts = np.arange(form.vocabulary.padded_size) % 3 > 0
+    plain = PlainEngine(engine.model, engine.params, form.vocabulary, 3, starts)
+    real = Engine(engine.model, engine.params, form.vocabulary, image_width=3, word_starts=starts, rows=8)
+    requests = [each.request for each in asked]
+    results, expected = (dict(each.run(requests, samplings, [0] * 4)) for each in (real, plain))
+    for number in range(4):
+        for got, wanted in zip(results[number], expected[number], strict=True):
+            assert [run.tolist() for run in got.runs] == [run.tolist() for run in wanted.runs]
+            np.testing.assert_allclose(np.concatenate(got.log_probs), np.concatenate(wanted.log_probs), atol=1e-4)
     assert [draw.answer(form, each).shape for each in results[0]] == [(9,)] * 2
-    assert len(caption.answer(form, results[1][0])) <= 6
-    assert len(infill_text.answer(results[2][0])[0]) <= 4
     filled = infill_image.answer(form, results[3][0], CODES, under)
     assert (filled[~under] == CODES[~under]).all()

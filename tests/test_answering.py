@@ -1,0 +1,195 @@
+"""A model that answers prompts: many at once, k-shot classification, scores, and what an answer shows."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from decoding_spy import Call, watch_decoding
+from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
+
+from rac3.answering import Model, Prompt, mask_of, pixels_of, scaled_mask
+from rac3.artifacts.workdir import Workdir
+from rac3.config import InputError
+from rac3.documents.document import Document, Image, Text
+from rac3.experiment import Experiment
+from rac3.generation.answers import Answer
+from rac3.generation.tasks.score import Part, Scorer
+
+PROMPT = "a fox on water in night"
+
+
+@pytest.fixture(scope="module")
+def model(experiment: Experiment, store: Workdir) -> Model:
+    return Model(experiment, store)
+
+
+@pytest.fixture(scope="module")
+def pictures(model: Model) -> list[np.ndarray]:
+    return [item.document.images[0].pixels() for item in model.documents("train").many(range(0, 18, 3))]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    return watch_decoding(monkeypatch, real=False)
+
+
+def test_many_prompts_are_answered_in_their_order_in_one_batch(model: Model, calls: list[Call], pictures):
+    """Of one that is too long, the others hear nothing."""
+    prompts = [
+        Prompt("draw", PROMPT, samples=2, seed=4),
+        Prompt("draw", "a fox " * 100),
+        Prompt("caption", image=pictures[0], retrieve=1, samples=3),
+        Prompt("draw", "an owl", retrieve=0, samples=1),
+    ]
+    answers = [*model.answers(prompts)]
+    assert [number for number, _ in answers] == [0, 1, 2, 3]
+    (call,) = calls
+    assert call.seeds == [4, 0, 0]
+    first, refused, caption, last = (answer for _, answer in answers)
+    assert isinstance(refused, InputError)
+    assert [type(answer) for answer in (first, caption, last)] == [Answer] * 3
+    assert (len(first.images), len(caption.texts), len(last.images)) == (2, 3, 1)
+    alone = model.generate(PROMPT, samples=2, seed=4)
+    assert first.to_json() == alone.to_json()
+    assert [len(answer.documents) for answer in (first, caption, last)] == [2, 1, 0]
+    assert caption.documents == [found.document for found in model.retrieve(image=pictures[0], k=1)]
+
+
+def test_a_masked_text_is_filled_in(model: Model, calls: list[Call]):
+    """Of an unknown number of ids, several are tried; the best texts of all of them are the answer."""
+    answer = model.infill_text("a <mask> on water", samples=2, retrieve=1)
+    lengths = [run.count for run in calls[0].draws]
+    assert lengths == [1, 2, 4, 8]
+    every = [sample for samples in calls[0].out for sample in samples]
+    best = sorted(every, key=lambda sample: -sample.mean_log_prob)[:2]
+    filled = [model.tokenizer.decode((sample.runs[0] - FIRST_TEXT).tolist()).strip() for sample in best]
+    assert answer.texts == [f"a {text} on water" for text in filled]
+    assert answer.scores == pytest.approx([sample.mean_log_prob for sample in best])
+    (document,) = answer.documents
+    assert document == model.retrieve("a on water", k=1)[0].document
+
+
+def test_a_document_is_continued_in_the_order_that_is_asked_for(model: Model, calls: list[Call], pictures):
+    answer = model.resume(["text", "image"], image=pictures[0], samples=1, retrieve=0)
+    (sample,) = answer.samples
+    text, image = sample
+    assert isinstance(text, str)
+    codes = (calls[0].out[0][0].runs[1] - FIRST_CODE)[None]
+    assert np.abs(np.asarray(image).astype(int) - model.images.decode(codes)[0]).max() <= 1
+    assert text == model.tokenizer.decode((calls[0].out[0][0].runs[0] - FIRST_TEXT).tolist())
+
+
+class Told:
+    """In place of the model's log probabilities: -(number of the part), spread over its ids."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+
+    def __call__(self, scorer: Scorer, parts: Sequence[Part]) -> list[np.ndarray]:
+        self.parts = [*parts]
+        return [
+            np.full(part.end - part.start, -number / (part.end - part.start)) for number, part in enumerate(self.parts)
+        ]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told()
+    monkeypatch.setattr(Scorer, "log_probs", lambda self, parts: told(self, parts))
+    return told
+
+
+def test_labels_are_scored_after_one_demonstration_of_each_a_run(model: Model, told: Told, pictures):
+    labels = {"dax": [pictures[1], pictures[2]], "blick": [pictures[3], pictures[4]]}
+    probs = model.classify(pictures[0], labels)
+    # Parts 0 and 1 are the labels of the first run, 2 and 3 those of the second: each time the first is e times better.
+    assert probs == pytest.approx({"dax": 1 / (1 + np.exp(-1)), "blick": 1 / (1 + np.exp(1))})
+    assert [*probs] == ["dax", "blick"]
+    target = FIRST_CODE + model.images.encode([pictures[0]])[0]
+    for run in (0, 1):
+        shown = [model.tokenize([_document(label, pictures_of[run])])[0] for label, pictures_of in labels.items()]
+        before = [1, *(id for item in shown for id in spelled(item))]
+        for number, label in enumerate(labels):
+            part = told.parts[2 * run + number]
+            ids = (FIRST_TEXT + np.array(model.tokenizer.encode(label))).tolist()
+            whole = [*before, 2, FIRST_MASK, 3, *target, 4, FIRST_MASK, *ids, 5]
+            assert part.group.tokens.tolist() == whole
+            assert part.group.targets[part.start : part.end].tolist() == [*ids, 5]
+    assert len(model.classify(pictures[0], labels, shots=1)) == 2
+    assert len(told.parts) == 2
+    model.classify(pictures[0], labels, shots=0)
+    assert told.parts[0].group.tokens.tolist()[:4] == [1, 2, FIRST_MASK, 3]
+
+
+def _document(label: str, pixels: np.ndarray) -> Document:
+    return Document(label, (Text(label), pixels_as_image(pixels)), {})
+
+
+def pixels_as_image(pixels: np.ndarray) -> Image:
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "png")
+    return Image(file.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("counts", "shots", "said"),
+    [
+        ((1, 2), None, "labels have 1 to 2 demonstrations"),
+        ((1, 1), 2, "shots=2 is not among the 0 to 1 demonstrations"),
+        ((1,), None, "1 labels leave no choice"),
+        ((), None, "0 labels leave no choice"),
+    ],
+)
+def test_demonstrations_that_do_not_match_are_refused(model: Model, pictures, counts, shots, said: str):
+    labels = {f"label {number}": pictures[:count] for number, count in enumerate(counts)}
+    with pytest.raises(InputError, match=said):
+        model.classify(pictures[0], labels, shots)
+
+
+def test_a_segment_is_scored_after_what_the_rest_retrieves(model: Model, told: Told):
+    (item,) = model.documents("test").many([0])
+    text, image = item.document.text, item.document.images[0].pixels()
+    for segment, found in ((1, model.retrieve(text, k=2)), (0, model.retrieve(image=image, k=2))):
+        assert len(model.score(item.document, segment, retrieve=2)) == len(item.ids[segment])
+        before = [1, *(id for each in found for id in spelled(each.tokens))]
+        (part,) = told.parts
+        assert part.group.tokens.tolist() == [*before, *spelled(item)][:-1]
+        first = FIRST_CODE if segment else FIRST_TEXT
+        assert part.group.targets[part.start : part.end].tolist() == (first + item.ids[segment]).tolist()
+    with pytest.raises(InputError, match="segment 2 is not among the document's 2"):
+        model.score(item.document, 2)
+
+
+def test_an_answer_shows_itself_and_is_plain_data(model: Model, calls: list[Call], pictures, tmp_path: Path):
+    answer = model.generate(PROMPT, retrieve=1, samples=2)
+    hostile = replace(answer, documents=[Document("k", (Text("<script>"),), {})], notes=["a <b> note"])
+    page = hostile._repr_html_()
+    assert "<script>" not in page
+    assert "<b> note" not in page
+    assert page.count("data:image/png") == 2
+    names = answer.save(tmp_path, "fox")
+    record = json.loads(answer.to_json(names))
+    assert [sample[0]["image"] for sample in record["samples"]] == names == ["fox-0.png", "fox-1.png"]
+    for name, image in zip(names, answer.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(PIL.Image.open(tmp_path / name)), np.asarray(image))
+    assert record["settings"]["sampling"]["temperature"] == model.experiment.evaluation.image_sampling.temperature
+
+
+def test_pictures_and_masks_come_in_any_form(tmp_path: Path, pictures):
+    PIL.Image.fromarray(pictures[0]).save(tmp_path / "a.png")
+    for picture in (pictures[0], PIL.Image.fromarray(pictures[0]), tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(pixels_of(picture), pictures[0])
+    wanted = np.zeros((40, 40), bool)
+    wanted[2:5, 3:7] = True
+    grey = PIL.Image.fromarray(np.where(wanted, 255, 0).astype(np.uint8))
+    for mask in (wanted, grey, (3, 2, 7, 5)):
+        np.testing.assert_array_equal(mask_of(mask, pictures[0]), wanted)
+    half = np.zeros((20, 20), bool)
+    half[1:3, 1:4] = True  # rows 2 to 4 and columns 3 to 6, of which any pixel counts
+    np.testing.assert_array_equal(scaled_mask(wanted, 20), half)
+    np.testing.assert_array_equal(scaled_mask(half, 40), half.repeat(2, 0).repeat(2, 1))
