@@ -287,8 +287,9 @@ figcaption, .note, .hint { font-size: 13px; color: var(--body-text-color); opaci
 .samples { display: grid; gap: 12px; }
 .samples.pictures { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); }
 .samples.texts p { font-size: 16px; margin: 0; }
-.cards { flex-wrap: wrap; gap: 12px; }
-.cards > .column { flex: 0 0 144px !important; min-width: 144px !important; max-width: 144px; gap: 6px; }
+.cards { flex-wrap: wrap; gap: 12px; align-items: stretch !important; }
+.cards > .column { flex: 0 0 144px !important; min-width: 144px !important; max-width: 144px; gap: 6px;
+  justify-content: space-between; }
 .cards .row { gap: 6px; flex-wrap: nowrap; }
 .cards button { min-width: 0; padding-left: 4px; padding-right: 4px; }
 """
