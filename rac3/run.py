@@ -359,7 +359,8 @@ def tokenize(
     documents: Sequence[Document], tokenizer: Tokenizer, images: ImageTokenizer, max_text_tokens: int
 ) -> list[TokenizedDocument]:
     """Text ids and image codes of each document."""
-    codes = iter(images.encode([image for document in documents for image in document.images]))
+    pictures = [image for document in documents for image in document.images]
+    codes = iter(images.encode(pictures) if pictures else ())  # a user's own tokenizer may not take none
     tokenized = []
     for document in documents:
         ids = [

@@ -143,9 +143,9 @@ def test_the_examples_of_rac3_load_run(page: str, finished_workdir: tuple[Path, 
     (code,) = [code for code in python((ROOT / page).read_text()) if "rac3.load" in code]
     names: dict[str, Any] = {}
     exec(code.replace("runs/quickstart", str(finished_workdir[1])), names)
-    assert names["run"].documents("test")[0].document.text
-    assert len(names["drawn"].images) == 4
-    assert len(names["drawn"].retrieved) == 2
+    assert names["model"].documents("test")[0].document.text
+    assert len(names["answer"].images) == 4
+    assert len(names["answer"].documents) == 2
 
 
 def test_the_encoder_and_the_image_tokenizer_of_the_page_run(tmp_path: Path):
