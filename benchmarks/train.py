@@ -140,7 +140,7 @@ def torch_step(
     return call
 
 
-def load_opt(model: Any, params: Any, size: Size) -> None:
+def load_opt(model: Any, params: Any) -> None:
     """Gives transformers' OPT our weights."""
     import numpy as np
     import torch
