@@ -525,13 +525,14 @@ def test_all_comparisons_are_retrieved_for_and_evaluated(
 ):
     """`rac3 evaluate`, with another retriever than the model was trained with."""
     done: list[tuple[Any, ...]] = []
+    # The report comes first: it imports `evaluate`, which would be what it is replaced with from then on.
+    monkeypatch.setattr("rac3.report.experiment.collect", lambda run: (run.experiment, run.trained))
+    monkeypatch.setattr("rac3.report.experiment.summary", lambda found: f"of {found == (exact, experiment)}")
     for module, name in (("retrieve", "index"), ("retrieve", "retrieve"), ("evaluate", "evaluate")):
         monkeypatch.setattr(
             f"rac3.stages.{module}.{name}",
             lambda run, *splits, name=name: done.append((name, run.experiment, run.trained, *splits)),
         )
-    monkeypatch.setattr("rac3.report.experiment.collect", lambda run: (run.experiment, run.trained))
-    monkeypatch.setattr("rac3.report.experiment.summary", lambda found: f"of {found == (exact, experiment)}")
     exact = replace(experiment, retriever=Exact())
     run = Run(exact, Workdir(tmp_path, "tiny"), experiment)
     STAGES["evaluate"].work(run, EvaluateOptions())
