@@ -11,7 +11,7 @@ The answers below are written from what each stage reads, never from the recipes
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,16 @@ Stages = frozenset[str]
 Row = tuple[Any, Stages | None]  # another value, and what is made again for it; None: the value is refused
 
 NOTHING: Stages = frozenset()
+
+
+@dataclass(frozen=True)
+class Halved:
+    """A processor of a user's own."""
+
+    def __call__(self, log_probs: Any, step: Any) -> Any:
+        return log_probs / 2
+
+
 EVALUATION = frozenset({"evaluation", "evaluation cm3"})
 MODEL = EVALUATION | {"train", "train cm3"}
 TRAIN_NEIGHBORS = frozenset({"neighbors train", "retrieval", "train", "evaluation"})
@@ -250,8 +260,26 @@ FITTED: dict[str, Row] = {
     "evaluation.caption_samples": (5, EVALUATION),
     "evaluation.image_sampling.temperature": (0.5, EVALUATION),
     "evaluation.image_sampling.top_p": (0.5, EVALUATION),
+    "evaluation.image_sampling.top_k": (5, EVALUATION),
+    "evaluation.image_sampling.guidance.scale": (2.0, EVALUATION),
+    "evaluation.image_sampling.guidance.without": ("documents", EVALUATION),
+    "evaluation.image_sampling.contrast.k": (4, EVALUATION),
+    "evaluation.image_sampling.contrast.alpha": (0.5, EVALUATION),
+    "evaluation.image_sampling.contrast.without": ("documents", EVALUATION),
+    "evaluation.image_sampling.copying.weight": (0.5, EVALUATION),
+    "evaluation.image_sampling.copying.sharpness": (2.0, EVALUATION),
+    "evaluation.image_sampling.processors": ((Halved(),), EVALUATION),
     "evaluation.caption_sampling.temperature": (0.5, EVALUATION),
     "evaluation.caption_sampling.top_p": (0.5, EVALUATION),
+    "evaluation.caption_sampling.top_k": (5, EVALUATION),
+    "evaluation.caption_sampling.guidance.scale": (2.0, None),
+    "evaluation.caption_sampling.guidance.without": ("documents", EVALUATION),
+    "evaluation.caption_sampling.contrast.k": (4, None),
+    "evaluation.caption_sampling.contrast.alpha": (0.5, EVALUATION),
+    "evaluation.caption_sampling.contrast.without": ("documents", EVALUATION),
+    "evaluation.caption_sampling.copying.weight": (0.5, EVALUATION),
+    "evaluation.caption_sampling.copying.sharpness": (2.0, EVALUATION),
+    "evaluation.caption_sampling.processors": ((Halved(),), EVALUATION),
     "evaluation.max_caption_tokens": (5, EVALUATION),
     "evaluation.control": (False, NOTHING),  # one evaluation more or less, and this one as it is
     **{
