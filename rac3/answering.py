@@ -4,7 +4,6 @@ model = rac3.load("runs/quickstart")
 model.generate("a red fox", retrieve=2, samples=4, seed=1).images[0]
 """
 
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from rac3.documents.document import (
     Image,
     ImageError,
     Text,
+    captioned,
     center_square,
     decode_image,
+    encode_png,
     prepare_image,
 )
 from rac3.generation.answers import Answer, Part
@@ -101,9 +102,12 @@ class Prompt:
 
     @property
     def query(self) -> str | Pixels | None:
-        """What retrieves: the text, if there is one, else the image, without what is masked."""
+        """What retrieves: the text, or else the image, whose masked pixels get the mean color of the others."""
         text = " ".join(self.text.replace(MASK, " ").split())
-        return text or self.image
+        if text or self.image is None or self.mask is None or self.mask.all():
+            return text or self.image
+        known = self.image[~self.mask].mean(0).round().astype(np.uint8)
+        return np.where(self.mask[..., None], known, self.image)
 
 
 class Ranked(NamedTuple):
@@ -193,7 +197,9 @@ class Model(Run):
         if not 0 <= shots <= most:
             raise InputError(f"shots={shots} is not among the 0 to {most} demonstrations of each label")
         documents = [
-            _labelled(label, pixels_of(pictures[run])) for run in range(shots) for label, pictures in labels.items()
+            captioned(label, label, encode_png(pixels_of(pictures[run])))
+            for run in range(shots)
+            for label, pictures in labels.items()
         ]
         tokens = [each.tokens for each in self.tokenize(documents)]
         runs = [tokens[start : start + len(labels)] for start in range(0, len(tokens), max(1, len(labels)))]
@@ -235,9 +241,9 @@ class Model(Run):
         asked = score.request(self.form, own.tokens, segment, context, infill=infill)
         return score.answer(self.scorer.log_probs(asked.parts))
 
-    def answer(self, prompt: Prompt) -> Answer:
-        """The answer to one prompt."""
-        (answer,) = (each for _, each in self.answers([prompt]))
+    def answer(self, prompt: Prompt, on_progress: Callable[[Progress], None] | None = None) -> Answer:
+        """The answer to one prompt; `on_progress` as in `answers`."""
+        ((_, answer),) = self.answers([prompt], on_progress)
         if isinstance(answer, InputError):
             raise answer
         return answer
@@ -442,12 +448,6 @@ def _ranked(parts: list[tuple[Part, ...]], scores: Float[np.ndarray, " samples"]
     return Ranked([parts[i] for i in order], [float(scores[i]) for i in order], unit)
 
 
-def _labelled(label: str, pixels: Pixels) -> Document:
-    data = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(data, "png")
-    return Document(label, (Text(label), Image(data.getvalue())), {})
-
-
 def pixels_of(picture: Picture) -> Pixels:
     """RGB in 0..255 of a picture, or of a file.
 
@@ -475,7 +475,7 @@ def mask_of(mask: Mask, image: Pixels) -> PixelMask:
     """
     height, width, _ = image.shape
     if isinstance(mask, np.ndarray):
-        return mask
+        return mask.astype(bool)
     if isinstance(mask, PIL.Image.Image):
         return np.asarray(mask.convert("L")) > 127
     left, top, right, bottom = mask

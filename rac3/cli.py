@@ -453,7 +453,7 @@ def _generate(run: Model, options: Any) -> None:
 
 
 def _demo(run: Model, options: Any) -> None:
-    from rac3.demo import demo
+    from rac3.demo.page import demo
 
     run.experiment.mesh.build()
     _index(run, options)
@@ -500,7 +500,7 @@ def _generate_options() -> type:
 
 
 def _demo_options() -> type:
-    from rac3.demo import DemoOptions
+    from rac3.demo.page import DemoOptions
 
     return DemoOptions
 

@@ -252,12 +252,13 @@ class Run:
     def engine(self) -> Engine:
         """Continues prompts with the model that `train` ended with, over this machine's mesh."""
 
-        def start(_: Path) -> Engine:
+        def start(folder: Path) -> Engine:
             mesh, vocabulary, starts = self.experiment.mesh.build(), self.vocabulary, self.tokenizer.word_starts
             if starts is not None:
                 after = vocabulary.padded_size - vocabulary.image_start
                 starts = np.pad(starts, (NUM_SPECIALS, after), constant_values=True)
-            return Engine(self.model, self.params, vocabulary, mesh, self.form.image_width, starts)
+            # Not `self.params`, which would stay in memory next to the engine's own arrangement.
+            return Engine(self.model, self._restore(folder), vocabulary, mesh, self.form.image_width, starts)
 
         return self._open(self.training_recipe, start, "engine")
 

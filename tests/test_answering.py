@@ -60,6 +60,21 @@ def test_many_prompts_are_answered_in_their_order_in_one_batch(model: Model, cal
     assert caption.documents == [found.document for found in model.retrieve(image=pictures[0], k=1)]
 
 
+def test_what_is_masked_does_not_retrieve(model: Model, pictures):
+    """Nor does what stands there change the query, as the thing to be drawn would. A text retrieves by itself."""
+    mask = np.zeros((40, 40), bool)
+    mask[8:32, 8:32] = True
+    other = np.where(mask[..., None], pictures[3], pictures[0])
+    queries = [Prompt("infill_image", image=picture, mask=mask).query for picture in (pictures[0], other)]
+    np.testing.assert_array_equal(*queries)
+    np.testing.assert_array_equal(queries[0][~mask], pictures[0][~mask])
+    wanted = [channel[~mask].sum() / (1600 - 576) for channel in np.moveaxis(pictures[0].astype(int), -1, 0)]
+    np.testing.assert_allclose(queries[0][20, 20], wanted, atol=0.51)
+    assert Prompt("infill_image", "an owl", pictures[0], mask).query == "an owl"
+    whole = Prompt("infill_image", image=pictures[0], mask=np.ones((40, 40), bool)).query
+    np.testing.assert_array_equal(whole, pictures[0])
+
+
 def test_a_masked_text_is_filled_in(model: Model, calls: list[Call]):
     """Of an unknown number of ids, several are tried; the best texts of all of them are the answer."""
     answer = model.infill_text("a <mask> on water", samples=2, retrieve=1)
@@ -187,7 +202,7 @@ def test_pictures_and_masks_come_in_any_form(tmp_path: Path, pictures):
     wanted = np.zeros((40, 40), bool)
     wanted[2:5, 3:7] = True
     grey = PIL.Image.fromarray(np.where(wanted, 255, 0).astype(np.uint8))
-    for mask in (wanted, grey, (3, 2, 7, 5)):
+    for mask in (wanted, wanted.astype(np.uint8) * 255, grey, (3, 2, 7, 5)):
         np.testing.assert_array_equal(mask_of(mask, pictures[0]), wanted)
     half = np.zeros((20, 20), bool)
     half[1:3, 1:4] = True  # rows 2 to 4 and columns 3 to 6, of which any pixel counts

@@ -21,21 +21,10 @@ import PIL.Image
 import pytest
 
 from rac3.config import InputError
-from rac3.demo import (
-    CANVAS,
-    Context,
-    DemoOptions,
-    Form,
-    Listed,
-    brushed,
-    card,
-    figure,
-    own_document,
-    picture_of,
-    results,
-    thumbnail,
-)
-from rac3.documents.document import Document, Image, Text
+from rac3.demo.form import CANVAS, Context, Form, Listed, brushed, picture_of
+from rac3.demo.look import card, figure, results, thumbnail
+from rac3.demo.page import DemoOptions
+from rac3.documents.document import Document, Image, Text, captioned
 from rac3.documents.store import TokenizedDocument
 from rac3.generation.answers import Answer
 from rac3.generation.copying import Copying
@@ -54,7 +43,7 @@ def found(name: str, score: float = 0.5) -> Found:
     return Found(document, score, TokenizedDocument(document, ()))
 
 
-MINE = own_document(png(np.full((4, 4, 3), 7, np.uint8)), "")
+MINE = captioned("yours", "", png(np.full((4, 4, 3), 7, np.uint8)))
 FORM = Form("draw", " a fox ", None, "", 3, 5, 0.5, 1.0, "text", 0.0)
 
 

@@ -114,6 +114,7 @@ ORDER = {
         "rerank",
         "tasks",
     ),
+    "demo": ("form", "look", "page"),
     "report": ("table", "plots", "page", "samples"),
 }
 

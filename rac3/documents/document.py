@@ -139,6 +139,19 @@ class Source(Protocol):
         ...
 
 
+def encode_png(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """A PNG file."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def captioned(key: str, text: str, data: bytes) -> Document:
+    """A document of a text, unless it is empty, and an encoded image."""
+    texts = (Text(text.strip()),) if text.strip() else ()
+    return Document(key, (*texts, Image(data)), {})
+
+
 def decode_text(data: bytes) -> str:
     """Decode UTF-8 and strip white space and the byte order mark.
 

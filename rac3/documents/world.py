@@ -9,7 +9,6 @@ the entity, seen in training or retrieved. Unseen entities are never trained on;
 than the test asks for. This is the paper's knowledge-intensive generation (section 5.1), scored by pixels.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import PIL.Image
 from jaxtyping import Float, UInt8
 
 from rac3.config import InputError
-from rac3.documents.document import Document, Image, Reject, Text
+from rac3.documents.document import Document, Image, Reject, Text, encode_png
 
 SIZE = 40  # pixels a side
 EMBLEM = slice(8, 32)  # its rows and columns: aligned to 8x8 patches, so that no patch mixes emblem and setting
@@ -103,7 +101,7 @@ class World:
         for index, (entity, setting) in enumerate(self._plan()[start : start + self.documents_per_shard], start):
             yield Document(
                 key=f"{self.split}/{index:06d}",
-                segments=(Text(f"{entity.name} {setting.words}"), Image(_png(draw(entity, setting)))),
+                segments=(Text(f"{entity.name} {setting.words}"), Image(encode_png(draw(entity, setting)))),
                 metadata={"entity": entity.name, "seen": self.split in ("train", "validation")},
             )
 
@@ -215,9 +213,3 @@ def nearest_entities(
     regions = images[:, EMBLEM, EMBLEM].astype(np.float32)
     distances = np.stack([np.abs(emblems - region).mean((1, 2, 3)) for region in regions])
     return [entities[i].name for i in distances.argmin(1)], distances
-
-
-def _png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()

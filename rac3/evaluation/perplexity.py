@@ -1,6 +1,6 @@
 """Perplexity of held-out documents by modality, with the documents that the prompt retrieves in context."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -8,12 +8,11 @@ from jaxtyping import PyTree
 
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import move_spans
-from rac3.batches.packing import Group, PackedBatch, pack, packed_row
+from rac3.batches.packing import Group
+from rac3.generation.tasks.score import CrossEntropy, group_nats
 from rac3.model.losses import token_cross_entropy
 from rac3.model.transformer import Transformer
 from rac3.tokens.html import Sequenced
-
-ROWS = 16  # rows of a batch
 
 
 def image_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequenced) -> Group:
@@ -32,13 +31,13 @@ def text_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequ
     return builder.join([*retrieved, move_spans(builder.vocabulary, main, spans)])
 
 
-def make_token_cross_entropy(model: Transformer) -> Callable[[PyTree, PackedBatch], jax.Array]:
+def make_token_cross_entropy(model: Transformer) -> CrossEntropy:
     """(params, batch) -> -log p of each target in nats, jitted."""
     return jax.jit(lambda params, batch: token_cross_entropy(model, params, batch))
 
 
 def perplexity(
-    cross_entropy: Callable[[PyTree, PackedBatch], jax.Array],
+    cross_entropy: CrossEntropy,
     params: PyTree,
     groups: Sequence[Group],
     kind: int,
@@ -53,14 +52,7 @@ def perplexity(
       row_length: tokens of the rows that the groups are packed into.
       max_groups: the most groups in a row; 0 is any number.
     """
-    rows = pack(np.array([len(group.tokens) for group in groups], np.int64), row_length, max_groups=max_groups)
-    total, count = 0.0, 0
-    for start in range(0, len(rows), ROWS):
-        chosen = [packed_row([groups[number] for number in row], row_length) for row in rows[start : start + ROWS]]
-        blank = jax.tree.map(np.zeros_like, chosen[0])
-        padded = chosen + [blank] * (ROWS - len(chosen))
-        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
-        nats = np.asarray(cross_entropy(params, batch), np.float64)
-        total += float(nats[batch.kind == kind].sum())
-        count += int((batch.kind == kind).sum())
-    return float(np.exp(total / count)) if count else None
+    nats = group_nats(cross_entropy, params, groups, row_length, max_groups)
+    scored = [row[group.kind == kind].astype(np.float64) for row, group in zip(nats, groups, strict=True)]
+    count = sum(map(len, scored))
+    return float(np.exp(sum(row.sum() for row in scored) / count)) if count else None

@@ -2,17 +2,18 @@
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
+from jaxtyping import UInt8
 
 from rac3.artifacts.workdir import write_atomic
-from rac3.documents.document import Document, Text
+from rac3.documents.document import Document, Text, encode_png
 
 PICTURE = 128  # pixels of a picture in a notebook, at most; the files that `save` writes have their own size
 
@@ -85,7 +86,7 @@ class Answer:
         folder.mkdir(parents=True, exist_ok=True)
         names = [f"{name}-{number}.png" for number in range(len(self.images))]
         for image, file in zip(self.images, names, strict=True):
-            write_atomic(folder / file, _png(image))
+            write_atomic(folder / file, encode_png(np.asarray(image)))
         return names
 
     def _repr_html_(self) -> str:
@@ -119,11 +120,9 @@ def _strip(title: str, cells: list[str]) -> str:
 
 
 def _picture(image: PIL.Image.Image) -> str:
-    data = base64.b64encode(_png(image)).decode()
-    return f"<img style='width:{PICTURE}px;image-rendering:pixelated' src='data:image/png;base64,{data}'>"
+    return f"<img style='width:{PICTURE}px;image-rendering:pixelated' src='{png_uri(np.asarray(image))}'>"
 
 
-def _png(image: PIL.Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
+def png_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+    """A picture as the `src` of an `<img>`."""
+    return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()

@@ -50,18 +50,57 @@ class Shape(NamedTuple):
 
 
 @flax.struct.dataclass
-class Arrivals:
-    """The requests that are inserted at a time, one of each shard of the batch.
+class Tables:
+    """Requests, one of each row.
 
     Attributes:
-      slots: where each goes; past the last one is nowhere.
       tokens: ids of the prompts; 0 after the end.
       offsets: their places in texts and images.
       lengths: of the prompts.
       places: of the grammar.
       forced, stop, jump, offset: as in `rac3.generation.grammar.Table`.
       allowed: the row of the masks that holds at each place.
-      sampling: its leaves are [shards].
+      sampling: its leaves are [requests].
+    """
+
+    tokens: Int[OnHost, "requests prompts slots"]
+    offsets: Int[OnHost, "requests prompts slots"]
+    lengths: Int[OnHost, "requests prompts"]
+    places: Int[OnHost, " requests"]
+    forced: Int[OnHost, "requests places"]
+    stop: Int[OnHost, "requests places"]
+    jump: Int[OnHost, "requests places"]
+    offset: Int[OnHost, "requests places"]
+    allowed: Int[OnHost, "requests places"]
+    sampling: PyTree
+
+
+def blank(requests: int, shape: Shape, sampling: PyTree) -> Tables:
+    """Tables of no requests, on the host."""
+
+    def zeros(*sizes: int) -> np.ndarray:
+        return np.zeros((requests, *sizes), np.int32)
+
+    return Tables(
+        tokens=zeros(shape.prompts, shape.slots),
+        offsets=zeros(shape.prompts, shape.slots),
+        lengths=zeros(shape.prompts) + 1,
+        places=zeros(),
+        forced=zeros(shape.places),
+        stop=zeros(shape.places),
+        jump=zeros(shape.places),
+        offset=zeros(shape.places),
+        allowed=zeros(shape.places),
+        sampling=jax.tree.map(lambda leaf: np.zeros(requests, leaf.dtype), sampling),
+    )
+
+
+@flax.struct.dataclass
+class Arrivals:
+    """The requests that are inserted at a time, one of each shard of the batch.
+
+    Attributes:
+      slots: where each goes; past the last one is nowhere.
       seeds: the data of `jax.random.key` of each.
       digest: of the first prompt's ids, for the keys.
       numbers: of the samples.
@@ -69,16 +108,7 @@ class Arrivals:
     """
 
     slots: Int[OnHost, " shards"]
-    tokens: Int[OnHost, "shards prompts slots"]
-    offsets: Int[OnHost, "shards prompts slots"]
-    lengths: Int[OnHost, "shards prompts"]
-    places: Int[OnHost, " shards"]
-    forced: Int[OnHost, "shards places"]
-    stop: Int[OnHost, "shards places"]
-    jump: Int[OnHost, "shards places"]
-    offset: Int[OnHost, "shards places"]
-    allowed: Int[OnHost, "shards places"]
-    sampling: PyTree
+    tables: Tables
     seeds: UInt32[OnHost, "shards 2"]
     digest: UInt32[OnHost, " shards"]
     numbers: Int[OnHost, "shards samples"]
@@ -92,24 +122,14 @@ class Batch:
     Attributes:
       prefix: keys and values of their prompts without the last ids.
       masks: the sets of allowed ids.
-      tokens, offsets, lengths, places, forced, stop, jump, offset, allowed, sampling: as in `Arrivals`.
       begun: the step at which the rows of each request fed their first id.
       keys: of the samples.
     """
 
     prefix: Cache
     masks: Bool[Array, "masks vocab"]
-    tokens: Int[Array, "requests prompts slots"]
-    offsets: Int[Array, "requests prompts slots"]
-    lengths: Int[Array, "requests prompts"]
+    tables: Tables
     begun: Int[Array, " requests"]
-    places: Int[Array, " requests"]
-    forced: Int[Array, "requests places"]
-    stop: Int[Array, "requests places"]
-    jump: Int[Array, "requests places"]
-    offset: Int[Array, "requests places"]
-    allowed: Int[Array, "requests places"]
-    sampling: PyTree
     keys: UInt32[Array, "requests samples 2"]
 
 
@@ -168,17 +188,8 @@ def empty(
     batch = Batch(
         prefix=decoder.empty_prefix(requests * prompts, slots),
         masks=_replicated(jnp.asarray(masks)),
-        tokens=zeros(requests, prompts, slots),
-        offsets=zeros(requests, prompts, slots),
-        lengths=zeros(requests, prompts) + 1,
+        tables=jax.tree.map(lambda x: _replicated(jnp.asarray(x)), blank(requests, shape, sampling)),
         begun=zeros(requests),
-        places=zeros(requests),
-        forced=zeros(requests, places),
-        stop=zeros(requests, places),
-        jump=zeros(requests, places),
-        offset=zeros(requests, places),
-        allowed=zeros(requests, places),
-        sampling=jax.tree.map(lambda leaf: zeros(requests, dtype=leaf.dtype), sampling),
         keys=zeros(requests, samples, 2, dtype=jnp.uint32),
     )
     rows = Rows(
@@ -215,19 +226,17 @@ def insert(decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, new: Ar
     def put(old: Array, value: OnHost) -> Array:
         return _replicated(old.at[new.slots].set(value, mode="drop"))
 
-    kept = ("tokens", "offsets", "lengths", "places", "forced", "stop", "jump", "offset", "allowed")
     batch = replace(
         batch,
         prefix=decoder.insert(batch.prefix, prefilled, jnp.asarray(new.slots)),
+        tables=jax.tree.map(put, batch.tables, new.tables),
         begun=put(batch.begun, jnp.broadcast_to(rows.step, new.slots.shape)),
-        sampling=jax.tree.map(put, batch.sampling, new.sampling),
         keys=put(batch.keys, sample_keys(new.seeds, new.digest, new.numbers)),
-        **{name: put(getattr(batch, name), getattr(new, name)) for name in kept},
     )
     shape = new.numbers.shape
     first = [
-        jnp.take_along_axis(x, new.lengths[..., None] - 1, axis=-1).repeat(shape[1], -1)
-        for x in (new.tokens, new.offsets)
+        jnp.take_along_axis(x, new.tables.lengths[..., None] - 1, axis=-1).repeat(shape[1], -1)
+        for x in (new.tables.tokens, new.tables.offsets)
     ]
     exists = jnp.arange(shape[1]) < new.count[:, None]
     zeros = jnp.zeros((*shape, rows.drawn.shape[-1]), jnp.int32)
@@ -235,7 +244,7 @@ def insert(decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, new: Ar
         rows,
         feed=put(rows.feed, first[0]),
         feed_offset=put(rows.feed_offset, first[1]),
-        place=put(rows.place, jnp.where(exists, 0, new.places[:, None])),
+        place=put(rows.place, jnp.where(exists, 0, new.tables.places[:, None])),
         count=put(rows.count, zeros[..., 0]),
         drawn=put(rows.drawn, zeros),
         drawn_offsets=put(rows.drawn_offsets, zeros),
@@ -260,7 +269,7 @@ def advance(
     last = rows.step + most
 
     def goes_on(rows: Rows) -> Array:
-        running = jnp.any(rows.place < batch.places[:, None], axis=1)
+        running = jnp.any(rows.place < batch.tables.places[:, None], axis=1)
         return (rows.step < last) & jnp.where(waiting, jnp.all(running), jnp.any(running))
 
     step = partial(_step, decoder, vocabulary, image_width, weights, word_starts, batch)
@@ -279,8 +288,9 @@ def _step(
     rows: Rows,
 ) -> Rows:
     """Feeds an id to each row and draws the next. Rows that have ended do as the others, but nothing is kept of it."""
+    tables: Any = batch.tables  # on the devices, all arrays
     requests, prompts, samples = rows.feed.shape
-    prefilled = batch.lengths - 1
+    prefilled = tables.lengths - 1
     position = prefilled + (rows.step - batch.begun)[:, None]
     logits, own = decoder.step(
         weights,
@@ -294,24 +304,24 @@ def _step(
         rows.feed_offset.reshape(-1, samples),
     )
     logits = constrain(logits.reshape(requests, prompts, samples, -1), "batch", None, None, None)
-    place = jnp.minimum(rows.place, batch.jump.shape[1] - 1)
+    place = jnp.minimum(rows.place, tables.jump.shape[1] - 1)
 
     def here(table: Array) -> Array:
         return jnp.take_along_axis(table, place, axis=1)
 
-    offset, forced = here(batch.offset), here(batch.forced)
-    known = batch.tokens, batch.offsets, batch.lengths, rows.drawn, rows.drawn_offsets, rows.count, offset
+    offset, forced = here(tables.offset), here(tables.forced)
+    known = tables.tokens, tables.offsets, tables.lengths, rows.drawn, rows.drawn_offsets, rows.count, offset
     starts = None if word_starts is None else jnp.asarray(word_starts)
     given = Step(*known, starts, vocabulary=vocabulary, image_width=image_width)
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(jax.random.wrap_key_data(batch.keys), place)
-    ids, log_probs = sample(batch.sampling, logits, batch.masks[here(batch.allowed)], given, keys)
+    ids, log_probs = sample(tables.sampling, logits, batch.masks[here(tables.allowed)], given, keys)
     ids, log_probs = _replicated(jnp.where(forced >= 0, forced, ids).astype(jnp.int32)), _replicated(log_probs)
     in_segment = (forced >= 0) | ((ids >= NUM_SPECIALS) & (ids < vocabulary.mask_start))
     offset = jnp.where(in_segment, offset, 0)  # a run may stop, or have markup in it
 
-    running = rows.place < batch.places[:, None]
+    running = rows.place < tables.places[:, None]
     new = running[..., None] & (jnp.arange(rows.drawn.shape[-1]) == rows.count[..., None])
-    after = jnp.where(ids == here(batch.stop), here(batch.jump), rows.place + 1)
+    after = jnp.where(ids == here(tables.stop), here(tables.jump), rows.place + 1)
     return Rows(
         step=rows.step + 1,
         own=own,

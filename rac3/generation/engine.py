@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float, Int, PyTree
 from rac3.config import InputError
 from rac3.devices.batches import power_of_two
 from rac3.devices.mesh import DeviceMesh
-from rac3.generation.batch import Arrivals, Batch, Rows, Shape, advance, empty, insert, prefill
-from rac3.generation.grammar import Table, allowed_ids, fitted, parse, shortest, tabulate
-from rac3.generation.request import Draw, Given, Request, Sample
+from rac3.generation.batch import Arrivals, Batch, Rows, Shape, advance, blank, empty, insert, prefill
+from rac3.generation.grammar import Table, allowed_ids, longest, parse, tabulate
+from rac3.generation.request import Draw, Request, Sample
 from rac3.generation.sampling import Sampling, stack
 from rac3.model.decoder import Cache, Decoder
 from rac3.model.transformer import Transformer
@@ -51,11 +51,10 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A request that fits.
+    """A request.
 
     Attributes:
       index: its place in the call.
-      grammar: as far as the context has room for it.
       samples: those that have ended, by number.
     """
 
@@ -63,7 +62,6 @@ class Entry:
     request: Request
     sampling: PyTree
     seed: int
-    grammar: list[Draw | Given]
     table: Table
     samples: dict[int, Sample] = field(default_factory=dict)
 
@@ -120,8 +118,8 @@ class Engine:
         with self.mesh.use() if self.mesh else contextlib.nullcontext():
             yield
 
-    def check(self, request: Request) -> list[Draw | Given]:
-        """The grammar of the request, as far as the context has room for it.
+    def check(self, request: Request) -> None:
+        """Refuses what does not fit: `rac3.generation.prompts` makes requests that do.
 
         Raises:
           InputError: no prompt, one that leaves no room for the output, or a text longer than the model is trained on.
@@ -129,21 +127,22 @@ class Engine:
         lengths = [len(prompt.ids) for prompt in request.prompts]
         if min(lengths, default=0) == 0:
             raise InputError("a request has no prompt, or an empty one; give at least one id, such as <eod>")
-        model, least, prompt = self.model, shortest(request.grammar), max(lengths)
-        if prompt + least > model.max_positions:
+        model, drawn, prompt = self.model, longest(request.grammar), max(lengths)
+        if prompt + drawn > model.max_positions:
             raise InputError(
-                f"a prompt of {prompt} tokens and {least} to generate exceed the {model.max_positions} "
+                f"a prompt of {prompt} tokens and {drawn} to generate exceed the {model.max_positions} "
                 "positions of the model; use fewer retrieved documents or a shorter prompt"
             )
-        grammar = fitted(request.grammar, model.max_positions - prompt)
-        ends = [run.offset + run.count - 1 if isinstance(run, Draw) else max(run.offsets, default=0) for run in grammar]
+        ends = [
+            run.offset + run.count - 1 if isinstance(run, Draw) else max(run.offsets, default=0)
+            for run in request.grammar
+        ]
         segment = max(*ends, *(prompt.offsets.max() for prompt in request.prompts))
         if segment > model.max_segment_tokens:
             raise InputError(
                 f"a text of {segment} tokens, given or to generate, exceeds the {model.max_segment_tokens} that the "
                 "model was trained for (max_text_tokens); use a shorter one"
             )
-        return grammar
 
     def run(
         self,
@@ -164,9 +163,10 @@ class Engine:
         """
         groups: dict[Any, list[Entry]] = {}
         for index, (request, sampling, seed) in enumerate(zip(requests, samplings, seeds, strict=True)):
-            grammar, stacked = self.check(request), stack([sampling])
+            self.check(request)
+            stacked = stack([sampling])
             kind = len(request.prompts), jax.tree.structure(stacked)
-            groups.setdefault(kind, []).append(Entry(index, request, stacked, seed, grammar, tabulate(grammar)))
+            groups.setdefault(kind, []).append(Entry(index, request, stacked, seed, tabulate(request.grammar)))
         return self._finished(groups, on_progress)
 
     def _finished(
@@ -190,7 +190,7 @@ class Engine:
     def _shape(self, kind: Any, group: list[Entry]) -> Shape:
         """The shape that suits the requests. For few of them, one that is compiled and not far from it."""
         prompts = len(group[0].request.prompts)
-        longest = max(len(prompt.ids) for entry in group for prompt in entry.request.prompts)
+        prompt = max(len(prompt.ids) for entry in group for prompt in entry.request.prompts)
         places = max(len(entry.table.run) for entry in group)
         masks = len(_masks(group, self.vocabulary.padded_size)[0])
         samples = max(entry.request.samples for entry in group)
@@ -199,7 +199,7 @@ class Engine:
             return sum(-(-entry.request.samples // samples) for entry in group)
 
         of_slot = min(power_of_two(samples), _power_below(self.rows // prompts))
-        slots = -(-min(_rounded(longest, FEWEST_SLOTS), self.model.max_positions) // self.chunk) * self.chunk
+        slots = -(-min(_rounded(prompt, FEWEST_SLOTS), self.model.max_positions) // self.chunk) * self.chunk
         own = min(_rounded(places, FEWEST_PLACES), self.model.max_positions)
         config = self.model.config
         of_id = 2 * config.num_layers * config.embed * jnp.dtype(config.dtype).itemsize
@@ -208,7 +208,7 @@ class Engine:
         suiting = Shape(requests, prompts, of_slot, slots, own, power_of_two(max(masks, FEWEST_MASKS)))
 
         def serves(shape: Shape) -> bool:
-            large_enough = shape.slots >= longest and shape.places >= places and shape.masks >= masks
+            large_enough = shape.slots >= prompt and shape.places >= places and shape.masks >= masks
             rows = shape.requests * shape.samples, suiting.requests * suiting.samples
             sizes = [rows, *zip(shape[3:], suiting[3:], strict=True)]
             few = -(-parts(shape.samples) // shape.requests) <= FEW_ROUNDS
@@ -269,49 +269,39 @@ class Slots:
         engine, shape = self.engine, self.shape
         shards, parts = len(slots), [None if slot is None else self.parts[slot] for slot in slots]
 
-        def zeros(*sizes: int) -> Int[np.ndarray, "..."]:
-            return np.zeros((shards, *sizes), np.int32)
-
+        samplings = [self.sampling if part is None else part.entry.sampling for part in parts]
         new = Arrivals(
             slots=np.array([shape.requests if slot is None else slot for slot in slots], np.int32),
-            tokens=zeros(shape.prompts, shape.slots),
-            offsets=zeros(shape.prompts, shape.slots),
-            lengths=zeros(shape.prompts) + 1,
-            places=zeros(),
-            forced=zeros(shape.places),
-            stop=zeros(shape.places),
-            jump=zeros(shape.places),
-            offset=zeros(shape.places),
-            allowed=zeros(shape.places),
-            sampling=jax.tree.map(
-                lambda *leaves: np.concatenate(leaves),
-                *(self.sampling if part is None else part.entry.sampling for part in parts),
+            tables=replace(
+                blank(shards, shape, self.sampling),
+                sampling=jax.tree.map(lambda *leaves: np.concatenate(leaves), *samplings),
             ),
             seeds=np.zeros((shards, 2), np.uint32),
             digest=np.zeros(shards, np.uint32),
-            numbers=zeros(shape.samples),
-            count=zeros(),
+            numbers=np.zeros((shards, shape.samples), np.int32),
+            count=np.zeros(shards, np.int32),
         )
+        tables = new.tables
         for shard, part in enumerate(parts):
             if part is None:
                 continue
             entry, table = part.entry, part.entry.table
             for number, prompt in enumerate(entry.request.prompts):
                 length = len(prompt.ids)
-                new.tokens[shard, number, :length], new.offsets[shard, number, :length] = prompt
-                new.lengths[shard, number] = length
+                tables.tokens[shard, number, :length], tables.offsets[shard, number, :length] = prompt
+                tables.lengths[shard, number] = length
             places = len(table.run)
-            new.places[shard] = places
+            tables.places[shard] = places
             for name in ("forced", "stop", "jump", "offset"):
-                getattr(new, name)[shard, :places] = getattr(table, name)
-            new.allowed[shard, :places] = self.mask_of[entry.index][table.run]
+                getattr(tables, name)[shard, :places] = getattr(table, name)
+            tables.allowed[shard, :places] = self.mask_of[entry.index][table.run]
             new.seeds[shard] = jax.random.key_data(jax.random.key(entry.seed))
             new.digest[shard] = prompt_digest(entry.request.prompts[0].ids)
             new.numbers[shard] = entry.request.first + part.first + np.arange(shape.samples)
             new.count[shard] = part.size
-        tokens, offsets = (x.reshape(-1, shape.slots) for x in (new.tokens, new.offsets))
+        tokens, offsets = (x.reshape(-1, shape.slots) for x in (tables.tokens, tables.offsets))
         with engine.on_mesh():
-            for start in range(0, int(new.lengths.max()) - 1, engine.chunk):
+            for start in range(0, int(tables.lengths.max()) - 1, engine.chunk):
                 chunk = [x[:, start : start + engine.chunk] for x in (tokens, offsets)]
                 self.prefilled = prefill(engine.decoder, engine.weights, self.prefilled, *chunk, np.int32(start))
             self.batch, self.rows = insert(engine.decoder, self.batch, self.rows, self.prefilled, new)
@@ -358,7 +348,7 @@ class Slots:
         for number in range(part.size):
             count = self.host.count[slot, number]
             ids, log_probs = self.host.drawn[slot, number, :count], self.host.log_probs[slot, number, :count]
-            found[entry.request.first + part.first + number] = parse(entry.grammar, entry.table, ids, log_probs)
+            found[entry.request.first + part.first + number] = parse(entry.request.grammar, entry.table, ids, log_probs)
         return found
 
     def _read(self) -> "Drawn":
@@ -388,7 +378,7 @@ def _masks(
     rows: dict[bytes, int] = {}
     numbers = {
         entry.index: np.array(
-            [rows.setdefault(allowed_ids(run, size).tobytes(), len(rows)) for run in entry.grammar], np.int32
+            [rows.setdefault(allowed_ids(run, size).tobytes(), len(rows)) for run in entry.request.grammar], np.int32
         )
         for entry in group
     }

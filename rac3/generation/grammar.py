@@ -12,7 +12,6 @@ last place the row has ended. Place 3 is reached only if the text has all of its
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,30 +38,9 @@ class Table(NamedTuple):
     offset: Int[np.ndarray, " places"]
 
 
-def fitted(grammar: Sequence[Draw | Given], room: int) -> list[Draw | Given]:
-    """The grammar with as much taken off its texts, from the last one on, as its longest output exceeds `room` ids by.
-
-    Texts keep one id, so that the longest output has at least `shortest` ids.
-    """
-    runs = list(grammar)
-    excess = longest(runs) - room
-    for number in reversed(range(len(runs))):
-        run = runs[number]
-        if isinstance(run, Draw) and run.stop >= 0:
-            taken = min(max(excess, 0), max(run.count - 1, 0))
-            runs[number] = replace(run, count=run.count - taken)
-            excess -= taken
-    return runs
-
-
 def longest(grammar: Sequence[Draw | Given]) -> int:
     """The number of ids of the longest output, which is the number of places."""
     return sum(_places(run, number == len(grammar) - 1) for number, run in enumerate(grammar))
-
-
-def shortest(grammar: Sequence[Draw | Given]) -> int:
-    """The least number of ids that the context must have room for: texts may be as short as one id."""
-    return longest(fitted(grammar, 0))
 
 
 def _places(run: Draw | Given, last: bool) -> int:

@@ -15,11 +15,14 @@ from rac3.artifacts.workdir import write_atomic
 from rac3.documents.document import plain_json
 from rac3.report.page import Content, page
 from rac3.report.samples import Samples
-from rac3.report.table import ROWS, lookup, model_label, model_names, recall_rows
+from rac3.report.table import ROWS, copied_line, lookup, model_label, model_names, recall_rows
 from rac3.run import Run
 from rac3.stages.evaluate import SPLITS, comparisons, evaluate, evaluate_encoders
 from rac3.stages.evaluate_retrieval import entity_recall
 from rac3.training.metrics import read_metrics
+
+
+SEEN = {"seen": "validation", "unseen": "test"}  # which entities of the procedural world, and their split
 
 
 def report(run: Run) -> Path:
@@ -53,6 +56,7 @@ def collect(run: Run) -> dict[str, Any]:
     metrics = {
         **{name: _model_metrics(compared, values[name]) for name, compared in models.items()},
         "retrieval": {f"recall_at_{k}": recall["test"], "validation": {f"recall_at_{k}": recall["validation"]}},
+        "copied": _seen_and_unseen(next(iter(values.values())), "copied"),
         "encoders": evaluate_encoders(run),
         "documents": {
             split: run.artifact(recipes.documents, split).manifest["counts"] for split in experiment.data.sources()
@@ -83,19 +87,26 @@ def summary(metrics: Mapping[str, Any]) -> str:
     for split, k, recalls in recall_rows(metrics):
         parts = ", ".join(f"{share:.1%} by {part}" for part, share in recalls.items())
         lines.append(f"retrieval recall at {k}, {split}: {parts}")
+    lines += filter(None, [copied_line(metrics)])
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _model_metrics(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
-    def seen_and_unseen(name: str) -> dict[str, float | None]:
-        return {"seen": lookup(values, ("validation", name)), "unseen": lookup(values, ("test", name))}
-
     return {
         "perplexity": {modality: lookup(values, ("test", "perplexity", modality)) for modality in ("image", "text")},
         "perplexity_by_k": {split: value["perplexity_by_k"] for split, value in values.items()},
-        **{name: seen_and_unseen(name) for name in ("entity_accuracy", "name_accuracy", "clip_score")},
+        **_seen_and_unseen(values),
+        "clip_score": {which: lookup(values, (split, "clip_score")) for which, split in SEEN.items()},
         "parameters": run.trained_model().manifest["counts"]["parameters"],
         "steps": run.trained.training.steps,
+    }
+
+
+def _seen_and_unseen(values: Mapping[str, Any], *path: str) -> dict[str, dict[str, float | None]]:
+    """The accuracies at a path of each split's values."""
+    return {
+        name: {which: lookup(values, (split, *path, name)) for which, split in SEEN.items()}
+        for name in ("entity_accuracy", "name_accuracy")
     }
 
 

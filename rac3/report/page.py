@@ -3,19 +3,17 @@
 All that comes from documents or from a model is escaped: captions are what strangers wrote.
 """
 
-import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from jaxtyping import UInt8
 
+from rac3.generation.answers import png_uri
 from rac3.report.plots import Line, plot
-from rac3.report.table import ROWS, Row, lookup, margin, model_label, model_names, recall_rows, verdict
+from rac3.report.table import ROWS, Row, copied_line, lookup, margin, model_label, model_names, recall_rows, verdict
 
 OWN_COLOR, CM3_COLOR, OTHER_COLOR = "#1f5fbf", "#c2601c", "#7a7f87"
 SHOWN_SIDE = 108  # CSS pixels of a picture's side
@@ -282,6 +280,8 @@ def _retrieval(metrics: Mapping[str, Any]) -> str:
         note = '<p class="note">Recall: how often a document of the query\'s entity is among the first retrieved.</p>'
     else:
         shown = note = ""
+    if copied := copied_line(metrics):
+        note += f'<p class="note">{escape(copied[0].upper() + copied[1:])}.</p>'
     return (f'<div class="plots">{"".join(plots)}</div>' if plots else "") + shown + note
 
 
@@ -388,9 +388,3 @@ def _mark(mark: Mark | None) -> str:
     return (
         f' <span class="{"right" if mark.right else "wrong"}">{"✓" if mark.right else "✗"} {escape(mark.text)}</span>'
     )
-
-
-def png_uri(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -110,6 +110,16 @@ def _listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
+def copied_line(metrics: Mapping[str, Any]) -> str:
+    """What copying the first retrieved document scores, which is the simplest use of retrieval; "" without any."""
+    said = []
+    for name in ("entity_accuracy", "name_accuracy"):
+        values = {which: lookup(metrics, ("copied", name, which)) for which in ("seen", "unseen")}
+        shown = [f"{value:.1%} ({which})" for which, value in values.items() if value is not None]
+        said += [f"{name.replace('_', ' ')} {_listed(shown)}"] if shown else []
+    return f"copying the first retrieved document: {', '.join(said)}" if said else ""
+
+
 def recall_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
     """All recalls of retrieval: split, k, and recall by query part."""
     retrieval = metrics["retrieval"]

@@ -134,6 +134,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         "perplexity_by_k": by_k,
         "clip_score": float(scores.mean()) if len(scores) else None,
         **_accuracies(experiment, items, images, captions),
+        "copied": _accuracies(experiment, items, *_copied(run, neighbors)) if most else None,
     }
 
 
@@ -254,6 +255,20 @@ def _samples(run: Run, what: str, asked: Sequence[Asked], sampling: Sampling) ->
         run.engine.run(requests, [sampling] * len(requests), [run.experiment.seed] * len(requests))
     )
     return [out[number] for number in range(len(requests))]
+
+
+def _copied(
+    run: Run, neighbors: Int[np.ndarray, "n parts depth"]
+) -> tuple[UInt8[np.ndarray, "n height width 3"], list[str]]:
+    """The simplest use of retrieval, which a model must beat: of what each text and each image retrieved, the picture
+    and the text of the first document, as they are. Black and "" where nothing was retrieved."""
+    firsts = [[_retrieved(run, row[part], 1) for part in range(len(PARTS))] for row in neighbors]
+    codes = [_segment_ids(by_text[0], Image) if by_text else None for by_text, _ in firsts]
+    images = np.zeros((len(firsts), run.images.resolution, run.images.resolution, 3), np.uint8)
+    shown = [row for row, ids in enumerate(codes) if ids is not None]
+    if shown:
+        images[shown] = run.images.decode(np.stack([codes[row] for row in shown]))
+    return images, [by_image[0].document.text if by_image else "" for _, by_image in firsts]
 
 
 def _accuracies(

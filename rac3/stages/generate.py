@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rac3 import recipes
 from rac3.answering import AT_ONCE, Model, Prompt, Task, mask_of, pixels_of
 from rac3.artifacts.workdir import write_atomic
-from rac3.config import InputError, fingerprint, to_plain
-from rac3.documents.document import Document, Image, Text
+from rac3.config import InputError, fingerprint
+from rac3.documents.document import Document, captioned
 from rac3.execution.progress import Progress
 from rac3.generation.answers import Answer
 from rac3.generation.engine import Progress as Drawing
@@ -98,10 +99,8 @@ def generate(run: Model, options: GenerateOptions) -> str:
         prompt = _prompt(run, options, Path())
         run.engine  # noqa: B018  # opens it
         bar.update()
-    with _Bar() as bar_of_ids:
-        ((_, answer),) = run.answers([prompt], bar_of_ids)
-    if isinstance(answer, InputError):
-        raise answer
+    with _Bar() as drawing:
+        answer = run.answer(prompt, drawing)
     name = _file_name(prompt, options)
     files = answer.save(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +158,10 @@ def _generate_all(run: Model, options: GenerateOptions, folder: Path) -> str:
     lines = _lines(path)
     folder.mkdir(parents=True, exist_ok=True)
     answers = folder / ANSWERS
-    common = run.training_recipe.fingerprint, to_plain(replace(options, prompts="", out=""))
+    experiment = run.experiment
+    memory = [run.recipe(recipes.index, part).fingerprint for part in experiment.data.memory_splits("test")]
+    searched = memory, experiment.retriever, experiment.selection, recipes.takedown_keys(experiment)
+    common = run.training_recipe.fingerprint, searched, replace(options, prompts="", out="")
     asked = [fingerprint([*common, line]) for line in lines]
     done = _answered(answers, asked)
     failed = sum("error" in record for record in done)
@@ -200,7 +202,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"prompts {path} does not exist; give a file with a JSON object in each line")
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # texts may have other breaks
         if not line.strip():
             continue
         try:
@@ -220,7 +222,7 @@ def _with(options: GenerateOptions, line: dict[str, Any], number: int) -> Genera
     known = {field.name: field for field in fields(GenerateOptions) if field.name not in ("prompts", "out")}
     for name, value in line.items():
         if name not in known:
-            raise InputError(f"line {number + 1} has {name!r}; use {', '.join(known)}")
+            raise InputError(f"prompt {number} has {name!r}; use {', '.join(known)}")
         default = getattr(GenerateOptions(), name)
         if isinstance(default, tuple):
             good = isinstance(value, list) and all(isinstance(each, str) for each in value)
@@ -231,9 +233,9 @@ def _with(options: GenerateOptions, line: dict[str, Any], number: int) -> Genera
         else:
             good = isinstance(value, type(default))
         if not good:
-            raise InputError(f"line {number + 1}: {name} cannot be {value!r}; see `rac3 generate CONFIG --help`")
+            raise InputError(f"prompt {number}: {name} cannot be {value!r}; see `rac3 generate CONFIG --help`")
     if line.get("task", "draw") not in get_args(Task):
-        raise InputError(f"line {number + 1}: task {line['task']!r} is unknown; use {', '.join(get_args(Task))}")
+        raise InputError(f"prompt {number}: task {line['task']!r} is unknown; use {', '.join(get_args(Task))}")
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in line.items()}
     return replace(options, **values)
 
@@ -307,5 +309,4 @@ def _document(files: Path, text: str) -> Document:
     name, _, caption = text.partition("=")
     path = files / name
     pixels_of(path)  # refuses what is no image
-    texts = (Text(caption.strip()),) if caption.strip() else ()
-    return Document(name, (*texts, Image(path.read_bytes())), {})
+    return captioned(name, caption, path.read_bytes())

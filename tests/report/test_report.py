@@ -128,6 +128,7 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
                 "clip_score": hundreds + number + 5.0,
                 "entity_accuracy": hundreds + number + 6.0,
                 "name_accuracy": hundreds + number + 7.0,
+                "copied": {"entity_accuracy": hundreds + number + 8.0, "name_accuracy": hundreds + number + 9.0},
             }
             for split, hundreds in (("validation", 100), ("test", 200))
         }
@@ -148,6 +149,10 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
             "parameters": found["ra_cm3"]["parameters"],
             "steps": 6,
         }
+    assert found["copied"] == {  # of what the experiment's own model retrieves
+        "entity_accuracy": {"seen": 118, "unseen": 218},
+        "name_accuracy": {"seen": 119, "unseen": 219},
+    }
     assert found["evaluation"] == {"num_retrieved": 2, "documents": {"validation": 100, "test": 200}}
     model = experiment.model.build(Vocabulary(300, 16).padded_size, 192, 256)
     params = jax.eval_shape(initializer(model), jax.random.key(0))
@@ -594,6 +599,15 @@ def test_summary_shows_models_as_columns_and_skips_what_has_no_meaning(made_up: 
         ["retrieval recall at 2, test: 50.0% by text, 25.0% by image"],
         ["retrieval recall at 2, validation: 100.0% by text, 75.0% by image"],
     ]
+    nothing = {"seen": None, "unseen": None}
+    made_up["copied"] = {"entity_accuracy": {"seen": 0.9, "unseen": 0.955}, "name_accuracy": nothing}
+    line = "copying the first retrieved document: entity accuracy 90.0% (seen) and 95.5% (unseen)"
+    assert summary(made_up).splitlines()[-1] == line
+    made_up["copied"]["name_accuracy"] = {"seen": None, "unseen": 0.5}
+    assert summary(made_up).splitlines()[-1] == f"{line}, name accuracy 50.0% (unseen)"
+    assert Page(page(content_of(made_up))).text.count("Copying the first retrieved document: entity") == 1
+    made_up["copied"] = {"entity_accuracy": nothing, "name_accuracy": nothing}
+    assert "copying" not in summary(made_up)
     for name in MODELS:
         made_up[name]["entity_accuracy"] = {"seen": None, "unseen": None}
     assert "entity accuracy" not in summary(made_up)

@@ -37,6 +37,7 @@ from rac3.stages.evaluate import (
     EvaluateOptions,
     _accuracies,
     _captions,
+    _copied,
     _evaluate_split,
     _images,
     _perplexities,
@@ -267,6 +268,23 @@ def test_accuracies_compare_each_row_with_its_own_document(run: Run, items, expe
     some[3] = draw(world.entities()[0], next(setting for _, setting in world._plan()))
     mixed = [captions[1], captions[0], *captions[2:]]
     assert _accuracies(experiment, items, some, mixed) == {"entity_accuracy": 1 / 4, "name_accuracy": 2 / 4}
+
+
+def test_copying_takes_the_first_document_that_each_part_retrieved(run: Run, neighbors: np.ndarray, memory):
+    """The picture of what the text retrieved, as its codes have it, and the text of what the image retrieved."""
+    images, captions = _copied(run, neighbors)
+    for row, image, caption in zip(neighbors, images, captions, strict=True):
+        by_text, by_image = memory[row[TEXT, 0]], memory[row[IMAGE, 0]]
+        assert same_picture(image, run.images.decode(by_text.ids[1][None])[0])
+        assert caption == by_image.document.text
+    nothing = np.full_like(neighbors[:1], -1)
+    assert (_copied(run, nothing)[0].max(), _copied(run, nothing)[1]) == (0, [""])
+
+
+def test_what_copying_scores_is_in_the_metrics(
+    evaluated: Evaluated, run: Run, items, experiment: Experiment, neighbors
+):
+    assert evaluated.metrics["copied"] == _accuracies(experiment, items, *_copied(run, neighbors))
 
 
 def test_accuracies_without_meaning_are_none(items, experiment: Experiment):

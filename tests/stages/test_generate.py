@@ -24,6 +24,7 @@ from rac3.experiment import Experiment
 from rac3.generation.copying import Copying
 from rac3.generation.request import Draw
 from rac3.generation.sampling import Guidance, Sampling
+from rac3.retrieval.exact import Exact
 from rac3.retrieval.fixed import Fixed
 from rac3.run import Found
 from rac3.stages.generate import GenerateOptions, generate
@@ -346,7 +347,7 @@ def test_given_documents_come_before_retrieved_ones(run: Model, calls: list[Call
 
 
 LINES = [
-    {"prompt": PROMPT, "seed": 3},
+    {"prompt": f"{PROMPT}\u2028", "seed": 3},  # a line separator, which JSON may hold as it is
     {"image": "mine.png", "samples": 1},
     {"prompt": "a fox " * 100},
     {"prompt": "an owl", "task": "continue", "follow": ["image"]},
@@ -362,7 +363,8 @@ def test_a_file_of_prompts_goes_on_where_it_was_killed(
 ):
     """Of four prompts one is too long, which is said. The line that a kill has left half written is written again."""
     prompts = picture.parent / "prompts.jsonl"
-    prompts.write_text("\n".join(map(json.dumps, LINES)) + "\n\n")
+    lines = [json.dumps(line, ensure_ascii=False) for line in LINES]
+    prompts.write_text("\n\n".join(lines) + "\n\n", encoding="utf-8")
     options = GenerateOptions(prompts=str(prompts), samples=2, retrieve=1, out=str(tmp_path / "whole"))
     with pytest.raises(InputError, match="1 of 4 prompts of"):
         generate(run, options)
@@ -390,9 +392,10 @@ def test_a_file_of_prompts_goes_on_where_it_was_killed(
     with pytest.raises(InputError, match="1 of 4"):
         generate(run, replace(options, out=str(part)))  # all is done
     assert not calls
-    for other in (replace(options, seed=9), replace(options, samples=3)):
+    exact = run.with_retriever(Exact(num_neighbors=16))
+    for model, other in ((run, replace(options, seed=9)), (run, replace(options, samples=3)), (exact, options)):
         with pytest.raises(InputError, match="has answers to other prompts, or with other options"):
-            generate(run, replace(other, out=str(part)))
+            generate(model, replace(other, out=str(part)))
     assert written(part) == whole
 
 
@@ -416,7 +419,7 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(run: Model, tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ({"promt": "a fox"}, "line 1 has 'promt'; use task, prompt"),
+        ({"promt": "a fox"}, "prompt 1 has 'promt'; use task, prompt"),
         ({"prompt": "a fox", "samples": "2"}, "samples cannot be '2'"),
         ({"prompt": "a fox", "temperature": True}, "temperature cannot be True"),
         ({"prompt": 3}, "prompt cannot be 3"),

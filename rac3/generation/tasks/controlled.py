@@ -12,5 +12,5 @@ def request(form: Form, text: TextIds, context: Context, samples: int = 1, first
       InputError: there are no demonstrations, or as `draw.request`.
     """
     if not context.documents:
-        raise InputError("controlled generation follows demonstrations, and none is given; give --document")
+        raise InputError("controlled generation follows demonstrations, and none is given; give --documents")
     return draw.request(form, text, context, samples, first)

@@ -23,5 +23,5 @@ def request(
       InputError: there are no documents, or as `infill_image.request`.
     """
     if not context.documents:
-        raise InputError("an edit follows documents, and none is given; give --document, or use the task infill_image")
+        raise InputError("an edit follows documents, and none is given; give --documents, or use the task infill_image")
     return infill_image.request(form, codes, masked, context, text, samples, first)

@@ -4,7 +4,7 @@ in order  <eod> m1 <eod> <img alt=" a red fox " src=" I0 I1 I2 I3 "> <eod>      
 infilled  <eod> m1 <eod> <img alt=" a <mask:0> fox " src=" ... "> <mask:0> red <eoi>   all the rest is given
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -16,12 +16,14 @@ from jaxtyping import Array, Float, PyTree
 from rac3.batches.masking import move_spans, segments_of
 from rac3.batches.packing import Group, PackedBatch, pack, packed_row
 from rac3.config import InputError
+from rac3.devices.batches import power_of_two
 from rac3.documents.store import Tokens
 from rac3.generation.prompts import Context, Form, fit
 from rac3.model.losses import token_cross_entropy
 from rac3.model.transformer import Transformer
 
 ROWS = 16  # of a batch, at most
+CrossEntropy = Callable[[PyTree, PackedBatch], Array]  # -log p of each target in nats
 
 
 class Part(NamedTuple):
@@ -106,23 +108,29 @@ class Scorer:
 
     def log_probs(self, parts: Sequence[Part]) -> list[Float[np.ndarray, " _"]]:
         """Of each part, the log probability of each id, in nats, among all ids."""
-        lengths = np.array([len(part.group.tokens) for part in parts], np.int64)
-        length = max(self.row_length, int(lengths.max(initial=0)))
-        rows = pack(lengths, length, max_groups=self.max_groups)
-        found: dict[int, np.ndarray] = {}
-        for start in range(0, len(rows), ROWS):
-            chosen = rows[start : start + ROWS]
-            packed = [packed_row([parts[number].group for number in row], length) for row in chosen]
-            blank = jax.tree.map(np.zeros_like, packed[0])
-            packed += [blank] * (min(ROWS, 1 << (len(chosen) - 1).bit_length()) - len(chosen))
-            batch = jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
-            nats = np.asarray(_nats(self.model, self.params, batch))
-            for row, numbers in zip(nats, chosen, strict=False):
-                ends = np.cumsum(lengths[numbers]).tolist()
-                for number, group_end in zip(numbers, ends, strict=True):
-                    group_start = group_end - int(lengths[number])
-                    found[number] = -row[group_start + parts[number].start : group_start + parts[number].end]
-        return [found[number] for number in range(len(parts))]
+        groups = [part.group for part in parts]
+        longest = max([self.row_length, *(len(group.tokens) for group in groups)])
+        nats = group_nats(partial(_nats, self.model), self.params, groups, longest, self.max_groups)
+        return [-of_group[part.start : part.end] for of_group, part in zip(nats, parts, strict=True)]
+
+
+def group_nats(
+    cross_entropy: CrossEntropy, params: PyTree, groups: Sequence[Group], row_length: int, max_groups: int = 0
+) -> list[Float[np.ndarray, " _"]]:
+    """-log p of each target of each group, in nats, by packing the groups into rows."""
+    lengths = np.array([len(group.tokens) for group in groups], np.int64)
+    rows = pack(lengths, row_length, max_groups=max_groups)
+    size = ROWS if len(rows) > ROWS else power_of_two(max(1, len(rows)))  # of every batch, so that one program serves
+    found: dict[int, np.ndarray] = {}
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        packed = [packed_row([groups[number] for number in row], row_length) for row in chosen]
+        packed += [jax.tree.map(np.zeros_like, packed[0])] * (size - len(chosen))
+        nats = np.asarray(cross_entropy(params, jax.tree.map(lambda *leaves: np.stack(leaves), *packed)))
+        for row, numbers in zip(nats, chosen, strict=False):
+            ends = np.cumsum(lengths[numbers]).tolist()
+            found |= {number: row[end - lengths[number] : end] for number, end in zip(numbers, ends, strict=True)}
+    return [found[number] for number in range(len(groups))]
 
 
 @partial(jax.jit, static_argnums=0)

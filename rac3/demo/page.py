@@ -1,45 +1,31 @@
-"""Demo: a web page that draws, captions, infills and edits with a trained model.
+"""The page and its server.
 
 Only this module uses gradio (`pip install 'rac3[demo]'`), and imports it when the page is built.
 """
 
-import base64
 import hashlib
 import html
-import io
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import PIL.Image
 
-from rac3.answering import Model, Prompt, mask_of
+from rac3.answering import Model
 from rac3.config import InputError
-from rac3.documents.document import Document, Image, ImageError, Text, decode_image
+from rac3.demo.form import CANVAS, MASKED, MAX_PIXELS, Context, Form, Task, picture_of
+from rac3.demo.look import BRUSH, BRUSH_CSS, BRUSH_JS, CSS, alert, card, hint, results, thumbnail
+from rac3.documents.document import captioned, decode_image
 from rac3.execution.progress import Progress
-from rac3.generation.answers import Answer
+from rac3.generation.answers import png_uri
 from rac3.generation.engine import Progress as Drawing
-from rac3.generation.sampling import Contrast, Guidance, Sampling
-from rac3.run import Found
+from rac3.generation.sampling import Sampling
 
-Task = Literal["draw", "caption", "infill_image", "edit"]
 TASKS: dict[Task, str] = {"draw": "Draw", "caption": "Caption", "infill_image": "Infill", "edit": "Edit"}
-HINTS: dict[Task, str] = {
-    "draw": "Pictures of a text, after the documents that it retrieves.",
-    "caption": "Texts for a picture, after the documents that it retrieves.",
-    "infill_image": "Other pixels where you brush; those outside stay as they are. A text is optional.",
-    "edit": "What your own documents show, where you brush. Add at least one document.",
-}
-TITLES = {"draw": "Drawn", "caption": "Captions", "infill_image": "Infilled", "edit": "Edited"}
-MASKED = ("infill_image", "edit")
 FILES = [".png", ".jpg", ".jpeg", ".webp"]
-MAX_PIXELS = 16_000_000  # of an uploaded picture
 EMPTY = "data:,"  # of an `<img>`
-CANVAS = 384, 768  # pixels of the longer side of the picture to brush on, at least and at most
-SMALL = 128  # pixels; a smaller picture is shown with visible pixels
 MOST_DOCUMENTS, MOST_SAMPLES, MOST_CHARACTERS = 4, 8, 2000
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # of the events that use it: one at a time
 KEPT = 3600  # seconds that the server keeps uploads
@@ -71,275 +57,6 @@ class DemoOptions:
         return int(self.max_upload_mb * 2**20)
 
 
-@dataclass(frozen=True, eq=False)  # gradio compares by hash
-class Listed:
-    """A document on the page, and its similarity to the query; None if it is the visitor's own."""
-
-    document: Document
-    similarity: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """The documents on the page.
-
-    Attributes:
-      found_for: the query and the number of documents that the retrieved ones are for.
-    """
-
-    listed: tuple[Listed, ...] = ()
-    found_for: tuple[str, int] = ("", 0)
-
-    def find(self, query: str, k: int, retrieve: Callable[[int], Sequence[Found]]) -> "Context":
-        """`k` documents for a query: the visitor's own stay where they are, retrieved ones fill the other places.
-
-        The same query and k leave everything as it is, so that a removed document stays away.
-        """
-        if (query, k) == self.found_for:
-            return self
-        own = [each for each in self.listed if each.similarity is None]
-        retrieved = retrieve(max(0, k - len(own))) if query else []
-        found = iter([Listed(each.document, each.score) for each in retrieved])
-        kept = [each if each.similarity is None else next(found, None) for each in self.listed]
-        return Context(tuple(each for each in [*kept, *found] if each is not None), (query, k))
-
-    def removed(self, number: int) -> "Context":
-        """Without one document."""
-        return replace(self, listed=self.listed[:number] + self.listed[number + 1 :])
-
-    def replaced(self, number: int, document: Document) -> "Context":
-        """With the visitor's own in the place of another."""
-        return replace(self, listed=(*self.listed[:number], Listed(document), *self.listed[number + 1 :]))
-
-    def added(self, document: Document) -> "Context":
-        """With one more of the visitor's own, which takes the place of the last retrieved one if there are `k`."""
-        retrieved = [number for number, each in enumerate(self.listed) if each.similarity is not None]
-        full = self if len(self.listed) < self.found_for[1] or not retrieved else self.removed(retrieved[-1])
-        return replace(full, listed=(*full.listed, Listed(document)))
-
-    def captioned(self, number: int, text: str) -> "Context":
-        """With another text of one of the visitor's own documents."""
-        document = self.listed[number].document
-        return self.replaced(number, own_document(document.images[0].data, text))
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a visitor has entered.
-
-    Attributes:
-      picture: the file; None is none.
-      mask: the brush's strokes, as `data:image/png` of any size; "" is none.
-      guidance: 1 is none.
-      without: what guidance leaves out; the documents, if there is no text.
-      copying: 0 is none.
-    """
-
-    task: Task
-    text: str
-    picture: bytes | None
-    mask: str
-    samples: int
-    seed: int
-    temperature: float
-    guidance: float
-    without: Literal["text", "documents"]
-    copying: float
-
-    def prompt(self, context: Context, configured: Sampling) -> Prompt:
-        """The prompt for the model: what is listed is its context, and nothing is retrieved besides."""
-        text = "" if self.task == "caption" else self.text.strip()
-        image = None if self.task == "draw" or self.picture is None else decode_image(self.picture, MAX_PIXELS)
-        mask = None if image is None or not self.mask else mask_of(brushed(self.mask, image), image)
-        guidance = Guidance(float(self.guidance), self.without if text else "documents")
-        return Prompt(
-            task=self.task,
-            text=text,
-            image=image,
-            mask=mask if self.task in MASKED else None,
-            documents=[each.document for each in context.listed],
-            retrieve=0,
-            ensemble=True,
-            samples=int(self.samples),
-            seed=int(self.seed),
-            sampling=replace(
-                configured,
-                temperature=float(self.temperature),
-                guidance=guidance,
-                contrast=configured.contrast if guidance.scale == 1 else Contrast(),
-                copying=replace(configured.copying, weight=float(self.copying)),
-            ),
-        )
-
-
-def picture_of(data: bytes, max_bytes: int) -> bytes:
-    """An uploaded file, if it is a picture that the demo takes.
-
-    Raises:
-      InputError: it is too large, or no PNG, JPEG or WebP file.
-    """
-    if len(data) > max_bytes:
-        raise InputError(f"the file has {len(data) / 2**20:.1f} MB, more than the {max_bytes / 2**20:g} MB allowed")
-    try:
-        decode_image(data, MAX_PIXELS)
-    except ImageError as error:
-        raise InputError(f"the file is not usable: {error}; upload a PNG, JPEG or WebP picture") from error
-    return data
-
-
-def own_document(data: bytes, text: str) -> Document:
-    """A visitor's picture, with its caption if there is one, as a document."""
-    texts = (Text(text.strip()),) if text.strip() else ()
-    return Document("yours", (*texts, Image(data)), {})
-
-
-def brushed(mask: str, image: np.ndarray) -> PIL.Image.Image:
-    """White at the pixels of the image that are covered by the brush's strokes, at least half of each.
-
-    Raises:
-      InputError: the mask is no PNG picture of the canvas.
-    """
-    try:
-        data = base64.b64decode(mask.removeprefix("data:image/png;base64,"), validate=True)
-        with PIL.Image.open(io.BytesIO(data), formats=["PNG"]) as strokes:
-            if max(strokes.size) > 2 * CANVAS[1]:
-                raise InputError(f"the mask has {strokes.width} x {strokes.height} pixels; brush it again")
-            alpha = strokes.convert("RGBA").getchannel("A")
-    except (ValueError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError("the mask is no picture; brush it again") from error
-    return alpha.resize((image.shape[1], image.shape[0]), PIL.Image.Resampling.BOX)
-
-
-# What the page shows.
-
-
-def source(image: PIL.Image.Image) -> str:
-    """A picture as the `src` of an `<img>`."""
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def thumbnail(data: bytes, least: int, most: int) -> PIL.Image.Image:
-    """A picture file with a longer side in these limits: a larger one is scaled, a smaller one has larger pixels."""
-    image = PIL.Image.fromarray(decode_image(data, MAX_PIXELS))
-    image.thumbnail((most, most))
-    times = max(1, -(-least // max(image.size)))
-    return image.resize((image.width * times, image.height * times), PIL.Image.Resampling.NEAREST)
-
-
-def figure(parts: Sequence[PIL.Image.Image | str], note: str) -> str:
-    """Pictures and texts, with a note below."""
-    inside = []
-    for part in parts:
-        if isinstance(part, str):
-            inside.append(f"<p>{html.escape(part) or '(an empty text)'}</p>")
-        else:
-            pixels = " class='pixels'" if max(part.size) <= SMALL else ""
-            inside.append(f"<img{pixels} alt='{html.escape(note, quote=True)}' src='{source(part)}'>")
-    return f"<figure>{''.join(inside)}<figcaption>{html.escape(note)}</figcaption></figure>"
-
-
-def card(listed: Listed) -> str:
-    """A document in context."""
-    document = listed.document
-    pictures = [thumbnail(each.data, 1, 256) for each in document.images]
-    texts = [document.text] if document.text and listed.similarity is not None else []
-    note = "yours" if listed.similarity is None else f"similarity {listed.similarity:.2f}"
-    return figure([*pictures, *texts], note)
-
-
-def results(answer: Answer) -> str:
-    """The samples of an answer, best first, and what there is to know about them."""
-    kind = "texts" if answer.task == "caption" else "pictures"
-    made = [
-        figure(sample, f"{answer.score} {score:.2f}")
-        for sample, score in zip(answer.samples, answer.scores, strict=True)
-    ]
-    notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in answer.notes)
-    return f"<h3>{TITLES[answer.task]}, best first</h3><div class='samples {kind}'>{''.join(made)}</div>{notes}"
-
-
-def hint(task: Task) -> str:
-    return f"<p class='hint'>{HINTS[task]}</p>"
-
-
-def alert(text: str) -> str:
-    return f"<p class='alert' role='alert'>{html.escape(' '.join(text.split()))}</p>"
-
-
-CSS = """
-.gradio-container { max-width: 1080px !important; width: 100% !important; margin: auto; }
-.html-container { padding: 0 !important; }
-#message:has(.html-container > div:empty) { display: none; }
-#task label { padding: 6px 8px; gap: 6px; }
-h3 { font-size: 14px; font-weight: 600; margin: 0 0 8px; color: var(--body-text-color); }
-figure { margin: 0; }
-figure img { width: 100%; border-radius: 6px; display: block; }
-img.pixels, .brush img { image-rendering: pixelated; }
-figure p { margin: 4px 0 0; font-size: 14px; line-height: 1.3; color: var(--body-text-color); overflow-wrap: anywhere; }
-figcaption, .note, .hint { font-size: 13px; color: var(--body-text-color); opacity: 0.75; margin: 4px 0 0; }
-.title { font-size: 20px; font-weight: 600; margin: 0; color: var(--body-text-color); }
-.alert { margin: 0; padding: 8px 12px; border-left: 4px solid #dc2626; background: var(--background-fill-secondary);
-  color: var(--body-text-color); }
-.samples { display: grid; gap: 12px; }
-.samples.pictures { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); }
-.samples.texts p { font-size: 16px; margin: 0; }
-.cards { flex-wrap: wrap; gap: 12px; align-items: stretch !important; }
-.cards > .column { flex: 0 0 144px !important; min-width: 144px !important; max-width: 144px; gap: 6px;
-  justify-content: space-between; }
-.cards .row { gap: 6px; flex-wrap: nowrap; }
-.cards button { min-width: 0; padding-left: 4px; padding-right: 4px; }
-"""
-
-BRUSH = """
-<div class="brush"><img alt="the picture" src="${picture}"><canvas></canvas></div>
-<div class="tools" style="display: ${masks ? 'flex' : 'none'}">
-  <label>Brush <input type="range" min="4" max="30" value="12" aria-label="width of the brush"></label>
-  <button type="button">Clear the mask</button>
-</div>
-"""
-BRUSH_CSS = """
-.brush { position: relative; max-width: 480px; margin: auto; }
-.brush img { width: 100%; display: block; border-radius: 6px; }
-.brush canvas { position: absolute; inset: 0; width: 100%; height: 100%; opacity: 0.65; touch-action: none;
-  cursor: crosshair; border-radius: 6px; }
-.tools { align-items: center; justify-content: space-between; gap: 12px; max-width: 480px; margin: 8px auto 0;
-  color: var(--body-text-color); font-size: 14px; }
-.tools label { display: flex; align-items: center; gap: 8px; }
-.tools button { padding: 4px 10px; border-radius: 6px; background: var(--button-secondary-background-fill);
-  color: var(--button-secondary-text-color); border: 1px solid var(--border-color-primary); }
-"""
-BRUSH_JS = """
-const image = element.querySelector('img'), canvas = element.querySelector('canvas');
-const width = element.querySelector('input'), pen = canvas.getContext('2d');
-let last = null;
-function reset() {
-  canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
-  canvas.style.pointerEvents = props.masks ? 'auto' : 'none';
-  props.value = '';
-}
-function stroke(event) {
-  const box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
-  const at = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
-  pen.lineCap = 'round'; pen.strokeStyle = '#ff2d87'; pen.lineWidth = width.value / 100 * canvas.width;
-  pen.beginPath(); pen.moveTo(...(last || at)); pen.lineTo(...at); pen.stroke();
-  last = at;
-}
-canvas.addEventListener('pointerdown', event => {
-  canvas.setPointerCapture(event.pointerId); last = null; stroke(event);
-});
-canvas.addEventListener('pointermove', event => { if (event.buttons && last) stroke(event); });
-canvas.addEventListener('pointerup', () => { last = null; props.value = canvas.toDataURL('image/png'); });
-element.querySelector('button').addEventListener('click', reset);
-image.addEventListener('load', reset);
-watch('masks', reset);
-if (image.complete) reset();
-"""
-
-
 class Session:
     """The model, as the page uses it: one call at a time."""
 
@@ -364,18 +81,12 @@ class Session:
         k = 0 if task == "edit" else min(int(k), self.most)
         return context.find(query, k, lambda k: self.model.retrieve(text, pixels, k))
 
-    def answer(self, prompt: Prompt, on_progress: Callable[[Drawing], None] | None = None) -> Answer:
-        ((_, answer),) = self.model.answers([prompt], on_progress)
-        if isinstance(answer, InputError):
-            raise answer
-        return answer
-
     def warm(self) -> None:
         """Draws once, so that the first visitor does not wait for the compiler."""
         text = self.examples[0].text if self.examples else "a"
         sampling = self.sampling("draw")
         form = Form("draw", text, None, "", 4, 0, sampling.temperature, 1.0, "text", 0.0)
-        self.answer(form.prompt(self.find(Context(), "draw", text, None, 2), sampling))
+        self.model.answer(form.prompt(self.find(Context(), "draw", text, None, 2), sampling))
 
 
 def demo(model: Model, options: DemoOptions) -> None:
@@ -582,7 +293,7 @@ class Page:
         }
 
     def show_picture(self, task: Task, data: bytes | None) -> dict[Any, Any]:
-        gr, url = self.gr, EMPTY if data is None else source(thumbnail(data, *CANVAS))
+        gr, url = self.gr, EMPTY if data is None else png_uri(np.asarray(thumbnail(data, *CANVAS)))
         return {
             self.picture: data,
             self.drop: gr.update(value=None, visible=data is None),
@@ -614,13 +325,13 @@ class Page:
 
     def replace(self, number: int, context: Context, data: bytes) -> dict[Any, Any]:
         data = picture_of(data, self.session.options.max_bytes)
-        return {self.context: context.replaced(number, own_document(data, ""))}
+        return {self.context: context.replaced(number, captioned("yours", "", data))}
 
     def caption_own(self, number: int, context: Context, text: str) -> dict[Any, Any]:
         return {self.context: context.captioned(number, text)}
 
     def add_own(self, context: Context, data: bytes) -> dict[Any, Any]:
-        return {self.context: context.added(own_document(picture_of(data, self.session.options.max_bytes), ""))}
+        return {self.context: context.added(captioned("yours", "", picture_of(data, self.session.options.max_bytes)))}
 
     def answer(
         self,
@@ -641,5 +352,5 @@ class Page:
             progress((drawing.drawn, drawing.total), desc="Drawing", unit="ids")
 
         progress(0, desc="Drawing")
-        answer = self.session.answer(prompt, drawn)
+        answer = self.session.model.answer(prompt, drawn)
         return {self.context: context, self.result: results(answer)}

@@ -1,0 +1,1 @@
+"""A web page that draws, captions, infills and edits with a trained model."""
