@@ -21,7 +21,6 @@ from rac3.stages.evaluate import SPLITS, comparisons, evaluate, evaluate_encoder
 from rac3.stages.evaluate_retrieval import entity_recall
 from rac3.training.metrics import read_metrics
 
-
 SEEN = {"seen": "validation", "unseen": "test"}  # which entities of the procedural world, and their split
 
 

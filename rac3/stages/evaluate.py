@@ -263,11 +263,11 @@ def _copied(
     """The simplest use of retrieval, which a model must beat: of what each text and each image retrieved, the picture
     and the text of the first document, as they are. Black and "" where nothing was retrieved."""
     firsts = [[_retrieved(run, row[part], 1) for part in range(len(PARTS))] for row in neighbors]
-    codes = [_segment_ids(by_text[0], Image) if by_text else None for by_text, _ in firsts]
+    found = [_segment_ids(by_text[0], Image) if by_text else None for by_text, _ in firsts]
+    codes = {row: ids for row, ids in enumerate(found) if ids is not None}
     images = np.zeros((len(firsts), run.images.resolution, run.images.resolution, 3), np.uint8)
-    shown = [row for row, ids in enumerate(codes) if ids is not None]
-    if shown:
-        images[shown] = run.images.decode(np.stack([codes[row] for row in shown]))
+    if codes:
+        images[[*codes]] = run.images.decode(np.stack([*codes.values()]))
     return images, [by_image[0].document.text if by_image else "" for _, by_image in firsts]
 
 
