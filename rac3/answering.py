@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 
 from rac3.config import InputError, to_plain
 from rac3.documents.document import (
@@ -50,7 +50,8 @@ Task = Literal["draw", "caption", "infill_image", "infill_text", "edit", "contro
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 PixelMask = Bool[np.ndarray, "_ _"]
 Picture = Pixels | PIL.Image.Image | str | os.PathLike[str]  # pixels, or a file
-Mask = PixelMask | PIL.Image.Image | tuple[int, int, int, int]  # white is drawn; or left, top, right, bottom
+# What is not zero is drawn, or what is white; or left, top, right, bottom.
+Mask = Shaped[np.ndarray, "_ _"] | PIL.Image.Image | tuple[int, int, int, int]
 
 CLIP_SCORE, LOG_PROB = "CLIP score", "log p per id"
 MASK = "<mask>"  # in the text of a prompt: a part to fill in

@@ -87,7 +87,7 @@ def test_it_writes_two_files(path: Path, workdir: Workdir):
 
 
 def test_metrics_have_the_keys_that_people_script_against(metrics: dict[str, Any], experiment: Experiment):
-    others = ["retrieval", "encoders", "documents", "evaluation", "stages", "versions"]
+    others = ["retrieval", "copied", "encoders", "documents", "evaluation", "stages", "versions"]
     assert list(metrics) == MODELS + others
     for name in MODELS:
         model = metrics[name]
@@ -107,6 +107,7 @@ def test_metrics_have_the_keys_that_people_script_against(metrics: dict[str, Any
         assert model["steps"] == experiment.training.steps
     assert set(metrics["retrieval"]) == {"recall_at_2", "validation"}
     assert set(metrics["retrieval"]["recall_at_2"]) == {"text", "image"}
+    assert set(metrics["copied"]) == {"entity_accuracy", "name_accuracy"}
     assert set(metrics["encoders"]) == {"validation", "test"}
     assert metrics["documents"]["test"]["documents"] == metrics["evaluation"]["documents"]["test"] == 4
     stages = ["text", "vqgan", "clip", "ingest", "embed", "index", "retrieve", "train ra_cm3", "train cm3", "evaluate"]

@@ -195,7 +195,9 @@ def test_the_options_of_sampling_reach_it_and_leave_every_artifact(
     sampling = ["--temperature", "0.5", "--top-p", "0.9"]
     assert rac3(*common, *sampling, "--prompt", PROMPT) == 0
     assert rac3(*common, *sampling, "--image", str(picture)) == 0
-    assert [call.sampling for call in calls] == [Sampling(0.5, 0.9)] * 2
+    settings = run.experiment.evaluation
+    configured = settings.image_sampling, settings.caption_sampling
+    assert [call.sampling for call in calls] == [replace(each, temperature=0.5, top_p=0.9) for each in configured]
     assert sorted(workdir.glob("*/*/manifest.json")) == made
     paths = re.findall(r"^draw \d .+: (.+)$", capsys.readouterr().out, re.M)
     assert [Path(path).parent for path in paths] == [workdir / "generated"] * 3
@@ -419,7 +421,7 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(run: Model, tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ({"promt": "a fox"}, "prompt 1 has 'promt'; use task, prompt"),
+        ({"promt": "a fox"}, "prompt 0 has 'promt'; use task, prompt"),
         ({"prompt": "a fox", "samples": "2"}, "samples cannot be '2'"),
         ({"prompt": "a fox", "temperature": True}, "temperature cannot be True"),
         ({"prompt": 3}, "prompt cannot be 3"),
