@@ -175,7 +175,11 @@ class Model(Run):
         return self.answer(Prompt("continue", text, pixels, follow=follow, **options))
 
     def classify(
-        self, image: Picture, labels: Mapping[str, Sequence[Picture]], shots: int | None = None
+        self,
+        image: Picture,
+        labels: Mapping[str, Sequence[Picture]],
+        shots: int | None = None,
+        scored: classify.Scored = "text",
     ) -> dict[str, float]:
         """The probability of each label, the most probable first, by k-shot in-context learning (paper, section 5.4).
 
@@ -184,6 +188,7 @@ class Model(Run):
         Args:
           labels: demonstrations of each, as many of one as of another.
           shots: use the first k of them; None is all.
+          scored: the label given the image, as in the paper, or the image given the label.
 
         Raises:
           InputError: fewer than two labels, labels with different numbers of demonstrations, or fewer than k.
@@ -205,7 +210,7 @@ class Model(Run):
         tokens = [each.tokens for each in self.tokenize(documents)]
         runs = [tokens[start : start + len(labels)] for start in range(0, len(tokens), max(1, len(labels)))]
         ids = [self.tokenizer.encode(label) for label in labels]
-        asked = classify.request(self.form, self.images.encode([pixels_of(image)])[0], ids, runs)
+        asked = classify.request(self.form, self.images.encode([pixels_of(image)])[0], ids, runs, scored)
         log_probs = iter(self.scorer.log_probs([part for row in asked.parts for part in row]))
         probs = classify.answer([[next(log_probs) for _ in row] for row in asked.parts])
         order = np.argsort(-probs, kind="stable").tolist()

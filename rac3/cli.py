@@ -412,23 +412,57 @@ def _train_with(run: Run, processes: Processes) -> None:
 
 def _evaluate(run: Run, options: Any) -> None:
     from rac3.report.experiment import collect, summary
+    from rac3.stages.evaluate import comparisons, evaluate
+    from rac3.stages.held_out import SPLITS
+    from rac3.stages.retrieve import index, retrieve
+
+    task = getattr(options, "task", "generation")
+    if task == "retrieval":  # needs no model
+        _evaluate_retrieval(run)
+        return
+    run.experiment.mesh.build()
+    models = comparisons(run)
+    for compared in models.values():
+        index(compared)
+        retrieve(compared, SPLITS)
+    if task == "infilling":
+        _evaluate_infilling(run, models)
+    elif task == "few-shot":
+        _evaluate_few_shot(run, models)
+    else:
+        for compared in models.values():
+            evaluate(compared)
+        print(summary(collect(run)))
+
+
+def _evaluate_retrieval(run: Run) -> None:
     from rac3.report.retrieval import retrieval_report, retrieval_summary
-    from rac3.stages.evaluate import SPLITS, comparisons, evaluate
     from rac3.stages.evaluate_retrieval import evaluate_retrieval
     from rac3.stages.retrieve import index, retrieve
 
-    if getattr(options, "task", "generation") == "retrieval":  # needs no model
-        index(run)
-        retrieve(run)
-        print(retrieval_summary(evaluate_retrieval(run)))
-        print(f"report: {retrieval_report(run)}")
-        return
-    run.experiment.mesh.build()
-    for compared in comparisons(run).values():
-        index(compared)
-        retrieve(compared, SPLITS)
-        evaluate(compared)
-    print(summary(collect(run)))
+    index(run)
+    retrieve(run)
+    print(retrieval_summary(evaluate_retrieval(run)))
+    print(f"report: {retrieval_report(run)}")
+
+
+def _evaluate_infilling(run: Run, models: dict[str, Run]) -> None:
+    from rac3.report.infilling import infilling_report, infilling_summary
+
+    print(infilling_summary(models))
+    print(f"report: {infilling_report(run, models)}")
+
+
+def _evaluate_few_shot(run: Run, models: dict[str, Run]) -> None:
+    from rac3.report.few_shot import few_shot_report, few_shot_summary
+    from rac3.stages.evaluate_few_shot import evaluate_few_shot
+
+    by_model = {
+        each.training_recipe: (name, each) for name, each in reversed(models.items())
+    }  # no retriever plays a part
+    metrics = {name: evaluate_few_shot(each) for name, each in reversed(by_model.values())}
+    print(few_shot_summary(metrics))
+    print(f"report: {few_shot_report(run, metrics)}")
 
 
 def _report(run: Run, options: Any) -> None:
@@ -540,7 +574,7 @@ STAGES = {
     "audit": Stage("look for leaks: main documents, copies and test targets in what is retrieved", _audit),
     "train": Stage("train the model, and the vanilla CM3 to compare it with", _train, lambda: TrainOptions),
     "evaluate": Stage(
-        "evaluate on the held-out documents; --task retrieval evaluates the retriever, without a model",
+        "evaluate on the held-out documents; --task infilling, few-shot, or retrieval, which needs no model",
         _evaluate,
         _evaluate_options,
     ),

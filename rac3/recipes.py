@@ -31,6 +31,8 @@ COMMANDS = {
     "train": "rac3 train",
     "retrieval": "rac3 evaluate --task retrieval",
     "evaluation": "rac3 evaluate",
+    "infilling": "rac3 evaluate --task infilling",
+    "few_shot": "rac3 evaluate --task few-shot",
 }
 """What makes an artifact, by the stage of its recipe."""
 
@@ -222,3 +224,28 @@ def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
         "seed": experiment.seed,
     }
     return Recipe("evaluation", config, inputs)
+
+
+def infilling(experiment: Experiment, trained: Experiment) -> Recipe:
+    """The evaluation of infilling and editing: as `evaluation`, with pictures of the memory to judge by."""
+    whole = evaluation(experiment, trained)
+    return Recipe("infilling", whole.config, {**whole.inputs, **_judged_by(experiment)})
+
+
+def few_shot(experiment: Experiment, trained: Experiment) -> Recipe:
+    """The evaluation of few-shot classification, whose demonstrations are documents of the memory."""
+    config = {
+        "documents": experiment.evaluation.documents,
+        "clip_dtype": _dtype(experiment.clip),
+        "entity_field": experiment.data.entity_field,
+        "seed": experiment.seed,
+    }
+    return Recipe("few_shot", config, {"train": train(trained), "clip": clip(experiment), **_judged_by(experiment)})
+
+
+def _judged_by(experiment: Experiment) -> dict[str, Recipe]:
+    """The held-out documents, and those that they may be compared with."""
+    data = experiment.data
+    held_out = [split for split in data.sources() if split in ("validation", "test")]
+    splits = {each for split in held_out for each in (split, *data.memory_splits(split))}
+    return {f"documents {split}": documents(experiment, split) for split in sorted(splits)}

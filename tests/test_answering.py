@@ -128,7 +128,7 @@ def test_labels_are_scored_after_one_demonstration_of_each_a_run(model: Model, t
     target = FIRST_CODE + model.images.encode([pictures[0]])[0]
     for run in (0, 1):
         shown = [model.tokenize([_document(label, pictures_of[run])])[0] for label, pictures_of in labels.items()]
-        before = [1, *(id for item in shown for id in spelled(item))]
+        before = [1, *(id for item in (shown[::-1] if run else shown) for id in spelled(item))]
         for number, label in enumerate(labels):
             part = told.parts[2 * run + number]
             ids = (FIRST_TEXT + np.array(model.tokenizer.encode(label))).tolist()
@@ -137,6 +137,8 @@ def test_labels_are_scored_after_one_demonstration_of_each_a_run(model: Model, t
             assert part.group.targets[part.start : part.end].tolist() == [*ids, 5]
     assert len(model.classify(pictures[0], labels, shots=1)) == 2
     assert len(told.parts) == 2
+    model.classify(pictures[0], labels, shots=1, scored="image")
+    assert told.parts[1].group.targets[told.parts[1].start : told.parts[1].end].tolist() == [*target, 4]
     model.classify(pictures[0], labels, shots=0)
     assert told.parts[0].group.tokens.tolist()[:4] == [1, 2, FIRST_MASK, 3]
 

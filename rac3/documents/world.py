@@ -61,6 +61,10 @@ class Setting:
         return f"on {self.ground} in {self.weather} with {self.frame} frame"
 
 
+def all_settings() -> list[Setting]:
+    return [Setting(g, w, f) for g in GROUNDS for w in WEATHERS for f in FRAMES]
+
+
 @dataclass(frozen=True)
 class World:
     """A split of the world as a document source.
@@ -112,7 +116,7 @@ class World:
     def _plan(self) -> list[tuple[Entity, Setting]]:
         """The (entity, setting) of each document, shuffled."""
         rng = np.random.default_rng([self.seed, 1])
-        settings = [Setting(g, w, f) for g in GROUNDS for w in WEATHERS for f in FRAMES]
+        settings = all_settings()
         shown = self.documents_per_entity
         plan = []
         for index, entity in enumerate(self.entities()):
@@ -195,6 +199,22 @@ def draw(entity: Entity, setting: Setting) -> UInt8[np.ndarray, "40 40 3"]:
     return picture
 
 
+def nearest_settings(images: UInt8[np.ndarray, "images height width 3"]) -> list[Setting]:
+    """The setting whose pixels around the emblem are nearest to those of each image.
+
+    Raises:
+      InputError: as `nearest_entities`.
+    """
+    _check_size(images)
+    around = np.ones((SIZE, SIZE), bool)
+    around[EMBLEM, EMBLEM] = False
+    entity = Entity("", (0,) * 9, ("red", "red", "red"), "disc", "blue")  # any: it is not looked at
+    settings = all_settings()
+    drawn = np.stack([draw(entity, setting)[around] for setting in settings]).astype(np.float32)
+    distances = [np.abs(drawn - image[around]).mean((1, 2)) for image in images.astype(np.float32)]
+    return [settings[int(row.argmin())] for row in distances]
+
+
 def nearest_entities(
     images: UInt8[np.ndarray, "images height width 3"], entities: Sequence[Entity]
 ) -> tuple[list[str], Float[np.ndarray, "images entities"]]:
@@ -203,13 +223,17 @@ def nearest_entities(
     Raises:
       InputError: the images, which have the VQGAN's resolution, are not of the world's size.
     """
+    _check_size(images)
+    emblems = np.stack([draw_emblem(entity) for entity in entities]).astype(np.float32)
+    regions = images[:, EMBLEM, EMBLEM].astype(np.float32)
+    distances = np.stack([np.abs(emblems - region).mean((1, 2, 3)) for region in regions])
+    return [entities[i].name for i in distances.argmin(1)], distances
+
+
+def _check_size(images: UInt8[np.ndarray, "images height width 3"]) -> None:
     if images.shape[1:3] != (SIZE, SIZE):
         height, width = images.shape[1:3]
         raise InputError(
             f"images of {height} x {width} cannot be compared with the world's {SIZE} x {SIZE}; set vqgan.resolution "
             f"(with a checkpoint) or vqgan.model.resolution to {SIZE}"
         )
-    emblems = np.stack([draw_emblem(entity) for entity in entities]).astype(np.float32)
-    regions = images[:, EMBLEM, EMBLEM].astype(np.float32)
-    distances = np.stack([np.abs(emblems - region).mean((1, 2, 3)) for region in regions])
-    return [entities[i].name for i in distances.argmin(1)], distances

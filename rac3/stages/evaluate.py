@@ -1,9 +1,7 @@
 """Evaluate: a trained model on the held-out splits, with a retriever (its own, or another one) at inference."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +19,13 @@ from rac3.evaluation.recall import clip_metrics
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
-from rac3.generation.prompts import Asked, Context
-from rac3.generation.request import Sample
 from rac3.generation.rerank import best_by_clip, best_by_perplexity
-from rac3.generation.sampling import Sampling
 from rac3.generation.tasks import caption, draw
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
+from rac3.stages.held_out import SPLITS, context, held_out, retrieved, sampled, segment_ids
 
 METRICS = "metrics.json"
-SPLITS: tuple[Split, ...] = ("validation", "test")
 # What is scored, in the order of the `PARTS` that ask: a text asks for an image, an image for a text.
 MODALITIES = (("image", image_group, MAIN_IMAGE), ("text", text_group, MAIN_TEXT))
 
@@ -40,11 +35,13 @@ class EvaluateOptions:
     """What `rac3 evaluate` evaluates.
 
     Attributes:
-      task: generation, of the trained model on the held-out documents; or retrieval, which needs no model: recall,
-        what approximate search costs, what selection drops, and a page of queries with what they retrieved.
+      task: generation, of images and captions of the held-out documents; infilling, of the middle of their images, with
+        edits by documents given by hand (paper, sections 5.2 and 5.3); few-shot, classification by demonstrations
+        (5.4); or retrieval, which needs no model: recall, what approximate search costs, what selection drops, and a
+        page of queries with what they retrieved.
     """
 
-    task: Literal["generation", "retrieval"] = "generation"
+    task: Literal["generation", "infilling", "few-shot", "retrieval"] = "generation"
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -102,11 +99,7 @@ def evaluate_encoders(run: Run) -> dict[str, Any]:
 
 def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
     experiment, settings = run.experiment, run.experiment.evaluation
-    documents = run.documents(split)
-    items = documents.many(range(min(len(documents), settings.documents)))
-    neighbors = np.full((len(items), len(PARTS), experiment.selection.depth), -1)
-    if experiment.retrieves:
-        neighbors = run.neighbors(split)[: len(items)]
+    items, neighbors = held_out(run, split)
     most = settings.num_retrieved if experiment.retrieves else 0
     name = run.trained.model_name
     if experiment.retrieves and experiment.retriever != run.trained.retriever:
@@ -154,7 +147,7 @@ def _perplexities(
     for number, (modality, build, kind) in enumerate(MODALITIES):
         groups = []
         for item, row in zip(items, neighbors[:, number], strict=True):
-            documents = builder.retrieved_sequences([each.tokens for each in _retrieved(run, row, k)])
+            documents = builder.retrieved_sequences([each.tokens for each in retrieved(run, row, k)])
             main = builder.sequence(item.tokens)
             group = build(builder, documents, main)
             while len(group.tokens) > most and documents:
@@ -177,29 +170,23 @@ def _too_long(run: Run, items: list[TokenizedDocument]) -> dict[str, int]:
     }
 
 
-def _segment_ids(item: TokenizedDocument, kind: type[Text] | type[Image]) -> np.ndarray | None:
-    """The ids of the first text, or of the first image."""
-    pairs = zip(item.document.segments, item.ids, strict=True)
-    return next((ids for segment, ids in pairs if isinstance(segment, kind)), None)
-
-
 def _images(
     run: Run, split: Split, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
 ) -> tuple[UInt8[np.ndarray, "images height width 3"], np.ndarray]:
     """For each document with a text, the image that CLIP scores best, and its score."""
     settings, codec = run.experiment.evaluation, run.images
-    captions = {row: ids for row, item in enumerate(items) if (ids := _segment_ids(item, Text)) is not None}
+    captions = {row: ids for row, item in enumerate(items) if (ids := segment_ids(item, Text)) is not None}
     chosen = list(captions)
     if not chosen:
         return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
     form = run.form
     asked = [
         draw.request(
-            form, captions[row], _context(run, neighbors[row], k, settings.image_sampling), settings.image_samples
+            form, captions[row], context(run, neighbors[row], k, settings.image_sampling), settings.image_samples
         )
         for row in chosen
     ]
-    drawn = _samples(run, f"{split} images", asked, settings.image_sampling)
+    drawn = sampled(run, f"{split} images", asked, settings.image_sampling)
     codes = np.array([[draw.answer(form, sample) for sample in samples] for samples in drawn])
     pixels = codec.decode(codes.reshape(-1, codes.shape[-1]))
     image_vectors = run.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
@@ -213,48 +200,21 @@ def _captions(
 ) -> list[str]:
     """The caption of lowest perplexity of each document's image."""
     settings = run.experiment.evaluation
-    images = {row: codes for row, item in enumerate(items) if (codes := _segment_ids(item, Image)) is not None}
+    images = {row: codes for row, item in enumerate(items) if (codes := segment_ids(item, Image)) is not None}
     if not images:
         return []
     form, most = run.form, settings.max_caption_tokens
     asked = [
         caption.request(
-            form, codes, _context(run, neighbors[row], k, settings.caption_sampling), most, settings.caption_samples
+            form, codes, context(run, neighbors[row], k, settings.caption_sampling), most, settings.caption_samples
         )
         for row, codes in images.items()
     ]
-    drawn = _samples(run, f"{split} captions", asked, settings.caption_sampling)
+    drawn = sampled(run, f"{split} captions", asked, settings.caption_sampling)
     log_probs = np.array([[sample.mean_log_prob for sample in samples] for samples in drawn])
     best = best_by_perplexity(log_probs).tolist()
     kept = [samples[choice] for samples, choice in zip(drawn, best, strict=True)]
     return [run.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in kept]
-
-
-def _retrieved(run: Run, neighbors: Int[np.ndarray, " depth"], k: int) -> list[TokenizedDocument]:
-    """The first k neighbors that have something to show."""
-    if not run.experiment.retrieves:
-        return []
-    memory, builder = run.memory(), run.builder
-    documents = map(memory.document, neighbors[neighbors >= 0].tolist())
-    return list(islice((item for item in documents if builder.shown(item.tokens) is not None), k))
-
-
-def _context(run: Run, neighbors: Int[np.ndarray, " depth"], k: int, sampling: Sampling) -> Context:
-    """The first k neighbors."""
-    return Context([item.tokens for item in _retrieved(run, neighbors, k)], without=sampling.without)
-
-
-def _samples(run: Run, what: str, asked: Sequence[Asked], sampling: Sampling) -> list[list[Sample]]:
-    """The samples of each request; says how many documents did not fit."""
-    lost = sum(len(each.dropped) for each in asked)
-    if lost:
-        found = lost + sum(len(documents) for each in asked for documents in each.contexts)
-        print(f"{what}: {lost} of {found} retrieved documents did not fit into the context")
-    requests = [each.request for each in asked]
-    out: dict[int, list[Sample]] = dict(
-        run.engine.run(requests, [sampling] * len(requests), [run.experiment.seed] * len(requests))
-    )
-    return [out[number] for number in range(len(requests))]
 
 
 def _copied(
@@ -262,8 +222,8 @@ def _copied(
 ) -> tuple[UInt8[np.ndarray, "n height width 3"], list[str]]:
     """The simplest use of retrieval, which a model must beat: of what each text and each image retrieved, the picture
     and the text of the first document, as they are. Black and "" where nothing was retrieved."""
-    firsts = [[_retrieved(run, row[part], 1) for part in range(len(PARTS))] for row in neighbors]
-    found = [_segment_ids(by_text[0], Image) if by_text else None for by_text, _ in firsts]
+    firsts = [[retrieved(run, row[part], 1) for part in range(len(PARTS))] for row in neighbors]
+    found = [segment_ids(by_text[0], Image) if by_text else None for by_text, _ in firsts]
     codes = {row: ids for row, ids in enumerate(found) if ids is not None}
     images = np.zeros((len(firsts), run.images.resolution, run.images.resolution, 3), np.uint8)
     if codes:
@@ -299,7 +259,7 @@ def _write_samples(
     rows = []
     for number, (item, row) in enumerate(zip(items, neighbors, strict=True)):
         found = {
-            part: [document.document.key for document in _retrieved(run, row[index], k)]
+            part: [document.document.key for document in retrieved(run, row[index], k)]
             for index, part in enumerate(PARTS)
         }
         caption = captions[number] if len(captions) == len(items) else None

@@ -41,14 +41,13 @@ from rac3.stages.evaluate import (
     _evaluate_split,
     _images,
     _perplexities,
-    _retrieved,
-    _segment_ids,
     _too_long,
     _write_samples,
     comparisons,
     evaluate,
     evaluate_encoders,
 )
+from rac3.stages.held_out import retrieved, segment_ids
 
 TEXT, IMAGE = 0, 1  # the parts of a query
 SETTINGS = EvaluationConfig(
@@ -395,9 +394,9 @@ def test_a_document_asks_with_its_first_text_and_its_first_image(items):
     document = replace(first.document, segments=(*first.document.segments, *second.document.segments))
     both = TokenizedDocument(document, (*first.ids, *second.ids))
     for item in (first, both):
-        assert _segment_ids(item, Text) is item.ids[0]
-        assert _segment_ids(item, Image) is item.ids[1]
-    assert _segment_ids(without(first, Text), Text) is None
+        assert segment_ids(item, Text) is item.ids[0]
+        assert segment_ids(item, Image) is item.ids[1]
+    assert segment_ids(without(first, Text), Text) is None
 
 
 class Remembered(OpenMemory):
@@ -415,11 +414,11 @@ def test_the_first_neighbors_that_have_something_to_show(run: Run, items):
     remembered = Remembered([items[0], without(items[1], Text), items[2], items[3]])
     whole = with_members(run, memory=lambda _: remembered)
     row = np.array([2, -1, 1, 0, 3])
-    assert _retrieved(whole, row, 2) == [items[2], remembered.items[1]]
-    assert _retrieved(whole, row[1:3], 2) == [remembered.items[1]]
+    assert retrieved(whole, row, 2) == [items[2], remembered.items[1]]
+    assert retrieved(whole, row[1:3], 2) == [remembered.items[1]]
     texts = with_members(whole, builder=replace(run.builder, retrieved="text"))
-    assert _retrieved(texts, row, 3) == [items[2], items[0], items[3]]
-    assert _retrieved(texts, row, 0) == []
+    assert retrieved(texts, row, 3) == [items[2], items[0], items[3]]
+    assert retrieved(texts, row, 0) == []
 
 
 def in_context(run: Run, positions: int) -> Run:

@@ -3,10 +3,12 @@
     run 1  <eod> <img alt=" cat " src=" ... "> <eod> <img alt=" dog " src=" ... "> <eod>
            <img alt=" <mask:0> " src=" I0 I1 I2 I3 "> <mask:0> cat <eoi>
 
-One run has one demonstration of each label. Of k runs, with other demonstrations, the probabilities are averaged.
+One run has one demonstration of each label. Of k runs, with other demonstrations, the probabilities are averaged. Every
+second run has its demonstrations in reverse, so that no label gains by its place.
 
 The probability of a label is that of the caption given the image, as in the paper, or by Bayes' rule with equal priors
-that of the image given the caption, for models that draw what a name shows better than they name what an image shows.
+that of the image given the caption (a noisy channel: Min et al., arXiv 2108.04106), for models that draw what a name
+shows better than they name what an image shows.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,8 @@ from rac3.config import InputError
 from rac3.documents.store import Tokens
 from rac3.generation.prompts import Context, Form, TextIds
 from rac3.generation.tasks import score
+
+Scored = Literal["text", "image"]  # the caption given the image, or the image given the caption
 
 
 class Asked(NamedTuple):
@@ -38,15 +42,13 @@ def request(
     codes: Int[np.ndarray, " tokens"],
     labels: Sequence[TextIds],
     demonstrations: Sequence[Sequence[Tokens]],
-    scored: Literal["text", "image"] = "text",
-    apart: bool = False,
+    scored: Scored = "text",
 ) -> Asked:
     """Each label as the caption of an image, after the demonstrations of each run.
 
     Args:
       demonstrations: of each run, its documents; no runs ask without demonstrations.
       scored: the caption given the image, or the image given the caption.
-      apart: each label stands after its own demonstration alone: of each run, the document of the same number.
 
     Raises:
       InputError: fewer than two labels, equal or empty ones, or demonstrations that do not fit.
@@ -56,21 +58,16 @@ def request(
         raise InputError(f"{len(labels)} labels leave no choice; give at least 2")
     if not all(len(label) for label in labels) or len({tuple(label) for label in labels}) < len(labels):
         raise InputError("a label is empty, or given twice; give different ones")
-    if apart and any(len(run) != len(labels) for run in demonstrations):
-        raise InputError(
-            f"a run has not one demonstration for each of the {len(labels)} labels; give as many, in order"
-        )
     parts, notes = [], []
-    for run in demonstrations or [()]:
-        row = []
-        for index, label in enumerate(labels):
-            documents = run[index : index + 1] if apart else run
+    for number, demonstrated in enumerate(demonstrations or [()]):
+        run, row = demonstrated[:: -1 if number % 2 else 1], []
+        for label in labels:
             document = (False, np.asarray(label, np.int32)), (True, codes)
             segment = int(scored == "image")
-            asked = score.request(form, document, segment, Context(documents), infill=scored == "text")
+            asked = score.request(form, document, segment, Context(run), infill=scored == "text")
             if asked.dropped:
                 raise InputError(
-                    f"{len(documents)} demonstrations do not fit into one context next to the image; "
+                    f"{len(run)} demonstrations do not fit into one context next to the image; "
                     "give fewer to a run, and more runs"
                 )
             row += asked.parts
