@@ -114,7 +114,12 @@ def run(arguments: Sequence[str]) -> None:
     # At inference a retriever on the command line goes to the model that the config trains; takedowns likewise.
     trained = experiment
     if stage in AT_INFERENCE:
-        trained = dataclasses.replace(experiment, retriever=config.retriever, takedowns=config.takedowns)
+        trained = dataclasses.replace(
+            experiment,
+            retriever=config.retriever,
+            takedowns=config.takedowns,
+            takedowns_missing_ok=config.takedowns_missing_ok,
+        )
     started = time.monotonic()
     STAGES[stage].work(Model(experiment, workdir, trained), options)
     if STAGES[stage].timed:
@@ -151,7 +156,7 @@ def _preparing(stage: str, arguments: Sequence[str]) -> str:
     if stage == "export" and len(arguments) > 1 and not arguments[1].startswith(("-", "retriever:")):
         arguments = [arguments[0], *arguments[2:]]  # without DIR
     if stage in AT_INFERENCE:
-        own |= {"retriever", "takedowns"}
+        own |= {"retriever", "takedowns", "takedowns_missing_ok", "no_takedowns_missing_ok"}
     kept: list[str] = []
     dropping = False
     for argument in arguments:
@@ -351,9 +356,12 @@ def _index(run: Run, options: Any) -> None:
 
 
 def _retrieve(run: Run, options: Any) -> None:
-    from rac3.stages.retrieve import retrieve
+    from rac3.stages.retrieve import retrieve, shortage_line
 
     retrieve(run)
+    for split in run.experiment.data.sources() if run.experiment.retrieves else ():
+        if run.experiment.data.role(split) != "memory" and (line := shortage_line(run, split)):
+            print(line)
 
 
 def _prepare(run: Run, options: Any) -> None:

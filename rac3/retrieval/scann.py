@@ -135,6 +135,11 @@ class Scann:
             + 2.0 * self.reorder_num_neighbors * width,
         )
 
+    def effort(self, documents: int) -> str:
+        """How many leaves a query visits, where there are any."""
+        leaves = self.leaves_for(documents)
+        return "" if leaves is None else f"retriever.num_leaves_to_search={self._searched(leaves)}"
+
     def efforts(self, documents: int) -> dict[str, "Scann"]:
         """Leaves to search: from about one in a hundred, doubling up to all."""
         leaves = self.leaves_for(documents)

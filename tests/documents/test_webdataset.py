@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rac3.config import InputError
-from rac3.documents.document import Document, Reject
+from rac3.documents.document import Document, Note, Reject
 from rac3.documents.filter import LaionFilter
 from rac3.documents.webdataset import WebDataset
 
@@ -48,8 +48,8 @@ def write_table(path: Path, keys: list[str], failed: tuple[str, ...] = ()) -> No
 
 
 def read(folder: Path, shard: str = "00000", **fields: object) -> tuple[dict[str, Document], dict[str, str]]:
-    """Documents and reject reasons by key; fails if a key occurs twice."""
-    items = list(WebDataset(**fields).read(folder, shard))
+    """Documents and reject reasons by key, without notes; fails if a key occurs twice."""
+    items = [item for item in WebDataset(**fields).read(folder, shard) if not isinstance(item, Note)]
     documents = {item.key: item for item in items if isinstance(item, Document)}
     rejects = {item.key: item.reason for item in items if isinstance(item, Reject)}
     assert len(documents) + len(rejects) == len(items)
