@@ -83,7 +83,9 @@ def vqgan(experiment: Experiment) -> Recipe:
         return Recipe("vqgan", {OWN: config})
     if config.checkpoint is not None:
         files = checkpoint_files(Path(config.checkpoint))
-        sizes = [[path.name, path.stat().st_size] for path in (*files.configs, *files.weights)]
+        sizes = [
+            [path.name, path.stat().st_size] for path in (*files.configs, *filter(None, [files.index]), *files.weights)
+        ]
         where = {"checkpoint": Path(config.checkpoint).resolve(), "resolution": config.resolution, "files": sizes}
         return Recipe("vqgan", where)
     fitted: dict[str, Any] = {"vqgan": _fitted(config), "data": fitting_data(experiment), "seed": experiment.seed}

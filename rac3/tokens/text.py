@@ -16,6 +16,7 @@ from jaxtyping import Bool
 
 from rac3.config import InputError
 from rac3.weights.checkpoint_files import checkpoint_folder, read_json
+from rac3.weights.hub import why_not
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -236,7 +237,8 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     folder = checkpoint_folder("tokenizer", source)
-    local = folder is not None
+    offline = why_not() if folder is None else None
+    local = folder is not None or offline is not None
     fix = "check the hub name and the network, or give a folder"
     if folder is not None:
         fix = (
@@ -256,10 +258,11 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
                 "give one whose class is part of transformers"
             )
         loaded = getattr(transformers, kind).from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    except InputError:
+        Tokenizer(loaded)  # settings of a wrong type may fail only when they are used
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the Rust parsers raise no narrower type
-        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+    except BaseException as error:  # the Rust parsers raise no narrower type, and panic with one that is no Exception
+        reason = offline or f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200]
         raise InputError(f"tokenizer {source!r} cannot be loaded: {reason} ({fix})") from error
     if _special_ids(loaded).issuperset(loaded.get_vocab().values()):  # as transformers loads a missing vocabulary
         raise InputError(f"tokenizer {source!r} has no vocabulary, only special tokens ({fix})")

@@ -13,7 +13,7 @@ from rac3.clip.families.huggingface import given
 from rac3.clip.family import Family, clip_checkpoint
 from rac3.clip.images import OPENAI_MEAN, OPENAI_STD, ClipImages, per_channel, require_preprocessing
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.tokens.text import load_clip_tokenizer
 from rac3.weights.port import Place
 from rac3.weights.settings import Settings, read_settings
@@ -116,7 +116,7 @@ def _read(settings: Settings, defaults: dict[str, Any]) -> dict[str, Any]:
       InputError: one has another type than its default, or a setting asks for another architecture.
     """
     for name, value in settings.values.items():
-        where = f"{settings.file}: {settings.section}{name}={value!r}"
+        where = f"{settings.file}: {settings.section}{name}={quoted(value)}"
         if name in defaults:
             usual = defaults[name]
             if not isinstance(value, int | float if isinstance(usual, float) else type(usual)):
