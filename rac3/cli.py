@@ -61,6 +61,9 @@ def main() -> None:
     stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
     """
     arguments = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # keys and captions in a terminal that lacks their letters
     debug = "--debug" in arguments
     try:
         run([argument for argument in arguments if argument != "--debug"])

@@ -74,7 +74,7 @@ def canonical(value: Any) -> Any:
 def fingerprint(value: Any) -> str:
     """12 hex digits of a hash of the canonical form of `value`."""
     text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]  # paths in an ASCII locale
 
 
 def to_plain(value: Any) -> Any:

@@ -78,7 +78,7 @@ def refused(rac3: Command, capsys: pytest.CaptureFixture[str]) -> Refused:
 def write_config(path: Path, body: str) -> str:
     """A config of a user's own that starts from the tiny one, `tiny`."""
     head = "from dataclasses import dataclass, replace\nfrom rac3.config import load_config_module\n"
-    path.write_text(f"{head}tiny = load_config_module({TINY!r}).get_config()\n{body}")
+    path.write_text(f"{head}tiny = load_config_module({TINY!r}).get_config()\n{body}", encoding="utf-8")
     return str(path)
 
 

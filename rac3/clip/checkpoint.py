@@ -47,8 +47,10 @@ class ClipCheckpoint:
         """Write it in rac3's own form: the published files are no longer needed."""
         model = "clip" if isinstance(self.config, CLIPConfig) else "siglip"
         self.tokenizer.save(folder / TOKENIZER)
-        (folder / CONFIG).write_text(json.dumps({"model_type": model, **asdict(self.config)}, indent=2) + "\n")
-        (folder / IMAGES).write_text(json.dumps(asdict(self.images), indent=2) + "\n")
+        (folder / CONFIG).write_text(
+            json.dumps({"model_type": model, **asdict(self.config)}, indent=2) + "\n", encoding="utf-8"
+        )
+        (folder / IMAGES).write_text(json.dumps(asdict(self.images), indent=2) + "\n", encoding="utf-8")
         save_params(folder / PARAMS, self.params)
 
     @classmethod

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,8 @@ class WebDataset:
         folder = data_dir / self.folder
         path = next((folder / (shard + suffix) for suffix in SUFFIXES if _there(folder / (shard + suffix))), None)
         fields = {name: kind for kind in ("image", "text") for name in _fields(getattr(self, kind))}
-        return _Reading(self, shard, path or folder / f"{shard}.tar", TarShard(fields | {METADATA: "json"})).items()
+        name = os.fsencode(shard).decode("utf-8", "replace")  # in any locale: it becomes part of keys
+        return _Reading(self, name, path or folder / f"{shard}.tar", TarShard(fields | {METADATA: "json"})).items()
 
 
 def _fields(names: str) -> list[str]:
@@ -118,7 +120,8 @@ class _Reading:
     table: ShardTable = field(init=False)
 
     def __post_init__(self) -> None:
-        self.table = ShardTable(self.path.with_name(f"{self.shard}.parquet"))
+        suffix = next(suffix for suffix in SUFFIXES if self.path.name.endswith(suffix))
+        self.table = ShardTable(self.path.with_name(f"{self.path.name.removesuffix(suffix)}.parquet"))
 
     def items(self) -> Iterator[Document | Reject | Note]:
         lost: list[Reject] = []

@@ -163,7 +163,7 @@ def write_model(
     """Writes weights and config.json; gives the bytes of the weights. The arguments are those of `settings_of`."""
     sizes = tensor_bytes(model, params)
     write_weights(folder, tensors(model, params), sizes)
-    (folder / CONFIG).write_text(json.dumps(settings_of(model, vocabulary, more), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(settings_of(model, vocabulary, more), indent=2) + "\n", encoding="utf-8")
     return sum(sizes.values())
 
 

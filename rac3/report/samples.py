@@ -43,7 +43,7 @@ class Samples:
         rows, images = {}, {}
         for name, model in models.items():
             folder = model.evaluation().folder
-            rows[name] = json.loads((folder / f"{split}.json").read_text())[: len(items)]
+            rows[name] = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))[: len(items)]
             images[name] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
         return cls(run, split, items, rows, images)
 

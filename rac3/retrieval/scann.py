@@ -110,7 +110,7 @@ class Scann:
             return ScannIndex(self, part, None)
         # As scann's load_searcher, but never loads a pickle from the folder.
         pybind = _import_scann().scann_ops_pybind
-        assets = (folder / "scann_assets.pbtxt").read_text()
+        assets = (folder / "scann_assets.pbtxt").read_text(encoding="utf-8")
         return ScannIndex(self, part, pybind.ScannSearcher(pybind.scann_pybind.ScannNumpy(str(folder), assets)))
 
     def needs(self, documents: int, width: int) -> Needs:

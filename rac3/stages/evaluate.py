@@ -66,7 +66,7 @@ def evaluate(run: Run) -> dict[str, Any]:
                     metrics[split] = _evaluate_split(run, split, draft.folder)
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         artifact = run.evaluation()
-    return json.loads((artifact.folder / METRICS).read_text())
+    return json.loads((artifact.folder / METRICS).read_text(encoding="utf-8"))
 
 
 def comparisons(run: Run) -> dict[str, Run]:

@@ -66,7 +66,7 @@ def evaluate_retrieval(run: Run) -> dict[str, Any]:
             bar.update()
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         artifact = run.artifact(recipes.retrieval)
-    return json.loads((artifact.folder / METRICS).read_text())
+    return json.loads((artifact.folder / METRICS).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class TextTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         bpe.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: str | os.PathLike[str] | None = None) -> "Tokenizer":
         """The tokenizer of `checkpoint` if set, else the one that `fit` saved into `folder`.
@@ -190,7 +190,7 @@ def load_clip_tokenizer(folder: Path) -> Tokenizer:
             " of the model into it (any model with a vocabulary of 49408 can take openai/clip-vit-base-patch32's)"
         )
     settings = folder / "tokenizer_config.json"
-    named = settings.is_file() and "tokenizer_class" in settings.read_text(errors="replace")
+    named = settings.is_file() and "tokenizer_class" in settings.read_text(errors="replace", encoding="utf-8")
     return Tokenizer(_load_pretrained(str(folder), "AutoTokenizer" if named else "CLIPTokenizer"))
 
 
@@ -219,7 +219,7 @@ def load_siglip_tokenizer(folder: Path) -> Tokenizer:
             "tokenizer_config.json of the model into it"
         )
     settings = folder / "tokenizer_config.json"
-    own = not settings.is_file() or "SiglipTokenizer" in settings.read_text(errors="replace")
+    own = not settings.is_file() or "SiglipTokenizer" in settings.read_text(errors="replace", encoding="utf-8")
     fast = own and not (folder / SENTENCEPIECE).is_file()
     pretrained = _load_pretrained(str(folder), "PreTrainedTokenizerFast" if fast else "AutoTokenizer")
     tokenizer = Tokenizer(pretrained, lowercase=type(pretrained).__name__.startswith("Gemma"))

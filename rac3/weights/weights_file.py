@@ -154,4 +154,4 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], sizes
     if count > 1:
         where = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        (folder / f"model.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"model.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

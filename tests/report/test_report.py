@@ -68,7 +68,7 @@ def path(run: Run) -> Path:
 @pytest.fixture(scope="module")
 def written(path: Path) -> tuple[str, str]:
     """The page and `metrics.json`, before another test writes a report of its own."""
-    return path.read_text(), path.with_name("metrics.json").read_text()
+    return path.read_text(encoding="utf-8"), path.with_name("metrics.json").read_text()
 
 
 @pytest.fixture
