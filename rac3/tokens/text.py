@@ -3,13 +3,15 @@
 It gives text ids only; `vocabulary.py` adds `<eod>`, the mask sentinels and other specials.
 """
 
+import html
 import json
 import os
+import string
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool
@@ -25,8 +27,13 @@ CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # the format before tokenizer.jso
 FILES = ("*.json", "*.txt", "*.model")  # vocabularies and settings of published tokenizers
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
 SENTENCEPIECE = "spiece.model"  # SigLIP's
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 SPACES = ("\u0120", "\u2581")  # before a word, in the tokens of byte-level BPE and of SentencePiece
 CONTINUES, ENDS = "##", "</w>"  # before the rest of a word, in WordPiece; after a word, in CLIP's BPE
+Clean = Literal["", "lowercase", "lower", "whitespace", "canonicalize"]
+"""What is done to a text before it is tokenized: nothing, lower case, or one of OpenCLIP's ways, under its names."""
+CLEANED = get_args(Clean)
+
 BYTES = 256  # every byte is a token, so that any text can be encoded
 
 PROBES = {
@@ -95,12 +102,34 @@ class TextTokenizer:
         return Tokenizer(_load_pretrained(os.fspath(source)))
 
 
-class Tokenizer:
-    """A loaded tokenizer: text to ids in [0, size) and back, without special tokens."""
+def cleaned(text: str, clean: Clean) -> str:
+    """A text as OpenCLIP's tokenizers read it: mended by ftfy, entities resolved twice, white space collapsed.
 
-    def __init__(self, pretrained: "PreTrainedTokenizerBase", lowercase: bool = False) -> None:
+    "The fox’s &amp;amp; ﬁre" -> "the fox's & fire" ("lower")
+    """
+    if clean == "":
+        return text
+    if clean == "lowercase":
+        return text.lower()
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    if clean == "canonicalize":
+        text = text.replace("_", " ").translate(PUNCTUATION)
+    text = " ".join(text.split())
+    return text if clean == "whitespace" else text.lower()
+
+
+class Tokenizer:
+    """A loaded tokenizer: text to ids in [0, size) and back, without special tokens.
+
+    Attributes:
+      clean: what is done to a text before.
+    """
+
+    def __init__(self, pretrained: "PreTrainedTokenizerBase", clean: Clean = "") -> None:
         self._pretrained = pretrained
-        self._lowercase = lowercase
+        self.clean = clean
         # Ids may have gaps, so the number of tokens does not always bound them.
         self.size: int = max(pretrained.get_vocab().values()) + 1
         self.bos: int | None = pretrained.bos_token_id  # begin and end of text, if it has them
@@ -117,7 +146,7 @@ class Tokenizer:
         Drops text that only a control id represents, as `</s>` in Unigram models.
         """
         ids = self._pretrained.encode(
-            self._cased(text), add_special_tokens=False, split_special_tokens=True, verbose=False
+            cleaned(text, self.clean), add_special_tokens=False, split_special_tokens=True, verbose=False
         )
         return [i for i in ids if i not in self._controls]
 
@@ -131,9 +160,6 @@ class Tokenizer:
         """The special ids that the tokenizer adds before a text, and after it."""
         ids = self._pretrained.encode("", add_special_tokens=True, verbose=False)
         return (ids[:1], ids[1:]) if ids and ids[0] == self.bos else ([], ids)
-
-    def _cased(self, text: str) -> str:
-        return text.lower() if self._lowercase else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. With a tokenizer that `fit` made, `decode(encode(text)) == text` for any Unicode text.
@@ -172,6 +198,10 @@ class Tokenizer:
     def ids(self) -> dict[str, int]:
         """Every token and its id."""
         return self._pretrained.get_vocab()
+
+    def cleaning(self, clean: Clean) -> "Tokenizer":
+        """This tokenizer with what is done to a text before."""
+        return Tokenizer(self._pretrained, clean)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""
@@ -222,7 +252,7 @@ def load_siglip_tokenizer(folder: Path) -> Tokenizer:
     own = not settings.is_file() or "SiglipTokenizer" in settings.read_text(errors="replace", encoding="utf-8")
     fast = own and not (folder / SENTENCEPIECE).is_file()
     pretrained = _load_pretrained(str(folder), "PreTrainedTokenizerFast" if fast else "AutoTokenizer")
-    tokenizer = Tokenizer(pretrained, lowercase=type(pretrained).__name__.startswith("Gemma"))
+    tokenizer = Tokenizer(pretrained, "lowercase" if type(pretrained).__name__.startswith("Gemma") else "")
     if tokenizer.pad is None or tokenizer.pads_left:
         raise InputError(
             f"siglip checkpoint {str(folder)!r}: its tokenizer pads "
