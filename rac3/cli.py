@@ -61,6 +61,7 @@ def main() -> None:
     stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
     """
     arguments = sys.argv[1:]
+    _use_utf8(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # keys and captions in a terminal that lacks their letters
@@ -74,6 +75,18 @@ def main() -> None:
             raise
         print(traceback.format_exc() if shows_all else f"rac3: {line}", file=sys.stderr)
         leave(code)
+
+
+def _use_utf8(arguments: Sequence[str]) -> None:
+    """Starts the process again in Python's UTF-8 mode if its locale has ASCII alone.
+
+    Otherwise libraries in C++ and Rust, which take paths in UTF-8, could not open a folder that is called 草原.
+    """
+    whole = sys.orig_argv
+    if sys.getfilesystemencoding() == "utf-8" or not arguments or whole[-len(arguments) :] != list(arguments):
+        return  # or called by another program
+    os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *whole[1:]])
 
 
 def _ending(error: BaseException) -> tuple[int, str]:

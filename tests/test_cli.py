@@ -359,6 +359,8 @@ OVERRIDES = {
     "--workdir elsewhere": {"workdir": "elsewhere"},
     "--data-dir data": {"data_dir": "data"},
     "--takedowns keys.txt": {"takedowns": "keys.txt"},
+    "--takedowns-missing-ok": {"takedowns_missing_ok": True},
+    "--framing pad-border": {"framing": "pad-border"},
     "--num-views 2": {"num_views": 2},
     "--embedding-dtype int8": {"embedding_dtype": "int8"},
     "--no-compare-with-cm3": {"compare_with_cm3": False},

@@ -172,7 +172,7 @@ def _directory(name: str, folder: Path) -> Path | None:
 
     try:
         found = read_only_builder._find_builder_dir(name, data_dir=str(folder))
-    except ValueError:
+    except (ValueError, AttributeError):  # no name; or tfds has more to say, and a context for it elsewhere
         return None
     return Path(found) if found else None
 
