@@ -216,7 +216,7 @@ def shared(samples: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize()
 
 
@@ -275,7 +275,7 @@ def in_process(part: str, arguments: argparse.Namespace, *more: str, timeout: fl
                 options += [f"--{name}", str(getattr(arguments, name))]
         try:
             subprocess.run([sys.executable, __file__, "--case", *options], check=True, timeout=timeout)
-            result: dict[str, Any] = json.loads(row.read_text())
+            result: dict[str, Any] = json.loads(row.read_text(encoding="utf-8"))
         except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
             if timeout is None:
                 raise
@@ -301,7 +301,7 @@ def one_case(arguments: argparse.Namespace) -> None:
             result = step(int(more[0]), arguments.rounds, {**CPU, **given})
         else:
             result = shared(16, {**CPU, "prompt": 2048, **given})
-    arguments.row.write_text(json.dumps(result))
+    arguments.row.write_text(json.dumps(result), encoding="utf-8")
 
 
 def main() -> None:
@@ -336,7 +336,7 @@ def main() -> None:
             results["shared"] = [in_process("shared", arguments)]
     if arguments.json:
         command = " ".join(["python benchmarks/decode.py", *sys.argv[1:]])
-        arguments.json.write_text(record(command, PACKAGES, results))
+        arguments.json.write_text(record(command, PACKAGES, results), encoding="utf-8")
 
 
 if __name__ == "__main__":

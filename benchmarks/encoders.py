@@ -263,7 +263,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rows:
         rows = measure(arguments.threads[0], arguments.rounds, arguments.dtype, arguments.small)
-        arguments.rows.write_text(json.dumps(rows))
+        arguments.rows.write_text(json.dumps(rows), encoding="utf-8")
         return
     import tempfile
 
@@ -274,13 +274,15 @@ def main() -> None:
             options = ["--threads", str(threads), "--rounds", str(arguments.rounds), "--dtype", arguments.dtype]
             options += ["--rows", str(rows_file), *(["--small"] if arguments.small else [])]
             subprocess.run([sys.executable, __file__, *options], check=True)
-            results += json.loads(rows_file.read_text())
+            results += json.loads(rows_file.read_text(encoding="utf-8"))
     if arguments.json:
         import jax
 
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         command = f"python benchmarks/encoders.py --rounds {arguments.rounds} --dtype {arguments.dtype}"
-        arguments.json.write_text(record(command, PACKAGES, results, device=device, dtype=arguments.dtype))
+        arguments.json.write_text(
+            record(command, PACKAGES, results, device=device, dtype=arguments.dtype), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

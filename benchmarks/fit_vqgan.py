@@ -129,9 +129,9 @@ def main() -> None:
     }
     print(json.dumps(record["validation"], indent=2), f"{record['steps']} steps in {record['seconds']:.0f} s", sep="\n")
     if arguments.json:
-        results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        results = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
         results[arguments.name or f"f{arguments.factor}"] = record
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

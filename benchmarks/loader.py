@@ -53,7 +53,7 @@ def main() -> None:
     if options.start_of:
         print(json.dumps(start(options.start_of)))
         return
-    results: dict[str, Any] = json.loads(RESULTS.read_text())["results"] if options.only else {}
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if options.only else {}
     with tempfile.TemporaryDirectory() as folder:
         measures: dict[str, Callable[[], Any]] = {
             "speed": lambda: speed(write_store(Path(folder) / "small", 2 * SHARD), options.rounds),
@@ -65,7 +65,7 @@ def main() -> None:
             if options.only in (None, name):
                 results[name] = measure()
                 print(name, json.dumps(results[name], indent=2))
-    RESULTS.write_text(record("python benchmarks/loader.py", PACKAGES, results, cores_used=1))
+    RESULTS.write_text(record("python benchmarks/loader.py", PACKAGES, results, cores_used=1), encoding="utf-8")
 
 
 # A store of synthetic documents.
@@ -210,7 +210,7 @@ def start(folder: Path) -> dict[str, float]:
     """Seconds to open the stream, to plan a block, and to the first batch; megabytes that the process grew by."""
     warm = stream(folder, 16_384, 8)
     warm.row(warm.plan(0), 0)  # imports, and the first calls of libraries
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is counted from here
     before = _peak_bytes()
     started = time.perf_counter()
     made = stream(folder, 16_384, 1024, hosts=32)
@@ -233,7 +233,7 @@ def start(folder: Path) -> dict[str, float]:
 
 
 def _peak_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 

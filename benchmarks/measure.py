@@ -40,7 +40,14 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
 
 
 def hardware() -> str:
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    cpu = next(
+        (
+            line
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
     return f"{len(os.sched_getaffinity(0))} cores of {cpu.partition(':')[2].strip() or platform.machine()}"
 
 

@@ -104,7 +104,7 @@ def read_mistakes(root: Path) -> list[Mistake]:
     """
     mistakes = []
     for path in sorted((root / LIST).glob("*.toml")):
-        for entry in tomllib.loads(path.read_text())["mistake"]:
+        for entry in tomllib.loads(path.read_text(encoding="utf-8"))["mistake"]:
             try:
                 mistakes.append(Mistake(**{**entry, "area": path.stem, "tests": tuple(entry["tests"])}))
             except (TypeError, KeyError) as error:
@@ -126,12 +126,12 @@ def check(mistakes: Sequence[Mistake], root: Path) -> None:
         try:
             if not (root / mistake.file).is_file():
                 raise MistakeError(f"{mistake.area}: {mistake.name!r}: {mistake.file} does not exist")
-            mistake.planted((root / mistake.file).read_text())
+            mistake.planted((root / mistake.file).read_text(encoding="utf-8"))
             if not mistake.tests:
                 raise MistakeError(f"{mistake.area}: {mistake.name!r} names no test")
             for test in mistake.tests:
                 path, _, function = test.partition("::")
-                text = (root / path).read_text() if (root / path).is_file() else ""
+                text = (root / path).read_text(encoding="utf-8") if (root / path).is_file() else ""
                 if not text or (function and not re.search(rf"def {re.escape(function.partition('[')[0])}\(", text)):
                     raise MistakeError(f"{mistake.area}: {mistake.name!r}: there is no test {test}")
         except MistakeError as error:
@@ -162,7 +162,7 @@ def run_tests(
     options += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
     context: Any = multiprocessing.get_context(START_METHOD)
     context.set_forkserver_preload(["pytest", *LIBRARIES])
-    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
         process = context.Process(target=_pytest_in, args=(copy, output.name, [*options, *tests]))
         process.start()
         process.join(patience)
@@ -180,7 +180,7 @@ def _pytest_in(copy: Path, output: str, arguments: list[str]) -> None:
     sys.path.insert(0, str(copy))
     os.environ |= {"PYTHONPATH": str(copy), "PY_COLORS": "0"}
     os.environ.pop("PYTEST_ADDOPTS", None)
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     import pytest
@@ -212,7 +212,7 @@ def plant(mistake: Mistake, copy: Path, patience: float) -> Outcome:
       MistakeError: the tests could not be collected or run.
     """
     path = copy / mistake.file
-    text, started = path.read_text(), time.monotonic()
+    text, started = path.read_text(encoding="utf-8"), time.monotonic()
     write_newer(path, mistake.planted(text))
     try:
         code, output = run_tests(copy, mistake.tests, patience)
@@ -228,7 +228,7 @@ def plant(mistake: Mistake, copy: Path, patience: float) -> Outcome:
 def write_newer(path: Path, text: str) -> None:
     """Write a file, with a time one second later: Python reuses compiled code if time and size are unchanged."""
     after = int(path.stat().st_mtime) + 1
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     os.utime(path, (after, after))
 
 
@@ -327,7 +327,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             }
             for each in sorted(outcomes, key=lambda each: (each.mistake.area, each.mistake.name))
         ]
-        options.out.write_text(record("python benchmarks/mutants.py", ("jax", "flax", "pytest"), results))
+        options.out.write_text(
+            record("python benchmarks/mutants.py", ("jax", "flax", "pytest"), results), encoding="utf-8"
+        )
     return 1 if survivors else 0
 
 

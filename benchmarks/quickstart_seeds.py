@@ -58,7 +58,7 @@ def run(seed: int, workdir: Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     config, folder = workdir / f"seed_{seed}.py", workdir / f"seed_{seed}"
     fresh = not folder.exists()
-    config.write_text(CONFIG.format(seed=seed))
+    config.write_text(CONFIG.format(seed=seed), encoding="utf-8")
     command = [str(Path(sys.executable).with_name("rac3")), "run", str(config), "--workdir", str(folder)]
     started = time.monotonic()
     process = subprocess.Popen(command)
@@ -66,7 +66,7 @@ def run(seed: int, workdir: Path) -> dict[str, Any]:
     if status:
         sys.exit(f"seed {seed}: the run failed with status {os.waitstatus_to_exitcode(status)}")
     wall = time.monotonic() - started
-    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    metrics = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
     figures = {name: lookup(metrics, name) for name in FIGURES}
     figures["encoders"] = metrics["encoders"]
     figures["stages"] = metrics["stages"]
@@ -101,7 +101,7 @@ def main() -> None:
             print(f"seed {seed} FAILS: {claim}")
     if arguments.out:
         versions = json.loads(
-            (arguments.workdir / f"seed_{arguments.seeds[0]}" / "report" / "metrics.json").read_text()
+            (arguments.workdir / f"seed_{arguments.seeds[0]}" / "report" / "metrics.json").read_text(encoding="utf-8")
         )["versions"]
         record = {
             "command": "python benchmarks/quickstart_seeds.py",
@@ -110,7 +110,7 @@ def main() -> None:
             "versions": versions,
             "seeds": results,
         }
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     sys.exit(any(figures["failed_claims"] for figures in results.values()))
 
 

@@ -381,7 +381,7 @@ def report_resident(folder: Path, index: Path, dtype: str, leaves: int) -> None:
 
 
 def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def selection(sizes: Sizes, kinds: Sequence[str], rounds: int, folder: Path) -> Iterator[Row]:
@@ -458,7 +458,7 @@ def main() -> None:
             rows += PARTS[name](sizes, arguments.kinds, arguments.rounds, Path(folder))
     if arguments.json:
         command = f"python benchmarks/retrieval.py {' '.join(sys.argv[1:])}"
-        arguments.json.write_text(record(command, PACKAGES, rows))
+        arguments.json.write_text(record(command, PACKAGES, rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

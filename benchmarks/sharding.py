@@ -180,7 +180,7 @@ def measure(mesh: str, layers: int | None, dump: Path) -> dict[str, Any]:
     lowered, state = lower(experiment)
     compiled = lowered.compile()
     (path,) = dump.glob("*after_spmd-partitioning*")
-    hlo = path.read_text()
+    hlo = path.read_text(encoding="utf-8")
     sizes = dict(zip(("data", "fsdp", "tensor"), (data, fsdp, tensor), strict=True))
     lengths = experiment.batches.row, experiment.batches.context_length
     return {
@@ -263,7 +263,7 @@ def main() -> None:
     else:
         found = {mesh: run(mesh) for mesh in MESHES}
         recorded = json.loads(record("benchmarks/sharding.py", ("jax", "jaxlib", "flax"), found))
-        RESULTS.write_text(text(recorded))
+        RESULTS.write_text(text(recorded), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # where a child process writes its results
     arguments = parser.parse_args()
     if arguments.rows:
-        arguments.rows.write_text(json.dumps(steps(arguments.threads[0], arguments.rounds)))
+        arguments.rows.write_text(json.dumps(steps(arguments.threads[0], arguments.rounds)), encoding="utf-8")
         return
     results: dict[str, Any] = {}
     if "step" in arguments.only:
@@ -315,7 +315,7 @@ def main() -> None:
                 rows = Path(folder) / "rows.json"
                 options = ["--threads", str(threads), "--rounds", str(arguments.rounds), "--rows", str(rows)]
                 subprocess.run([sys.executable, __file__, *options], check=True)
-                results["step"] += json.loads(rows.read_text())
+                results["step"] += json.loads(rows.read_text(encoding="utf-8"))
     if "memory" in arguments.only:
         results["memory"] = attention_memory()
     if "compile" in arguments.only:
@@ -325,7 +325,7 @@ def main() -> None:
     if arguments.json:
         threads, parts = " ".join(map(str, arguments.threads)), " ".join(arguments.only)
         command = f"python benchmarks/train.py --threads {threads} --rounds {arguments.rounds} --only {parts}"
-        arguments.json.write_text(record(command, PACKAGES, results))
+        arguments.json.write_text(record(command, PACKAGES, results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def main() -> None:
         print(json.dumps(results[-1]), flush=True)
         if arguments.json:  # after each, in case the call is cut short
             command = f"python benchmarks/train_gpu.py --size {arguments.size} --groups {arguments.groups}"
-            arguments.json.write_text(record(command, PACKAGES, results))
+            arguments.json.write_text(record(command, PACKAGES, results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ model = rac3.load("runs/quickstart")
 model.generate("a red fox", retrieve=2, samples=4, seed=1).images[0]
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Shaped, UInt8
 
 from rac3.config import InputError, to_plain
 from rac3.documents.document import (
+    PADDED_SIDE,
     Document,
     Image,
     ImageError,
@@ -24,6 +26,9 @@ from rac3.documents.document import (
     center_square,
     decode_image,
     encode_png,
+    frame,
+    framed,
+    framed_place,
     prepare_image,
 )
 from rac3.generation.answers import Answer, Part
@@ -210,7 +215,8 @@ class Model(Run):
         tokens = [each.tokens for each in self.tokenize(documents)]
         runs = [tokens[start : start + len(labels)] for start in range(0, len(tokens), max(1, len(labels)))]
         ids = [self.tokenizer.encode(label) for label in labels]
-        asked = classify.request(self.form, self.images.encode([pixels_of(image)])[0], ids, runs, scored)
+        codes = self.images.encode([frame(pixels_of(image), self.experiment.framing)])[0]
+        asked = classify.request(self.form, codes, ids, runs, scored)
         log_probs = iter(self.scorer.log_probs([part for row in asked.parts for part in row]))
         probs = classify.answer([[next(log_probs) for _ in row] for row in asked.parts])
         order = np.argsort(-probs, kind="stable").tolist()
@@ -236,6 +242,7 @@ class Model(Run):
         """
         if not 0 <= segment < len(document.segments):
             raise InputError(f"segment {segment} is not among the document's {len(document.segments)}; the first is 0")
+        document = framed(document, self.experiment.framing)
         rest = [each for number, each in enumerate(document.segments) if number != segment]
         text = " ".join(each.text for each in rest if isinstance(each, Text))
         image = next((each.pixels() for each in rest if isinstance(each, Image)), None)
@@ -263,11 +270,25 @@ class Model(Run):
           on_progress: called every few steps of the engine.
         """
         for start in range(0, len(prompts), AT_ONCE):
-            chunk = prompts[start : start + AT_ONCE]
+            chunk = [self._framed(prompt) for prompt in prompts[start : start + AT_ONCE]]
             work = self._prepare(chunk)
             samples = self._samples([each for each in work if isinstance(each, _Work)], on_progress)
             for number, each in enumerate(work, start):
-                yield number, each if isinstance(each, InputError) else self._answer(each, next(samples))
+                if isinstance(each, InputError):
+                    yield number, each
+                else:
+                    yield number, _unframed(self._answer(each, next(samples)), prompts[number], each.prompt)
+
+    def _framed(self, prompt: Prompt) -> Prompt:
+        """The prompt with its image and mask as the frozen models get them."""
+        framing = self.experiment.framing
+        if prompt.image is None or framing == "crop":
+            return prompt
+        image, mask = frame(prompt.image, framing), prompt.mask
+        if mask is not None:
+            padded = frame(np.repeat(~mask[..., None], 3, axis=2).astype(np.uint8) * 255, "pad-white")
+            mask = padded[..., 0] < 255
+        return dataclasses.replace(prompt, image=image, mask=mask)
 
     def _prepare(self, prompts: Sequence[Prompt]) -> list[_Work | InputError]:
         """Retrieves for each prompt, and makes its requests."""
@@ -441,6 +462,19 @@ class Model(Run):
             return by_log_prob(parts, samples)
         scores = self.encoder.embed_images(pictures) @ self.encoder.embed_texts([text])[0]
         return _ranked(parts, scores, CLIP_SCORE)
+
+
+def _unframed(answer: Answer, asked: Prompt, prompt: Prompt) -> Answer:
+    """An answer with its pictures in the frame of the image that was asked about, if they change that image."""
+    if prompt.task not in ("infill_image", "edit") or asked.image is None or prompt.image is None:
+        return answer
+    height, width, _ = asked.image.shape
+    if asked.image.shape == prompt.image.shape or max(height, width) > PADDED_SIDE:  # scaled too: it stays so
+        return answer
+    rows, columns = framed_place(height, width)
+    box = (columns.start, rows.start, columns.stop, rows.stop)
+    samples = [tuple(part if isinstance(part, str) else part.crop(box) for part in each) for each in answer.samples]
+    return dataclasses.replace(answer, samples=samples)
 
 
 def by_log_prob(parts: list[tuple[Part, ...]], samples: list[Sample], most: int | None = None) -> Ranked:

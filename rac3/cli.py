@@ -61,6 +61,10 @@ def main() -> None:
     stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
     """
     arguments = sys.argv[1:]
+    _use_utf8(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # keys and captions in a terminal that lacks their letters
     debug = "--debug" in arguments
     try:
         run([argument for argument in arguments if argument != "--debug"])
@@ -71,6 +75,18 @@ def main() -> None:
             raise
         print(traceback.format_exc() if shows_all else f"rac3: {line}", file=sys.stderr)
         leave(code)
+
+
+def _use_utf8(arguments: Sequence[str]) -> None:
+    """Starts the process again in Python's UTF-8 mode if its locale has ASCII alone.
+
+    Otherwise libraries in C++ and Rust, which take paths in UTF-8, could not open a folder that is called 草原.
+    """
+    whole = sys.orig_argv
+    if sys.getfilesystemencoding() == "utf-8" or not arguments or whole[-len(arguments) :] != list(arguments):
+        return  # or called by another program
+    os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *whole[1:]])
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
@@ -114,7 +130,12 @@ def run(arguments: Sequence[str]) -> None:
     # At inference a retriever on the command line goes to the model that the config trains; takedowns likewise.
     trained = experiment
     if stage in AT_INFERENCE:
-        trained = dataclasses.replace(experiment, retriever=config.retriever, takedowns=config.takedowns)
+        trained = dataclasses.replace(
+            experiment,
+            retriever=config.retriever,
+            takedowns=config.takedowns,
+            takedowns_missing_ok=config.takedowns_missing_ok,
+        )
     started = time.monotonic()
     STAGES[stage].work(Model(experiment, workdir, trained), options)
     if STAGES[stage].timed:
@@ -151,7 +172,7 @@ def _preparing(stage: str, arguments: Sequence[str]) -> str:
     if stage == "export" and len(arguments) > 1 and not arguments[1].startswith(("-", "retriever:")):
         arguments = [arguments[0], *arguments[2:]]  # without DIR
     if stage in AT_INFERENCE:
-        own |= {"retriever", "takedowns"}
+        own |= {"retriever", "takedowns", "takedowns_missing_ok", "no_takedowns_missing_ok"}
     kept: list[str] = []
     dropping = False
     for argument in arguments:
@@ -351,9 +372,12 @@ def _index(run: Run, options: Any) -> None:
 
 
 def _retrieve(run: Run, options: Any) -> None:
-    from rac3.stages.retrieve import retrieve
+    from rac3.stages.retrieve import retrieve, shortage_line
 
     retrieve(run)
+    for split in run.experiment.data.sources() if run.experiment.retrieves else ():
+        if run.experiment.data.role(split) != "memory" and (line := shortage_line(run, split)):
+            print(line)
 
 
 def _prepare(run: Run, options: Any) -> None:

@@ -6,17 +6,28 @@ import hashlib
 import importlib.util
 import json
 import math
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+QUOTED = 80  # characters of a value in a message
 CONFIG_MODULE = "rac3_config_"  # prefix of the module names of config files
 
 
 class InputError(ValueError):
     """Bad user input. The message is one line: the value, the limit and the fix. The command exits with code 2."""
+
+
+def quoted(value: Any) -> str:
+    """A value of someone else's file for a message: at most `QUOTED` characters, whatever it is, in bounded time."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxdict, brief.maxlist = 2, 3, 4
+    brief.maxstring = brief.maxlong = brief.maxother = QUOTED
+    text = brief.repr(value)
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
 
 def check_finite(value: Any, name: str = "") -> None:
@@ -63,7 +74,7 @@ def canonical(value: Any) -> Any:
 def fingerprint(value: Any) -> str:
     """12 hex digits of a hash of the canonical form of `value`."""
     text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]  # paths in an ASCII locale
 
 
 def to_plain(value: Any) -> Any:

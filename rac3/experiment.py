@@ -13,7 +13,7 @@ from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, check_finite
 from rac3.devices.cluster import Cluster
 from rac3.devices.mesh import MeshConfig
-from rac3.documents.document import Source
+from rac3.documents.document import Framing, Source
 from rac3.documents.filter import LaionFilter
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.execution.local import Local
@@ -105,11 +105,14 @@ class Experiment:
       data_dir: the folder that relative paths of sources start from.
       max_reject_fraction: a source with a larger share of damaged documents stops the run.
       max_text_tokens: longer texts are truncated, and counted.
+      framing: how pictures become square for the built-in VQGAN and CLIP: `crop` keeps the middle, and what it loses is
+        counted; `pad-white` and `pad-border` keep all, on white or on the mean color of the border.
       query_dropout: share of a training query's tokens (text, or image patches) that is dropped (paper, section 3.2).
       num_views: training queries of each document and part, each with its own dropout; an epoch takes the
         neighbors of one. The embedding and the search of the training queries take as many times as long.
       takedowns: a file of keys, one per line (KEY, or SPLIT:KEY for one split alone), of documents that are not
         retrieved and not trained on. They are on disk until their split is ingested without them.
+      takedowns_missing_ok: keys that no document has are no error.
       embedding_dtype: of the vectors on disk; 768 of them take 3 kB in float32, 1.5 in bfloat16, 0.8 in int8.
       documents_per_shard: whose vectors, or neighbors, are made at a time and stored in one file. A worker holds the
         vectors of a shard in memory for each of its threads.
@@ -124,9 +127,11 @@ class Experiment:
     data_dir: str = ""
     max_reject_fraction: float = 0.05
     max_text_tokens: int = 256
+    framing: Framing = "crop"
     query_dropout: float = 0.2
     num_views: int = 1
     takedowns: str = ""
+    takedowns_missing_ok: bool = False
     embedding_dtype: VectorDtype = "float32"
     documents_per_shard: int = 65_536
     executor: Local | Ray = field(default_factory=Local)

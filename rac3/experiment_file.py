@@ -62,7 +62,7 @@ def load(workdir: str | os.PathLike[str], config: str | os.PathLike[str] | None 
     if not record.is_file():
         raise InputError(f"{folder} holds no {EXPERIMENT}, so it is no workdir; give the folder that `rac3 run` made")
     try:
-        plain = json.loads(record.read_text())
+        plain = json.loads(record.read_text(encoding="utf-8"))
         arguments, stored = plain["arguments"], plain["experiment"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{record} is damaged ({error}); run the command that made the workdir again") from error

@@ -43,7 +43,13 @@ def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
     source = data.memory[split] if split in data.memory else data.sources()[split]  # a withdrawn part was fitted on
     data_dir = str(Path(experiment.data_dir).resolve()) if experiment.data_dir else ""
     shards = list(source.shards(Path(experiment.data_dir)))
-    return {"source": canonical(source), "data_dir": data_dir, "shards": shards, "filter": canonical(experiment.filter)}
+    found = {
+        "source": canonical(source),
+        "data_dir": data_dir,
+        "shards": shards,
+        "filter": canonical(experiment.filter),
+    }
+    return found | ({} if experiment.framing == "crop" else {"framing": experiment.framing})
 
 
 def fitting_data(experiment: Experiment) -> list[dict[str, Any]]:
@@ -79,7 +85,9 @@ def vqgan(experiment: Experiment) -> Recipe:
         return Recipe("vqgan", {OWN: config})
     if config.checkpoint is not None:
         files = checkpoint_files(Path(config.checkpoint))
-        sizes = [[path.name, path.stat().st_size] for path in (*files.configs, *files.weights)]
+        sizes = [
+            [path.name, path.stat().st_size] for path in (*files.configs, *filter(None, [files.index]), *files.weights)
+        ]
         where = {"checkpoint": Path(config.checkpoint).resolve(), "resolution": config.resolution, "files": sizes}
         return Recipe("vqgan", where)
     fitted: dict[str, Any] = {"vqgan": _fitted(config), "data": fitting_data(experiment), "seed": experiment.seed}
@@ -166,17 +174,24 @@ def neighbors(experiment: Experiment, split: Split) -> Recipe:
 
 
 def takedown_keys(experiment: Experiment) -> list[str]:
-    """The keys that `takedowns` names, sorted.
+    """The keys that `takedowns` names, sorted; without the byte order marks that some editors put before them.
 
     Raises:
-      InputError: there is no such file.
+      InputError: there is no such file, or it is not UTF-8.
     """
     if not experiment.takedowns:
         return []
     path = Path(experiment.takedowns)
     if not path.is_file():
         raise InputError(f"takedowns file {experiment.takedowns!r} does not exist; give a file of keys, one per line")
-    return sorted({line.strip() for line in path.read_text().splitlines()} - {""})
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"takedowns file {experiment.takedowns!r} is not UTF-8: {error.reason} at byte {error.start}; save it as "
+            "UTF-8, so that no key is read wrongly"
+        ) from error
+    return sorted({line.strip("\ufeff \t\r\n\x0b\x0c") for line in lines} - {""})
 
 
 def train(experiment: Experiment) -> Recipe:

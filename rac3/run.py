@@ -28,7 +28,7 @@ from rac3.batches.masking import Masking
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, fingerprint
-from rac3.documents.document import Document, Image
+from rac3.documents.document import Document, Image, framed
 from rac3.documents.store import DocumentStore, Keys, Texts, TokenizedDocument, hash64
 from rac3.experiment import Experiment, Split
 from rac3.generation.engine import Engine
@@ -196,16 +196,44 @@ class Run:
         return MemoryPart(split, vectors, Texts(documents), Keys(documents), hashes, withdrawn)
 
     def withdrawn_rows(self, split: Split) -> Int[np.ndarray, " rows"]:
-        """The documents of a split that `takedowns` names, ascending."""
+        """The documents of a split that `takedowns` names, ascending.
+
+        Raises:
+          InputError: it names a document that no split has, unless `takedowns_missing_ok`.
+        """
         keys = recipes.takedown_keys(self.experiment)
-        own = {key.removeprefix(f"{split}:") for key in keys}
-        if not own:
+        if not keys:
             return np.zeros(0, np.int64)
+        self._check_takedowns(keys)
+        return self._rows_of(split, keys)[0]
+
+    def _rows_of(self, split: Split, keys: Sequence[str]) -> tuple[Int[np.ndarray, " rows"], set[str]]:
+        """The rows of a split that takedowns name, and those of the takedowns that do."""
+        own = {key.removeprefix(f"{split}:") for key in keys}
         documents = self.documents(split)
         hashes = np.array([hash64(key.encode()) for key in own], np.uint64)
         rows = np.flatnonzero(np.isin(documents.column("key_hashes"), hashes))
         found = [item.document.key for item in documents.many(rows.tolist())]
-        return rows[[key in own for key in found]]
+        there = own & set(found)
+        return rows[[key in own for key in found]], {key for key in keys if key.removeprefix(f"{split}:") in there}
+
+    def _check_takedowns(self, keys: Sequence[str]) -> None:
+        """Raises InputError for keys that no document has: what is to be taken down would stay."""
+        checked = "takedowns", *keys
+        if self.experiment.takedowns_missing_ok or checked in self._opened:
+            return
+        data = self.experiment.data
+        parts = [split for split in data.withdrawn if self.workdir.find(recipes.documents(self.experiment, split))]
+        unknown = set(keys).difference(*(self._rows_of(split, keys)[1] for split in [*data.sources(), *parts]))
+        if unknown:
+            first = ", ".join(repr(key) for key in sorted(unknown)[:3])
+            example = self.documents("train")[0].document.key
+            raise InputError(
+                f"takedowns file {self.experiment.takedowns!r} names {len(unknown)} of {len(keys)} keys that no "
+                f"document has, such as {first}; write them as rac3 does, such as {example!r} or 'train:{example}', or "
+                "give --takedowns-missing-ok"
+            )
+        self._opened[checked] = True
 
     def _indexed_part(self, split: Split) -> IndexedPart:
         takedowns = tuple(recipes.takedown_keys(self.experiment))
@@ -353,6 +381,7 @@ class Run:
 
     def tokenize(self, documents: Sequence[Document]) -> list[TokenizedDocument]:
         """Text ids and image codes of documents that need not be in the memory."""
+        documents = [framed(document, self.experiment.framing) for document in documents]
         return tokenize(documents, self.tokenizer, self.images, self.experiment.max_text_tokens)
 
 

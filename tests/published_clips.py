@@ -157,7 +157,7 @@ def write_open_clip(folder: Path, weights: dict, **model) -> None:
 
 
 def edit(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 def assert_same(first: ClipCheckpoint, second: ClipCheckpoint) -> None:

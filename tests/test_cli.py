@@ -78,7 +78,7 @@ def refused(rac3: Command, capsys: pytest.CaptureFixture[str]) -> Refused:
 def write_config(path: Path, body: str) -> str:
     """A config of a user's own that starts from the tiny one, `tiny`."""
     head = "from dataclasses import dataclass, replace\nfrom rac3.config import load_config_module\n"
-    path.write_text(f"{head}tiny = load_config_module({TINY!r}).get_config()\n{body}")
+    path.write_text(f"{head}tiny = load_config_module({TINY!r}).get_config()\n{body}", encoding="utf-8")
     return str(path)
 
 
@@ -359,6 +359,8 @@ OVERRIDES = {
     "--workdir elsewhere": {"workdir": "elsewhere"},
     "--data-dir data": {"data_dir": "data"},
     "--takedowns keys.txt": {"takedowns": "keys.txt"},
+    "--takedowns-missing-ok": {"takedowns_missing_ok": True},
+    "--framing pad-border": {"framing": "pad-border"},
     "--num-views 2": {"num_views": 2},
     "--embedding-dtype int8": {"embedding_dtype": "int8"},
     "--no-compare-with-cm3": {"compare_with_cm3": False},

@@ -117,7 +117,7 @@ def test_only_plain_data_is_canonical(value: object):
 
 
 def write(path: Path, text: str) -> str:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return str(path)
 
 

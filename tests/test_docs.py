@@ -64,7 +64,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 @EVERY_PAGE
 def test_links_and_anchors_exist(page: Path):
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(text)) + re.findall(r'src="([^"]+)"', prose(text))
     for target in targets:
         if re.match(r"https?://", target):
@@ -80,7 +80,7 @@ def test_links_and_anchors_exist(page: Path):
 def test_paths_and_tests_exist(page: Path):
     """`rac3/cli.py`, `tests/model`, `benchmarks/results/retrieval_*_cpu.json`, `test_that_it_works`."""
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    for span in spans(page.read_text()):
+    for span in spans(page.read_text(encoding="utf-8")):
         for word in span.split():
             if re.match(r"(rac3|tests|docs|configs|launch|benchmarks|notebooks)/", word):
                 assert list(ROOT.glob(word.rstrip("/").partition("::")[0])), f"{page.name} names {word}"
@@ -91,7 +91,7 @@ def test_paths_and_tests_exist(page: Path):
 @EVERY_PAGE
 def test_commands_are_ones_that_rac3_takes(page: Path, tmp_path: Path):
     """Each is parsed, over the quickstart where it says CONFIG, or over the config that the page defines."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for words in commands(text):
         stage, rest = words[0], words[1:]
         assert stage in STAGES, f"{page.name}: rac3 {shlex.join(words)}"
@@ -117,7 +117,7 @@ def configured(name: str, text: str, folder: Path) -> Experiment:
 @EVERY_PAGE
 def test_options_exist(page: Path):
     """`--training.steps 1000`, `--vqgan.model.*`; of other programs' options the program's name comes first."""
-    for span in spans(page.read_text()):
+    for span in spans(page.read_text(encoding="utf-8")):
         if span.startswith("--"):
             for option in OPTION.findall(span):
                 assert any(name.startswith(option) if "*" in span else name == option for name in options()), (
@@ -187,7 +187,7 @@ def test_the_readme_is_short_and_shows_how_to_start():
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_each_page_starts_with_a_command(page: Path):
-    title, empty, command = page.read_text().splitlines()[:3]
+    title, empty, command = page.read_text(encoding="utf-8").splitlines()[:3]
     assert (title[:2], empty, command[:4]) == ("# ", "", "    ")
     assert command.split()[0] in ("rac3", "python", "pytest")
 

@@ -47,7 +47,7 @@ ORDER = {
         "port",
     ),
     "execution": ("progress", "shards"),
-    "documents": ("document", "filter", "webdataset", "tfds", "world", "reader", "store"),
+    "documents": ("document", "filter", "tar", "shard_table", "webdataset", "tfds", "world", "reader", "store"),
     "tokens": ("vocabulary", "text", "html"),
     "vqgan": (
         "model",

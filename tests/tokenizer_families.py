@@ -15,7 +15,7 @@ LLAMA3_WORDS = (
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False))
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def special(content: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Artifact:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.folder / MANIFEST).read_text())
+        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
 
     @property
     def fingerprint(self) -> str:
@@ -70,7 +70,7 @@ class Workdir:
             raise InputError(f"workdir {path} is a file; give a folder")
         record = path / OWNER
         if record.is_file():
-            other = json.loads(record.read_text()).get("config")
+            other = json.loads(record.read_text(encoding="utf-8")).get("config")
             if other != owner:
                 raise InputError(f"workdir {path} was made by config {other!r}, not {owner!r}; give another --workdir")
         elif path.is_dir() and any(path.iterdir()):
@@ -178,7 +178,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """The file appears whole or not at all, also when the machine fails."""
     temporary = temporary_path(path)
     with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -192,7 +192,7 @@ def temporary_path(path: Path) -> Path:
 @contextlib.contextmanager
 def _locked(path: Path, artifact: Path) -> Iterator[None]:
     """Holds an advisory lock; the kernel drops it when the process dies, however it dies."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

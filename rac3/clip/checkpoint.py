@@ -47,8 +47,11 @@ class ClipCheckpoint:
         """Write it in rac3's own form: the published files are no longer needed."""
         model = "clip" if isinstance(self.config, CLIPConfig) else "siglip"
         self.tokenizer.save(folder / TOKENIZER)
-        (folder / CONFIG).write_text(json.dumps({"model_type": model, **asdict(self.config)}, indent=2) + "\n")
-        (folder / IMAGES).write_text(json.dumps(asdict(self.images), indent=2) + "\n")
+        (folder / CONFIG).write_text(
+            json.dumps({"model_type": model, "clean": self.tokenizer.clean, **asdict(self.config)}, indent=2) + "\n",
+            encoding="utf-8",
+        )
+        (folder / IMAGES).write_text(json.dumps(asdict(self.images), indent=2) + "\n", encoding="utf-8")
         save_params(folder / PARAMS, self.params)
 
     @classmethod
@@ -59,14 +62,14 @@ class ClipCheckpoint:
           InputError: another version of rac3 wrote it.
         """
         settings, images = read_json(folder / CONFIG), read_json(folder / IMAGES)
-        model = settings.pop("model_type", None)
+        model, clean = settings.pop("model_type", None), settings.pop("clean", None)
         if model not in ("clip", "siglip"):
             raise InputError(f"{folder} was written by another version of rac3; delete it and run `rac3 encoders`")
         text, vision = settings.pop("text_config"), settings.pop("vision_config")
         config: CLIPConfig | SiglipConfig
         if model == "clip":
             config = CLIPConfig(CLIPTextConfig(**text), CLIPVisionConfig(**vision), **settings)
-            tokenizer = TextTokenizer().load(folder / TOKENIZER)
+            tokenizer = TextTokenizer().load(folder / TOKENIZER).cleaning(clean or "")
         else:
             config = SiglipConfig(SiglipTextConfig(**text), SiglipVisionConfig(**vision))
             tokenizer = load_siglip_tokenizer(folder / TOKENIZER)

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.documents.document import prepare_image
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -77,8 +77,8 @@ def require_preprocessing(file: Path, asked: Mapping[str, Any], wanted: Mapping[
     for name, value in asked.items():
         if value != wanted[name]:
             raise InputError(
-                f"{file}: {name}={value!r} is another preprocessing than {name}={wanted[name]!r}, which this tower "
-                "has here; give a checkpoint that uses that"
+                f"{file}: {name}={quoted(value)} is another preprocessing than {name}={wanted[name]!r}, which this "
+                "tower has here; give a checkpoint that uses that"
             )
 
 
@@ -90,5 +90,7 @@ def per_channel(file: Path, name: str, values: Any) -> tuple[float, ...]:
     """
     each = [values] * 3 if isinstance(values, int | float) else values
     if not isinstance(each, list | tuple) or len(each) != 3 or not all(isinstance(v, int | float) for v in each):
-        raise InputError(f"{file}: {name}={values!r} is not three numbers, one for each channel; correct it there")
+        raise InputError(
+            f"{file}: {name}={quoted(values)} is not three numbers, one for each channel; correct it there"
+        )
     return tuple(float(value) for value in each)

@@ -41,6 +41,9 @@ class TowerConfig(Protocol):
     def layer_norm_eps(self) -> float: ...
 
 
+MOST_LAYERS = 1000  # of a tower; a file that claims more is damaged
+
+
 def check_tower(config: TowerConfig, name: str) -> None:
     """Raise InputError if the layers can't be built; `name` is the tower's in messages."""
     if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
@@ -50,6 +53,11 @@ def check_tower(config: TowerConfig, name: str) -> None:
         )
     if config.num_hidden_layers < 1:
         raise InputError(f"{name}: num_hidden_layers={config.num_hidden_layers} is below 1; use at least 1")
+    if config.num_hidden_layers > MOST_LAYERS or config.hidden_size < 1:
+        raise InputError(
+            f"{name}: num_hidden_layers={config.num_hidden_layers} or hidden_size={config.hidden_size} is out of "
+            f"range; use at most {MOST_LAYERS} layers, of at least 1"
+        )
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{name}: hidden_act={config.hidden_act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
 

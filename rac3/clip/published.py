@@ -12,9 +12,10 @@ from typing import Any
 
 from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.families import huggingface, naflex, openclip, siglip
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.tokens.text import SENTENCEPIECE
-from rac3.weights.checkpoint_files import checkpoint_folder, first_file, read_json
+from rac3.weights.checkpoint_files import checkpoint_folder, first_file, one_line, read_json
+from rac3.weights.hub import why_not
 from rac3.weights.weights_file import INDEX
 
 FAMILIES = (huggingface.FAMILY, siglip.FAMILY, naflex.FAMILY, openclip.FAMILY)
@@ -39,7 +40,8 @@ def load_clip(source: str) -> ClipCheckpoint:
     if not claiming:
         raise InputError(f"clip checkpoint {str(folder)!r} {_unknown(folder)}")
     complete = [family for family in claiming if first_file(folder, family.weights)]
-    return (complete or claiming)[0].load(folder)
+    with one_line(f"clip checkpoint {str(folder)!r}"):
+        return (complete or claiming)[0].load(folder)
 
 
 def _unknown(folder: Path) -> str:
@@ -47,7 +49,7 @@ def _unknown(folder: Path) -> str:
         return "has no config.json (or open_clip_config.json); give the folder of a whole checkpoint"
     known = ", ".join(repr(family.model_type) for family in FAMILIES if family.model_type)
     kind = read_json(folder / "config.json").get("model_type")
-    return f"has model_type={kind!r} in config.json; give one with {known}"
+    return f"has model_type={quoted(kind)} in config.json; give one with {known}"
 
 
 def checkpoint_identity(source: str) -> dict[str, Any]:
@@ -73,19 +75,21 @@ def _download(name: str) -> Path:
     """The files of a checkpoint on the hub that `load_clip` reads, from the cache if they are there."""
     from huggingface_hub import snapshot_download
 
+    offline = why_not()
+    cached: Any = {} if offline is None else {"local_files_only": True}
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*SETTINGS, f"*{INDEX}"]))
+        folder = Path(snapshot_download(name, allow_patterns=[*SETTINGS, f"*{INDEX}"], **cached))
         candidates = [weights for family in FAMILIES if family.claims(folder) for weights in family.weights]
         for weights in candidates:  # one format only: each holds all of the weights
             if not weights.endswith(INDEX):
                 patterns = _with_shards(weights)
-                snapshot_download(name, revision=folder.name, allow_patterns=list(patterns))
+                snapshot_download(name, revision=folder.name, allow_patterns=list(patterns), **cached)
                 if any(found for pattern in patterns for found in folder.glob(pattern)):
                     break
     except InputError:
         raise
     except Exception as error:  # of the hub's client and of the HTTP library below it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = offline or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"clip checkpoint {name!r} cannot be fetched from the Hugging Face hub: {reason} "
             "(check the name and the network, or give a folder)"

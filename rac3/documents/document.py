@@ -1,6 +1,7 @@
 """Documents, which are sequences of texts and images (paper, section 3.1), and the protocol of their sources."""
 
 import contextlib
+import dataclasses
 import io
 import math
 import threading
@@ -8,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -38,6 +39,11 @@ _UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
+
+Framing = Literal["crop", "pad-white", "pad-border"]
+"""How a picture becomes square: by its middle square; or whole, on white or on the mean color of its border."""
+
+PADDED_SIDE = 4096  # pixels: a longer side is scaled to it before padding, to bound memory
 
 _WARNING_FILTERS = threading.Lock()
 
@@ -70,10 +76,11 @@ class Image:
     """An image segment: `data` is a PNG, JPEG or WebP file."""
 
     data: bytes
+    framing: Framing = "crop"
 
     def pixels(self) -> UInt8[np.ndarray, "height width 3"]:
-        """RGB in 0..255. Raises `ImageError` as `decode_image` does."""
-        return decode_image(self.data)
+        """RGB in 0..255, as `frame` has it. Raises `ImageError` as `decode_image` does."""
+        return frame(decode_image(self.data), self.framing)
 
 
 Picture = Image | np.ndarray
@@ -116,10 +123,30 @@ class Document:
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample that was dropped. `reason` is a fixed category, or a category, a colon and the details."""
+    """A sample that was dropped. `reason` is a fixed category, or a category, a colon and the details.
+
+    Attributes:
+      documents: how many are lost with it; None for the rest of a shard, which counts as what other shards hold.
+    """
 
     key: str
     reason: str
+    documents: int | None = 1
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something odd about the data that costs no document. Notes with the same words are counted together.
+
+    Attributes:
+      example: of what it is about.
+      hidden: the metadata fields that documents lack because of it; "*" stands for all.
+    """
+
+    what: str
+    count: int = 1
+    example: str = ""
+    hidden: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -134,8 +161,8 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
-        """All samples of one shard, usable or rejected, in the same order on every call."""
+    def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject | Note]:
+        """All samples of one shard, usable or rejected, in the same order on every call; and notes about it."""
         ...
 
 
@@ -199,6 +226,59 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray,
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ImageError(f"truncated image: {reason}") from error
     return np.asarray(rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """The sides of a PNG, JPEG or WebP file in pixels, by its header alone, before its EXIF orientation.
+
+    Raises:
+      ImageError: it has no such header.
+    """
+    decoder = next((decoder for magic, decoder in _DECODERS if data.startswith(magic)), None)
+    if decoder is None:
+        raise ImageError("not an image")
+    try:
+        with _no_warnings():
+            return decoder(io.BytesIO(data)).size
+    except Exception as error:  # as in `decode_image`
+        raise ImageError(f"truncated image: {' '.join(str(error).split())}") from error
+
+
+def framed(document: Document, framing: Framing) -> Document:
+    """The document with all images framed so."""
+    if framing == "crop":
+        return document
+    segments = (
+        dataclasses.replace(each, framing=framing) if isinstance(each, Image) else each for each in document.segments
+    )
+    return dataclasses.replace(document, segments=tuple(segments))
+
+
+def frame(pixels: UInt8[np.ndarray, "height width 3"], framing: Framing) -> UInt8[np.ndarray, "_ _ 3"]:
+    """A picture padded to a square; unchanged with `crop`: `prepare_image` keeps the middle square.
+
+    3 x 1  ->  3 x 3     . . .
+    a b c                a b c
+                         . . .
+    """
+    height, width, _ = pixels.shape
+    if framing == "crop" or height == width:
+        return pixels
+    if (longest := max(height, width)) > PADDED_SIDE:
+        size = max(1, width * PADDED_SIDE // longest), max(1, height * PADDED_SIDE // longest)
+        return frame(np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC)), framing)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    color = border.mean(0).round() if framing == "pad-border" else np.full(3, 255)
+    square = np.tile(color.astype(np.uint8), (longest, longest, 1))
+    square[framed_place(height, width)] = pixels
+    return square
+
+
+def framed_place(height: int, width: int) -> tuple[slice, slice]:
+    """The rows and columns of a picture in its padded square."""
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    return slice(top, top + height), slice(left, left + width)
 
 
 def prepare_image(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:

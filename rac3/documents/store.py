@@ -1,6 +1,6 @@
 """Tokenized documents on disk, with random access. Their ids are apart from the rest, so that training reads ids alone.
 
-    000000.array_record   msgpack records {"key", "segments": [{"text" | "image"}, ...], "metadata"}
+    000000.array_record   msgpack records {"key", "segments": [{"text" | "image", "framing"?}, ...], "metadata"}
     000000.u2, or .u4     the ids of the same documents, in 2 or 4 bytes each
     id_starts.npy         where the ids of each document begin, as if the files of all shards were one
     id_shards.npy         where those of each shard begin
@@ -68,13 +68,29 @@ def id_type(text_size: int, image_size: int) -> str:
 
 def pack_record(document: Document) -> bytes:
     """A document without its ids."""
-    segments = [{"text": each.text} if isinstance(each, Text) else {"image": each.data} for each in document.segments]
+    segments = [{"text": each.text} if isinstance(each, Text) else _packed(each) for each in document.segments]
     return msgpack.packb({"key": document.key, "segments": segments, "metadata": dict(document.metadata)})
+
+
+def _packed(image: Image) -> dict[str, Any]:
+    return {"image": image.data} | ({} if image.framing == "crop" else {"framing": image.framing})
+
+
+def unstorable(document: Document) -> str | None:
+    """Why a document can't be stored, in a few words; None if it can. Metadata may hold what no file format has."""
+    texts = [segment.text for segment in document.segments if isinstance(segment, Text)]
+    try:
+        msgpack.packb([document.key, texts, dict(document.metadata)])
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # surrogates are a ValueError
+        return " ".join(str(error).split())[:120]
+    return None
 
 
 def unpack_record(data: bytes) -> Document:
     record = msgpack.unpackb(data)
-    segments = tuple(Text(s["text"]) if "text" in s else Image(s["image"]) for s in record["segments"])
+    segments = tuple(
+        Text(s["text"]) if "text" in s else Image(s["image"], s.get("framing", "crop")) for s in record["segments"]
+    )
     return Document(record["key"], segments, record["metadata"])
 
 

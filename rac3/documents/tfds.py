@@ -1,9 +1,13 @@
 """Documents from TensorFlow Datasets, prepared in a random-access format. TensorFlow is not needed.
 
-An example becomes a document of a caption and an image; its texts, labels and numbers become the metadata.
+An example becomes a document of a caption and an image; its texts, labels and numbers become the metadata. Features
+that only TensorFlow reads, such as videos, are left out.
 """
 
+import functools
 import io
+import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,7 @@ from rac3.documents.document import (
     MAX_PIXELS,
     Document,
     Image,
+    Note,
     Reject,
     SampleError,
     Text,
@@ -62,10 +67,12 @@ class Tfds:
         starts = range(0, count, self.shard_size)
         return [f"{start:09d}-{min(start + self.shard_size, count):09d}" for start in starts]
 
-    def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
+    def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject | Note]:
         """The examples of one range. A damaged example does not affect the others."""
         features, examples = self._open(data_dir)
         start, stop = map(int, shard.split("-"))
+        for name in _left_out(self.name, data_dir / self.folder):
+            yield Note(f"examples without the feature {name!r}, which needs TensorFlow", stop - start)
         for index in range(start, stop):
             key = f"{self.split}/{index}"
             try:
@@ -144,6 +151,9 @@ def _builder(name: str, folder: Path) -> Any:
     from tensorflow_datasets.core import read_only_builder
 
     try:
+        directory = _directory(name, folder)
+        if directory is not None and _left_out(name, folder):
+            return read_only_builder.builder_from_directory(_linked(directory))
         return read_only_builder.builder_from_files(name, data_dir=str(folder))
     except ValueError as error:  # not found, or not a name at all
         there = sorted({path.parent.relative_to(folder).as_posix() for path in folder.glob("*/**/features.json")})
@@ -151,6 +161,64 @@ def _builder(name: str, folder: Path) -> Any:
             f"tfds dataset {name!r} is not prepared in {str(folder)!r}, which holds: {', '.join(there) or 'none'};"
             f" run `tfds build {name} --data_dir={folder} --file_format=array_record`"
         ) from error
+
+
+FEATURES = "features.json"
+
+
+def _directory(name: str, folder: Path) -> Path | None:
+    """Where a prepared dataset is; None if there is none."""
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        found = read_only_builder._find_builder_dir(name, data_dir=str(folder))
+    except (ValueError, AttributeError):  # no name; or tfds has more to say, and a context for it elsewhere
+        return None
+    return Path(found) if found else None
+
+
+@functools.cache
+def _left_out(name: str, folder: Path) -> tuple[str, ...]:
+    """The features that can't even be named without TensorFlow."""
+    directory = _directory(name, folder)
+    return () if directory is None else tuple(_unreadable(directory / FEATURES))
+
+
+def _unreadable(path: Path) -> Iterator[str]:
+    from tensorflow_datasets.core.features.feature import FeatureConnector
+
+    try:
+        named = json.loads(path.read_bytes())["featuresDict"]["features"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # tfds itself says what is wrong
+    for name, feature in sorted(named.items()):
+        try:
+            FeatureConnector.from_json(feature)
+        except ImportError:
+            yield name
+        except Exception:
+            continue
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="rac3-tfds-")
+
+
+@functools.cache
+def _linked(directory: Path) -> str:
+    """A folder that links to the files of a dataset, without those features; kept while the process runs."""
+    linked = Path(_temporary().name) / directory.relative_to(directory.parents[1])
+    linked.mkdir(parents=True)
+    for path in directory.iterdir():
+        if path.name != FEATURES:
+            (linked / path.name).symlink_to(path.resolve())
+    content = json.loads((directory / FEATURES).read_bytes())
+    for name in _unreadable(directory / FEATURES):
+        del content["featuresDict"]["features"][name]
+    (linked / FEATURES).write_text(json.dumps(content), encoding="utf-8")
+    return str(linked)
 
 
 def _example(examples: Any, index: int) -> Mapping[str, Any]:
@@ -206,16 +274,20 @@ def _names(features: Any) -> Iterator[str]:
 
 
 def _find(features: Any, path: str) -> Any:
-    """The feature at a path, or None."""
-    for name in path.split("/"):
-        features = _children(features).get(name)
-    return features
+    """The feature at a path, or None. Names may hold slashes themselves: `image/filename` next to `image`."""
+    children = _children(features)
+    if path in children:
+        return children[path]
+    found = (_find(feature, path[len(name) + 1 :]) for name, feature in children.items() if path.startswith(f"{name}/"))
+    return next((feature for feature in found if feature is not None), None)
 
 
 def _value(example: Any, path: str) -> Any:
-    for name in path.split("/"):
-        example = example[name]
-    return example
+    """The value at a path that `_find` finds."""
+    if path in example:
+        return example[path]
+    name = next(name for name in example if path.startswith(f"{name}/") and isinstance(example[name], dict))
+    return _value(example[name], path[len(name) + 1 :])
 
 
 def _first(value: Any, element_rank: int) -> Any:

@@ -6,7 +6,23 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
+from rac3.documents.document import Document
 from rac3.documents.world import Entity, nearest_entities
+
+
+def entity_of(document: Document, field: str) -> str | None:
+    """What a document shows, by the metadata field that names it; None if it has no name there."""
+    name = document.metadata.get(field) if field else None
+    return None if name is None else str(name).strip() or None
+
+
+def left_out(split: str, field: str, documents: int, without: int) -> str:
+    """One line about documents that no figure about entities counts; "" if there are none."""
+    if not without:
+        return ""
+    if without == documents:
+        return f"{split}: no document has {field!r} in its metadata, so there is no accuracy or recall of entities"
+    return f"{split}: {without} of {documents} documents have no {field!r} in their metadata; accuracies leave them out"
 
 
 def emblem_accuracy(

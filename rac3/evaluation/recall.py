@@ -16,10 +16,12 @@ TIE = 1e-6  # between scores of vectors of norm 1: float32 sums differ this much
 def recall_at(
     k: int,
     neighbors: Int[np.ndarray, "queries depth"],
-    query_entities: Sequence[str],
-    memory_entities: Sequence[str] | Mapping[int, str],
-) -> float:
+    query_entities: Sequence[str | None],
+    memory_entities: Sequence[str | None] | Mapping[int, str | None],
+) -> float | None:
     """Share of the queries that have a document of their entity among the first `k` neighbors.
+
+    Queries without an entity (None) do not count; None if there are no others.
 
     Args:
       neighbors: memory ids, best first; -1 is none.
@@ -28,8 +30,9 @@ def recall_at(
     hits = [
         any(number >= 0 and memory_entities[number] == entity for number in row[:k].tolist())
         for row, entity in zip(neighbors, query_entities, strict=True)
+        if entity is not None
     ]
-    return float(np.mean(hits))
+    return float(np.mean(hits)) if hits else None
 
 
 def pair_recall(

@@ -55,7 +55,7 @@ class Shard:
 
     def read_summary(self) -> dict[str, Any]:
         """The worker's result for this shard."""
-        return json.loads(self.summary.read_text())
+        return json.loads(self.summary.read_text(encoding="utf-8"))
 
 
 def document_shards(part: str, documents: int, per_shard: int, folder: Path, kind: str = "") -> list[Shard]:

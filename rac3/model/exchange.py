@@ -29,7 +29,7 @@ from rac3.model.transformer import Transformer
 from rac3.tokens.text import TextTokenizer, Tokenizer
 from rac3.tokens.vocabulary import EOD, NUM_SPECIALS, PAD, SPECIAL_NAMES, Vocabulary
 from rac3.weights.checkpoint_files import checkpoint_folder, content_identity, first_file
-from rac3.weights.port import Place, checked_places
+from rac3.weights.port import Place, check_values, checked_places
 from rac3.weights.settings import Settings, read_settings
 from rac3.weights.weights_file import INDEX, read_weights, shards, write_weights
 
@@ -163,7 +163,7 @@ def write_model(
     """Writes weights and config.json; gives the bytes of the weights. The arguments are those of `settings_of`."""
     sizes = tensor_bytes(model, params)
     write_weights(folder, tensors(model, params), sizes)
-    (folder / CONFIG).write_text(json.dumps(settings_of(model, vocabulary, more), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(settings_of(model, vocabulary, more), indent=2) + "\n", encoding="utf-8")
     return sum(sizes.values())
 
 
@@ -283,7 +283,9 @@ class Pretrained:
         values = np.empty(shape, np.float32)
         for name, piece in self.pieces.items():
             if piece.path == path:
-                part = self.places[name].take(self.weights[self.places[name].name], piece.shape)
+                at = self.places[name]
+                part = at.take(self.weights[at.name], piece.shape)
+                check_values(part, at.name, "model.init_from")
                 values[piece.index] = part.reshape(values[piece.index].shape)
         return values, None
 

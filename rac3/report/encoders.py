@@ -74,7 +74,7 @@ def encoders_report(run: Run, images: int) -> Path:
 
 def _reconstruct(experiment: Experiment, codec: ImageTokenizer, split: Split, limit: int) -> Reconstructed:
     source = {split: experiment.data.sources()[split]}
-    documents = read_documents(source, Path(experiment.data_dir), experiment.filter, limit)
+    documents = read_documents(source, Path(experiment.data_dir), experiment.filter, limit, experiment.framing)
     images = [image for document in documents for image in document.images][:limit]
     if not images:
         raise InputError(f"the first {len(documents)} documents of {split} have no images; raise --report-images")

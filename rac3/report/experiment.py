@@ -15,7 +15,7 @@ from rac3.artifacts.workdir import write_atomic
 from rac3.documents.document import plain_json
 from rac3.report.page import Content, page
 from rac3.report.samples import Samples
-from rac3.report.table import ROWS, copied_line, lookup, model_label, model_names, recall_rows
+from rac3.report.table import ROWS, copied_line, left_out_lines, lookup, model_label, model_names, recall_rows
 from rac3.run import Run
 from rac3.stages.evaluate import SPLITS, comparisons, evaluate, evaluate_encoders
 from rac3.stages.evaluate_retrieval import entity_recall
@@ -63,6 +63,11 @@ def collect(run: Run) -> dict[str, Any]:
         "evaluation": {
             "num_retrieved": k,
             "documents": {split: value["documents"] for split, value in next(iter(values.values())).items()},
+            "entity_field": experiment.data.entity_field,
+            "with_entity": {
+                split: value.get("with_entity", value["documents"])
+                for split, value in next(iter(values.values())).items()
+            },
         },
         "stages": _seconds(run, models),
         "versions": run.trained_model().manifest["versions"],
@@ -86,7 +91,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
     for split, k, recalls in recall_rows(metrics):
         parts = ", ".join(f"{share:.1%} by {part}" for part, share in recalls.items())
         lines.append(f"retrieval recall at {k}, {split}: {parts}")
-    lines += filter(None, [copied_line(metrics)])
+    lines += filter(None, [*left_out_lines(metrics), copied_line(metrics)])
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -13,7 +13,19 @@ from jaxtyping import UInt8
 
 from rac3.generation.answers import png_uri
 from rac3.report.plots import Line, plot
-from rac3.report.table import ROWS, Row, copied_line, lookup, margin, model_label, model_names, recall_rows, verdict
+from rac3.report.table import (
+    ROWS,
+    Row,
+    copied_line,
+    left_out_lines,
+    lookup,
+    margin,
+    model_label,
+    model_names,
+    recall_rows,
+    verdict,
+)
+from rac3.stages.ingest import noted_lines
 
 OWN_COLOR, CM3_COLOR, OTHER_COLOR = "#1f5fbf", "#c2601c", "#7a7f87"
 SHOWN_SIDE = 108  # CSS pixels of a picture's side
@@ -169,7 +181,7 @@ def _color(name: str) -> str:
 
 def _models(metrics: Mapping[str, Any]) -> str:
     names = model_names(metrics)
-    held_out = metrics["evaluation"]["documents"]
+    held_out, named = metrics["evaluation"]["documents"], metrics["evaluation"]["with_entity"]
     body, shown = [], set()
     for row in ROWS:
         values = [lookup(metrics[name], row.path) for name in names]
@@ -179,7 +191,7 @@ def _models(metrics: Mapping[str, Any]) -> str:
         shown.add(row.path[0])
         best = (min if row.lower_is_better else max)(known)
         bold = best if len(names) > 1 and known.count(best) == 1 else None
-        cells = "".join(_cell(row, value, bold, held_out) for value in values)
+        cells = "".join(_cell(row, value, bold, named) for value in values)
         arrow = "↓" if row.lower_is_better else "↑"
         body.append(f'<tr><td>{row.label} <span class="soft">{arrow}</span></td>{cells}</tr>')
     if not body:
@@ -211,10 +223,10 @@ def _legend(shown: set[str], held_out: Mapping[str, int]) -> str:
     return f'<p class="note">{" ".join(words)}</p>'
 
 
-def _cell(row: Row, value: float | None, best: float | None, held_out: Mapping[str, int]) -> str:
+def _cell(row: Row, value: float | None, best: float | None, named: Mapping[str, int]) -> str:
     if value is None:
         return '<td class="soft">none</td>'
-    spread = f' <span class="soft">± {100 * margin(value, held_out[row.split]):.0f}</span>' if row.share else ""
+    spread = f' <span class="soft">± {100 * margin(value, named[row.split]):.0f}</span>' if row.share else ""
     return f"<td{' class=best' if value == best else ''}>{row.show(value)}{spread}</td>"
 
 
@@ -280,6 +292,8 @@ def _retrieval(metrics: Mapping[str, Any]) -> str:
         note = '<p class="note">Recall: how often a document of the query\'s entity is among the first retrieved.</p>'
     else:
         shown = note = ""
+    for line in left_out_lines(metrics):
+        note += f'<p class="note">{escape(line)}.</p>'
     if copied := copied_line(metrics):
         note += f'<p class="note">{escape(copied[0].upper() + copied[1:])}.</p>'
     return (f'<div class="plots">{"".join(plots)}</div>' if plots else "") + shown + note
@@ -350,9 +364,13 @@ def _run(content: Content) -> str:
             for kind in ("filtered", "rejects")
         ]
         rows.append([split, f"{counts['documents']:,}", f"{counts['tokens']:,}", *lost, f"{counts['texts_cut']:,}"])
-    return f"<dl>{facts}</dl>" + table(
-        ["split", "documents", "tokens", "filtered", "rejected", "texts truncated"], rows
+    noted = "".join(
+        f'<p class="note">{escape(f"{split}: {line}")}.</p>'
+        for split, counts in content.metrics["documents"].items()
+        for line in noted_lines(counts)
     )
+    head = ["split", "documents", "tokens", "filtered", "rejected", "texts truncated"]
+    return f"<dl>{facts}</dl>" + table(head, rows) + noted
 
 
 def _time(seconds: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rac3.artifacts.workdir import write_atomic
 from rac3.documents.document import Document, Image, prepare_image
+from rac3.evaluation.entities import entity_of, left_out
 from rac3.evaluation.recall import KS
 from rac3.experiment import Split
 from rac3.report.page import CM3_COLOR, OWN_COLOR, Mark, Picture, figure, sheet, table
@@ -43,7 +44,7 @@ def retrieval_report(run: Run) -> Path:
     """
     metrics = evaluate_retrieval(run)
     sections = [
-        ("recall", "Recall", _recall(metrics["splits"])),
+        ("recall", "Recall", _recall(metrics["splits"]) + _notes(_left_out(metrics))),
         ("search", "What approximation costs", _searching(metrics["search"])),
         ("selection", "What selection keeps", _selection(metrics["selection"])),
         *((split, f"Queries: {split}", _queries(run, split)) for split in reversed(list(metrics["splits"]))),
@@ -61,6 +62,7 @@ def retrieval_summary(metrics: Mapping[str, Any]) -> str:
         for name, recalls in _recalls(values):
             shown = ", ".join(f"{share:.1%} at {k}" for k, share in recalls.items())
             lines.append(f"{split}: recall of {name}: {shown}")
+    lines += _left_out(metrics)
     search = metrics["search"]
     for point in search["points"]:
         lines.append(
@@ -68,6 +70,16 @@ def retrieval_summary(metrics: Mapping[str, Any]) -> str:
             f"{point['queries_per_second']:,.0f} queries/s (exact: {search['exact_queries_per_second']:,.0f})"
         )
     return "\n".join(lines)
+
+
+def _left_out(metrics: Mapping[str, Any]) -> list[str]:
+    """What the recalls of entities do not count, in a line for each split."""
+    splits = metrics["splits"].items()
+    field = metrics["entity_field"]
+    lines = [
+        left_out(split, field, each["documents"], each["documents"] - each["with_entity"]) for split, each in splits
+    ]
+    return [line for line in lines if line and field]
 
 
 def _recalls(values: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
@@ -95,6 +107,10 @@ def _recall(splits: Mapping[str, Any]) -> str:
     return table(["split", "looked for", *(f"recall at {k}" for k in KS)], rows) + f'<p class="note">{note}</p>'
 
 
+def _notes(lines: Sequence[str]) -> str:
+    return "".join(f'<p class="note">{escape(line)}.</p>' for line in lines)
+
+
 def _searching(search: Mapping[str, Any]) -> str:
     """The curve of recall over speed. The exact search is the reference, at recall 1."""
     points = [(point["queries_per_second"], point["recall"]) for point in search["points"]]
@@ -119,9 +135,9 @@ def _selection(splits: Mapping[str, Any]) -> str:
     rows = [
         ["queries", *(f"{values['queries']:,}" for values in splits.values())],
         ["without any neighbor", *(f"{values['queries_without_neighbors']:,}" for values in splits.values())],
-        ["neighbors per query", *(f"{values['neighbors_per_query']:.2f}" for values in splits.values())],
+        ["neighbors per query", *(_shown(values["neighbors_per_query"], ".2f") for values in splits.values())],
         *(
-            [f"dropped: {name}", *(f"{values['dropped'][rule]:.2%}" for values in splits.values())]
+            [f"dropped: {name}", *(_shown(values["dropped"][rule], ".2%") for values in splits.values())]
             for rule, name in RULES.items()
         ),
     ]
@@ -139,6 +155,11 @@ def _selection(splits: Mapping[str, Any]) -> str:
         plots.append(plot(f"Similarity to the query, {split}", "inner product", "% of the neighbors", lines))
     note = "Shares of the candidates that selection looked at, each under the first rule that it broke."
     return table(["", *splits], rows) + f'<p class="note">{note}</p><div class="plots">{"".join(plots)}</div>'
+
+
+def _shown(value: float | None, form: str) -> str:
+    """A number; "-" where there was nothing to measure."""
+    return "-" if value is None else format(value, form)
 
 
 def _trimmed(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
@@ -169,9 +190,9 @@ def _queries(run: Run, split: Split) -> str:
 
 
 def _found(document: Document, asked: Document, score: float, field: str) -> Picture:
-    mark = None
-    if field and field in asked.metadata:
-        same = document.metadata.get(field) == asked.metadata[field]
+    mark, wanted = None, entity_of(asked, field)
+    if wanted is not None:
+        same = entity_of(document, field) == wanted
         mark = Mark(same, "same" if same else "other")
     return Picture(f"{score:.2f}", _pixels(document), document.text, mark)
 

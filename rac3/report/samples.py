@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from rac3.documents.document import Document, Image, prepare_image
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, nearest_entities
-from rac3.evaluation.entities import name_accuracy
+from rac3.evaluation.entities import entity_of, name_accuracy
 from rac3.experiment import Split
 from rac3.report.page import Captioned, Mark, Picture, Strip
 from rac3.report.table import model_label
@@ -43,7 +43,7 @@ class Samples:
         rows, images = {}, {}
         for name, model in models.items():
             folder = model.evaluation().folder
-            rows[name] = json.loads((folder / f"{split}.json").read_text())[: len(items)]
+            rows[name] = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))[: len(items)]
             images[name] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
         return cls(run, split, items, rows, images)
 
@@ -130,8 +130,7 @@ class Samples:
 
     def _entity(self, document: Document) -> str | None:
         """What a document shows; None if that is not known."""
-        entity = document.metadata.get(self.run.experiment.data.entity_field)
-        return None if entity is None else str(entity)
+        return entity_of(document, self.run.experiment.data.entity_field)
 
     def _pixels(self, document: Document) -> UInt8[np.ndarray, "height width 3"] | None:
         """The first picture as the models see it."""

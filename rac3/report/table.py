@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rac3.evaluation.entities import left_out
+
 
 @dataclass(frozen=True)
 class Row:
     """A row: the path of its value in a model's metrics, and how to show it.
 
     Attributes:
-      form: the format of its values; "%" for a share (0 to 1) of the documents of `split`.
+      form: the format of its values; "%" for a share (0 to 1) of the documents of `split` that name an entity.
     """
 
     label: str
@@ -92,7 +94,7 @@ def _noise(row: Row, left: float, right: float, metrics: Mapping[str, Any]) -> f
     """How far two values may differ and yet count as equal: for shares by their margins, else 1%."""
     if not row.share:
         return 0.01 * max(abs(left), abs(right))
-    count = metrics["evaluation"]["documents"][row.split]
+    count = metrics["evaluation"]["with_entity"][row.split]  # all shares are of entities
     return math.hypot(margin(left, count), margin(right, count))
 
 
@@ -129,3 +131,11 @@ def recall_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str,
         for key, recalls in values.items()
         if key.startswith("recall_at_") and recalls
     ]
+
+
+def left_out_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """What the accuracies and recalls of entities do not count, in a line for each split; none without such figures."""
+    evaluation = metrics["evaluation"]
+    field, named = evaluation["entity_field"], evaluation["with_entity"]
+    lines = [left_out(split, field, count, count - named[split]) for split, count in evaluation["documents"].items()]
+    return [line for line in lines if line and field]

@@ -78,6 +78,11 @@ class Faiss:
         self._set_search(index)
         return FaissIndex(self, part, index, type(faiss.downcast_index(index)).__name__ in _KEEP_VECTORS)
 
+    def effort(self, documents: int) -> str:
+        """What decides how much of the index a query visits; FAISS probes one cell unless told otherwise."""
+        usual = "nprobe=1" if "IVF" in self.factory else "efSearch=16" if "HNSW" in self.factory else ""
+        return f"retriever.search={self.search or usual!r}" if usual else ""
+
     def efforts(self, documents: int) -> dict[str, "Faiss"]:
         """Cells to probe (IVF) or graph candidates to visit (HNSW), doubling; none for other indexes."""
         knob = "nprobe" if "IVF" in self.factory else "efSearch" if "HNSW" in self.factory else None

@@ -132,6 +132,17 @@ class Tunable(Protocol):
 
 
 @runtime_checkable
+class Adjustable(Protocol):
+    """A retriever that finds more with another setting than `num_neighbors`. Optional."""
+
+    def effort(self, documents: int) -> str:
+        """The setting and its value for a part with this many documents, such as `retriever.search='nprobe=1'`; "" if
+        none applies.
+        """
+        ...
+
+
+@runtime_checkable
 class Chosen(Protocol):
     """A retriever whose documents a person has named: all of them are shown, however alike they are."""
 

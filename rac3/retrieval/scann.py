@@ -110,7 +110,7 @@ class Scann:
             return ScannIndex(self, part, None)
         # As scann's load_searcher, but never loads a pickle from the folder.
         pybind = _import_scann().scann_ops_pybind
-        assets = (folder / "scann_assets.pbtxt").read_text()
+        assets = (folder / "scann_assets.pbtxt").read_text(encoding="utf-8")
         return ScannIndex(self, part, pybind.ScannSearcher(pybind.scann_pybind.ScannNumpy(str(folder), assets)))
 
     def needs(self, documents: int, width: int) -> Needs:
@@ -134,6 +134,11 @@ class Scann:
             + documents * self._searched(leaves) / leaves * width / self.dimensions_per_block
             + 2.0 * self.reorder_num_neighbors * width,
         )
+
+    def effort(self, documents: int) -> str:
+        """How many leaves a query visits, where there are any."""
+        leaves = self.leaves_for(documents)
+        return "" if leaves is None else f"retriever.num_leaves_to_search={self._searched(leaves)}"
 
     def efforts(self, documents: int) -> dict[str, "Scann"]:
         """Leaves to search: from about one in a hundred, doubling up to all."""

@@ -39,7 +39,8 @@ def fit_encoders(run: Run) -> None:
     sources = {**experiment.data.memory, **experiment.data.sources()}
     fit_on = {split: sources[split] for split in experiment.data.fit_on}
     # Most limits are equal.
-    read = lru_cache(maxsize=1)(partial(read_documents, fit_on, Path(experiment.data_dir), experiment.filter))
+    where = Path(experiment.data_dir), experiment.filter
+    read = lru_cache(maxsize=1)(partial(read_documents, fit_on, *where, framing=experiment.framing))
     for recipe, config in missing:
         limit = recipes.text_documents(experiment) if isinstance(config, TextTokenizer) else config.fit.max_documents
         documents = read(limit) if config.checkpoint is None else []

@@ -13,7 +13,7 @@ from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
-from rac3.evaluation.entities import emblem_accuracy, name_accuracy
+from rac3.evaluation.entities import emblem_accuracy, entity_of, name_accuracy
 from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
 from rac3.evaluation.recall import clip_metrics
 from rac3.evaluation.reconstruction import reconstruction_metrics
@@ -63,7 +63,7 @@ def evaluate(run: Run) -> dict[str, Any]:
                     metrics[split] = _evaluate_split(run, split, draft.folder)
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         artifact = run.evaluation()
-    return json.loads((artifact.folder / METRICS).read_text())
+    return json.loads((artifact.folder / METRICS).read_text(encoding="utf-8"))
 
 
 def comparisons(run: Run) -> dict[str, Run]:
@@ -117,11 +117,13 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         bar.update()
     _write_samples(run, split, folder, items, neighbors, most, images, captions)
     too_long = _too_long(run, items)
+    named = sum(entity_of(item.document, experiment.data.entity_field) is not None for item in items)
     for modality, count in too_long.items():
         if count:
             print(f"{count} of {len(items)} {split} documents exceed the context, and have no {modality} perplexity")
     return {
         "documents": len(items),
+        "with_entity": named,
         "too_long": too_long,
         "perplexity": {modality: values[str(most)] for modality, values in by_k.items()},
         "perplexity_by_k": by_k,
@@ -229,14 +231,21 @@ def _copied(
 def _accuracies(
     experiment: Experiment, items: list[TokenizedDocument], images: np.ndarray, captions: list[str]
 ) -> dict[str, float | None]:
-    """Entity accuracy of images (procedural world only) and of captions; None where it has no meaning."""
-    field = experiment.data.entity_field
-    wanted = [str(item.document.metadata.get(field, "")) for item in items]
-    world = experiment.data.train if len(images) == len(items) else None
-    named = bool(field) and len(captions) == len(items)
+    """Entity accuracy of images (procedural world only) and of captions; None where it has no meaning.
+
+    Documents that name no entity do not count.
+    """
+    names = [entity_of(item.document, experiment.data.entity_field) for item in items]
+    wanted = {row: name for row, name in enumerate(names) if name is not None}
+    world = experiment.data.train if wanted and len(images) == len(items) else None
+    right = list(wanted.values())
     return {
-        "entity_accuracy": emblem_accuracy(images, wanted, world.entities()) if isinstance(world, World) else None,
-        "name_accuracy": name_accuracy(captions, wanted) if named else None,
+        "entity_accuracy": emblem_accuracy(images[[*wanted]], right, world.entities())
+        if isinstance(world, World)
+        else None,
+        "name_accuracy": name_accuracy([captions[row] for row in wanted], right)
+        if wanted and len(captions) == len(items)
+        else None,
     }
 
 

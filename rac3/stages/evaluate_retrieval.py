@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
 from rac3.clip.encoder import mix
 from rac3.config import InputError
-from rac3.documents.document import Document
+from rac3.documents.document import Document, Image, Text
 from rac3.documents.store import DocumentStore
+from rac3.evaluation.entities import entity_of
 from rac3.evaluation.recall import KS, clip_metrics, recall_at
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
@@ -29,6 +30,7 @@ SEARCHED = 10  # neighbors by which an approximate search is judged
 TIE = 1e-6
 BINS = np.linspace(-1, 1, 101)  # of similarities
 COUNTED = 100_000  # documents whose neighbors' similarities are counted
+DOCUMENTS_AT_ONCE = 1024  # read at once, with their pictures
 REPEATS = 3  # of a timed search, of which the fastest counts
 
 
@@ -50,10 +52,12 @@ def evaluate_retrieval(run: Run) -> dict[str, Any]:
         opened = run.memory()
         questions = {split: Questions.open(run, split) for split in held_out}
         with workdir.write(recipe) as draft, Progress("evaluate retrieval", len(held_out) + 1, "parts") as bar:
-            metrics: dict[str, Any] = {"selection": selection, "splits": {}}
+            field = experiment.data.entity_field
+            metrics: dict[str, Any] = {"selection": selection, "entity_field": field, "splits": {}}
             for split, asked in questions.items():
                 metrics["splits"][split] = {
                     "documents": len(asked.documents),
+                    "with_entity": sum(entity_of(each, field) is not None for each in asked.documents),
                     "pairs": clip_metrics(asked.documents, asked.vectors["text"], asked.vectors["image"]),
                     "entities": _entity_recalls(experiment, opened, asked),
                 }
@@ -62,7 +66,7 @@ def evaluate_retrieval(run: Run) -> dict[str, Any]:
             bar.update()
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         artifact = run.artifact(recipes.retrieval)
-    return json.loads((artifact.folder / METRICS).read_text())
+    return json.loads((artifact.folder / METRICS).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -82,22 +86,36 @@ class Questions:
 
 
 def entity_recall(run: Run, split: Split, k: int) -> dict[str, float] | None:
-    """By query part: the share of the queries with a document of their entity among the first k selected neighbors."""
+    """By query part: the share of the queries with a document of their entity among the first k selected neighbors.
+
+    None if it has no meaning: no document of the split, or none of the memory, names an entity.
+    """
     data, field = run.experiment.data, run.experiment.data.entity_field
     if not field or not run.experiment.retrieves or split not in data.sources():
         return None
-    memory = [entity for part in data.memory_splits(split) for entity in _entities(run.documents(part), field)]
-    queries = _entities(run.documents(split), field)
+    memory = [entity_of(each, field) for part in data.memory_splits(split) for each in _all(run.documents(part))]
+    if not any(memory):
+        return None
+    asking = list(_all(run.documents(split)))
     neighbors = run.neighbors(split)[:]
-    return {part: recall_at(k, neighbors[:, number], queries, memory) for number, part in enumerate(PARTS)}
+    recalls = {}
+    for number, (part, kind) in enumerate(zip(PARTS, (Text, Image), strict=True)):
+        has = [any(isinstance(segment, kind) for segment in each.segments) for each in asking]
+        entities = [
+            entity_of(each, field) if part_is_there else None for each, part_is_there in zip(asking, has, strict=True)
+        ]
+        recall = recall_at(k, neighbors[:, number], entities, memory)
+        if recall is not None:
+            recalls[part] = recall
+    return recalls or None
 
 
-def _entities(documents: DocumentStore, field: str) -> list[str]:
-    return [_entity(item.document, field) for item in documents.many(range(len(documents)))]
-
-
-def _entity(document: Document, field: str) -> str:
-    return str(document.metadata.get(field, ""))
+def _all(documents: DocumentStore) -> Iterator[Document]:
+    """All documents, some at a time."""
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        yield from (
+            each.document for each in documents.many(range(start, min(start + DOCUMENTS_AT_ONCE, len(documents))))
+        )
 
 
 def _entity_recalls(experiment: Experiment, opened: OpenMemory, asked: Questions) -> dict[str, dict[str, float]]:
@@ -110,9 +128,11 @@ def _entity_recalls(experiment: Experiment, opened: OpenMemory, asked: Questions
         rows = np.flatnonzero(vectors.any(1)).tolist()
         if rows:
             _, ids = search_memory(opened.indexes, opened.memory, _queries(asked, kind, rows), max(KS))
-            found = {i: _entity(opened.document(i).document, field) for i in np.unique(ids[ids >= 0]).tolist()}
-            wanted = [_entity(asked.documents[row], field) for row in rows]
-            recalls[kind] = {str(k): recall_at(k, ids, wanted, found) for k in KS}
+            found = {i: entity_of(opened.document(i).document, field) for i in np.unique(ids[ids >= 0]).tolist()}
+            wanted = [entity_of(asked.documents[row], field) for row in rows]
+            known = {str(k): share for k in KS if (share := recall_at(k, ids, wanted, found)) is not None}
+            if known and any(found.values()):
+                recalls[kind] = known
     return recalls
 
 
@@ -135,8 +155,8 @@ def _selection(run: Run, split: Split) -> dict[str, Any]:
     return {
         "queries": counts["queries"],
         "queries_without_neighbors": counts["queries_without_neighbors"],
-        "neighbors_per_query": counts["neighbors"] / max(1, counts["queries"]),
-        "dropped": {rule: count / max(1, considered) for rule, count in dropped.items()},
+        "neighbors_per_query": counts["neighbors"] / counts["queries"] if counts["queries"] else None,
+        "dropped": {rule: count / considered if considered else None for rule, count in dropped.items()},
         "similarities": histograms,
     }
 
@@ -160,6 +180,11 @@ def _search(experiment: Experiment, opened: OpenMemory, questions: Sequence[Ques
     )
     retriever, memory = experiment.retriever, opened.memory
     k = min(SEARCHED, len(memory))
+    if not len(queries) or not k:
+        raise InputError(
+            f"there is nothing to search: {len(queries)} queries, {len(memory)} documents in the memory; give held-out "
+            "documents (data.validation or data.test) and a memory"
+        )
     exact = Exact(num_neighbors=k)
     truth, _, seconds = _timed(opened, exact, queries, k)
     settings: dict[str, Retriever] = {"as configured": retriever}

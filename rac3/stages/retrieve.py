@@ -15,7 +15,7 @@ from rac3.execution.progress import Progress
 from rac3.execution.shards import Shard, Tally, clear, document_rows, document_shards
 from rac3.execution.shards import run as run_shards
 from rac3.experiment import Split
-from rac3.retrieval.retriever import Queries
+from rac3.retrieval.retriever import Adjustable, Queries
 from rac3.retrieval.selection import Dropped, Selected
 from rac3.run import Run
 
@@ -61,6 +61,26 @@ def retrieve(run: Run, splits: Sequence[Split] = ("train", "validation", "test")
             summaries = [shard.read_summary() for shard in shards if shard.part == split]
             draft.counts.update({name: sum(summary[name] for summary in summaries) for name in summaries[0]})
         clear(shards)
+
+
+def shortage_line(run: Run, split: Split) -> str:
+    """What is missing to `selection.depth` neighbors of each query, with the settings to raise; "" if nothing is."""
+    counts, experiment = run.artifact(recipes.neighbors, split).manifest["counts"], run.experiment
+    memory = [len(run.documents(part)) for part in experiment.data.memory_splits(split)]
+    others = sum(memory) - (split == "train")  # a document is not its own neighbor
+    wanted = counts["queries"] * min(experiment.selection.depth, others)
+    if counts["neighbors"] >= wanted:
+        return ""
+    without = counts["queries_without_neighbors"]
+    dropped = sum(counts[f"dropped_{rule}"] for rule in Dropped._fields)
+    retriever = experiment.retriever
+    knobs = [effort] if isinstance(retriever, Adjustable) and (effort := retriever.effort(max(memory))) else []
+    knobs += [f"retriever.num_neighbors={retriever.num_neighbors}"]
+    knobs += [f"selection.max_similarity={experiment.selection.max_similarity}"] if dropped else []
+    return (
+        f"{split}: {counts['neighbors']:,} of {wanted:,} neighbors, {without:,} of {counts['queries']:,} queries "
+        f"without any; selection dropped {dropped:,} candidates; for more, raise {' or '.join(knobs)}"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,22 @@
 It gives text ids only; `vocabulary.py` adds `<eod>`, the mask sentinels and other specials.
 """
 
+import html
 import json
 import os
+import string
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool
 
 from rac3.config import InputError
 from rac3.weights.checkpoint_files import checkpoint_folder, read_json
+from rac3.weights.hub import why_not
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +27,13 @@ CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # the format before tokenizer.jso
 FILES = ("*.json", "*.txt", "*.model")  # vocabularies and settings of published tokenizers
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
 SENTENCEPIECE = "spiece.model"  # SigLIP's
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 SPACES = ("\u0120", "\u2581")  # before a word, in the tokens of byte-level BPE and of SentencePiece
 CONTINUES, ENDS = "##", "</w>"  # before the rest of a word, in WordPiece; after a word, in CLIP's BPE
+Clean = Literal["", "lowercase", "lower", "whitespace", "canonicalize"]
+"""What is done to a text before it is tokenized: nothing, lower case, or one of OpenCLIP's ways, under its names."""
+CLEANED = get_args(Clean)
+
 BYTES = 256  # every byte is a token, so that any text can be encoded
 
 PROBES = {
@@ -80,7 +88,7 @@ class TextTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         bpe.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: str | os.PathLike[str] | None = None) -> "Tokenizer":
         """The tokenizer of `checkpoint` if set, else the one that `fit` saved into `folder`.
@@ -94,12 +102,34 @@ class TextTokenizer:
         return Tokenizer(_load_pretrained(os.fspath(source)))
 
 
-class Tokenizer:
-    """A loaded tokenizer: text to ids in [0, size) and back, without special tokens."""
+def cleaned(text: str, clean: Clean) -> str:
+    """A text as OpenCLIP's tokenizers read it: mended by ftfy, entities resolved twice, white space collapsed.
 
-    def __init__(self, pretrained: "PreTrainedTokenizerBase", lowercase: bool = False) -> None:
+    "The fox’s &amp;amp; ﬁre" -> "the fox's & fire" ("lower")
+    """
+    if clean == "":
+        return text
+    if clean == "lowercase":
+        return text.lower()
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    if clean == "canonicalize":
+        text = text.replace("_", " ").translate(PUNCTUATION)
+    text = " ".join(text.split())
+    return text if clean == "whitespace" else text.lower()
+
+
+class Tokenizer:
+    """A loaded tokenizer: text to ids in [0, size) and back, without special tokens.
+
+    Attributes:
+      clean: what is done to a text before.
+    """
+
+    def __init__(self, pretrained: "PreTrainedTokenizerBase", clean: Clean = "") -> None:
         self._pretrained = pretrained
-        self._lowercase = lowercase
+        self.clean = clean
         # Ids may have gaps, so the number of tokens does not always bound them.
         self.size: int = max(pretrained.get_vocab().values()) + 1
         self.bos: int | None = pretrained.bos_token_id  # begin and end of text, if it has them
@@ -116,7 +146,7 @@ class Tokenizer:
         Drops text that only a control id represents, as `</s>` in Unigram models.
         """
         ids = self._pretrained.encode(
-            self._cased(text), add_special_tokens=False, split_special_tokens=True, verbose=False
+            cleaned(text, self.clean), add_special_tokens=False, split_special_tokens=True, verbose=False
         )
         return [i for i in ids if i not in self._controls]
 
@@ -130,9 +160,6 @@ class Tokenizer:
         """The special ids that the tokenizer adds before a text, and after it."""
         ids = self._pretrained.encode("", add_special_tokens=True, verbose=False)
         return (ids[:1], ids[1:]) if ids and ids[0] == self.bos else ([], ids)
-
-    def _cased(self, text: str) -> str:
-        return text.lower() if self._lowercase else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. With a tokenizer that `fit` made, `decode(encode(text)) == text` for any Unicode text.
@@ -172,6 +199,10 @@ class Tokenizer:
         """Every token and its id."""
         return self._pretrained.get_vocab()
 
+    def cleaning(self, clean: Clean) -> "Tokenizer":
+        """This tokenizer with what is done to a text before."""
+        return Tokenizer(self._pretrained, clean)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `TextTokenizer.load` and `transformers.AutoTokenizer` load."""
         self._pretrained.save_pretrained(folder)
@@ -189,7 +220,7 @@ def load_clip_tokenizer(folder: Path) -> Tokenizer:
             " of the model into it (any model with a vocabulary of 49408 can take openai/clip-vit-base-patch32's)"
         )
     settings = folder / "tokenizer_config.json"
-    named = settings.is_file() and "tokenizer_class" in settings.read_text(errors="replace")
+    named = settings.is_file() and "tokenizer_class" in settings.read_text(errors="replace", encoding="utf-8")
     return Tokenizer(_load_pretrained(str(folder), "AutoTokenizer" if named else "CLIPTokenizer"))
 
 
@@ -218,10 +249,10 @@ def load_siglip_tokenizer(folder: Path) -> Tokenizer:
             "tokenizer_config.json of the model into it"
         )
     settings = folder / "tokenizer_config.json"
-    own = not settings.is_file() or "SiglipTokenizer" in settings.read_text(errors="replace")
+    own = not settings.is_file() or "SiglipTokenizer" in settings.read_text(errors="replace", encoding="utf-8")
     fast = own and not (folder / SENTENCEPIECE).is_file()
     pretrained = _load_pretrained(str(folder), "PreTrainedTokenizerFast" if fast else "AutoTokenizer")
-    tokenizer = Tokenizer(pretrained, lowercase=type(pretrained).__name__.startswith("Gemma"))
+    tokenizer = Tokenizer(pretrained, "lowercase" if type(pretrained).__name__.startswith("Gemma") else "")
     if tokenizer.pad is None or tokenizer.pads_left:
         raise InputError(
             f"siglip checkpoint {str(folder)!r}: its tokenizer pads "
@@ -236,7 +267,8 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     folder = checkpoint_folder("tokenizer", source)
-    local = folder is not None
+    offline = why_not() if folder is None else None
+    local = folder is not None or offline is not None
     fix = "check the hub name and the network, or give a folder"
     if folder is not None:
         fix = (
@@ -256,10 +288,11 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
                 "give one whose class is part of transformers"
             )
         loaded = getattr(transformers, kind).from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    except InputError:
+        Tokenizer(loaded)  # settings of a wrong type may fail only when they are used
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the Rust parsers raise no narrower type
-        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+    except BaseException as error:  # the Rust parsers raise no narrower type, and panic with one that is no Exception
+        reason = offline or f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200]
         raise InputError(f"tokenizer {source!r} cannot be loaded: {reason} ({fix})") from error
     if _special_ids(loaded).issuperset(loaded.get_vocab().values()):  # as transformers loads a missing vocabulary
         raise InputError(f"tokenizer {source!r} has no vocabulary, only special tokens ({fix})")

@@ -153,7 +153,7 @@ def _not_finite(label: str, count: int, step: int, keys: Sequence[str], folder: 
     if keys:
         path = folder / f"batch-{step}.txt"
         if jax.process_index() == 0:
-            path.write_text("".join(f"{key}\n" for key in keys))
+            path.write_text("".join(f"{key}\n" for key in keys), encoding="utf-8")
         some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
         named = f", of documents {some} ({len(keys)}, all in {path})"
     return InputError(

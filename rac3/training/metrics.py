@@ -31,9 +31,9 @@ class MetricsWriter:
         path = folder / METRICS_FILE
         kept = [line for line in read_metrics(folder) if line["step"] <= start]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -109,7 +109,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run so far, without a last line that a kill truncated."""
     path = folder / METRICS_FILE
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

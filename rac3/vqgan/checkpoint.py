@@ -55,12 +55,12 @@ class VQGANCheckpoint:
     def save(self, folder: Path) -> None:
         """Write it in rac3's own form: the published files are no longer needed."""
         save_params(folder / PARAMS, self.params)
-        (folder / CONFIG).write_text(json.dumps(canonical(self.config), indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(canonical(self.config), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def open(cls, folder: Path) -> "VQGANCheckpoint":
         """What `save` wrote."""
-        saved: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        saved: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         del saved["class"]
         sequences: dict[str, Any] = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
         config = VQGANConfig(**saved | sequences | {"dropout": float(saved["dropout"])})

@@ -22,8 +22,8 @@ from rac3.weights.port import Place, Weights, port
 Rename = Callable[[str], str]
 """The name of a weight in taming-transformers to its name in a family."""
 
-TRAINING_ONLY = r"(loss|model_ema|discriminator)\..*|quantize\.codebook_used"
-"""Weights of the training objective: the discriminator, the perceptual loss, averages."""
+TRAINING_ONLY = r"(loss|model_ema|discriminator)\..*|quantize\.codebook_used|colorize"
+"""Weights of the training objective: the discriminator, the perceptual loss, averages; and of its logs."""
 
 
 def always(files: CheckpointFiles) -> bool:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from rac3.config import InputError
 from rac3.weights.checkpoint_files import first_file
-from rac3.weights.torch_file import TorchFile, read_torch_file
+from rac3.weights.torch_file import NESTED, TorchFile, read_torch_file
 from rac3.weights.weights_file import INDEX, shards
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth")
 YAML_SUFFIXES = (".yaml", ".yml")
+AVERAGED = "ema"  # LlamaGen's scripts draw with these weights, where its training files have them
+ENTRIES = (AVERAGED, *NESTED)
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,22 @@ class CheckpointFiles:
       configs: one; of a `torch.save` file there may be none (LlamaGen has none), or several if it is not clear which
         one belongs to it.
       weights: one file, or the shards that hold weights of the VQGAN.
+      index: says which shard has which weight; None for one file.
     """
 
     kind: str | None
     configs: tuple[Path, ...]
     weights: tuple[Path, ...]
+    index: Path | None = None
 
     @cached_property
     def torch_file(self) -> TorchFile:
-        """The `torch.save` file, read once.
+        """The `torch.save` file, read once; of a training file with averaged weights, these.
 
         Raises:
           InputError: it is damaged, or no such file.
         """
-        return read_torch_file(self.weights[0])
+        return read_torch_file(self.weights[0], ENTRIES)
 
 
 def torch_files(path: Path) -> CheckpointFiles:
@@ -70,8 +74,9 @@ def folder_files(folder: Path, kind: str, names: Sequence[str], prefixes: tuple[
     file = first_file(folder, names)
     if file is None:
         raise InputError(f"{str(folder)!r} has a config.json but none of {', '.join(names)}; download the weights too")
-    weights = shards(file, lambda name: name.startswith(prefixes)) if file.name.endswith(INDEX) else [file]
-    return CheckpointFiles(kind, (folder / "config.json",), tuple(weights))
+    index = file if file.name.endswith(INDEX) else None
+    weights = shards(file, lambda name: name.startswith(prefixes)) if index else [file]
+    return CheckpointFiles(kind, (folder / "config.json",), tuple(weights), index)
 
 
 def only(found: Sequence[Path]) -> Path:

@@ -30,6 +30,9 @@ Features = Float[Array, "batch grid_height grid_width features"]
 """`Images` inside the model: other sizes, other channels."""
 
 
+MOST_BLOCKS, MOST_LEVELS = 100, 16  # a file that claims more is damaged
+
+
 @dataclass(frozen=True)
 class VQGANConfig:
     """Field names and defaults of taming-transformers (`ddconfig`, `embed_dim`, `n_embed`), but for the last four."""
@@ -56,7 +59,7 @@ class VQGANConfig:
             raise InputError("vqgan.ch_mult is empty; give one multiplier per level, such as (1, 2, 2, 4)")
         if min(self.ch_mult) < 1:
             raise InputError(f"vqgan.ch_mult={self.ch_mult} has a multiplier below 1; use at least 1 in every level")
-        downsampling = 2 ** (len(self.ch_mult) - 1)
+        downsampling = 2 ** min(len(self.ch_mult) - 1, 64)
         if self.resolution % downsampling:
             raise InputError(
                 f"vqgan.resolution={self.resolution} is not a multiple of {downsampling}, which the "
@@ -74,6 +77,11 @@ class VQGANConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"vqgan.{name}={getattr(self, name)} is below 1; use at least 1")
+        if self.num_res_blocks > MOST_BLOCKS or len(self.ch_mult) > MOST_LEVELS:
+            raise InputError(
+                f"vqgan.num_res_blocks={self.num_res_blocks} or the {len(self.ch_mult)} levels of ch_mult are too "
+                f"many; use at most {MOST_BLOCKS} and {MOST_LEVELS}"
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"vqgan.dropout={self.dropout} is outside [0, 1); use 0 to switch it off")
 

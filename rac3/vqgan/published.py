@@ -6,12 +6,12 @@ A family is one module of `families/`, whose docstring says which checkpoints it
 from dataclasses import replace
 from pathlib import Path
 
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.vqgan.checkpoint import VQGANCheckpoint
 from rac3.vqgan.families import chameleon, diffusers, llamagen, taming
 from rac3.vqgan.files import TORCH_SUFFIXES, CheckpointFiles, folder_files, torch_files
 from rac3.vqgan.model import at_resolution
-from rac3.weights.checkpoint_files import read_json
+from rac3.weights.checkpoint_files import one_line, read_json
 
 FAMILIES = (diffusers.FAMILY, chameleon.FAMILY, llamagen.FAMILY, taming.FAMILY)
 """The first that claims the files of a checkpoint loads it."""
@@ -28,7 +28,8 @@ def load_vqgan(path: Path, resolution: int | None = None) -> VQGANCheckpoint:
         supported; the weights are not those of the config.
     """
     files = checkpoint_files(path)
-    checkpoint = next(family for family in FAMILIES if family.claims(files)).load(files)
+    with one_line(f"VQGAN checkpoint {str(path)!r}"):
+        checkpoint = next(family for family in FAMILIES if family.claims(files)).load(files)
     if resolution is None:
         return checkpoint
     return replace(checkpoint, config=at_resolution(checkpoint.config, resolution))
@@ -52,7 +53,7 @@ def checkpoint_files(path: Path) -> CheckpointFiles:
         if kind in family.kinds:
             return folder_files(folder, kind, family.weights, family.prefixes)
     known = ", ".join(repr(kind) for family in FAMILIES for kind in family.kinds)
-    raise InputError(f"{config}: {kind!r} is no VQGAN that can be loaded; give one of {known}")
+    raise InputError(f"{config}: {quoted(kind)} is no VQGAN that can be loaded; give one of {known}")
 
 
 def require_decoder(path: Path) -> None:

@@ -1,25 +1,62 @@
 """The files of published checkpoints: where they are, their JSON, and files that people mistake for weights."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rac3.config import InputError
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+DISTRIBUTED, COMPILED = "module.", "_orig_mod."  # of DistributedDataParallel before a name, of torch.compile inside it
+
 
 def checkpoint_folder(what: str, source: str) -> Path | None:
     """The folder that `source` names, or None if it is a name on the Hugging Face hub, `owner/name` or `name`.
 
+    A relative path into a folder that is there is a path.
+
     Raises:
       InputError: it is a path, but not of a folder. The message calls the source `what`.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise InputError(f"{what} {source!r} is not a folder; give one, or a name on the Hugging Face hub")
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_NAME.fullmatch(source):
+        raise InputError(f"{what} {source[:200]!r} is not a folder; give one, or a name on the Hugging Face hub")
+    if "/" in source and path.parent.is_dir():
+        raise InputError(
+            f"{what} {source!r} is not a folder, though {str(path.parent)!r} is one; give a folder, or run rac3 from "
+            "another place if you mean the name on the Hugging Face hub"
+        )
     return None
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """What a damaged or hostile file may raise, wherever its values are used, as one line about `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise InputError(f"{what} can't be loaded ({reason}); its files are damaged, or of several models") from error
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name without what torch's wrappers put into all of them.
+
+    module._orig_mod.encoder.conv_in.weight -> encoder.conv_in.weight
+    """
+    stored = list(names)
+    plain = [name.replace(COMPILED, "") for name in stored]
+    while plain and all(name.startswith(DISTRIBUTED) for name in plain):
+        plain = [name.removeprefix(DISTRIBUTED) for name in plain]
+    return dict(zip(stored, plain if len(set(plain)) == len(plain) else stored, strict=True))
 
 
 def first_file(folder: Path, names: Iterable[str]) -> Path | None:
@@ -35,8 +72,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:  # undecodable text is a ValueError too
-        raise InputError(f"{str(path)!r} is not JSON ({error}); download it again") from error
+    except (OSError, ValueError, RecursionError) as error:  # undecodable text is a ValueError too
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{str(path)!r} is not JSON ({reason}); download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} is not a JSON object; download it again")
     return content

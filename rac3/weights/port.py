@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 
 ONE_MODEL = "give the weights and the config of one model"
 
@@ -83,11 +83,31 @@ def port(
       fix: what to do if the weights do not fit.
 
     Raises:
-      InputError: a weight is missing, or nothing asks for it, or it has another shape, or it is not of floats.
+      InputError: a weight is missing, or nothing asks for it, or it has another shape, or it is not of floats, or its
+        values can't be those of a trained model.
     """
     ours: dict[str, Shape] = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
     places = checked_places(ours, weights, place, where=where, ignored=ignored, fix=fix)
-    return unflatten_dict({path: at.take(weights[at.name], ours[path]) for path, at in places.items()}, sep="/")
+    taken = {path: at.take(weights[at.name], ours[path]) for path, at in places.items()}
+    for path, at in places.items():
+        check_values(taken[path], at.name, where)
+    return unflatten_dict(taken, sep="/")
+
+
+def check_values(values: np.ndarray, name: str, where: str) -> None:
+    """Refuses what an interrupted download or a training that diverged leaves: NaN, infinity, a matrix of zeros.
+
+    Raises:
+      InputError: names the weight.
+    """
+    wrong = values.size - np.count_nonzero(np.isfinite(values))
+    if wrong:
+        raise InputError(
+            f"{where}: {wrong:,} of the {values.size:,} values of {name!r} are NaN or infinite; download them "
+            "again, or take an earlier checkpoint"
+        )
+    if values.ndim > 1 and values.size > 1 and not values.any():
+        raise InputError(f"{where}: all {values.size:,} values of {name!r} are 0; download them again")
 
 
 def checked_places(
@@ -107,11 +127,11 @@ def checked_places(
     places = {path: place(path) for path in ours}
     wanted = {at.name: at.shape(ours[path]) for path, at in places.items()}
     if missing := [name for name in wanted if name not in weights]:
-        raise InputError(f"{where} lack {missing[0]!r} of shape {wanted[missing[0]]}{_more(missing)}; {fix}")
+        raise InputError(f"{where} lack {quoted(missing[0])} of shape {wanted[missing[0]]}{_more(missing)}; {fix}")
     if surplus := [name for name in weights if name not in wanted and not re.fullmatch(ignored, name)]:
         raise InputError(
-            f"{where} have {surplus[0]!r} of shape {weights[surplus[0]].shape}{_more(surplus)}, which the model has no "
-            f"place for; {fix}"
+            f"{where} have {quoted(surplus[0])} of shape {weights[surplus[0]].shape}{_more(surplus)}, which the "
+            f"model has no place for; {fix}"
         )
     for name, shape in wanted.items():
         weight = weights[name]

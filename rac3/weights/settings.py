@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.weights.checkpoint_files import read_json
 
+LARGEST = 2**31 - 1  # of a setting: no layer is larger
+MOST_NUMBERS = 100  # in a list of settings, such as one for each level
+DEEPEST = 100  # settings inside each other
 T = TypeVar("T")
 
 
@@ -37,8 +40,12 @@ class Settings:
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise InputError(
-                f"{self.file}: {self.section}{name}={value!r} is not of type {kind.__name__}; give the model's own "
-                "config"
+                f"{self.file}: {self.section}{name}={quoted(value)} is not of type {kind.__name__}; give the "
+                "model's own config"
+            )
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise InputError(
+                f"{self.file}: {self.section}{name}={quoted(value)} is too large; give the model's own config"
             )
         return value
 
@@ -47,10 +54,10 @@ class Settings:
         if self.values.get(name) is None and default is not None:
             return default
         value = self.get(name, list)
-        if not all(type(number) is int for number in value):
+        if len(value) > MOST_NUMBERS or not all(type(number) is int and abs(number) <= LARGEST for number in value):
             raise InputError(
-                f"{self.file}: {self.section}{name}={value!r} is not a list of whole numbers; give the model's own "
-                "config"
+                f"{self.file}: {self.section}{name}={quoted(value)} is not a list of whole numbers; give the "
+                "model's own config"
             )
         return tuple(value)
 
@@ -63,7 +70,7 @@ class Settings:
         for name, value in wanted.items():
             if (found := self.values.get(name)) not in (None, value):
                 raise InputError(
-                    f"{self.file}: {self.section}{name}={found!r} is not supported, only {value!r}; use another "
+                    f"{self.file}: {self.section}{name}={quoted(found)} is not supported, only {value!r}; use another "
                     "checkpoint"
                 )
 
@@ -79,9 +86,33 @@ def read_settings(path: Path) -> Settings:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = yaml.load(path.read_bytes(), _loader())  # a SafeLoader
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())[:120]}); download it again") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings by name; download it again")
     return Settings(path, values)
+
+
+def _loader() -> Any:
+    """A loader of plain data whose work is bounded by the length of the file.
+
+    Aliases stand for single values only: a few that stand for lists of each other grow to billions of settings.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            alias = self.check_event(yaml.AliasEvent)
+            self.depth += 1
+            if self.depth > DEEPEST:
+                raise yaml.YAMLError(f"settings are more than {DEEPEST} levels deep")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            if alias and not isinstance(node, yaml.ScalarNode):
+                raise yaml.YAMLError("an alias stands for more than one value; write the values out")
+            return node
+
+    return Loader

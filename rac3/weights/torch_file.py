@@ -11,8 +11,9 @@ names. So it is not unpickled here. `_Plain` walks its opcodes and builds only p
 
 import mmap
 import pickletools
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from rac3.config import InputError
-from rac3.weights.checkpoint_files import mistaken_for
+from rac3.weights.checkpoint_files import mistaken_for, plain_names
 
 AGAIN = "download it again"
 RESAVE = "save its state_dict() with torch.save and give that file"
@@ -44,17 +45,18 @@ _DTYPES = {
     "torch.ComplexFloatStorage": np.dtype(np.complex64),
     "torch.ComplexDoubleStorage": np.dtype(np.complex128),
 }
-_DAMAGE = (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError)
+_DAMAGE = (ValueError, TypeError, LookupError, OverflowError, AttributeError, MemoryError, RecursionError)
 """The errors that walking a damaged pickle may raise."""
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """The tensors of a `torch.save` file by name, read-only; and the names of the foreign classes and functions in it,
-    in their order."""
+    """The tensors of a `torch.save` file by their plain names, read-only; and the names of the foreign classes and
+    functions in it, in their order."""
 
     tensors: dict[str, np.ndarray]
     foreign: tuple[str, ...]
+    entry: str = ""  # of the file's dictionary, where the tensors are; "" for the dictionary itself
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -62,10 +64,10 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     return read_torch_file(path).tensors
 
 
-def read_torch_file(path: Path) -> TorchFile:
+def read_torch_file(path: Path, entries: Sequence[str] = NESTED) -> TorchFile:
     """Read the weights from a file that `torch.save` wrote, in its zip format or the one before torch 1.6.
 
-    If the file's dictionary has one of the entries `NESTED`, with tensors, that entry is read, else the dictionary
+    If the file's dictionary has one of the `entries`, with tensors, the first that it has is read, else the dictionary
     itself. Entries that are no tensors are left out, and so are tensors inside foreign objects. Only the storages that
     are needed are read.
 
@@ -78,14 +80,14 @@ def read_torch_file(path: Path) -> TorchFile:
     with path.open("rb") as file:
         head = file.read(256)
         if head.startswith(b"PK"):
-            return _read_zip(path, file)
+            return _read_zip(path, file, entries)
         if head.startswith(_LEGACY_HEAD):
-            return _read_legacy(path, file)
+            return _read_legacy(path, file, entries)
     other = "no torch.save file (neither a zip archive nor the format before torch 1.6); check the path"
     raise InputError(f"weights {str(path)!r} are {mistaken_for(head) or other}")
 
 
-def _read_zip(path: Path, file: IO[bytes]) -> TorchFile:
+def _read_zip(path: Path, file: IO[bytes], nested: Sequence[str]) -> TorchFile:
     """The entries: `archive/data.pkl`, `archive/byteorder`, and `archive/data/KEY` for each storage, uncompressed."""
     try:
         archive = zipfile.ZipFile(file)
@@ -96,26 +98,30 @@ def _read_zip(path: Path, file: IO[bytes]) -> TorchFile:
         folder = pickle.removesuffix("data.pkl")
         if f"{folder}constants.pkl" in entries:
             raise InputError(f"weights {str(path)!r} are a TorchScript program; load it with torch.jit.load, {RESAVE}")
-        if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
+
+        def check(info: zipfile.ZipInfo) -> zipfile.ZipInfo:
+            """torch.save compresses nothing; what is compressed may grow to any size."""
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+                raise ValueError(f"{info.filename[:40]!r} is compressed, or larger than the file")
+            return info
+
+        if f"{folder}byteorder" in entries and archive.read(check(entries[f"{folder}byteorder"])) != b"little":
             raise InputError(f"weights {str(path)!r} were written by a big-endian machine; {RESAVE}")
 
         def read(key: str) -> bytes:
-            info = entries[f"{folder}data/{key}"]
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("a storage is compressed")
-            return archive.read(info)
+            return archive.read(check(entries[f"{folder}data/{key}"]))
 
-        with archive.open(pickle) as opcodes:
+        with archive.open(check(entries[pickle])) as opcodes:
             plain = _Plain()
             top = plain.run(opcodes)
-        return TorchFile(_tensors(path, top, read), tuple(plain.foreign))
+        return _torch_file(path, top, read, plain, nested)
     except InputError:
         raise
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, *_DAMAGE) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, struct.error, *_DAMAGE) as error:
         raise InputError(f"weights {str(path)!r} are damaged or truncated ({_line(error)}); {AGAIN}") from error
 
 
-def _read_legacy(path: Path, file: IO[bytes]) -> TorchFile:
+def _read_legacy(path: Path, file: IO[bytes], nested: Sequence[str]) -> TorchFile:
     """Five pickles (a magic number, the version, sizes of the machine, the data, the storages' keys), then for each key
     the number of elements (8 bytes) and the elements."""
     try:
@@ -131,11 +137,19 @@ def _read_legacy(path: Path, file: IO[bytes]) -> TorchFile:
             size = int.from_bytes(mapped[start : start + 8], "little") * plain.storages[key].dtype.itemsize
             storages[key] = memoryview(mapped)[start + 8 : start + 8 + size]
             start += 8 + size
-        return TorchFile(_tensors(path, top, storages.__getitem__), tuple(plain.foreign))
+        return _torch_file(path, top, storages.__getitem__, plain, nested)
     except InputError:
         raise
     except _DAMAGE as error:
         raise InputError(f"weights {str(path)!r} are damaged or truncated ({_line(error)}); {AGAIN}") from error
+
+
+def _torch_file(
+    path: Path, top: Any, read: Callable[[str], bytes | memoryview], plain: "_Plain", nested: Sequence[str]
+) -> TorchFile:
+    tensors, entry = _tensors(path, top, read, nested)
+    names = plain_names(tensors)
+    return TorchFile({names[name]: array for name, array in tensors.items()}, tuple(plain.foreign), entry)
 
 
 def _line(error: Exception) -> str:
@@ -185,12 +199,15 @@ class _Tensor:
         return np.ndarray(self.size, dtype, data, dtype.itemsize * self.offset, strides)
 
 
-def _tensors(path: Path, top: Any, read: Callable[[str], bytes | memoryview]) -> dict[str, np.ndarray]:
-    """The tensors of the dictionary that holds the weights, each storage read once."""
+def _tensors(
+    path: Path, top: Any, read: Callable[[str], bytes | memoryview], nested: Sequence[str]
+) -> tuple[dict[str, np.ndarray], str]:
+    """The tensors of the dictionary that holds the weights, each storage read once; and which entry that is."""
     if not isinstance(top, dict):
         found = f"a {top.name} object" if isinstance(top, _Foreign) else f"a {type(top).__name__.strip('_')}"
         raise InputError(f"weights {str(path)!r} hold {found}, not tensors by name; load it with its project, {RESAVE}")
-    inner = next((top[name] for name in NESTED if _holds_tensors(top.get(name))), top)
+    entry = next((name for name in nested if _holds_tensors(top.get(name))), "")
+    inner = top[entry] if entry else top
     data: dict[str, bytes | memoryview] = {}
     out = {}
     for name, value in inner.items():
@@ -207,7 +224,7 @@ def _tensors(path: Path, top: Any, read: Callable[[str], bytes | memoryview]) ->
         out[name] = _array(path, name, value, data[key])
     if not out:
         raise InputError(f"weights {str(path)!r} hold no tensors by name; {RESAVE}")
-    return out
+    return out, entry
 
 
 def _array(path: Path, name: str, tensor: _Tensor, data: bytes | memoryview) -> np.ndarray:

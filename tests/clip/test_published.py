@@ -2,6 +2,8 @@
 
 import fnmatch
 import shutil
+import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def test_of_the_weights_on_the_hub_one_format_is_fetched(names, fetched, publish
     snapshot.mkdir()
     revisions = []
 
-    def snapshot_download(name, revision=None, allow_patterns=()):
+    def snapshot_download(name, revision=None, allow_patterns=(), local_files_only=False):
         revisions.append(revision)
         for file in (*names, "vocab.json", "merges.txt", "README.md"):
             if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
@@ -89,7 +91,37 @@ def test_of_the_weights_on_the_hub_one_format_is_fetched(names, fetched, publish
 def test_a_hub_that_cannot_be_reached(hub_cache):
     with pytest.raises(InputError, match="'openai/small-clip' cannot be fetched from the Hugging Face hub") as error:
         load_clip("openai/small-clip")
+    assert "HF_HUB_OFFLINE is set" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_briefly(hub_cache, monkeypatch):
+    """A server that accepts and says nothing, where the client of the hub would try for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        constants = module("huggingface_hub.constants")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr("rac3.weights.hub.SECONDS", 0.5)
+        for variable in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.delenv(variable, raising=False)
+        started = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(
+                InputError, match=r"'openai/small-clip' cannot be fetched .*(does not answer|timed out)"
+            ):
+                load_clip("openai/small-clip")
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "source", ["models/opt", "models/opt/", "./opt", "opt.tar.gz/", "a b/c", "a/b/c", "models\\opt"]
+)
+def test_a_path_is_not_asked_of_the_hub(source, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rac3.weights.hub.why_not", lambda: pytest.fail("asked"))
+    with pytest.raises(InputError, match="is not a folder"):
+        load_clip(source)
 
 
 def test_identity_follows_the_files(copy):

@@ -20,6 +20,11 @@ from rac3.documents.document import (
     Text,
     decode_image,
     decode_text,
+    encode_png,
+    frame,
+    framed,
+    framed_place,
+    image_size,
     plain_json,
     prepare_image,
 )
@@ -230,3 +235,39 @@ def test_plain_json():
         "7": {"d": "2020-01-02"},
     }
     assert json.dumps(plain_json([True, np.bool_(False), 1])) == "[true, false, 1]"  # True == 1, but not as JSON
+
+
+def test_frames_by_hand():
+    """A red row above a green one, between them two columns of each."""
+    red, green = [200, 0, 0], [0, 100, 0]
+    wide = np.array([[red, red, red, red], [green, green, green, green]], np.uint8)
+    white, mean = [255] * 3, [100, 50, 0]
+    np.testing.assert_array_equal(frame(wide, "pad-white"), np.array([[white] * 4, *wide.tolist(), [white] * 4]))
+    np.testing.assert_array_equal(frame(wide, "pad-border"), np.array([[mean] * 4, *wide.tolist(), [mean] * 4]))
+    assert frame(wide, "crop") is wide
+    tall = frame(wide.transpose(1, 0, 2), "pad-white")
+    np.testing.assert_array_equal(tall, frame(wide, "pad-white").transpose(1, 0, 2))
+    rows, columns = framed_place(2, 4)
+    np.testing.assert_array_equal(frame(wide, "pad-white")[rows, columns], wide)
+    odd = frame(wide[:1], "pad-white")
+    np.testing.assert_array_equal(odd[1], wide[0])  # three rows are left over: one above, two below
+    assert odd.shape == (4, 4, 3)
+
+
+def test_a_long_strip_is_framed_in_bounded_memory(monkeypatch):
+    monkeypatch.setattr("rac3.documents.document.PADDED_SIDE", 8)
+    framed_strip = frame(np.zeros((1, 8000, 3), np.uint8), "pad-white")
+    assert framed_strip.shape == (8, 8, 3)
+    assert (framed_strip == 0).all(axis=(1, 2)).sum() == 1
+
+
+def test_images_are_framed_where_they_are_decoded_and_the_file_stays():
+    data = encode_png(np.zeros((2, 5, 3), np.uint8))
+    document = Document("a", (Text("x"), Image(data), Image(data)), {})
+    assert framed(document, "crop") is document
+    padded = framed(document, "pad-white")
+    assert [image.pixels().shape for image in padded.images] == [(5, 5, 3)] * 2
+    assert [image.data for image in padded.images] == [data] * 2
+    assert image_size(data) == (5, 2)
+    with pytest.raises(ImageError):
+        image_size(b"GIF89a")

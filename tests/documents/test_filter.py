@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from rac3.config import InputError
+from rac3.documents.document import Note, SampleError
 from rac3.documents.filter import LaionFilter
 
 GOOD = {"pwatermark": 0.1, "punsafe": 0.1, "original_width": 640, "original_height": 480}
@@ -23,7 +24,14 @@ GOOD = {"pwatermark": 0.1, "punsafe": 0.1, "original_width": 640, "original_heig
         ({"original_width": 255}, "small"),
         ({"original_height": 255}, "small"),
         ({"pwatermark": None, "punsafe": float("nan")}, None),
-        ({"pwatermark": "0.9"}, None),  # not a number: no score
+        ({"pwatermark": "0.9"}, "watermark"),  # a number in text is one
+        ({"punsafe": " 0.51 "}, "unsafe"),
+        ({"punsafe": "1e-3", "pwatermark": ""}, None),
+        ({"punsafe": "nan"}, None),
+        ({"punsafe": None, "PUNSAFE": 0.9}, "unsafe"),  # in any case
+        ({"punsafe": 0.1, "PUNSAFE": 0.9}, None),  # but the usual one first
+        ({"punsafe": True}, "unsafe"),
+        ({"original_width": None, "original_height": None, "WIDTH": "64", "HEIGHT": "300"}, "small"),
         ({"width": 64, "height": 64}, None),  # the stored size counts only where the original size is unknown
         ({"original_width": None, "original_height": None, "width": 64, "height": 300}, "small"),
         ({"original_width": None, "width": 300, "height": 64}, None),  # each side by itself
@@ -50,3 +58,22 @@ def test_limits_are_settings():
 def test_bad_limits(field):
     with pytest.raises(InputError, match=next(iter(field))):
         LaionFilter(**field)
+
+
+@pytest.mark.parametrize("value", ["UNLIKELY", "0,99", {"p": 0.1}, [0.1], "0.9.9"])
+def test_a_score_that_cannot_be_read_does_not_pass(value):
+    with pytest.raises(SampleError, match=r"^unreadable score: punsafe="):
+        LaionFilter().reason(GOOD | {"punsafe": value})
+    assert LaionFilter(max_unsafe=1.0).reason(GOOD | {"punsafe": value}) is None  # nobody asks for it
+
+
+def test_metadata_that_is_lost_stops_only_a_filter_that_reads_it():
+    lost, all_lost = (Note("no row", 3, "a", hidden) for hidden in (("key", "PUNSAFE"), ("*",)))
+    for note in (lost, all_lost):
+        with pytest.raises(
+            InputError, match=r"^shard 7: no row \(3 samples; a\), .*punsafe it .*--filter\.max-unsafe 1"
+        ):
+            LaionFilter().check(note, "shard 7")
+        LaionFilter(max_unsafe=1.0, max_watermark=1.0).check(note, "shard 7")
+    LaionFilter(max_unsafe=1.0).check(lost, "shard 7")  # pwatermark is not among its columns
+    LaionFilter().check(Note("something else", 3, "a"), "shard 7")

@@ -296,3 +296,9 @@ def test_texts_and_keys_are_those_of_the_documents(tmp_path: Path):
         keys.index("shard/9")
     with pytest.raises(IndexError):
         texts[9]
+
+
+def test_a_frame_is_stored_with_its_image():
+    document = Document("a", (Image(b"x"), Image(b"y", "pad-white")), {})
+    assert unpack_record(pack_record(document)) == document
+    assert b"framing" not in pack_record(Document("a", (Image(b"x"),), {}))  # as before there were any

@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from rac3.documents.document import Document
+from rac3.documents.document import Document, Text
 from rac3.documents.world import World
-from rac3.evaluation.entities import emblem_accuracy, name_accuracy
+from rac3.evaluation.entities import emblem_accuracy, entity_of, left_out, name_accuracy
 
 
 def test_true_pictures_score_one_and_wrong_names_zero() -> None:
@@ -25,3 +26,19 @@ def test_true_pictures_score_one_and_wrong_names_zero() -> None:
 def test_names_count_as_whole_words_only() -> None:
     captions = ["Vormika on grass", "a vormikas flag", "the flag of vormika, in rain", ""]
     assert name_accuracy(captions, ["vormika", "vormika", "Vormika", "VORMIKA"]) == 0.5  # in any case
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [({}, None), ({"e": None}, None), ({"e": ""}, None), ({"e": "  "}, None), ({"e": " fox "}, "fox"), ({"e": 7}, "7")],
+)
+def test_a_document_without_a_name_has_no_entity(metadata: dict, name: str | None) -> None:
+    document = Document("a", (Text("x"),), metadata)
+    assert entity_of(document, "e") == name
+    assert entity_of(document, "") is None
+
+
+def test_who_is_left_out_is_said() -> None:
+    assert left_out("test", "e", 5, 0) == ""
+    assert left_out("test", "e", 5, 5).startswith("test: no document has 'e' in its metadata")
+    assert left_out("test", "e", 5, 2).startswith("test: 2 of 5 documents have no 'e'")

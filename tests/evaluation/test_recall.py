@@ -90,3 +90,9 @@ def test_clip_metrics_of_documents() -> None:
     assert swapped["text_to_image_recall_at_1"] == swapped["image_to_text_recall_at_1"] == 2 / 4
     assert swapped["text_to_image_recall_at_5"] == 1
     assert clip_metrics(documents[2:3], text[2:3], image[2:3]) == {"pairs": 0}
+
+
+def test_queries_without_an_entity_do_not_count() -> None:
+    neighbors = np.array([[0, 1], [1, 0], [1, 0], [-1, -1]])
+    assert recall_at(1, neighbors, ["fox", None, "fox", None], ["fox", None]) == 0.5
+    assert recall_at(2, neighbors, [None] * 4, [None, None]) is None  # two that are missing are not equal

@@ -68,7 +68,7 @@ def path(run: Run) -> Path:
 @pytest.fixture(scope="module")
 def written(path: Path) -> tuple[str, str]:
     """The page and `metrics.json`, before another test writes a report of its own."""
-    return path.read_text(), path.with_name("metrics.json").read_text()
+    return path.read_text(encoding="utf-8"), path.with_name("metrics.json").read_text()
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
         return {
             split: {
                 "documents": hundreds,
+                "with_entity": hundreds - 1,
                 "perplexity": {"image": hundreds + number + 1.0, "text": hundreds + number + 2.0},
                 "perplexity_by_k": {"image": {"0": hundreds + number + 3.0}, "text": {"0": hundreds + number + 4.0}},
                 "clip_score": hundreds + number + 5.0,
@@ -154,7 +155,12 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
         "entity_accuracy": {"seen": 118, "unseen": 218},
         "name_accuracy": {"seen": 119, "unseen": 219},
     }
-    assert found["evaluation"] == {"num_retrieved": 2, "documents": {"validation": 100, "test": 200}}
+    assert found["evaluation"] == {
+        "num_retrieved": 2,
+        "documents": {"validation": 100, "test": 200},
+        "entity_field": "entity",
+        "with_entity": {"validation": 99, "test": 199},
+    }
     model = experiment.model.build(Vocabulary(300, 16).padded_size, 192, 256)
     params = jax.eval_shape(initializer(model), jax.random.key(0))
     assert found["ra_cm3"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -353,7 +359,12 @@ def made_up() -> dict[str, Any]:
         "retrieval": recalls,
         "encoders": encoders,
         "documents": counts,
-        "evaluation": {"num_retrieved": 2, "documents": {"validation": 80, "test": 20}},
+        "evaluation": {
+            "num_retrieved": 2,
+            "documents": {"validation": 80, "test": 20},
+            "entity_field": "entity",
+            "with_entity": {"validation": 80, "test": 20},
+        },
         "stages": {"ingest": 2.0, "train ra_cm3": 8.0},
     }
 
@@ -621,13 +632,13 @@ def test_the_verdict_follows_the_numbers(metrics: dict[str, Any]):
         metrics[name]["entity_accuracy"] = {"seen": 0.5, "unseen": unseen}
         metrics[name]["name_accuracy"] = {"seen": None, "unseen": None}
         metrics[name]["clip_score"]["unseen"] = 0.3
-    metrics["evaluation"]["documents"] = {"validation": 80, "test": 80}
+    metrics["evaluation"]["with_entity"] = {"validation": 80, "test": 80}
     assert verdict(metrics) == (
         "Against CM3 of the same size and as many steps, RA-CM3 is better in image perplexity and entity accuracy "
         "(unseen); worse in text perplexity; not clearly different in entity accuracy (seen) and CLIP score. "
         "With random documents in place of retrieved ones, its image perplexity is 10.00, not 5.00."
     )
-    metrics["evaluation"]["documents"]["test"] = 4  # too few to tell 50% from 25%
+    metrics["evaluation"]["with_entity"]["test"] = 4  # too few to tell 50% from 25%
     assert "better in image perplexity;" in verdict(metrics)
 
 

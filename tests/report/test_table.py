@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from rac3.report.table import lookup, margin, model_label, model_names, recall_rows, verdict
+from rac3.report.table import left_out_lines, lookup, margin, model_label, model_names, recall_rows, verdict
 
 
 def metrics_of(**models: dict[str, Any]) -> dict[str, Any]:
     """Metrics of these models, of equal size unless they say otherwise, on 100 documents."""
     common = {"perplexity_by_k": {}, "parameters": 10, "steps": 5}
     found = {name: common | values for name, values in models.items()}
-    return found | {"retrieval": {}, "evaluation": {"documents": {"validation": 100, "test": 100}}}
+    return found | {"retrieval": {}, "evaluation": {"with_entity": {"validation": 100, "test": 100}}}
 
 
 def perplexities(image: float | None, text: float | None = None) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_shares_differ_by_more_than_their_margins_together(ours: float, theirs: 
     """Of 100 documents the margin of a half is 9.8 points: two of them are 13.9."""
     metrics = metrics_of(ra_cm3=unseen("name_accuracy", ours), cm3=unseen("name_accuracy", theirs))
     assert f"RA-CM3 is {said} name accuracy (unseen)." in verdict(metrics)
-    metrics["evaluation"]["documents"]["validation"] = 10**9  # of another split
+    metrics["evaluation"]["with_entity"]["validation"] = 10**9  # of another split
     assert f"RA-CM3 is {said} name accuracy (unseen)." in verdict(metrics)
 
 
@@ -98,3 +98,18 @@ def test_recalls_are_those_that_there_are():
     assert recall_rows(metrics) == [("test", "2", test), ("validation", "2", validation)]
     metrics["retrieval"]["recall_at_2"] = None
     assert recall_rows(metrics) == [("validation", "2", validation)]
+
+
+def test_shares_have_the_margin_of_the_documents_that_name_an_entity():
+    """60% and 40% differ clearly on 400 documents, not on 8."""
+    metrics = metrics_of(ra_cm3={"name_accuracy": {"unseen": 0.6}}, cm3={"name_accuracy": {"unseen": 0.4}})
+    for named, said in ((400, "better in"), (8, "not clearly different in")):
+        metrics["evaluation"] = {"documents": {"test": 400}, "with_entity": {"test": named}}
+        assert f"is {said} name accuracy (unseen)" in verdict(metrics)
+
+
+def test_documents_without_an_entity_are_named_in_a_line_of_their_split():
+    evaluation = {"documents": {"validation": 5, "test": 5}, "with_entity": {"validation": 5, "test": 0}}
+    (line,) = left_out_lines({"evaluation": evaluation | {"entity_field": "concept"}})
+    assert line == "test: no document has 'concept' in its metadata, so there is no accuracy or recall of entities"
+    assert left_out_lines({"evaluation": evaluation | {"entity_field": ""}}) == []  # nobody asks for it

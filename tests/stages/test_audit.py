@@ -156,7 +156,7 @@ def test_a_training_document_that_retrieves_what_selection_would_have_dropped(ma
 def test_a_training_document_that_retrieves_what_is_withdrawn(made: Made, tmp_path: Path):
     """Taken down after the neighbors were selected."""
     (tmp_path / "takedowns").write_text("t3\nmemory:t4\n")
-    down = replace(made.experiment, takedowns=str(tmp_path / "takedowns"))
+    down = replace(made.experiment, takedowns=str(tmp_path / "takedowns"), takedowns_missing_ok=True)
     for split in ("train", "validation", "test"):
         folder = made.folder("neighbors", split)
         shutil.copytree(folder, folder.with_name(recipes.neighbors(down, split).fingerprint))

@@ -292,6 +292,12 @@ def test_accuracies_without_meaning_are_none(items, experiment: Experiment):
     assert _accuracies(experiment, items, pictures[1:], captions[1:]) == none  # a document lacks a text, or an image
     seen = replace(experiment, data=replace(experiment.data, entity_field="seen"))
     assert _accuracies(seen, items, pictures, ["it is false", *captions[1:]])["name_accuracy"] == 1 / 4
+    assert (
+        _accuracies(
+            replace(experiment, data=replace(experiment.data, entity_field="concept")), items, pictures, [""] * 4
+        )
+        == none
+    )
     unnamed = replace(experiment, data=replace(experiment.data, entity_field=""))
     assert _accuracies(unnamed, items, pictures, captions)["name_accuracy"] is None
 
@@ -302,6 +308,19 @@ def test_accuracies_without_meaning_are_none(items, experiment: Experiment):
 
     other = replace(experiment, data=replace(experiment.data, train=Other()))
     assert _accuracies(other, items, pictures, captions) == {"entity_accuracy": None, "name_accuracy": 0}
+
+
+def test_documents_that_name_no_entity_are_left_out(items, experiment: Experiment):
+    """An empty name would be in every caption: three of four documents have one, and one caption is right."""
+    names = [str(item.document.metadata["entity"]) for item in items]
+    metadata: list[dict[str, Any]] = [{"entity": names[0]}, {"entity": ""}, {"entity": names[2]}, {}]
+    some = [
+        replace(item, document=replace(item.document, metadata=each))
+        for item, each in zip(items, metadata, strict=True)
+    ]
+    pictures = np.stack([item.document.images[0].pixels() for item in items])
+    found = _accuracies(experiment, some, pictures, [f"a {names[0]}", "a", "a", "a"])
+    assert found == {"entity_accuracy": 1, "name_accuracy": 1 / 2}
 
 
 @pytest.mark.usefixtures("no_perplexity")

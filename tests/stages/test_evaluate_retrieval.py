@@ -81,6 +81,7 @@ def test_entity_recall_without_meaning_is_none(experiment: Experiment, store: Wo
         replace(experiment, retriever=NoRetriever()),
         replace(experiment, data=replace(experiment.data, test=None)),
         replace(experiment, data=replace(experiment.data, entity_field="")),
+        replace(experiment, data=replace(experiment.data, entity_field="concept")),  # two missing names are not equal
     ):
         assert entity_recall(Run(other, store), "test", 1) is None
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from handmade import PER_IMAGE, PlainCodec, codes_of, document, experiment_of, w
 from rac3 import recipes
 from rac3.artifacts.workdir import Artifact
 from rac3.config import InputError
-from rac3.documents.document import Document, Reject
+from rac3.documents.document import Document, Note, Reject, Text, encode_png
+from rac3.documents.filter import LaionFilter
 from rac3.documents.store import TokenizedDocument
 from rac3.run import Run
 from rac3.stages.ingest import counts_line, ingest
@@ -114,7 +116,10 @@ def test_the_share_of_rejects_is_of_all_that_the_source_has(limit: float, passes
     if passes:
         ingested(max_reject_fraction=limit)
     else:
-        with pytest.raises(InputError, match=r"3 of 12 documents of train are damaged, .*max_reject_fraction=0\.24"):
+        with pytest.raises(
+            InputError,
+            match=r"3 of 12 documents of train are damaged \(2 truncated image, 1 missing text\), .*_fraction=0\.24",
+        ):
             ingested(max_reject_fraction=limit)
 
 
@@ -159,3 +164,92 @@ def test_counts_line(ingested: Ingested):
         f"5 documents, {tokens} tokens; filtered: 1 watermark, 1 unsafe, 2 small; "
         "rejects: 2 truncated image, 1 missing text"
     )
+
+
+def whole(shard: str, count: int) -> list[Document | Reject]:
+    return [document(f"{shard}{number}", "words", f"{shard}{number}".encode()) for number in range(count)]
+
+
+def test_a_lost_shard_weighs_as_the_documents_of_the_others(ingested: Ingested):
+    """10 of 30 documents are lost with one reject: the others have 12 and 8 on average 10."""
+    lost = [Reject("s2", "unreadable shard: a folder", documents=None)]
+    shards = [whole("a", 12), whole("b", 8), lost]
+    with pytest.raises(InputError, match=r"10 of 30 documents of train are damaged \(10 unreadable shard\)"):
+        ingested(shards, max_reject_fraction=0.32)
+    counts = ingested(shards, max_reject_fraction=0.34)[1].manifest["counts"]
+    assert counts["rejects"] == {"unreadable shard": 10}
+    assert counts["documents"] == 20
+
+
+@pytest.mark.parametrize(("read", "missing"), [(3, 7), (10, 1), (11, 1)])
+def test_of_a_cut_shard_what_was_read_is_not_lost(read: int, missing: int, ingested: Ingested):
+    cut = [*whole("c", read), Reject("c/x", "truncated tar: early", documents=None)]
+    counts = ingested([whole("a", 10), cut], max_reject_fraction=1)[1].manifest["counts"]
+    assert counts["rejects"] == {"truncated tar": missing}
+
+
+def test_notes_are_counted_together_and_cost_nothing(ingested: Ingested):
+    notes = [Note(".gif of no sample", 3, "s0/a.gif"), Note(".gif of no sample", 2, "s1/b.gif"), Note("empty", 1)]
+    run, artifact, items = ingested([[notes[0], *whole("a", 2)], [*whole("b", 1), *notes[1:]]], max_reject_fraction=0)
+    assert len(items) == 3
+    assert artifact.manifest["counts"]["notes"] == {
+        ".gif of no sample": {"count": 5, "example": "s0/a.gif"},
+        "empty": {"count": 1, "example": ""},
+    }
+    assert counts_line(run, "train").endswith("; 5 .gif of no sample (such as s0/a.gif); 1 empty")
+
+
+def test_scores_that_are_lost_stop_the_filter_that_needs_them(ingested: Ingested):
+    shards = [[*whole("a", 2), Note("no row", 2, "a0", ("punsafe",))]]
+    with pytest.raises(InputError, match=r"shard shard-0 of train: no row .* punsafe"):
+        ingested(shards)
+    off = LaionFilter(max_unsafe=1.0, max_watermark=1.0)
+    assert len(ingested(shards, filter=off)[2]) == 2
+
+
+def test_scores_that_cannot_be_read_are_rejects(ingested: Ingested):
+    odd = [document("x", "words", b"x", punsafe="unlikely"), document("y", "words", b"y", punsafe="0.9")]
+    counts = ingested([[*whole("a", 2), *odd]], max_reject_fraction=0.3)[1].manifest["counts"]
+    assert counts["rejects"] == {"unreadable score": 1}
+    assert counts["filtered"] == {"unsafe": 1}
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"n": 2**70}, {"n": -(2**64)}, {"t": "\ud800"}, {"\udfff": 1}, {"s": {1, 2}}, {"d": [[]]}]
+)
+def test_metadata_that_no_file_holds_is_a_reject(metadata: dict[str, Any], ingested: Ingested):
+    for _ in range(600 if "d" in metadata else 0):
+        metadata = {"d": [metadata["d"]]}
+    odd = Document("x", (Text("words"),), metadata)
+    _, artifact, items = ingested([[*whole("a", 1), odd, *whole("b", 1)]], max_reject_fraction=0.4)
+    assert [item.document.key for item in items] == ["a0", "b0"]
+    assert artifact.manifest["counts"]["rejects"] == {"metadata that can't be stored": 1}
+
+
+def picture(height: int, width: int, value: int = 7) -> bytes:
+    return encode_png(np.full((height, width, 3), value, np.uint8))
+
+
+def test_the_area_that_is_cropped_is_counted(ingested: Ingested):
+    """Of 2 x 4 half is outside the middle square, of 4 x 1 three quarters; 1.25 of three pictures."""
+    shards = [[document("a", picture(2, 4))], [document("b", picture(4, 1)), document("c", "words", picture(3, 3))]]
+    run, artifact, _ = ingested(shards)
+    counts = artifact.manifest["counts"]
+    assert (counts["pictures"]["count"], counts["pictures"]["not_square"]) == (3, 2)
+    assert counts["pictures"]["area"] == pytest.approx(1.25)
+    said = "2 of 3 pictures are not square, and 41.7% of the area is cropped (--framing pad-white keeps it)"
+    assert counts_line(run, "train").endswith(f"; {said}")
+    run, artifact, items = ingested(shards, framing="pad-border")
+    assert counts_line(run, "train").endswith(
+        "; 2 of 3 pictures are not square, and padded rather than cropped by 41.7% of the area"
+    )
+    assert [item.document.images[0].pixels().shape for item in items] == [(4, 4, 3), (4, 4, 3), (3, 3, 3)]
+
+
+def test_a_split_of_one_code_is_a_warning(ingested: Ingested, monkeypatch: pytest.MonkeyPatch):
+    said = "WARNING: all 3 pictures are code 9 alone"
+    run, _, _ = ingested([whole("a", 3)])
+    assert "WARNING" not in counts_line(run, "train")
+    monkeypatch.setattr(PlainCodec, "encode", lambda self, images: np.full((len(images), PER_IMAGE), 9, np.int32))
+    run, _, _ = ingested([whole("b", 2), whole("c", 1)], vqgan=PlainCodec(32))
+    assert said in counts_line(run, "train")

@@ -134,7 +134,8 @@ def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, r
     gone = np.array([1, 5, 17])
     keys = [item.document.key for item in documents.many(gone.tolist())]
     takedowns = tmp_path / "keys.txt"
-    takedowns.write_text(f"{keys[0]}\n\ntrain:{keys[1]}\n {keys[2]}\nnowhere\nmemory:{keys[0]}\n")
+    lines = [f"\ufeff{keys[0]}", "", f"train:{keys[1]}", f" {keys[2]}"]
+    takedowns.write_bytes("\r\n".join(lines).encode())
     taken_down = replace(experiment, takedowns=str(takedowns))
     later = run.variant(taken_down, taken_down)
     np.testing.assert_array_equal(later.withdrawn_rows("train"), gone)
@@ -152,6 +153,17 @@ def test_what_is_taken_down_is_neither_retrieved_nor_trained_on(workdir: Path, r
     capsys.readouterr()
     assert rac3("retrieve", TINY, "--workdir", str(workdir), "--takedowns", "/nowhere") == 2
     assert "takedowns file '/nowhere' does not exist" in capsys.readouterr().err
+    retrieve = ("retrieve", TINY, "--workdir", str(workdir), "--takedowns", str(takedowns))
+    for wrong in (f"{keys[0]}.jpg", keys[1].rpartition("/")[2], f"memory:{keys[0]}", f"test:{keys[0]}", "nowhere"):
+        takedowns.write_text(f"{keys[0]}\n{wrong}\n", encoding="utf-8")
+        assert rac3(*retrieve) == 2
+        assert f"names 1 of 2 keys that no document has, such as {wrong!r}; " in capsys.readouterr().err
+    assert rac3(*retrieve, "--takedowns-missing-ok") == 0
+    takedowns.write_bytes(keys[0].encode() + b"\ncaf\xe9\n")
+    capsys.readouterr()
+    assert rac3(*retrieve) == 2
+    assert "is not UTF-8: invalid continuation byte at byte" in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
 
 
 def test_each_view_of_a_query_has_a_dropout_of_its_own(workdir: Path):

@@ -108,6 +108,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         query_dropout=RATE,
         num_views=2,
         takedowns=str(takedowns),
+        takedowns_missing_ok=True,
         max_reject_fraction=0.0,
     )
     run = Run(experiment, workdir_of(experiment, folder / "workdir"))

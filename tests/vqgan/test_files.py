@@ -46,7 +46,7 @@ def test_which_weights_are_meant_must_be_clear(tmp_path: Path):
 
 
 def write(path: Path, **content: object) -> None:
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_a_folder_of_diffusers(tmp_path: Path):

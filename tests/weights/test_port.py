@@ -126,3 +126,34 @@ def test_what_does_not_fit_is_one_line(changes: dict[str, np.ndarray | None], me
 def test_the_fix_is_the_callers():
     with pytest.raises(InputError, match=r"; download vgg\.pth$"):
         ported({}, fix="download vgg.pth")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["fc.weight", "qkv.bias", "scale"])
+def test_a_value_that_is_no_number_is_refused(name: str, value: float):
+    weights = drawn()
+    weights[name].flat[-1] = value
+    with pytest.raises(
+        InputError, match=rf"^weights 'a\.bin': 1 of the \d+ values of '{name}' are NaN or infinite; download"
+    ):
+        ported(weights)
+
+
+def test_numbers_beyond_float32_are_infinite():
+    weights = drawn()
+    weights["fc.bias"] = np.array([1, 2, 3, 4, 1e39])
+    with (
+        pytest.raises(InputError, match=r"1 of the 5 values of 'fc\.bias' are NaN or infinite"),
+        np.errstate(over="ignore"),
+    ):
+        ported(weights)
+
+
+def test_a_matrix_of_zeros_is_refused_and_a_bias_of_zeros_is_not():
+    weights = drawn()
+    weights["fc.bias"][:] = 0
+    weights["scale"][...] = 0
+    ported(weights)
+    weights["conv.weight"][:] = 0
+    with pytest.raises(InputError, match=r"all 120 values of 'conv\.weight' are 0; download them again"):
+        ported(weights)

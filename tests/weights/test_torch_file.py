@@ -293,7 +293,7 @@ def test_storages_that_lie(tmp_path: Path):
         path = write_archive(tmp_path / "w.pt", ClaimedTensor(8, 0, (4,), (1,), view).pickle(), {"0": bytes(32)})
         with pytest.raises(InputError, match=message) if message else nullcontext():
             read_state_dict(path)
-    with pytest.raises(InputError, match="a storage is compressed"):
+    with pytest.raises(InputError, match="is compressed, or larger than the file"):
         read_state_dict(write_archive(tmp_path / "w.pt", honest, {"0": bytes(32)}, zipfile.ZIP_DEFLATED))
 
 
@@ -306,3 +306,32 @@ def test_damaged_pickles_end_in_one_line(tmp_path: Path):
             write_archive(tmp_path / "w.pt", changed, {"0": bytes(32)})
             with suppress(InputError):
                 read_state_dict(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name", ["archive/data.pkl", "archive/byteorder"])
+def test_a_member_that_grows_is_not_unpacked(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    """50 MB in a few kilobytes."""
+    with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_BZIP2) as archive:
+        for member in ("archive/data.pkl", "archive/byteorder"):
+            archive.writestr(member, bytes(50_000_000) if member == name else b"")
+    assert (tmp_path / "w.pt").stat().st_size < 10_000
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(InputError, match="is compressed, or larger than the file"):
+        read_state_dict(tmp_path / "w.pt")
+
+
+def test_bit_flips_anywhere_are_one_line_or_nothing(tmp_path: Path):
+    path = save(tmp_path / "w.pt", {"state_dict": {"a": torch.ones(3), "b": torch.zeros(2, 2)}})
+    data = path.read_bytes()
+    for place in range(0, len(data), 3):
+        path.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
+        with suppress(InputError):
+            read_state_dict(path)
+
+
+def test_the_entries_are_tried_in_their_order(tmp_path: Path):
+    path = save(tmp_path / "w.pt", {"model": {"w": torch.ones(1)}, "ema": {"module.w": torch.zeros(1)}, "ema_decay": 1})
+    assert read_torch_file(path).entry == "model"
+    found = read_torch_file(path, ("ema", "model"))
+    assert (found.entry, {name: array.tolist() for name, array in found.tensors.items()}) == ("ema", {"w": [0]})
+    assert read_torch_file(save(path, {"w": torch.ones(1)})).entry == ""

@@ -18,7 +18,7 @@ from rac3.clip.family import Family, clip_checkpoint
 from rac3.clip.images import OPENAI_MEAN, OPENAI_STD, ClipImages, per_channel, require_preprocessing
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.clip.siglip import SiglipTextConfig, SiglipVisionConfig
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.tokens.text import load_clip_tokenizer
 from rac3.weights.port import Place
 from rac3.weights.settings import Settings, read_settings
@@ -119,7 +119,7 @@ def normalization(
     try:
         name = PIL.Image.Resampling(number).name.lower()
     except ValueError:
-        raise InputError(f"{settings.file}: resample={number!r} is no filter of Pillow; 3 is bicubic") from None
+        raise InputError(f"{settings.file}: resample={quoted(number)} is no filter of Pillow; 3 is bicubic") from None
     return {
         "mean": per_channel(settings.file, "image_mean", given(settings, "image_mean", mean)),
         "std": per_channel(settings.file, "image_std", given(settings, "image_std", std)),

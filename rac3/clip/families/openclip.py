@@ -13,8 +13,8 @@ from rac3.clip.families.huggingface import given
 from rac3.clip.family import Family, clip_checkpoint
 from rac3.clip.images import OPENAI_MEAN, OPENAI_STD, ClipImages, per_channel, require_preprocessing
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from rac3.config import InputError
-from rac3.tokens.text import load_clip_tokenizer
+from rac3.config import InputError, quoted
+from rac3.tokens.text import CLEANED, Clean, load_clip_tokenizer
 from rac3.weights.port import Place
 from rac3.weights.settings import Settings, read_settings
 
@@ -71,7 +71,17 @@ def load(folder: Path) -> ClipCheckpoint:
     settings = read_settings(folder / "open_clip_config.json")
     config = read_config(settings.part("model_cfg"))
     images = read_images(settings.part("preprocess_cfg", {}), config.vision_config.image_size)
-    return clip_checkpoint(folder, config, load_clip_tokenizer(folder), images, WEIGHTS, place)
+    tokenizer = load_clip_tokenizer(folder).cleaning(read_clean(settings.part("model_cfg").part("text_cfg", {})))
+    return clip_checkpoint(folder, config, tokenizer, images, WEIGHTS, place)
+
+
+def read_clean(text: Settings) -> Clean:
+    """How OpenCLIP cleans texts: by its own tokenizer's default, or that of its wrapper of Hugging Face's."""
+    usual = "whitespace" if text.values.get("hf_tokenizer_name") else "lower"
+    clean = text.part("tokenizer_kwargs", {}).get("clean", str, usual)
+    if clean not in CLEANED[2:]:
+        raise InputError(f"{text.file}: clean={quoted(clean)} is unknown; use one of {', '.join(CLEANED[2:])}")
+    return clean  # type: ignore[return-value]
 
 
 def read_config(model: Settings) -> CLIPConfig:
@@ -116,7 +126,7 @@ def _read(settings: Settings, defaults: dict[str, Any]) -> dict[str, Any]:
       InputError: one has another type than its default, or a setting asks for another architecture.
     """
     for name, value in settings.values.items():
-        where = f"{settings.file}: {settings.section}{name}={value!r}"
+        where = f"{settings.file}: {settings.section}{name}={quoted(value)}"
         if name in defaults:
             usual = defaults[name]
             if not isinstance(value, int | float if isinstance(usual, float) else type(usual)):

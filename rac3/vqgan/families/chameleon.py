@@ -9,7 +9,7 @@ from rac3.vqgan.files import CheckpointFiles
 from rac3.vqgan.model import VQGANConfig
 from rac3.weights.port import Weights
 from rac3.weights.settings import Settings, read_settings
-from rac3.weights.weights_file import everything, read_safetensors
+from rac3.weights.weights_file import everything, read_weights
 
 WHOLE = "chameleon"  # model_type of a Chameleon; of the VQGAN alone it is chameleon_vqgan
 PREFIXES = ("model.vqmodel.", "vqmodel.")
@@ -18,9 +18,7 @@ PREFIXES = ("model.vqmodel.", "vqmodel.")
 def load(files: CheckpointFiles) -> VQGANCheckpoint:
     settings, whole = read_settings(files.configs[0]), files.kind == WHOLE
     wanted = (lambda name: name.startswith(PREFIXES)) if whole else everything
-    weights: Weights = {
-        name: weight for file in files.weights for name, weight in read_safetensors(file, wanted).items()
-    }
+    weights: Weights = read_weights(files.index or files.weights[0], wanted)
     if not weights:
         raise InputError(f"{str(settings.file.parent)!r} has no weights of the VQGAN (model.vqmodel.*); use another")
     config = read_config(settings.part("vq_config") if whole else settings)
@@ -50,7 +48,7 @@ def read_config(vq: Settings) -> VQGANConfig:
 
 
 def decodes(files: CheckpointFiles) -> bool:
-    return any(read_safetensors(file, lambda name: name.endswith("decoder.conv_out.bias")) for file in files.weights)
+    return bool(read_weights(files.index or files.weights[0], lambda name: name.endswith("decoder.conv_out.bias")))
 
 
 FAMILY = Family(

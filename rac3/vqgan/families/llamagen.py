@@ -1,7 +1,7 @@
 """LlamaGen's VQ-8 and VQ-16 (arXiv 2406.06525): `*.pt` alone.
 
-There is no config: the sizes are those of the weights. LlamaGen finds the code at the smallest angle, and decodes codes
-at length 1.
+There is no config: the sizes are those of the weights. A training file holds the weights twice; those of its `ema` are
+taken, with which LlamaGen reconstructs. LlamaGen finds the code at the smallest angle, and decodes codes at length 1.
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from rac3.config import InputError
 from rac3.vqgan.checkpoint import VQGANCheckpoint
 from rac3.vqgan.family import Family, Rename, vqgan_params
-from rac3.vqgan.files import CheckpointFiles
+from rac3.vqgan.files import AVERAGED, CheckpointFiles
 from rac3.vqgan.model import VQGANConfig
 from rac3.weights.port import Weights
 
@@ -27,7 +27,9 @@ def load(files: CheckpointFiles) -> VQGANCheckpoint:
     params = vqgan_params(path, config, weights, renaming(len(config.ch_mult)))
     codes = params["codebook"]["embedding"]
     params["codebook"]["embedding"] = codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
-    return VQGANCheckpoint(config, params, f"LlamaGen VQ-{RESOLUTION // config.grid}", files.torch_file.foreign)
+    averaged = f", averaged weights ({AVERAGED})" if files.torch_file.entry == AVERAGED else ""
+    title = f"LlamaGen VQ-{RESOLUTION // config.grid}{averaged}"
+    return VQGANCheckpoint(config, params, title, files.torch_file.foreign)
 
 
 def read_config(file: Path, weights: Weights) -> VQGANConfig:

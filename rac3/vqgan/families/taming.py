@@ -1,5 +1,5 @@
-"""taming-transformers' VQModel and GumbelVQ, latent-diffusion's VQModel and VQModelInterface (alone, or as the first
-stage of a diffusion model), and the checkpoint that Chameleon itself publishes: `*.ckpt` and its `*.yaml`.
+"""taming-transformers' VQModel, VQNoDiscModel and GumbelVQ, latent-diffusion's VQModel and VQModelInterface (alone, or
+as the first stage of a diffusion model), and the checkpoint that Chameleon itself publishes: `*.ckpt` and its `*.yaml`.
 """
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.vqgan.checkpoint import VQGANCheckpoint
 from rac3.vqgan.family import Family, below, same, vqgan_params
 from rac3.vqgan.files import YAML_SUFFIXES, CheckpointFiles, only
@@ -16,6 +16,7 @@ from rac3.vqgan.model import VQGANConfig
 from rac3.weights.settings import Settings, read_settings
 
 FIRST_STAGE = ("first_stage_model.",)
+COLORIZE = "colorize"  # colors of the classes of segmentation maps, for pictures in training logs
 
 
 def load(files: CheckpointFiles) -> VQGANCheckpoint:
@@ -35,6 +36,7 @@ def load(files: CheckpointFiles) -> VQGANCheckpoint:
         config = replace(config, n_embed=len(used))
     target = model.get("target", str, "VQModel")
     title = "latent-diffusion VQModel" if target.startswith("ldm.") else f"taming {target.split('.')[-1]}"
+    title += f", {COLORIZE!r} ignored" if COLORIZE in weights else ""
     return VQGANCheckpoint(config, params, title, files.torch_file.foreign)
 
 
@@ -49,14 +51,14 @@ def model_settings(settings: Settings) -> Settings:
 def read_config(model: Settings) -> VQGANConfig:
     """From `model_settings`; without a target it is a VQModel."""
     target = model.get("target", str, "VQModel").split(".")[-1]
-    if target not in ("VQModel", "VQModelInterface", "GumbelVQ"):
-        raise InputError(f"{model.file}: target {target!r} is not supported; use a VQModel or a GumbelVQ")
+    if target not in ("VQModel", "VQModelInterface", "VQNoDiscModel", "GumbelVQ"):
+        raise InputError(f"{model.file}: target {quoted(target)} is not supported; use a VQModel or a GumbelVQ")
     params = model.part("params")
     layers = params.part("ddconfig")
     layers.require(double_z=False, use_linear_attn=False, give_pre_end=False, tanh_out=False)
     attention = layers.get("attn_type", str, "vanilla")
     if attention not in ("vanilla", "none"):
-        raise InputError(f"{params.file}: attn_type={attention!r} is not supported, only 'vanilla' and 'none'")
+        raise InputError(f"{params.file}: attn_type={quoted(attention)} is not supported, only 'vanilla' and 'none'")
     resolutions = layers.numbers("attn_resolutions", ())
     return VQGANConfig(
         ch=layers.get("ch", int),

@@ -22,6 +22,7 @@ from published_clips import (
     write_tokenizer,
 )
 
+from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.families import openclip
 from rac3.clip.images import OPENAI_MEAN, ClipImages
 from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -74,8 +75,29 @@ def test_open_clip_files(prefix, published, tmp_path):
     weights = {f"{prefix}{name}": torch.tensor(value) for name, value in open_clip_weights().items()}
     torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
     found, expected = load_clip(str(tmp_path)), load_clip(str(published))
+    odd, plain = "A red fox\u2019s &amp;amp; \uff21", "a red fox's & a"
+    assert found.tokenizer.encode(odd) == found.tokenizer.encode(plain) != expected.tokenizer.encode(odd)
+    (tmp_path / "saved").mkdir()
+    found.save(tmp_path / "saved")
+    assert ClipCheckpoint.open(tmp_path / "saved").tokenizer.encode(odd) == found.tokenizer.encode(plain)
     assert found.config == expected.config
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ({}, "lower"),
+        ({"hf_tokenizer_name": "a/b"}, "whitespace"),
+        ({"hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"clean": "canonicalize"}}, "canonicalize"),
+        ({"tokenizer_kwargs": {}}, "lower"),
+    ],
+)
+def test_how_open_clip_cleans_texts(text, clean):
+    assert openclip.read_clean(Settings(Path("a.json"), text)) == clean
+    for unknown in ("upper", "", "lowercase"):
+        with pytest.raises(InputError, match=r"clean=.* is unknown; use one of lower, whitespace, canonicalize"):
+            openclip.read_clean(Settings(Path("a.json"), {"tokenizer_kwargs": {"clean": unknown}}))
 
 
 def test_open_clip_has_the_exact_gelu_unless_it_asks_for_the_quick_one(copy):

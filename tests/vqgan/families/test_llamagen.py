@@ -33,7 +33,8 @@ def test_parity_with_llamagen(tmp_path: Path, entry: str):
     (tmp_path / "b.yaml").touch()
     require_decoder(tmp_path / "vq_ds4.pt")
     found = load_vqgan(tmp_path / "vq_ds4.pt", resolution=32)
-    assert found.summary().startswith("LlamaGen VQ-4, 64 codes, 64 tokens per image of 32 x 32; 1 foreign")
+    averaged = ", averaged weights (ema)" if entry == "ema" else ""
+    assert found.summary().startswith(f"LlamaGen VQ-4{averaged}, 64 codes, 64 tokens per image of 32 x 32; 1 foreign")
 
     images = pictures()
     with torch.no_grad():
@@ -43,6 +44,15 @@ def test_parity_with_llamagen(tmp_path: Path, entry: str):
         vectors = unit[torch.from_numpy(codes).long()].reshape(4, 8, 8, 8).permute(0, 3, 1, 2)
         pixels = from_torch(module.decoder(module.post_quant_conv(vectors)))
     assert_same_pixels(decode(found, codes), pixels)
+
+
+def test_of_a_training_file_the_averaged_weights_are_taken(tmp_path: Path):
+    weights = llamagen_module().state_dict()
+    name = "encoder.conv_in.bias"
+    other = weights | {name: weights[name] + 1}
+    torch.save({"model": other, "ema": weights, "optimizer": {}, "steps": 3}, tmp_path / "vq.pt")
+    found = load_vqgan(tmp_path / "vq.pt")
+    np.testing.assert_array_equal(found.params["encoder"]["conv_in"]["bias"], weights[name].numpy())
 
 
 @pytest.mark.parametrize(("multipliers", "tokens"), [((1, 2, 2, 4), 1024), ((1, 1, 2, 2, 4), 256)], ids=["ds8", "ds16"])

@@ -58,6 +58,11 @@ def test_taming_and_latent_diffusion(tmp_path: Path, target: str):
     assert_same_pixels(decode(found, codes), from_torch(torch_vqgan(weights, CONFIG, to_torch(vectors))))
 
 
+def test_what_draws_segmentation_maps_is_ignored_and_said(tmp_path: Path):
+    path, _ = write_taming(tmp_path, CONFIG, "taming.models.vqgan.VQNoDiscModel", colorize=torch.ones(3, 8, 1, 1))
+    assert load_vqgan(path).summary().startswith("taming VQNoDiscModel, 'colorize' ignored, 64 codes")
+
+
 def test_gumbel_codes_have_the_largest_logit(tmp_path: Path):
     path, weights = write_taming(tmp_path, GUMBEL, "taming.models.vqgan.GumbelVQ")
     found = load_vqgan(tmp_path)
@@ -272,7 +277,7 @@ def taming_folder(tmp_path: Path) -> Path:
             r"have 'quantize\.used' of shape \(8,\), which the model has no place for",
         ),
         ({"encoder.conv_blocks.0.res.0.conv1.weight": torch.ones(2)}, "ch_mult=.* has a multiplier below 1"),
-        ({"colorize": torch.ones(2)}, r"have 'colorize' of shape \(2,\), which the model has no place for"),
+        ({"colors": torch.ones(2)}, r"have 'colors' of shape \(2,\), which the model has no place for"),
         (
             {"encoder.conv_in.bias": Path("x")},
             r"lack 'encoder\.conv_in\.bias' of shape \(32,\); give the weights",
