@@ -361,10 +361,22 @@ def _prepare(run: Run, options: Any) -> None:
         work(run, options)
 
 
+@dataclasses.dataclass(frozen=True)
+class AuditOptions:
+    """What `audit` takes besides the experiment.
+
+    Attributes:
+      files: instead, read every file of the workdir and name those that are missing or damaged.
+    """
+
+    files: bool = False
+
+
 def _audit(run: Run, options: Any) -> None:
     from rac3.stages.audit import audit
+    from rac3.stages.audit_files import audit_files
 
-    print(audit(run))
+    print(audit_files(run.workdir) if options.files else audit(run))
 
 
 def _check_generator(run: Run) -> None:
@@ -537,7 +549,11 @@ STAGES = {
     "index": Stage("build the retriever's index of each part of the memory", _index),
     "retrieve": Stage("find and select the neighbors of every document", _retrieve),
     "prepare": Stage("the five above, skipping what is current", _prepare),
-    "audit": Stage("look for leaks: main documents, copies and test targets in what is retrieved", _audit),
+    "audit": Stage(
+        "look for leaks: main documents, copies and test targets in what is retrieved; --files for damaged files",
+        _audit,
+        lambda: AuditOptions,
+    ),
     "train": Stage("train the model, and the vanilla CM3 to compare it with", _train, lambda: TrainOptions),
     "evaluate": Stage(
         "evaluate on the held-out documents; --task retrieval evaluates the retriever, without a model",

@@ -19,20 +19,6 @@ from rac3.vqgan.published import checkpoint_files
 from rac3.weights.fitting import FitConfig
 
 OWN = "object"  # in the recipe of an encoder that the user's config defines; it has no artifact
-COMMANDS = {
-    "text": "rac3 encoders",
-    "vqgan": "rac3 encoders",
-    "clip": "rac3 encoders",
-    "documents": "rac3 ingest",
-    "embeddings": "rac3 embed",
-    "queries": "rac3 embed",
-    "index": "rac3 index",
-    "neighbors": "rac3 retrieve",
-    "train": "rac3 train",
-    "retrieval": "rac3 evaluate --task retrieval",
-    "evaluation": "rac3 evaluate",
-}
-"""What makes an artifact, by the stage of its recipe."""
 
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:

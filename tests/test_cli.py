@@ -769,7 +769,7 @@ def test_a_retriever_of_ones_own(rac3: Command, tmp_path: Path, workdir: Path):
         assert rac3(stage, config, *quick, "--training.steps", "2") == 0
     experiment = load_config_module(config).get_config()
     store = Workdir(workdir, "tiny")
-    ids = read_array(store.require(recipes.neighbors(experiment, "train"), "").folder / "ids")
+    ids = read_array(store.require(recipes.neighbors(experiment, "train")).folder / "ids")
     assert (ids[:, 0, 0] >= 0).all()
     assert (ids[:, 0, 0] != np.arange(len(ids))).all()
 

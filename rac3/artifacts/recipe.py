@@ -7,6 +7,17 @@ from typing import Any
 
 from rac3.config import fingerprint
 
+COMMANDS = {
+    **dict.fromkeys(
+        ("text", "vqgan", "clip", "documents", "embeddings", "queries", "index", "neighbors"), "rac3 prepare"
+    ),
+    "train": "rac3 train",
+    "retrieval": "rac3 evaluate --task retrieval",
+    "evaluation": "rac3 evaluate",
+}
+"""What makes an artifact, by the stage of its recipe."""
+WHOLE = "rac3 run"  # what makes everything
+
 
 @dataclass(frozen=True, eq=False)
 class Recipe:

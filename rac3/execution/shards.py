@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rac3.artifacts.workdir import TEMPORARY, write_atomic
+from rac3.artifacts.files import TEMPORARY, damaged
+from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError
 from rac3.execution.progress import Progress
 
@@ -55,7 +56,10 @@ class Shard:
 
     def read_summary(self) -> dict[str, Any]:
         """The worker's result for this shard."""
-        return json.loads(self.summary.read_text())
+        try:
+            return json.loads(self.summary.read_bytes())
+        except ValueError as error:
+            raise damaged(self.summary, "is damaged: it is no JSON") from error
 
 
 def document_shards(part: str, documents: int, per_shard: int, folder: Path, kind: str = "") -> list[Shard]:

@@ -48,7 +48,7 @@ class Made(NamedTuple):
         return Run(self.experiment, self.workdir)
 
     def folder(self, kind: str, split: str) -> Path:
-        return self.workdir.require(getattr(recipes, kind)(self.experiment, split), "").folder
+        return self.workdir.require(getattr(recipes, kind)(self.experiment, split)).folder
 
     def rewrite(self, kind: str, split: str, array: str, change: Callable[[np.ndarray], object]) -> None:
         """Changes an array of an artifact in place, behind its back."""

@@ -83,7 +83,7 @@ def items(run: Run) -> list[TokenizedDocument]:
 @pytest.fixture(scope="module")
 def neighbors(experiment: Experiment, store: Workdir) -> np.ndarray:
     """Memory ids [documents, parts, depth] as they are stored."""
-    found = read_array(store.require(recipes.neighbors(experiment, "test"), "").folder / "ids")
+    found = read_array(store.require(recipes.neighbors(experiment, "test")).folder / "ids")
     assert all(set(by_text) != set(by_image) for by_text, by_image in found[:, :, :2].tolist())
     return found
 
@@ -312,7 +312,7 @@ def test_fewer_documents_in_context(
 ):
     """`num_retrieved` is how many are in the prompts and rows of either split, and the last of the perplexities."""
     items = run.documents(split).many(range(2))
-    neighbors = read_array(store.require(recipes.neighbors(experiment, split), "").folder / "ids")
+    neighbors = read_array(store.require(recipes.neighbors(experiment, split)).folder / "ids")
     few = replace(SETTINGS, num_retrieved=k, documents=2)
     metrics = _evaluate_split(with_members(run, replace(experiment, evaluation=few)), split, tmp_path)
     assert metrics["documents"] == 2
@@ -600,7 +600,7 @@ def test_an_evaluation_is_made_once_for_the_splits_that_there_are(
     assert splits == [(random, experiment, "validation"), (random, experiment, "test")]
     only = replace(experiment, data=replace(experiment.data, validation=None))
     assert evaluate(Run(only, workdir)) == {"test": {"documents": 3}}
-    folder = workdir.require(recipes.evaluation(only, only), "").folder
+    folder = workdir.require(recipes.evaluation(only, only)).folder
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "test.json", "manifest.json"}
 
 
