@@ -5,9 +5,9 @@
 A file has no SHA-256 if its format has checksums, which whoever reads it compares: arrays, documents and their ids.
 """
 
-import contextlib
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,15 +93,35 @@ def content(files: Files) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def damaged(path: Path, what: str) -> InputError:
-    """The error about a file of an artifact: its name, what is wrong, and the command that makes it again."""
-    folder = next((each for each in (path, *path.parents) if each.parent.name in COMMANDS), None)
+def damaged(path: Path, what: str, command: str = "") -> InputError:
+    """The error about a file of an artifact: its name, what is wrong, and the command that makes it again.
+
+    Args:
+      command: what makes it, if not what its manifest says.
+    """
+    folder = next((each for each in (path, *path.parents) if _is_artifact(each)), None)
     if folder is None:
         return InputError(f"{path} {what}; put back a copy of it")
-    command = COMMANDS[folder.parent.name]
-    with contextlib.suppress(Exception):  # the manifest may be what is damaged
-        command = unsealed(folder / MANIFEST)["command"]
+    command = command or _made_by(folder)
     return InputError(f"{path} {what}; put back a copy, or run `rm -r {shlex.quote(str(folder))} && {command}`")
+
+
+def _made_by(folder: Path) -> str:
+    """The command that made an artifact, for the workdir that now holds it, which may be a copy."""
+    try:
+        words = shlex.split(unsealed(folder / MANIFEST)["command"])
+    except (OSError, ValueError, KeyError):  # the manifest may be what is damaged
+        return COMMANDS[folder.parent.name]
+    for number, word in enumerate(words):
+        if word == "--workdir" and number + 1 < len(words):
+            words[number + 1] = str(folder.parents[1])
+        elif word.startswith("--workdir="):
+            words[number] = f"--workdir={folder.parents[1]}"
+    return shlex.join(words)
+
+
+def _is_artifact(folder: Path) -> bool:
+    return folder.parent.name in COMMANDS and re.fullmatch(r"[0-9a-f]{12}(\.partial)?", folder.name) is not None
 
 
 def _sha256(path: Path) -> str:

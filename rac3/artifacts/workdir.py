@@ -37,9 +37,10 @@ PACKAGES = ("rac3", "jax", "flax", "numpy", "tensorstore", "array-record", "scan
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact."""
+    """A complete artifact, and the command that made it, if its manifest does not say."""
 
     folder: Path
+    command: str = ""
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -48,11 +49,11 @@ class Artifact:
         try:
             manifest = unsealed(path)
         except FileNotFoundError as error:
-            raise damaged(path, "is missing") from error
+            raise damaged(path, "is missing", self.command) from error
         except ValueError as error:
-            raise damaged(path, f"is damaged: {error}") from error
+            raise damaged(path, f"is damaged: {error}", self.command) from error
         if manifest.get("fingerprint") != self.fingerprint:
-            raise damaged(path, "is that of another artifact")
+            raise damaged(path, "is that of another artifact", self.command)
         return manifest
 
     @property
@@ -106,9 +107,7 @@ class Workdir:
                 f"`echo {own} > {shlex.quote(str(record))}`"
             ) from error
         if other != owner:
-            raise InputError(
-                f"workdir {self.path} was made by config {other!r}, not {owner!r}; give another --workdir"
-            )
+            raise InputError(f"workdir {self.path} was made by config {other!r}, not {owner!r}; give another --workdir")
 
     def find(self, recipe: Recipe) -> Artifact | None:
         """The artifact of a recipe, or None if it is not made yet.
@@ -116,7 +115,7 @@ class Workdir:
         Raises:
           InputError: it is damaged, or was made from other inputs than the workdir now has under their names.
         """
-        artifact = Artifact(self._final(recipe))
+        artifact = Artifact(self._final(recipe), self._command(recipe))
         if not artifact.folder.is_dir():
             return None
         if artifact.folder not in self._checked:

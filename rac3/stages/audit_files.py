@@ -33,7 +33,7 @@ def audit_files(workdir: Workdir) -> str:
             if not found:
                 known = artifact.manifest.get("files", {})
                 files, size = files + len(known), size + sum(each for each, _ in known.values())
-                unknown += not known
+                unknown += "files" not in artifact.manifest
             bar.update()
     if wrong:
         raise InputError(f"{len(wrong)} of the files in {workdir.path} are missing or damaged; first: {wrong[0]}")
@@ -79,7 +79,9 @@ def _wrong_documents(folder: Path) -> Iterator[str]:
         yield str(error)
         return
     for start in range(0, total, DOCUMENTS_AT_ONCE):
-        try:
-            store.many(range(start, min(start + DOCUMENTS_AT_ONCE, total)))
-        except InputError as error:
-            yield str(error)
+        rows = range(start, min(start + DOCUMENTS_AT_ONCE, total))
+        for read in (lambda rows: [store.tokens(row) for row in rows], store.many):  # two files
+            try:
+                read(rows)
+            except InputError as error:
+                yield str(error)

@@ -16,7 +16,6 @@ from rac3.artifacts.arrays import (
     read_array,
     write_shard,
 )
-
 from rac3.config import InputError
 
 

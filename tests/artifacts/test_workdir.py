@@ -337,7 +337,13 @@ def test_drafts_that_are_written_together_may_read_the_inputs_of_each(full: Work
     full.require(other)
 
 
-DAMAGED = {"missing": None, "empty": b"", "cut": b'{"width": 6', "flipped": b'{"width": 65}', "longer": b'{"width": 64} '}
+DAMAGED = {
+    "missing": None,
+    "empty": b"",
+    "cut": b'{"width": 6',
+    "flipped": b'{"width": 65}',
+    "longer": b'{"width": 64} ',
+}
 
 
 @pytest.fixture
@@ -379,7 +385,9 @@ def test_a_damaged_manifest_is_named(content: bytes | str, clip: Path):
         content = path.read_bytes().replace(b'"config.json": [\n      13', b'"config.json": [\n      12')
         assert content != path.read_bytes()
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"^{re.escape(str(path))} is damaged: [^\n]*; put back a copy, or run `rm -r"):
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))} is damaged: [^\n]*; put back a copy, or run `rm -r"
+    ):
         Workdir(clip.parents[1], "quickstart").require(CLIP)
 
 
@@ -387,7 +395,9 @@ def test_a_damaged_manifest_is_named(content: bytes | str, clip: Path):
 def test_a_damaged_owner_is_named_with_what_it_should_say(content: str, clip: Path):
     record = clip.parents[1] / OWNER
     record.write_text(content)
-    with pytest.raises(InputError, match=rf"^{re.escape(str(record))} is damaged: .*of the config 'quickstart'") as error:
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(record))} is damaged: .*of the config 'quickstart'"
+    ) as error:
         Workdir(record.parent, "quickstart")
     command = str(error.value).split("`")[1]
     subprocess.run(command, shell=True, check=True)
@@ -423,5 +433,7 @@ def test_what_was_made_from_an_input_that_was_made_again_is_refused(full: Workdi
     again = Workdir(full.path, "quickstart")
     again.require(DOCUMENTS)
     for recipe in (EMBEDDINGS, INDEX):
-        with pytest.raises(InputError, match=rf"{embeddings} was made from another {clip}, .* run `rm -r {embeddings} && "):
+        with pytest.raises(
+            InputError, match=rf"{embeddings} was made from another {clip}, .* run `rm -r {embeddings} && "
+        ):
             again.require(recipe)
