@@ -702,7 +702,7 @@ def test_a_finished_workdir_is_a_config(
     assert rac3("evaluate", str(moved), "--task", "retrieval", "retriever:exact") == 0
     assert "Exact, as configured" in capsys.readouterr().out
     line = refused("generate", str(moved), "--prompt", "a fox", "--text.vocab-size", "290")
-    assert f"run `rac3 ingest {moved} --text.vocab-size 290`" in line
+    assert f"run `rac3 prepare {moved} --text.vocab-size 290`" in line
     assert "holds no experiment.json" in refused("generate", str(tmp_path / "by config"), "--prompt", "a fox")
 
 

@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from rac3.documents.document import (
 )
 
 _KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
+
+
+_FILE = re.compile(r"\.(tar|tar\.gz|tgz|parquet)$")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class WebDataset:
             hint = f"; its subfolders that do: {', '.join(below)}" if below else "; give a folder of .tar shards"
             raise InputError(f"data folder {str(folder)!r} holds no .tar file{hint}")
         return names
+
+    def files(self, data_dir: Path) -> Sequence[Path]:
+        """The shards and the tables next to them, sorted."""
+        return sorted(path for path in (data_dir / self.folder).glob("[!.]*") if _FILE.search(path.name))
 
     def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
         """The samples of `shard` in the order of the tar. A damaged sample does not affect the others.

@@ -8,7 +8,9 @@ results do not depend on the executor.
 """
 
 import contextlib
+import errno
 import json
+import os
 import threading
 import time
 import traceback
@@ -25,6 +27,7 @@ from rac3.execution.progress import Progress
 
 ATTEMPTS = 3  # per shard, before the run goes on without it
 MAX_POISONED = 20  # failed shards that stop the run: the cause is not the shards
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a full or read-only disk answers
 BEAT = 1.0  # seconds between `Beat`s
 TENSORSTORE_TEMPORARY = ".__lock"  # left over from a killed write
 
@@ -122,6 +125,7 @@ class Outcome:
     error: str | None = None
     trace: str = ""
     stops: bool = False  # an InputError: other attempts and shards would fail, too
+    refused: tuple[int, str] | None = None  # error number and path, where the disk can't be written: likewise
 
 
 @dataclass(frozen=True)
@@ -200,10 +204,14 @@ class _Ledger:
 
         Raises:
           InputError: a worker raised it.
+          OSError: no worker can write.
         """
         if isinstance(event, Beat):
             self.beat, self.workers = event, max(self.workers, event.workers)
             return 0
+        if event.refused is not None:
+            number, path = event.refused
+            raise OSError(number, os.strerror(number), path) from _trace([event])
         if event.stops:
             raise InputError(event.error) from _trace([event])
         if event.error is None:
@@ -265,7 +273,10 @@ def attempt(worker: Worker, shard: Shard, tally: Tally) -> Outcome:
         text = " ".join(str(error).split())
         stops = isinstance(error, InputError)
         text = text if stops else f"{type(error).__name__}: {text}"
-        return Outcome(shard, error=text, trace=traceback.format_exc(), stops=stops)
+        refused = None
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            refused = error.errno, str(error.filename or shard.folder)
+        return Outcome(shard, error=text, trace=traceback.format_exc(), stops=stops, refused=refused)
     return Outcome(shard, tally.documents, tally.rejects)
 
 

@@ -34,11 +34,13 @@ from rac3.retrieval.scann import Scann
 from rac3.run import Run
 from rac3.stages import evaluate as stage
 from rac3.stages.evaluate import (
+    MODALITIES,
     EvaluateOptions,
     _accuracies,
     _captions,
     _copied,
     _evaluate_split,
+    _groups,
     _images,
     _perplexities,
     _retrieved,
@@ -494,6 +496,8 @@ def test_a_document_longer_than_the_context_has_no_perplexity(
     assert 0 < len(fitting) < 4
     value = _perplexities(small, make_token_cross_entropy(small.model), items, neighbors, 2)[modality]
     assert value == pytest.approx(by_hand(small, fitting, [[]] * len(fitting), part), rel=1e-5)
+    assert _groups(small, MODALITIES[part][1], items, neighbors[:, part], 2)[1] == len(fitting)  # none has room
+    assert _groups(small, MODALITIES[part][1], items, neighbors[:, part], 0)[1] == 0
     assert _too_long(small, items)[modality] == 4 - len(fitting)
     assert _too_long(in_context(run, max(lengths)), items)[modality] == 0
     tiny = in_context(run, min(lengths) - masks - 1)

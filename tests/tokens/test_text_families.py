@@ -295,7 +295,7 @@ def test_the_command_tells_what_it_found_and_stores_ids_as_narrow_as_they_are(
             texts = [tokenizer.decode(ids.tolist()) for segment, ids in pairs if isinstance(segment, Text)]
             assert " ".join(texts) == item.document.text
         (folder / "tokenizer_config.json").write_text("{ }")
-        with pytest.raises(InputError, match=r"text is stale .*run `rac3 encoders"):
+        with pytest.raises(InputError, match=r"text is stale .*run `rac3 prepare"):
             run(["ingest", *arguments])
 
 
