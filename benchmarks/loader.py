@@ -88,7 +88,7 @@ def write_store(folder: Path, documents: int) -> Path:
     lengths = np.array([sum(map(len, item.ids)) + 4 for item in items], np.int32)
     np.save(folder / "lengths.npy", np.tile(lengths, shards))
     shape = (documents, QUERIES, DEPTH)
-    array = create_array(folder / "ids", shape, "int64", NEIGHBORS_SHARD, -1, 16 * 2**10)
+    array = create_array(folder / "ids", shape, "int64", NEIGHBORS_SHARD, 16 * 2**10)
     first = min(NEIGHBORS_SHARD, documents)
     write_shard(array, 0, rng.integers(0, documents, (first, QUERIES, DEPTH)))
     for number in range(1, -(-documents // NEIGHBORS_SHARD)):

@@ -22,7 +22,7 @@ import jax
 from rac3 import recipes
 from rac3.answering import Model
 from rac3.artifacts.workdir import Workdir
-from rac3.config import InputError, check_finite, load_config_module, shipped_configs
+from rac3.config import InputError, check_settings, load_config_module, shipped_configs
 from rac3.devices.processes import Distributed, Processes, leave
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
@@ -50,14 +50,21 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
 }
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
 AT_INFERENCE = ("evaluate", "generate", "demo", "report")  # stages that leave the model as it is
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a quota, a process's limit
+REFUSALS = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room",  # on a disk, in a quota, under a process's limit
+    (errno.EROFS, errno.EACCES, errno.EPERM): "make it readable and writable, or give another --workdir",
+    (errno.ENAMETOOLONG,): "use a shorter name",
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST): "move away what has its name",
+    (errno.EMFILE, errno.ENFILE): "raise the limit of open files (ulimit -n)",
+}
+"""What to do about each error of the operating system."""
 USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,random,none} [its overrides]]"
 
 
 def main() -> None:
     """The entry point: one line on errors that a person can do something about, a traceback with `--debug`.
 
-    Exit codes: 0; 1 if a checkpoint can't be written, or the disk is full; 2 on bad input; 75 if training was asked to
+    Exit codes: 0; 1 if a file can't be read or written (a full disk, no permission); 2 on bad input; 75 if training was asked to
     stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
     """
     arguments = sys.argv[1:]
@@ -92,17 +99,23 @@ def _use_utf8(arguments: Sequence[str]) -> None:
 def _ending(error: BaseException) -> tuple[int, str]:
     """The exit code and the line of an error; "" if only its traceback tells what happened."""
     if isinstance(error, InputError):
-        return 2, str(error)
+        return 2, _joined(error)
     if isinstance(error, PreemptedError):
         return RUN_AGAIN, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; run the same command to go on"
     if isinstance(error, SaveError):
         return 1, str(error)
-    if isinstance(error, OSError) and error.errno in FULL:
-        where = f" ({error.filename})" if error.filename else ""
-        return 1, f"{os.strerror(error.errno)}{where}; make room, and run the same command to go on"
+    if isinstance(error, OSError):
+        reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else _joined(error)
+        fix = next((fix for numbers, fix in REFUSALS.items() if error.errno in numbers), "fix that")
+        return 1, f"{reason}; {fix}, and run the same command to go on"
     return 1, ""
+
+
+def _joined(error: BaseException) -> str:
+    """The message of an error in one line."""
+    return " ".join(line.strip() for line in str(error).splitlines()).strip()
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -156,8 +169,8 @@ def _load(config: str) -> Experiment:
         experiment = module.get_config()
     except InputError:
         raise
-    except Exception as error:
-        raise InputError(f"get_config() of {config} fails: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"get_config() of {config} fails: {type(error).__name__}: {_joined(error)}") from error
     if not isinstance(experiment, Experiment):
         raise InputError(f"get_config() of {config} returns {type(experiment).__name__}, not an Experiment")
     return experiment
@@ -243,7 +256,7 @@ def parse(stage: str, config: Experiment, arguments: Sequence[str]) -> tuple[Exp
     values["executor"] = getattr(parsed, parsed.executor)
     values["data"] = MemoryOptions(parsed.add_memory, parsed.withdraw_memory).of(config.data)
     own_values = {name: getattr(parsed, name) for name in own}
-    check_finite(own_values)
+    check_settings(own_values)
     return dataclasses.replace(config, **values), options(**own_values)
 
 
@@ -385,10 +398,22 @@ def _prepare(run: Run, options: Any) -> None:
         work(run, options)
 
 
+@dataclasses.dataclass(frozen=True)
+class AuditOptions:
+    """What `audit` takes besides the experiment.
+
+    Attributes:
+      files: instead, read every file of the workdir and name those that are missing or damaged.
+    """
+
+    files: bool = False
+
+
 def _audit(run: Run, options: Any) -> None:
     from rac3.stages.audit import audit
+    from rac3.stages.audit_files import audit_files
 
-    print(audit(run))
+    print(audit_files(run.workdir) if options.files else audit(run))
 
 
 def _check_generator(run: Run) -> None:
@@ -435,11 +460,11 @@ def _train_with(run: Run, processes: Processes) -> None:
 
 
 def _evaluate(run: Run, options: Any) -> None:
+    from rac3.held_out import SPLITS
     from rac3.report.experiment import collect, summary
     from rac3.report.infilling import infilling_report, infilling_summary
     from rac3.stages.evaluate import comparisons, evaluate
     from rac3.stages.evaluate_infilling import evaluate_infilling
-    from rac3.held_out import SPLITS
     from rac3.stages.retrieve import index, retrieve
 
     task = getattr(options, "task", "generation")
@@ -590,7 +615,11 @@ STAGES = {
     "index": Stage("build the retriever's index of each part of the memory", _index),
     "retrieve": Stage("find and select the neighbors of every document", _retrieve),
     "prepare": Stage("the five above, skipping what is current", _prepare),
-    "audit": Stage("look for leaks: main documents, copies and test targets in what is retrieved", _audit),
+    "audit": Stage(
+        "look for leaks: main documents, copies and test targets in what is retrieved; --files for damaged files",
+        _audit,
+        lambda: AuditOptions,
+    ),
     "train": Stage("train the model, and the vanilla CM3 to compare it with", _train, lambda: TrainOptions),
     "evaluate": Stage(
         "evaluate on the held-out documents; --task infilling, few-shot, or retrieval, which needs no model",

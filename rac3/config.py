@@ -8,10 +8,12 @@ import json
 import math
 import reprlib
 import sys
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 QUOTED = 80  # characters of a value in a message
 CONFIG_MODULE = "rac3_config_"  # prefix of the module names of config files
@@ -30,30 +32,80 @@ def quoted(value: Any) -> str:
     return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
 
 
-def check_finite(value: Any, name: str = "") -> None:
-    """Refuses a setting that is not a number, or infinite, in a config and in all that it holds.
+def check_settings(value: Any, name: str = "") -> None:
+    """Refuses what no setting may be, in a config and in all that it holds.
+
+    NaN and infinity, numbers of more than 64 bits, negative seeds, a class in place of an object of it, and a value of
+    another type than that of its field.
 
     Raises:
       InputError: names the setting.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name}={value} is not a finite number; give one")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{name}={_short(value)} needs more than 64 bits; use a smaller number")
+    if isinstance(value, int) and value < 0 and name.rpartition(".")[2] == "seed":
+        raise InputError(f"{name}={value} is negative; use 0 or more")
+    if isinstance(value, type):
+        raise InputError(f"{name} is the class {value.__name__}; give an object of it: {value.__name__}(...)")
     parts: Iterable[tuple[Any, Any]] = ()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    if dataclasses.is_dataclass(value):
+        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        _check_types(type(value), dict(parts), f"{name}." if name else "")
     elif isinstance(value, Mapping):
         parts = value.items()
     elif isinstance(value, list | tuple):
         parts = enumerate(value)
     for part, each in parts:
-        check_finite(each, f"{name}.{part}" if name else str(part))
+        check_settings(each, f"{name}.{part}" if name else str(part))
+
+
+def _check_types(config: type, values: Mapping[str, Any], prefix: str) -> None:
+    try:
+        wanted = typing.get_type_hints(config)
+    except (NameError, TypeError):  # of a class defined in a function, say
+        return
+    for name, value in values.items():
+        if not isinstance(value, type) and not _fits(value, wanted[name]):
+            kind = getattr(wanted[name], "__name__", str(wanted[name]))
+            raise InputError(f"{prefix}{name}={_short(value)} is no {kind}; give one")
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value has the type of its field. Of protocols only the names of the members are compared."""
+    kind, parts = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any or isinstance(wanted, typing.TypeVar):
+        return True
+    if kind is typing.Annotated:
+        return _fits(value, parts[0])
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in parts)
+    if kind is Literal:
+        return value in parts
+    if kind is not None and issubclass(kind, Mapping):
+        return isinstance(value, Mapping) and all(_fits(each, parts[1]) for each in value.values())
+    if kind is tuple:
+        return isinstance(value, tuple | list)
+    if wanted in (int, float):
+        return isinstance(value, int if wanted is int else int | float) and not isinstance(value, bool)
+    if getattr(wanted, "_is_protocol", False):
+        members = [name for name in vars(wanted) if not name.startswith("_")]
+        fields = getattr(value, "__dataclass_fields__", {})
+        return all(hasattr(type(value), name) or name in fields for name in members)  # no property is called
+    return isinstance(value, kind or wanted) if isinstance(kind or wanted, type) else True
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def canonical(value: Any) -> Any:
     """`value` as plain JSON data, the same for equal configs. A dataclass becomes its class name and fields.
 
     Raises:
-      TypeError: a value has no canonical form (a function, an open file).
+      InputError: a value has no canonical form (a function, an open file).
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -68,7 +120,9 @@ def canonical(value: Any) -> Any:
         return int(value)  # 1 and 1.0 are equal values
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a config holds plain data only, not {type(value).__name__}: {value!r}")
+    raise InputError(
+        f"a config holds plain data only, not {type(value).__name__}: {_short(value)}; make it a dataclass"
+    )
 
 
 def fingerprint(value: Any) -> str:
@@ -81,7 +135,7 @@ def to_plain(value: Any) -> Any:
     """A config as JSON data that `from_plain` reads back. A dataclass is its class's full name and its fields.
 
     Raises:
-      TypeError: for a value that is no plain data (a function, an open file).
+      InputError: for a value that is no plain data (a function, an open file).
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
@@ -95,7 +149,9 @@ def to_plain(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a config holds plain data only, not {type(value).__name__}: {value!r}")
+    raise InputError(
+        f"a config holds plain data only, not {type(value).__name__}: {_short(value)}; make it a dataclass"
+    )
 
 
 def from_plain(value: Any, module: ModuleType | None = None) -> Any:
@@ -163,8 +219,9 @@ def load_config_module(name_or_path: str) -> ModuleType:
         spec.loader.exec_module(module)
     except InputError:
         raise
-    except Exception as error:
-        raise InputError(f"config {name_or_path!r} fails to import: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a config is not to end the command
+        reason = " ".join(str(error).split())
+        raise InputError(f"config {name_or_path!r} fails to import: {type(error).__name__}: {reason}") from error
     if not callable(getattr(module, "get_config", None)):
         raise InputError(f"config {name_or_path!r} has no get_config(); define one that returns an Experiment")
     return module

@@ -10,7 +10,7 @@ from rac3.artifacts.arrays import VectorDtype
 from rac3.batches.loader import BatchConfig
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
-from rac3.config import InputError, check_finite
+from rac3.config import InputError, check_settings
 from rac3.devices.cluster import Cluster
 from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import Framing, Source
@@ -151,11 +151,9 @@ class Experiment:
     cluster: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
-        check_finite(self)
         check_own_part("vqgan", self.vqgan, FrozenVQGAN, ImageTokenizer)
         check_own_part("clip", self.clip, FrozenCLIP, Encoder)
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed} is negative; use 0 or more")
+        check_settings(self)
         if self.max_text_tokens < 1:
             raise InputError(f"max_text_tokens={self.max_text_tokens} leaves no text; use at least 1")
         if not 0 <= self.max_reject_fraction <= 1:
@@ -208,7 +206,7 @@ def check_own_part(name: str, value: object, built_in: type, protocol: type) -> 
     Raises:
       InputError: it lacks a member of the protocol, or is no dataclass, whose fields tell one encoder from another.
     """
-    if isinstance(value, built_in):
+    if isinstance(value, built_in | type):  # for a class see `check_settings`
         return
     kind = type(value)
     members = [each for each in vars(protocol) if not each.startswith("_")]

@@ -1,6 +1,5 @@
 """The experiment that a workdir was made with, in the workdir: `rac3.load` needs no config."""
 
-import json
 import os
 import shlex
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rac3.answering import Model
+from rac3.artifacts.files import sealed, unsealed
 from rac3.artifacts.workdir import Workdir, write_atomic
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, from_plain, load_config_module, to_plain
@@ -24,7 +24,7 @@ def describe(run: Run) -> None:
         "arguments": run.workdir.arguments,
         "experiment": to_plain(_with_absolute_paths(run.experiment)),
     }
-    write_atomic(run.workdir.path / EXPERIMENT, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(run.workdir.path / EXPERIMENT, sealed(plain))
 
 
 def _with_absolute_paths(experiment: Experiment) -> Experiment:
@@ -62,9 +62,9 @@ def load(workdir: str | os.PathLike[str], config: str | os.PathLike[str] | None 
     if not record.is_file():
         raise InputError(f"{folder} holds no {EXPERIMENT}, so it is no workdir; give the folder that `rac3 run` made")
     try:
-        plain = json.loads(record.read_text(encoding="utf-8"))
+        plain = unsealed(record)
         arguments, stored = plain["arguments"], plain["experiment"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"{record} is damaged ({error}); run the command that made the workdir again") from error
     module = None if config is None else load_config_module(os.fspath(config))
     try:

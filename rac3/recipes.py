@@ -8,6 +8,7 @@ from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.published import checkpoint_identity
 from rac3.config import InputError, canonical
+from rac3.documents.document import Stored
 from rac3.documents.store import FORMAT
 from rac3.experiment import Experiment, Split
 from rac3.model.exchange import identity
@@ -19,26 +20,10 @@ from rac3.vqgan.published import checkpoint_files
 from rac3.weights.fitting import FitConfig
 
 OWN = "object"  # in the recipe of an encoder that the user's config defines; it has no artifact
-COMMANDS = {
-    "text": "rac3 encoders",
-    "vqgan": "rac3 encoders",
-    "clip": "rac3 encoders",
-    "documents": "rac3 ingest",
-    "embeddings": "rac3 embed",
-    "queries": "rac3 embed",
-    "index": "rac3 index",
-    "neighbors": "rac3 retrieve",
-    "train": "rac3 train",
-    "retrieval": "rac3 evaluate --task retrieval",
-    "evaluation": "rac3 evaluate",
-    "infilling": "rac3 evaluate --task infilling",
-    "few_shot": "rac3 evaluate --task few-shot",
-}
-"""What makes an artifact, by the stage of its recipe."""
 
 
 def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
-    """What the documents of a split depend on: the source, its folder and shards, and the filter."""
+    """What the documents of a split depend on: the source, its folder, shards and files, and the filter."""
     data = experiment.data
     source = data.memory[split] if split in data.memory else data.sources()[split]  # a withdrawn part was fitted on
     data_dir = str(Path(experiment.data_dir).resolve()) if experiment.data_dir else ""
@@ -49,7 +34,19 @@ def source_identity(experiment: Experiment, split: Split) -> dict[str, Any]:
         "shards": shards,
         "filter": canonical(experiment.filter),
     }
-    return found | ({} if experiment.framing == "crop" else {"framing": experiment.framing})
+    if experiment.framing != "crop":
+        found["framing"] = experiment.framing
+    if isinstance(source, Stored):
+        found["files"] = [_stamp(path) for path in source.files(Path(experiment.data_dir))]
+    return found
+
+
+def _stamp(path: Path) -> list[Any]:
+    """What tells a file from another that has its name later: its size, and its time of change in nanoseconds."""
+    if not path.exists():  # a dangling link, say: the source has a word for it
+        return [path.name]
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
 
 
 def fitting_data(experiment: Experiment) -> list[dict[str, Any]]:

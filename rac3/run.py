@@ -106,10 +106,7 @@ class Run:
 
     def artifact(self, of: Callable[..., Recipe], *arguments: Any) -> Artifact:
         """The artifact of a recipe."""
-        return self._require(self.recipe(of, *arguments))
-
-    def _require(self, recipe: Recipe) -> Artifact:
-        return self.workdir.require(recipe, recipes.COMMANDS[recipe.stage])
+        return self.workdir.require(self.recipe(of, *arguments))
 
     def require_encoders(self, *of: Callable[..., Recipe]) -> None:
         """Raises InputError unless these exist; an encoder defined in the user's config needs no artifact."""
@@ -119,7 +116,9 @@ class Run:
 
     def _open(self, recipe: Recipe, opener: Callable[[Path], T], *how: Any) -> T:
         """`opener` of the artifact's folder, called once for each `how`."""
-        folder = self._require(recipe).folder  # each time: a stage that is writing may read this only as an input
+        folder = self.workdir.require(
+            recipe
+        ).folder  # each time: a stage that is writing may read this only as an input
         with self._lock:
             key = recipe.fingerprint, *how
             if key not in self._opened:
@@ -332,11 +331,11 @@ class Run:
 
     def trained_model(self) -> Artifact:
         """The artifact of the model."""
-        return self._require(self.training_recipe)
+        return self.workdir.require(self.training_recipe)
 
     def evaluation(self) -> Artifact:
         """The artifact of the evaluation."""
-        return self._require(self.evaluation_recipe)
+        return self.workdir.require(self.evaluation_recipe)
 
     def training_metrics(self) -> list[dict[str, int | float]]:
         """One record for each logged step of the training: `step`, `loss`, `loss/main/image` (nats per token), ..."""

@@ -704,7 +704,7 @@ def test_a_finished_workdir_is_a_config(
     assert rac3("evaluate", str(moved), "--task", "retrieval", "retriever:exact") == 0
     assert "Exact, as configured" in capsys.readouterr().out
     line = refused("generate", str(moved), "--prompt", "a fox", "--text.vocab-size", "290")
-    assert f"run `rac3 ingest {moved} --text.vocab-size 290`" in line
+    assert f"run `rac3 prepare {moved} --text.vocab-size 290`" in line
     assert "holds no experiment.json" in refused("generate", str(tmp_path / "by config"), "--prompt", "a fox")
 
 
@@ -771,7 +771,7 @@ def test_a_retriever_of_ones_own(rac3: Command, tmp_path: Path, workdir: Path):
         assert rac3(stage, config, *quick, "--training.steps", "2") == 0
     experiment = load_config_module(config).get_config()
     store = Workdir(workdir, "tiny")
-    ids = read_array(store.require(recipes.neighbors(experiment, "train"), "").folder / "ids")
+    ids = read_array(store.require(recipes.neighbors(experiment, "train")).folder / "ids")
     assert (ids[:, 0, 0] >= 0).all()
     assert (ids[:, 0, 0] != np.arange(len(ids))).all()
 

@@ -36,7 +36,7 @@ FORBIDDEN = (
 # The order inside a package. Modules that are not listed come after the listed ones, in any order without a cycle.
 ORDER = {
     "": ("recipes", "run", "answering", "held_out", "experiment_file"),
-    "artifacts": ("recipe", "workdir", "arrays"),
+    "artifacts": ("recipe", "files", "workdir", "arrays"),
     "weights": (
         "fitting",
         "checkpoint_files",

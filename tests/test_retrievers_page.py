@@ -62,7 +62,7 @@ def test_the_commands_of_the_page_run(
     # BM25 over two parts, BM25 with another k1 over two parts, exact over two parts, and the controls that are there.
     assert len(list((workdir / "index").iterdir())) >= indexes + 6
     recipe = recipes.neighbors(load_config_module(str(config)).get_config(), "train")
-    ids = read_array(Workdir(workdir, "tiny").require(recipe, "").folder / "ids")
+    ids = read_array(Workdir(workdir, "tiny").require(recipe).folder / "ids")
     assert (ids[:, 0, 0] >= 0).all()
     assert (ids[:, 0] != np.arange(len(ids))[:, None]).all()
     assert (ids[:, 1] == -1).all()  # a query that is an image has no text, though its document has

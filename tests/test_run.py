@@ -42,7 +42,7 @@ def memory(run: Model) -> list[TokenizedDocument]:
 @pytest.fixture(scope="module")
 def vectors(experiment: Experiment, store: Workdir) -> np.ndarray:
     """Of the documents of the memory, as they are stored."""
-    folders = [store.require(recipes.embeddings(experiment, split), "").folder for split in ("train", "memory")]
+    folders = [store.require(recipes.embeddings(experiment, split)).folder for split in ("train", "memory")]
     return np.concatenate([Vectors(folder / "document")[:] for folder in folders])
 
 

@@ -92,7 +92,7 @@ def test_overrides_are_stored(rac3: Command, tmp_path: Path):
     assert (run.experiment.vqgan.fit.steps, run.experiment.clip.fit.steps, run.experiment.seed) == (2, 3, 7)
     assert run.tokenizer.size == 290
     assert run.encoder.embed_texts(["a fox"]).shape == (1, run.encoder.width)
-    with pytest.raises(InputError, match=re.escape(f"rac3 ingest {config} --workdir")):
+    with pytest.raises(InputError, match=re.escape(f"rac3 prepare {config} --workdir")):
         run.documents("train")
 
 
@@ -220,6 +220,7 @@ def test_no_code_is_run_out_of_a_workdir(name: str, class_name: str, tmp_path: P
     folder = described(TINY, tmp_path / "w")
     plain = json.loads((folder / EXPERIMENT).read_text())
     plain["experiment"]["retriever"] = {"class": class_name}
+    del plain["checksum"]
     (folder / EXPERIMENT).write_text(json.dumps(plain))
     with pytest.raises(InputError, match="a class defined in its config"):
         rac3.load(folder)
@@ -241,6 +242,7 @@ def test_settings_of_another_version_are_refused(tmp_path: Path):
     folder = described(TINY, tmp_path / "w")
     plain = json.loads((folder / EXPERIMENT).read_text())
     plain["experiment"]["model"]["num_experts"] = 8
+    del plain["checksum"]
     (folder / EXPERIMENT).write_text(json.dumps(plain))
     with pytest.raises(InputError, match=r"another version of rac3 \(.*num_experts"):
         rac3.load(folder)

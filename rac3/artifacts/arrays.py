@@ -1,10 +1,16 @@
 """Arrays on disk: zarr3 by tensorstore, one file per shard of rows, in chunks that are read separately.
 
+Each chunk is stored, whatever it holds, with its CRC-32C: reading one that is missing or changed is an error.
+
 rows   0 ........ 65535 | 65536 ........ 131071 | 131072 ...
 files  c/0/0            | c/1/0                 | c/2/0         each written at once, by one process
 chunks ||||||||||||||||   ||||||||||||||||||||    |||||         128 KiB: the cost of reading one row
 """
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,20 +18,18 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from rac3.artifacts.files import damaged
+
 CHUNK_BYTES = 128 * 2**10  # sequential reads want larger ones, random rows smaller ones
 _ROWS_AT_ONCE = 256  # of scattered rows, each perhaps in its own chunk: 32 MB
+WHOLE = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}  # how arrays are opened
 SCALES = ".scales"  # of int8 vectors, next to them
 
 VectorDtype = Literal["float32", "bfloat16", "int8"]
 
 
 def create_array(
-    path: Path,
-    shape: tuple[int, ...],
-    dtype: str,
-    shard_rows: int,
-    fill: int | float = 0,
-    chunk_bytes: int = CHUNK_BYTES,
+    path: Path, shape: tuple[int, ...], dtype: str, shard_rows: int, chunk_bytes: int = CHUNK_BYTES
 ) -> Any:
     """Create the tensorstore at `path`, or open it if it exists with this shape and type.
 
@@ -39,20 +43,20 @@ def create_array(
     limit = max(1, min(chunk_bytes // row_bytes, shard_rows))
     rows = next(rows for rows in range(limit, 0, -1) if shard_rows % rows == 0)  # chunks fill a shard exactly
     rest = [max(n, 1) for n in shape[1:]]
-    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    little_endian, checksum = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
     sharding = {
         "chunk_shape": [rows, *rest],
-        "codecs": [little_endian],
-        "index_codecs": [little_endian, {"name": "crc32c"}],
+        "codecs": [little_endian, checksum],
+        "index_codecs": [little_endian, checksum],
     }
     metadata = {
         "shape": list(shape),
         "data_type": dtype,
-        "fill_value": fill,
+        "fill_value": 0,  # zarr asks for one
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, *rest]}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    return _open(_spec(path) | {"metadata": metadata, "open": True, "create": True})
+    return _open(path, WHOLE | {"metadata": metadata, "open": True, "create": True})
 
 
 def write_shard(array: Any, number: int, rows: np.ndarray) -> None:
@@ -68,18 +72,26 @@ def write_shard(array: Any, number: int, rows: np.ndarray) -> None:
     start, stop = number * size, min((number + 1) * size, array.shape[0])
     if len(rows) != stop - start:
         raise ValueError(f"shard {number} has {stop - start} rows, but {len(rows)} are given; give all of them")
-    with tensorstore.Transaction() as transaction:
+    with _named(array.kvstore.path), tensorstore.Transaction() as transaction:
         array.with_transaction(transaction)[start:stop].write(rows).result()
 
 
 def open_array(path: Path) -> Any:
-    """Open the tensorstore at `path` for reading: index it, then `.read().result()`."""
-    return _open(_spec(path) | {"open": True})
+    """Open the tensorstore at `path`.
+
+    Raises:
+      InputError: its `zarr.json` is missing or damaged.
+    """
+    array = _open(path, WHOLE | {"open": True})
+    of_chunks = array.codec.to_json()["codecs"][-1].get("configuration", {}).get("codecs", [{}])
+    if of_chunks[-1].get("name") == "crc32c":
+        return array
+    return _open(path, {"open": True})  # of an older version, which left out chunks that equal the fill value
 
 
 def read_array(path: Path) -> np.ndarray:
     """Read the whole array."""
-    return np.asarray(open_array(path).read().result())
+    return Rows(path)[:]
 
 
 class Rows:
@@ -146,20 +158,40 @@ def _read(array: Any, rows: slice | np.ndarray) -> np.ndarray:
         start, stop, step = rows.indices(array.shape[0])
         if step != 1:
             raise ValueError(f"rows cannot be read in steps of {step}; use a step of 1")
-        return np.asarray(array[start : max(start, stop)].read().result())
+        with _named(array.kvstore.path):
+            return np.asarray(array[start : max(start, stop)].read().result())
     distinct, places = np.unique(rows, return_inverse=True)
     found = np.empty((len(distinct), *array.shape[1:]), array.dtype.numpy_dtype)
     for first in range(0, len(distinct), _ROWS_AT_ONCE):
         some = slice(first, first + _ROWS_AT_ONCE)
-        found[some] = array[distinct[some]].read().result()
+        with _named(array.kvstore.path):
+            found[some] = array[distinct[some]].read().result()
     return found if np.array_equal(distinct, rows) else found[places]
 
 
-def _spec(path: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute())}}
-
-
-def _open(spec: dict[str, Any]) -> Any:
+def _open(path: Path, how: dict[str, Any]) -> Any:
     import tensorstore
 
-    return tensorstore.open(spec).result()
+    with _named(path):
+        return tensorstore.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute())}, **how}
+        ).result()
+
+
+@contextlib.contextmanager
+def _named(path: Path | str) -> Iterator[None]:
+    """Turns tensorstore's errors into ours: about what the operating system refuses, or about a damaged file."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        text = " ".join(str(error).split())
+        named = re.search(r'local file "(.*?)"', text)
+        file = Path(named[1] if named else path)
+        if code := re.search(r"os_error_code='(\d+)'", text):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
+        if not re.match("NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE", text):
+            raise
+        if text.startswith("NOT_FOUND"):
+            raise damaged(file, "is missing") from error
+        reason = re.sub(r"\[(tensorstore_spec|source locations).*|.*local file \".*?\"[^:]*: ", "", text).strip()
+        raise damaged(file, f"is damaged: {reason[:120]}") from error

@@ -7,6 +7,19 @@ from typing import Any
 
 from rac3.config import fingerprint
 
+COMMANDS = {
+    **dict.fromkeys(
+        ("text", "vqgan", "clip", "documents", "embeddings", "queries", "index", "neighbors"), "rac3 prepare"
+    ),
+    "train": "rac3 train",
+    "retrieval": "rac3 evaluate --task retrieval",
+    "evaluation": "rac3 evaluate",
+    "infilling": "rac3 evaluate --task infilling",
+    "few_shot": "rac3 evaluate --task few-shot",
+}
+"""What makes an artifact, by the stage of its recipe."""
+WHOLE = "rac3 run"  # what makes everything
+
 
 @dataclass(frozen=True, eq=False)
 class Recipe:

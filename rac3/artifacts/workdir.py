@@ -3,7 +3,8 @@
     WORKDIR/<stage>/<fingerprint>/manifest.json + files       complete
     WORKDIR/<stage>/<fingerprint>.partial/ + files            being written, or killed: the stage resumes here
 
-A directory gets its final name only when it is complete, so one that has it can be trusted.
+A directory gets its final name only when it is complete. Whoever asks for an artifact gets it with its files checked:
+none is missing, truncated or changed (`files.py`), and its inputs are those that it was made from.
 """
 
 import contextlib
@@ -11,34 +12,49 @@ import fcntl
 import json
 import os
 import platform
+import shlex
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rac3.artifacts.recipe import Recipe
+from rac3.artifacts.files import MANIFEST, TEMPORARY, content, damage, damaged, describe, sealed, unsealed
+from rac3.artifacts.recipe import COMMANDS, WHOLE, Recipe
 from rac3.config import InputError, canonical
 
-MANIFEST = "manifest.json"
 OWNER = "workdir.json"
-TEMPORARY = ".tmp"
+PARTIAL = ".partial"
+FOREIGN = ("lost+found", "System Volume Information")  # folders that file systems make
 VISIBLE = 60.0  # seconds: as long as NFS clients believe what they have read of a folder
 PACKAGES = ("rac3", "jax", "flax", "numpy", "tensorstore", "array-record", "scann")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact."""
+    """A complete artifact, and the command that made it, if its manifest does not say."""
 
     folder: Path
+    command: str = ""
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        """Raises InputError: it is missing, or not as it was written."""
+        path = self.folder / MANIFEST
+        try:
+            manifest = unsealed(path)
+        except FileNotFoundError as error:
+            raise damaged(path, "is missing", self.command) from error
+        except ValueError as error:
+            raise damaged(path, f"is damaged: {error}", self.command) from error
+        if manifest.get("fingerprint") != self.fingerprint:
+            raise damaged(path, "is that of another artifact", self.command)
+        return manifest
 
     @property
     def fingerprint(self) -> str:
@@ -68,27 +84,75 @@ class Workdir:
         self.path = path
         if path.exists() and not path.is_dir():
             raise InputError(f"workdir {path} is a file; give a folder")
-        record = path / OWNER
-        if record.is_file():
-            other = json.loads(record.read_text(encoding="utf-8")).get("config")
-            if other != owner:
-                raise InputError(f"workdir {path} was made by config {other!r}, not {owner!r}; give another --workdir")
-        elif path.is_dir() and any(path.iterdir()):
-            raise InputError(f"workdir {path} holds files that rac3 did not write; give an empty or new --workdir")
+        if (path / OWNER).is_file():
+            self._check_owner(path / OWNER, owner)
+        elif path.is_dir() and (others := [each.name for each in path.iterdir() if not _is_of_the_system(each)]):
+            raise InputError(
+                f"workdir {path} holds files that rac3 did not write, such as {min(others)}; give an empty or new "
+                "--workdir"
+            )
         self.arguments = arguments
         self._owner = owner
         self._writing: list[Recipe] = []
+        self._checked: set[Path] = set()
+        self._older = False  # whether an artifact without a record of its files was seen
+
+    def _check_owner(self, record: Path, owner: str) -> None:
+        try:
+            other = unsealed(record).get("config")
+        except ValueError as error:
+            own = shlex.quote(json.dumps({"config": owner}))
+            raise InputError(
+                f"{record} is damaged: {error}; if this is the workdir of the config {owner!r}, run "
+                f"`echo {own} > {shlex.quote(str(record))}`"
+            ) from error
+        if other != owner:
+            raise InputError(f"workdir {self.path} was made by config {other!r}, not {owner!r}; give another --workdir")
 
     def find(self, recipe: Recipe) -> Artifact | None:
-        """The artifact of a recipe, if it is complete."""
-        artifact = Artifact(self._final(recipe))
-        return artifact if (artifact.folder / MANIFEST).is_file() else None
+        """The artifact of a recipe, or None if it is not made yet.
 
-    def require(self, recipe: Recipe, command: str) -> Artifact:
+        Raises:
+          InputError: it is damaged, or was made from other inputs than the workdir now has under their names.
+        """
+        artifact = Artifact(self._final(recipe), self._command(recipe))
+        if not artifact.folder.is_dir():
+            return None
+        if artifact.folder not in self._checked:
+            self._check(recipe, artifact)
+            self._checked.add(artifact.folder)
+        return artifact
+
+    def _check(self, recipe: Recipe, artifact: Artifact) -> None:
+        files = artifact.manifest.get("files")
+        if files is None and not self._older:
+            self._older = True
+            print(
+                f"rac3: {artifact.folder} is from a version of rac3 that kept no record of its files; they, and others "
+                "like them, are used as they are",
+                file=sys.stderr,
+            )
+        for path, what in damage(artifact.folder, files or {}):
+            raise damaged(path, what)
+        self._check_origin(recipe, set())
+
+    def _check_origin(self, recipe: Recipe, seen: set[str]) -> None:
+        """An input that was made again, after its folder was deleted, may be another: encoders are fitted, say."""
+        seen.add(recipe.fingerprint)
+        artifact, contents = Artifact(self._final(recipe)), self._contents(recipe)
+        for name, recorded in artifact.manifest.get("contents", {}).items():
+            if contents.get(name, recorded) != recorded:
+                other = self._final(recipe.inputs[name])
+                raise damaged(artifact.folder, f"was made from another {other}, which has been made again since")
+        for each in recipe.inputs.values():
+            if each.fingerprint not in seen and (self._final(each) / MANIFEST).is_file():
+                self._check_origin(each, seen)
+
+    def require(self, recipe: Recipe) -> Artifact:
         """The artifact of a recipe.
 
         Raises:
-          InputError: there is none; the message has the command that makes it.
+          InputError: there is none; the message has the command that makes it. Or as `find`.
           RuntimeError: it is read while another artifact is being written, whose recipe does not name it as an input.
         """
         if self._writing and not any(recipe.fingerprint in writing.reads for writing in self._writing):
@@ -101,10 +165,20 @@ class Workdir:
         if artifact is None:
             stage = self.path / recipe.stage
             others = [path for path in stage.glob("*") if (path / MANIFEST).is_file()] if stage.is_dir() else []
-            state = "is stale (made with other settings)" if others else "is missing"
-            whole = " ".join(part for part in (command, self.arguments) if part)
-            raise InputError(f"{recipe.stage} {state} in {self.path}; run `{whole}`")
+            state = "is stale (made with other settings, or from other data)" if others else "is missing"
+            raise InputError(f"{recipe.stage} {state} in {self.path}; run `{self._command(recipe)}`")
         return artifact
+
+    def artifacts(self) -> list[Artifact]:
+        """All artifacts of the workdir, of other settings too, in the order in which they are made."""
+        folders = [sorted((self.path / stage).glob("*")) for stage in COMMANDS]
+        return [Artifact(each) for each in chain(*folders) if each.is_dir() and each.suffix != PARTIAL]
+
+    def _command(self, recipe: Recipe) -> str:
+        """What makes the artifact of a recipe, with what it is made from if that is missing too."""
+        whole = not all(self._final(each).is_dir() for each in recipe.inputs.values())
+        command = WHOLE if whole and recipe.stage in ("train", "evaluation") else COMMANDS[recipe.stage]
+        return " ".join(part for part in (command, self.arguments) if part)
 
     @contextlib.contextmanager
     def write(self, recipe: Recipe) -> Iterator[Draft]:
@@ -113,15 +187,16 @@ class Workdir:
         After an error or a kill the draft stays, and the next `write` of the recipe gets it back to go on.
 
         Raises:
-          InputError: another process writes this artifact now, or has just completed it.
+          InputError: another process writes this artifact now, or has just completed it; or what is there is damaged.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / OWNER, json.dumps({"config": self._owner}) + "\n")
+        write_atomic(self.path / OWNER, sealed({"config": self._owner}))
         final, partial = self._final(recipe), self._partial(recipe)
         final.parent.mkdir(exist_ok=True)
         started = time.monotonic()
         with _locked(final.with_name(final.name + ".lock"), final):
             if final.exists():
+                self.find(recipe)  # raises if it is damaged
                 raise InputError(f"{final} was completed by another process meanwhile; run the command again to use it")
             partial.mkdir(exist_ok=True)
             draft = Draft(partial)
@@ -132,11 +207,14 @@ class Workdir:
                 "fingerprint": recipe.fingerprint,
                 "config": canonical(recipe.config),
                 "inputs": recipe.input_fingerprints,
+                "contents": self._contents(recipe),
                 "counts": draft.counts,
                 "versions": {"python": platform.python_version(), **_versions()},
                 "seconds": round(time.monotonic() - started, 2),
+                "command": self._command(recipe),
+                "files": describe(partial),
             }
-            write_atomic(partial / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(partial / MANIFEST, sealed(manifest))
             partial.rename(final)
 
     @contextlib.contextmanager
@@ -162,7 +240,13 @@ class Workdir:
 
     def _partial(self, recipe: Recipe) -> Path:
         final = self._final(recipe)
-        return final.with_name(final.name + ".partial")
+        return final.with_name(final.name + PARTIAL)
+
+    def _contents(self, recipe: Recipe) -> dict[str, str]:
+        """What the inputs hold now, as far as they are there and have a record of their files."""
+        inputs = {name: Artifact(self._final(each)) for name, each in recipe.inputs.items()}
+        found = {name: each.manifest for name, each in inputs.items() if (each.folder / MANIFEST).is_file()}
+        return {name: content(manifest["files"]) for name, manifest in found.items() if "files" in manifest}
 
     @contextlib.contextmanager
     def _noted(self, recipe: Recipe) -> Iterator[None]:
@@ -177,11 +261,15 @@ class Workdir:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """The file appears whole or not at all, also when the machine fails."""
     temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # it takes room on a disk that may be full
+        raise
 
 
 def temporary_path(path: Path) -> Path:
@@ -201,6 +289,11 @@ def _locked(path: Path, artifact: Path) -> Iterator[None]:
             ) from None
         yield
         path.unlink()
+
+
+def _is_of_the_system(path: Path) -> bool:
+    """Left by a file system, a file browser, or a first write of ours that was killed."""
+    return path.name in FOREIGN or path.name.startswith((".", f"{OWNER}."))
 
 
 def _appears(folder: Path) -> bool:

@@ -80,6 +80,8 @@ class BatchConfig:
                 f"batches.num_retrieved={self.num_retrieved} asks for more than batches.candidates={self.candidates}; "
                 "raise candidates"
             )
+        if self.read_threads < 1:
+            raise InputError(f"batches.read_threads={self.read_threads} is below 1; use at least 1")
         if self.rows < 1 or self.retrieved_weight < 0:
             raise InputError(f"batches.rows={self.rows} must be at least 1, and batches.retrieved_weight at least 0")
 

@@ -46,17 +46,17 @@ MOST_LAYERS = 1000  # of a tower; a file that claims more is damaged
 
 def check_tower(config: TowerConfig, name: str) -> None:
     """Raise InputError if the layers can't be built; `name` is the tower's in messages."""
+    for count in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+        if getattr(config, count) < 1:
+            raise InputError(f"{name}: {count}={getattr(config, count)} is below 1; use at least 1")
     if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{name}: hidden_size={config.hidden_size} is not a multiple of "
             f"num_attention_heads={config.num_attention_heads}; change either"
         )
-    if config.num_hidden_layers < 1:
-        raise InputError(f"{name}: num_hidden_layers={config.num_hidden_layers} is below 1; use at least 1")
-    if config.num_hidden_layers > MOST_LAYERS or config.hidden_size < 1:
+    if config.num_hidden_layers > MOST_LAYERS:
         raise InputError(
-            f"{name}: num_hidden_layers={config.num_hidden_layers} or hidden_size={config.hidden_size} is out of "
-            f"range; use at most {MOST_LAYERS} layers, of at least 1"
+            f"{name}: num_hidden_layers={config.num_hidden_layers} is out of range; use at most {MOST_LAYERS} layers"
         )
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{name}: hidden_act={config.hidden_act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")

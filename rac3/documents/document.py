@@ -166,6 +166,17 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """A source that names the files that it reads. Optional for your own source: without it, documents stay current
+    when a file changes and the shards keep their names.
+    """
+
+    def files(self, data_dir: Path) -> Sequence[Path]:
+        """All of them, sorted. Documents are current while these have the same names, sizes and times of change."""
+        ...
+
+
 def encode_png(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
     """A PNG file."""
     buffer = io.BytesIO()

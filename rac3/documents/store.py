@@ -26,6 +26,7 @@ import msgpack
 import numpy as np
 from jaxtyping import Int, Integer
 
+from rac3.artifacts.files import damaged
 from rac3.artifacts.workdir import temporary_path
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
@@ -213,12 +214,15 @@ class DocumentStore:
         """One of `COLUMNS`, or of the starts of ids, memory-mapped.
 
         Raises:
-          InputError: the file is missing: the documents come from a version that did not write this column.
+          InputError: the file is missing, or is no array.
         """
         path = self.folder / f"{name}.npy"
-        if not path.is_file():
-            raise InputError(f"{path} is missing; delete {self.folder} and run `rac3 ingest` again")
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as error:
+            raise damaged(path, "is missing") from error
+        except (ValueError, EOFError) as error:
+            raise damaged(path, "is damaged: it holds no array") from error
 
     def shown_lengths(self, shown: Shown, rows: slice | np.ndarray = slice(None)) -> Int[np.ndarray, "..."]:
         """As `lengths`, but for the shown part of each document; 0 where it has no such part.
@@ -236,7 +240,26 @@ class DocumentStore:
     def _source(self) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        return ArrayRecordDataSource([str(path) for path in sorted(self.folder.glob("*.array_record"))])
+        paths = sorted(self.folder.glob("*.array_record"))
+        try:
+            source = ArrayRecordDataSource([str(path) for path in paths])
+        except RuntimeError as error:
+            raise damaged(next(filter(_is_damaged, paths), self.folder), "is damaged: it holds no records") from error
+        if len(source) != len(self):
+            raise damaged(self.folder, f"has {len(source):,} documents in its .array_record files, not {len(self):,}")
+        return source
+
+    def _records(self, rows: Sequence[int]) -> list[bytes]:
+        try:
+            return self._source.__getitems__(rows)
+        except RuntimeError as error:
+            for row in rows:  # the reader's error does not name the file
+                try:
+                    self._source[row]
+                except RuntimeError:
+                    path = self.folder / f"{self._shard(row):06d}.array_record"
+                    raise damaged(path, f"is damaged: document {row} does not match its checksum") from error
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -245,7 +268,7 @@ class DocumentStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> TokenizedDocument:
-        return self._tokenized(index, self._source[int(index)])
+        return self._tokenized(index, self._records([int(index)])[0])
 
     def tokens(self, index: int) -> Tokens:
         """The ids of a document; reads nothing else.
@@ -257,9 +280,12 @@ class DocumentStore:
           InputError: the ids are damaged; or as `column`.
         """
         start, stop = self._id_starts[index : index + 2].tolist()
-        shard = bisect_right(self._id_shards, start) - 1
+        shard = self._shard(index)
         path = _ids_path(self.folder, shard, self._kind)
-        file = os.open(path, os.O_RDONLY)
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise damaged(path, "is missing") from error
         try:
             data = os.pread(file, stop - start, start - self._id_shards[shard])
         finally:
@@ -267,10 +293,11 @@ class DocumentStore:
         try:
             return unpack_ids(data, self._kind)
         except ValueError as error:
-            raise InputError(
-                f"{path} is damaged: the ids of document {index} of {self.folder}, {error}; delete that folder and "
-                "run `rac3 ingest` again"
-            ) from error
+            raise damaged(path, f"is damaged: the ids of document {index}, {error}") from error
+
+    def _shard(self, index: int) -> int:
+        """The number of the files that hold a document."""
+        return bisect_right(self._id_shards, int(self._id_starts[index])) - 1
 
     @cached_property
     def _id_starts(self) -> Int[np.ndarray, " starts"]:
@@ -300,7 +327,17 @@ class DocumentStore:
         if len(indices) == 0:
             return []  # the reader rejects an empty list
         rows = [int(index) for index in indices]
-        return [self._tokenized(*each) for each in zip(rows, self._source.__getitems__(rows), strict=True)]
+        return [self._tokenized(*each) for each in zip(rows, self._records(rows), strict=True)]
+
+
+def _is_damaged(records: Path) -> bool:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        ArrayRecordReader(str(records)).close()
+    except RuntimeError:
+        return True
+    return False
 
 
 class Texts(Sequence[str]):

@@ -67,6 +67,11 @@ class Tfds:
         starts = range(0, count, self.shard_size)
         return [f"{start:09d}-{min(start + self.shard_size, count):09d}" for start in starts]
 
+    def files(self, data_dir: Path) -> Sequence[Path]:
+        """The files of the prepared dataset, sorted."""
+        folder = Path(_builder(self.name, data_dir / self.folder).data_dir)
+        return sorted(path for path in folder.iterdir() if path.is_file())
+
     def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject | Note]:
         """The examples of one range. A damaged example does not affect the others."""
         features, examples = self._open(data_dir)

@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ from rac3.documents.tar import Sample, TarShard, TruncatedTarError
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 METADATA = "json"  # the field that holds it
 LISTED = 8  # kinds of members that a message lists
+
+
+_FILE = re.compile(r"\.(tar|tar\.gz|tgz|parquet)$")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class WebDataset:
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise InputError(f"data folder {str(folder)!r} holds {twice[0]!r} plain and compressed; keep one of them")
         return names
+
+    def files(self, data_dir: Path) -> Sequence[Path]:
+        """The shards and the tables next to them, sorted."""
+        return sorted(path for path in (data_dir / self.folder).glob("[!.]*") if _FILE.search(path.name))
 
     def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject | Note]:
         """The samples of `shard` in the order of the tar. A damaged sample does not affect the others.

@@ -6,16 +6,19 @@
 import contextlib
 import logging
 import os
+import secrets
 import sys
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rac3.config import CONFIG_MODULE, InputError
 from rac3.execution.shards import BEAT, Beat, Events, Job, Outcome, Shard, Tally, Worker, attempt, check_counts
 
 MAX_LOST = 3  # consecutive workers that die before they are open
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on 127.0.0.1 alone, on any system
 OBJECT_STORE = 100 * 2**20  # bytes, for a cluster that we start: only jobs and counts are sent
 
 
@@ -67,6 +70,8 @@ class Ray:
             if "ray" not in sys.modules:  # it reads these on import
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
                 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for this case, without its notice
+                os.environ.setdefault(LOOPBACK_ONLY, "0")
+            _keep_token_private()
         try:
             import ray
         except ImportError as error:
@@ -79,6 +84,9 @@ class Ray:
                 f"cannot connect to a Ray cluster at {address!r} ({reason}); give another --ray.address, or set "
                 "RAY_AUTH_MODE=token if the cluster requires a token"
             ) from error
+        if own:  # Ray starts a process of its dashboard in any case, for statistics that are off
+            with contextlib.suppress(Exception):  # by a name that is not promised
+                ray._private.worker._global_node.kill_dashboard(check_alive=False)
         try:
             yield ray
         finally:
@@ -106,6 +114,24 @@ class Ray:
                 "--ray.cpus-per-worker or --ray.gpus-per-worker, or set --ray.workers to wait for machines"
             )
         return min(workers, shards), gpus
+
+
+def _keep_token_private() -> None:
+    """Makes the token by which the processes of a cluster know each other, or its file, readable to its owner alone.
+
+    Ray writes it readable to all. A token in RAY_AUTH_TOKEN, or a path in RAY_AUTH_TOKEN_PATH, stays as it is.
+    """
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        path.chmod(0o600)
+        return
+    with os.fdopen(file, "w") as token:
+        token.write(secrets.token_hex(32))
 
 
 def _put(ray: Any, job: Job) -> Any:

@@ -8,7 +8,9 @@ results do not depend on the executor.
 """
 
 import contextlib
+import errno
 import json
+import os
 import threading
 import time
 import traceback
@@ -18,12 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rac3.artifacts.workdir import TEMPORARY, write_atomic
+from rac3.artifacts.files import TEMPORARY, damaged
+from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError
 from rac3.execution.progress import Progress
 
 ATTEMPTS = 3  # per shard, before the run goes on without it
 MAX_POISONED = 20  # failed shards that stop the run: the cause is not the shards
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a full or read-only disk answers
 BEAT = 1.0  # seconds between `Beat`s
 TENSORSTORE_TEMPORARY = ".__lock"  # left over from a killed write
 
@@ -55,7 +59,10 @@ class Shard:
 
     def read_summary(self) -> dict[str, Any]:
         """The worker's result for this shard."""
-        return json.loads(self.summary.read_text(encoding="utf-8"))
+        try:
+            return json.loads(self.summary.read_bytes())
+        except ValueError as error:
+            raise damaged(self.summary, "is damaged: it is no JSON") from error
 
 
 def document_shards(part: str, documents: int, per_shard: int, folder: Path, kind: str = "") -> list[Shard]:
@@ -118,6 +125,7 @@ class Outcome:
     error: str | None = None
     trace: str = ""
     stops: bool = False  # an InputError: other attempts and shards would fail, too
+    refused: tuple[int, str] | None = None  # error number and path, where the disk can't be written: likewise
 
 
 @dataclass(frozen=True)
@@ -196,10 +204,14 @@ class _Ledger:
 
         Raises:
           InputError: a worker raised it.
+          OSError: no worker can write.
         """
         if isinstance(event, Beat):
             self.beat, self.workers = event, max(self.workers, event.workers)
             return 0
+        if event.refused is not None:
+            number, path = event.refused
+            raise OSError(number, os.strerror(number), path) from _trace([event])
         if event.stops:
             raise InputError(event.error) from _trace([event])
         if event.error is None:
@@ -261,7 +273,10 @@ def attempt(worker: Worker, shard: Shard, tally: Tally) -> Outcome:
         text = " ".join(str(error).split())
         stops = isinstance(error, InputError)
         text = text if stops else f"{type(error).__name__}: {text}"
-        return Outcome(shard, error=text, trace=traceback.format_exc(), stops=stops)
+        refused = None
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            refused = error.errno, str(error.filename or shard.folder)
+        return Outcome(shard, error=text, trace=traceback.format_exc(), stops=stops, refused=refused)
     return Outcome(shard, tally.documents, tally.rejects)
 
 

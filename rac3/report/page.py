@@ -264,7 +264,7 @@ def _captions(captions: Sequence[Captioned]) -> str:
 
 def _retrieval(metrics: Mapping[str, Any]) -> str:
     names = model_names(metrics)
-    plots = []
+    plots, short = [], []
     for split in reversed(metrics["evaluation"]["documents"]):
         for modality in ("image", "text"):
             curves = {name: _by_k(metrics, name, split, modality) for name in names}
@@ -281,6 +281,12 @@ def _retrieval(metrics: Mapping[str, Any]) -> str:
                 if curve
             ]
             if lines and most:
+                short += [
+                    f"{model_label(name)}, {modality} {split}: {count} at {k}"
+                    for name in curves
+                    for k, count in (lookup(metrics, (name, "fewer_than_k", split, modality)) or {}).items()
+                    if count
+                ]
                 title = f"{modality} perplexity {split}".capitalize()
                 plots.append(plot(title, "documents in context", "perplexity", lines, markers=True))
     recalls = recall_rows(metrics)
@@ -296,6 +302,8 @@ def _retrieval(metrics: Mapping[str, Any]) -> str:
         note += f'<p class="note">{escape(line)}.</p>'
     if copied := copied_line(metrics):
         note += f'<p class="note">{escape(copied[0].upper() + copied[1:])}.</p>'
+    if short:
+        note += f'<p class="note">Documents with fewer before them than asked for: {escape("; ".join(short))}.</p>'
     return (f'<div class="plots">{"".join(plots)}</div>' if plots else "") + shown + note
 
 

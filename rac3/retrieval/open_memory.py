@@ -57,7 +57,8 @@ class OpenMemory:
 
     def retrieve(self, queries: Queries, exclude: Int[np.ndarray, " queries"]) -> Selected:
         """The documents selected for each query; `exclude` as in `select`."""
-        _, ids = search_memory(self.indexes, self.memory, queries, self.retriever.num_neighbors)
+        wanted = min(self.retriever.num_neighbors, len(self.memory))  # a small memory has no more to give
+        _, ids = search_memory(self.indexes, self.memory, queries, wanted)
         return select(self.selection, queries.embeddings, ids, self.memory, exclude)
 
     def document(self, number: int) -> TokenizedDocument:

@@ -4,6 +4,7 @@ In training, the query comes from a document that is itself in the memory, the m
 document with its text or image, would teach the model to copy.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from rac3.retrieval.memory import Memory
 
 HELD_BYTES = 2**30  # of embeddings held at once; each is read once for all queries of a chunk
 _QUERIES_AT_ONCE = 256  # per thread: 13 MB of embeddings for 16 candidates of 768 dimensions
+_RANKS_AT_ONCE = 64  # more are walked in turn: the products of all with all would grow with their square
+_THREAD_BYTES = 2**27  # of embeddings that each thread holds
 
 
 @dataclass(frozen=True)
@@ -97,19 +100,36 @@ def _select_some(
     held, places = memory.held(ids)
     taken, to_query = np.zeros(candidate_ids.shape, bool), np.zeros(candidate_ids.shape, np.float32)
     dropped = np.zeros((len(ids), len(Dropped._fields)), np.int64)
-    workers = max(1, min(os.cpu_count() or 1, -(-len(ids) // _QUERIES_AT_ONCE)))
+    many = candidate_ids.shape[1]
+    kept = min(selection.depth, many) if many > _RANKS_AT_ONCE else 0  # of earlier ranks, to compare with
+    width = min(_RANKS_AT_ONCE, many) + 1
+    most = _THREAD_BYTES // (4 * (width + kept) * max(memory.embed_dim, 1))
+    at_once = max(1, min(_QUERIES_AT_ONCE, len(ids), most))
+    workers = max(1, min(os.cpu_count() or 1, -(-len(ids) // at_once)))
 
     def work(worker: int) -> None:
         # One buffer for all steps: allocating a new one takes longer than filling it.
-        buffer = np.empty((min(_QUERIES_AT_ONCE, len(ids)), ids.shape[1], memory.embed_dim), np.float32)
-        for start in range(worker * _QUERIES_AT_ONCE, len(ids), workers * _QUERIES_AT_ONCE):
-            some = slice(start, start + _QUERIES_AT_ONCE)
-            embeddings = buffer[: len(ids[some])]
-            np.take(held, places[some], axis=0, out=embeddings, mode="clip")  # this mode writes to `out` without a copy
-            embeddings[ids[some] < 0] = 0
+        buffer = np.empty(at_once * width * memory.embed_dim, np.float32)
+        for start in range(worker * at_once, len(ids), workers * at_once):
+            some = slice(start, start + at_once)
             queries = np.asarray(query_embeddings[some], np.float32)
-            walked = _walk(selection, queries, embeddings, candidate_ids[some], memory, exclude[some])
-            taken[some], to_query[some], dropped[some] = walked
+            chosen = np.zeros((len(queries), kept, memory.embed_dim), np.float32)
+            for first in range(0, many, _RANKS_AT_ONCE):
+                ranks = slice(first, min(first + _RANKS_AT_ONCE, many))
+                own, place = (np.column_stack([each[some, ranks], each[some, -1]]) for each in (ids, places))
+                shape = *own.shape, memory.embed_dim
+                embeddings = buffer[: math.prod(shape)].reshape(shape)
+                np.take(held, place, axis=0, out=embeddings, mode="clip")  # this mode writes to `out` without a copy
+                embeddings[own < 0] = 0
+                before = taken[some].sum(axis=1)
+                some_ids = candidate_ids[some, ranks]
+                walked = _walk(selection, queries, embeddings, some_ids, memory, exclude[some], chosen, before)
+                taken[some, ranks], to_query[some, ranks], of_rules = walked
+                dropped[some] += of_rules
+                if kept:
+                    rows, columns = np.nonzero(walked[0])
+                    slots = before[rows] + walked[0].cumsum(axis=1)[rows, columns] - 1
+                    chosen[rows, slots] = embeddings[rows, columns]
 
     with ThreadPoolExecutor(workers) as threads:  # NumPy gathers and multiplies without the GIL
         list(threads.map(work, range(workers)))
@@ -132,12 +152,18 @@ def _walk(
     candidate_ids: Int[np.ndarray, "queries candidates"],
     memory: Memory,
     exclude: Int[np.ndarray, " queries"],
+    chosen: Float[np.ndarray, "queries chosen embed"],
+    before: Int[np.ndarray, " queries"],
 ) -> tuple[
     Bool[np.ndarray, "queries candidates"], Float[np.ndarray, "queries candidates"], Int[np.ndarray, "queries rules"]
 ]:
     """Which candidates are selected, their inner products with the query, and how many each rule of `Dropped` dropped.
 
     Vectorized over the queries: one step per rank.
+
+    Args:
+      chosen: the embeddings of those that were selected at better ranks; zeros for none.
+      before: how many those are.
     """
     to_each_other = embeddings[:, :-1] @ embeddings.swapaxes(1, 2)
     to_main = to_each_other[:, :, -1]
@@ -145,18 +171,19 @@ def _walk(
     is_withdrawn, is_duplicate = memory.are_withdrawn(candidate_ids), memory.duplicates(candidate_ids, exclude)
     # Rounding can make the inner product of equal unit vectors exceed 1; a limit of 1 must not drop them.
     limit = selection.max_similarity if selection.max_similarity < 1 else np.inf
+    like_chosen = (embeddings[:, :-1] @ chosen.swapaxes(1, 2) > limit).any(axis=2)
     taken = np.zeros(candidate_ids.shape, bool)
     dropped = np.zeros((len(candidate_ids), len(Dropped._fields)), np.int64)
     for place in range(candidate_ids.shape[1]):
         ids = candidate_ids[:, place]
-        considered = (ids >= 0) & (taken.sum(axis=1) < selection.depth)
+        considered = (ids >= 0) & (before + taken.sum(axis=1) < selection.depth)
         rules = (
             is_withdrawn[:, place],
             ids == exclude,
             is_duplicate[:, place],
             to_main[:, place] > limit,
             to_query[:, place] > limit,
-            (taken & (to_each_other[:, place, :-1] > limit)).any(axis=1),
+            (taken & (to_each_other[:, place, :-1] > limit)).any(axis=1) | like_chosen[:, place],
         )
         for number, broken in enumerate(rules):
             dropped[:, number] += considered & broken

@@ -1,6 +1,7 @@
 """Evaluate: a trained model on the held-out splits, with a retriever (its own, or another one) at inference."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from rac3.artifacts.workdir import write_atomic
-from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT
+from rac3.batches.groups import GroupBuilder
+from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, Group
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
@@ -21,9 +23,10 @@ from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
 from rac3.generation.rerank import best_by_clip, best_by_perplexity
 from rac3.generation.tasks import caption, draw
+from rac3.held_out import SPLITS, context, copied, held_out, retrieved, sampled, segment_ids
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
-from rac3.held_out import SPLITS, context, copied, held_out, retrieved, sampled, segment_ids
+from rac3.tokens.html import Sequenced
 
 METRICS = "metrics.json"
 # What is scored, in the order of the `PARTS` that ask: a text asks for an image, an image for a text.
@@ -106,10 +109,13 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         name += f" with {type(experiment.retriever).__name__.lower()}"
     with Progress(f"evaluate {name} on {split}", most + 3, "parts") as bar:
         by_k: dict[str, dict[str, float | None]] = {"image": {}, "text": {}}
+        fewer: dict[str, dict[str, int]] = {"image": {}, "text": {}}
         cross_entropy = make_token_cross_entropy(run.model)
         for k in range(most + 1):
             for modality, value in _perplexities(run, cross_entropy, items, neighbors, k).items():
                 by_k[modality][str(k)] = value
+            for number, (modality, build, _) in enumerate(MODALITIES):
+                fewer[modality][str(k)] = _groups(run, build, items, neighbors[:, number], k)[1]
             bar.update()
         images, scores = _images(run, split, items, neighbors[:, 0], most)
         bar.update()
@@ -121,10 +127,17 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
     for modality, count in too_long.items():
         if count:
             print(f"{count} of {len(items)} {split} documents exceed the context, and have no {modality} perplexity")
+    for modality, counts in fewer.items():
+        if short := counts[str(most)]:
+            print(
+                f"{short} of {len(items)} {split} documents have fewer than {most} documents in context for their "
+                f"{modality}: too few are retrieved, or the context has no room"
+            )
     return {
         "documents": len(items),
         "with_entity": named,
         "too_long": too_long,
+        "fewer_than_k": fewer,
         "perplexity": {modality: values[str(most)] for modality, values in by_k.items()},
         "perplexity_by_k": by_k,
         "clip_score": float(scores.mean()) if len(scores) else None,
@@ -144,22 +157,34 @@ def _perplexities(
 
     The documents that `_too_long` counts are left out.
     """
-    out, most = {}, run.model.max_positions
-    builder, params = run.builder, run.params
+    out = {}
     for number, (modality, build, kind) in enumerate(MODALITIES):
-        groups = []
-        for item, row in zip(items, neighbors[:, number], strict=True):
-            documents = builder.retrieved_sequences([each.tokens for each in retrieved(run, row, k)])
-            main = builder.sequence(item.tokens)
-            group = build(builder, documents, main)
-            while len(group.tokens) > most and documents:
-                documents = documents[:-1]  # as in training: the least relevant goes first
-                group = build(builder, documents, main)
-            if len(group.tokens) <= most:
-                groups.append(group)
+        groups, _ = _groups(run, build, items, neighbors[:, number], k)
         length = max([run.experiment.batches.row, *(len(group.tokens) for group in groups)])
-        out[modality] = perplexity(cross_entropy, params, groups, kind, length, run.experiment.batches.max_groups)
+        out[modality] = perplexity(cross_entropy, run.params, groups, kind, length, run.experiment.batches.max_groups)
     return out
+
+
+def _groups(
+    run: Run,
+    build: Callable[[GroupBuilder, Sequence[Sequenced], Sequenced], Group],
+    items: list[TokenizedDocument],
+    neighbors: Int[np.ndarray, "n depth"],
+    k: int,
+) -> tuple[list[Group], int]:
+    """Each document after k that are retrieved for it, and how many documents have fewer than k before them."""
+    builder, most, groups, fewer = run.builder, run.model.max_positions, [], 0
+    for item, row in zip(items, neighbors, strict=True):
+        documents = builder.retrieved_sequences([each.tokens for each in retrieved(run, row, k)])
+        main = builder.sequence(item.tokens)
+        group = build(builder, documents, main)
+        while len(group.tokens) > most and documents:
+            documents = documents[:-1]  # as in training: the least relevant goes first
+            group = build(builder, documents, main)
+        if len(group.tokens) <= most:
+            groups.append(group)
+            fewer += len(documents) < k
+    return groups, fewer
 
 
 def _too_long(run: Run, items: list[TokenizedDocument]) -> dict[str, int]:

@@ -61,7 +61,7 @@ def evaluate_few_shot(run: Run) -> dict[str, Any]:
             splits = [split for split in SPLITS if split in run.experiment.data.sources()]
             metrics = {split: _evaluate_split(run, split) for split in splits}
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
-        artifact = run.workdir.require(recipe, recipes.COMMANDS[recipe.stage])
+        artifact = run.workdir.require(recipe)
     return json.loads((artifact.folder / METRICS).read_text())
 
 

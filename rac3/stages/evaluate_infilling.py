@@ -82,7 +82,7 @@ def kept_pictures(run: Run, split: Split) -> dict[str, Pictures]:
 
 def _folder(run: Run) -> Path:
     recipe = recipes.infilling(run.experiment, run.trained)
-    return run.workdir.require(recipe, recipes.COMMANDS[recipe.stage]).folder
+    return run.workdir.require(recipe).folder
 
 
 def middle(form: Form, resolution: int) -> infill_image.PixelMask:

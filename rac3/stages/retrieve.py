@@ -127,11 +127,9 @@ class _Searcher:
             queries, dropped = queries + len(asked), dropped + found.dropped
             tally.add(0)
         tally.add(len(rows))
-        for name, values, fill in (("ids", ids, -1), ("scores", scores, 0)):
-            whole = (len(store), *shape[1:])
-            array = create_array(
-                shard.folder / name, whole, str(values.dtype), experiment.documents_per_shard, fill, NEIGHBORS_CHUNK
-            )
+        for name, values in (("ids", ids), ("scores", scores)):
+            whole, per_shard = (len(store), *shape[1:]), experiment.documents_per_shard
+            array = create_array(shard.folder / name, whole, str(values.dtype), per_shard, NEIGHBORS_CHUNK)
             write_shard(array, shard.number, values)
         kept = (ids >= 0).sum(axis=2)
         return {

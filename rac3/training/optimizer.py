@@ -35,6 +35,12 @@ class OptimizerConfig:
                 f"optimizer.warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: use 0 or more"
             )
 
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
+            raise InputError(
+                f"optimizer.b1={self.b1} and b2={self.b2} must be in [0, 1), and eps={self.eps} above 0; use 0.9, 0.98 "
+                "and 1e-8"
+            )
+
     def schedule(self, steps: int) -> optax.Schedule:
         warmup = min(self.warmup_steps, max(1, steps // 10))
         return optax.join_schedules(

@@ -69,6 +69,8 @@ class VQGANConfig:
             "ch",
             "num_res_blocks",
             "resolution",
+            "in_channels",
+            "out_ch",
             "z_channels",
             "embed_dim",
             "n_embed",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 
 from rac3.artifacts.arrays import (
     CHUNK_BYTES,
@@ -15,14 +16,14 @@ from rac3.artifacts.arrays import (
     read_array,
     write_shard,
 )
+from rac3.config import InputError
 
 
 @pytest.mark.parametrize("shape", [(1000, 2, 3), (0, 4), (5,), (3, 2_000_000)])
 @pytest.mark.parametrize("shard_rows", [64, 300, 65_536])
 def test_arrays_come_back_by_rows_and_whole(tmp_path: Path, shape: tuple[int, ...], shard_rows: int):
     """Rows of (3, 2000000) float32 exceed the chunk size; shards are written in any order."""
-    array = create_array(tmp_path / "a", shape, "float32", shard_rows, fill=-1)
-    np.testing.assert_array_equal(read_array(tmp_path / "a"), np.full(shape, -1, np.float32))
+    array = create_array(tmp_path / "a", shape, "float32", shard_rows)
     data = np.random.default_rng(0).random(shape, np.float32)
     for number in reversed(range(-(-shape[0] // shard_rows))):
         write_shard(array, number, data[number * shard_rows : (number + 1) * shard_rows])
@@ -126,12 +127,50 @@ def test_a_row_that_is_none_is_no_other_row(row: int, tmp_path: Path):
         Rows(tmp_path / "a")[np.array([0, row])]
 
 
-def test_rows_that_no_one_has_written_are_the_fill_value(tmp_path: Path):
-    ids = create_array(tmp_path / "ids", (5, 2), "int64", 2, fill=-1)
-    write_shard(ids, 1, np.array([[7, 8], [9, 10]]))
-    assert read_array(tmp_path / "ids").tolist() == [[-1, -1], [-1, -1], [7, 8], [9, 10], [-1, -1]]
-    create_array(tmp_path / "scores", (2, 1), "float32", 2)
-    assert read_array(tmp_path / "scores").tolist() == [[0.0], [0.0]]
+def test_rows_that_no_one_has_written_are_missing_and_zeros_are_there(tmp_path: Path):
+    """zarr reads what is missing as a fill value, and does not store what equals it."""
+    ids = create_array(tmp_path / "ids", (5, 2), "int64", 2)
+    write_shard(ids, 1, np.zeros((2, 2), np.int64))
+    assert (tmp_path / "ids/c/1/0").is_file()
+    assert Rows(tmp_path / "ids")[2:4].tolist() == [[0, 0], [0, 0]]
+    for rows in (slice(1, 3), np.array([3, 4])):
+        with pytest.raises(InputError, match=r"ids/c/[02]/0 is missing"):
+            Rows(tmp_path / "ids")[rows]
+
+
+def test_every_bit_of_a_row_is_checked(tmp_path: Path):
+    """Chunks of 2 rows: what is damaged in one is found when it is read, and the other is read as before."""
+    array = create_array(tmp_path / "a", (4, 2), "float32", 4, chunk_bytes=16)
+    data = np.arange(8, dtype=np.float32).reshape(4, 2)
+    write_shard(array, 0, data)
+    path = tmp_path / "a/c/0/0"
+    whole = path.read_bytes()
+    place = whole.index(data[:2].tobytes())
+    for bit in range(0, 8 * data[:2].nbytes, 5):
+        flipped = bytearray(whole)
+        flipped[place + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(InputError, match=r"a/c/0/0 is damaged: Digest mismatch"):
+            Rows(tmp_path / "a")[np.array([1])]
+        np.testing.assert_array_equal(Rows(tmp_path / "a")[2:], data[2:])
+
+
+def test_an_array_of_an_older_version_is_read_as_it_was_written(tmp_path: Path):
+    """Its chunks have no checksums, and it left out those that equal its fill value."""
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    inner = {"chunk_shape": [2, 1], "codecs": [little_endian], "index_codecs": [little_endian, {"name": "crc32c"}]}
+    metadata = {
+        "shape": [4, 1],
+        "data_type": "int64",
+        "fill_value": -1,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2, 1]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+    }
+    store = {"driver": "file", "path": str(tmp_path / "a")}
+    array = tensorstore.open({"driver": "zarr3", "kvstore": store, "metadata": metadata, "create": True}).result()
+    array[:2].write(np.array([[3], [4]])).result()
+    assert not (tmp_path / "a/c/1").exists()
+    assert read_array(tmp_path / "a").tolist() == [[3], [4], [-1], [-1]]
 
 
 def test_int8_codes_are_127ths_of_the_largest_number_of_their_row(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from rac3.artifacts.files import damage
 from rac3.artifacts.recipe import Recipe
-from rac3.artifacts.workdir import MANIFEST, TEMPORARY, Workdir, temporary_path, write_atomic
+from rac3.artifacts.workdir import MANIFEST, OWNER, TEMPORARY, Workdir, temporary_path, write_atomic
 from rac3.config import InputError
 from rac3.tokens.vocabulary import Vocabulary
 
@@ -35,7 +38,7 @@ def test_a_complete_artifact_is_found_with_its_manifest(workdir: Workdir):
         (draft.folder / "data").write_text("x")
         draft.counts["documents"] = 5
         assert workdir.find(recipe) is None
-    artifact = workdir.require(recipe, "rac3 ingest")
+    artifact = workdir.require(recipe)
     assert artifact.folder == workdir.path / "documents" / recipe.fingerprint
     assert (artifact.folder / "data").read_text() == "x"
     assert artifact.fingerprint == recipe.fingerprint
@@ -80,20 +83,20 @@ def test_an_interrupted_write_goes_on_in_the_same_draft(workdir: Workdir):
     with pytest.raises(StopHereError):
         _write_and_stop(workdir)
     assert workdir.find(RECIPE) is None
-    with pytest.raises(InputError, match=r"documents is missing in .*; run `rac3 ingest`"):
-        workdir.require(RECIPE, "rac3 ingest")
+    with pytest.raises(InputError, match=r"documents is missing in .*; run `rac3 prepare`"):
+        workdir.require(RECIPE)
     with workdir.write(RECIPE) as draft:
         assert (draft.folder / "shard 0").read_text() == "done"
         (draft.folder / "shard 1").write_text("done")
-    found = workdir.require(RECIPE, "rac3 ingest")
+    found = workdir.require(RECIPE)
     assert sorted(path.name for path in found.folder.iterdir()) == [MANIFEST, "shard 0", "shard 1"]
 
 
 def test_other_settings_are_stale_rather_than_missing(workdir: Workdir):
     with workdir.write(RECIPE):
         pass
-    with pytest.raises(InputError, match=r"documents is stale .*run `rac3 ingest x`"):
-        workdir.require(Recipe("documents", {"size": 4}, {"text": TEXT}), "rac3 ingest x")
+    with pytest.raises(InputError, match=r"documents is stale .*run `rac3 prepare`"):
+        workdir.require(Recipe("documents", {"size": 4}, {"text": TEXT}))
 
 
 def test_a_workdir_of_another_config_is_refused(workdir: Workdir):
@@ -114,9 +117,22 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path):
     Workdir(tmp_path / "empty", "quickstart")
 
 
+def test_what_a_system_puts_into_a_folder_does_not_make_it_foreign(tmp_path: Path):
+    """A new disk has `lost+found`, a file browser leaves `.DS_Store`, and a full disk the start of our first file."""
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".DS_Store").write_text("x")
+    temporary_path(tmp_path / OWNER).touch()
+    with Workdir(tmp_path, "quickstart").write(RECIPE):
+        pass
+    (tmp_path / OWNER).unlink()
+    with pytest.raises(InputError, match=r"did not write, such as documents;"):
+        Workdir(tmp_path, "quickstart")
+
+
 WRITER = """
 import sys, time
 from pathlib import Path
+from rac3.artifacts.files import damage
 from rac3.artifacts.recipe import Recipe
 from rac3.artifacts.workdir import Workdir
 recipe = Recipe("documents", {"size": 3}, {"text": Recipe("text", {"vocab_size": 300})})
@@ -147,7 +163,7 @@ def test_a_writer_that_comes_too_late_leaves_the_artifact_alone(workdir: Workdir
         (draft.folder / "data").write_text("first")
     with pytest.raises(InputError, match="completed by another process"), workdir.write(RECIPE):
         pytest.fail("the work is done a second time")
-    folder = workdir.require(RECIPE, "").folder
+    folder = workdir.require(RECIPE).folder
     assert (folder / "data").read_text() == "first"
     assert not folder.with_name(folder.name + ".partial").exists()
 
@@ -161,10 +177,15 @@ def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path: Path):
 
 def test_a_folder_without_a_manifest_is_no_artifact(workdir: Workdir):
     """As an interrupted copy leaves it. Nor is a draft with a manifest: it was killed before it got its name."""
+    with workdir.write(TEXT):
+        pass
     folder = workdir.path / "documents" / RECIPE.fingerprint
     folder.mkdir(parents=True)
     (folder / "data").write_text("x")
-    assert workdir.find(RECIPE) is None
+    says = re.escape(f"{folder}/manifest.json is missing; put back a copy, or run `rm -r {folder} && rac3 prepare`")
+    for use in (workdir.find, workdir.require, lambda recipe: workdir.write(recipe).__enter__()):
+        with pytest.raises(InputError, match=f"^{says}$"):
+            use(RECIPE)
     folder.rename(folder.with_name(folder.name + ".partial"))
     (folder.with_name(folder.name + ".partial") / MANIFEST).write_text("{}")
     assert workdir.find(RECIPE) is None
@@ -174,7 +195,7 @@ def test_a_draft_has_no_manifest_before_its_block_ends(workdir: Workdir):
     with workdir.write(RECIPE) as draft:
         assert draft.folder == workdir.path / "documents" / f"{RECIPE.fingerprint}.partial"
         assert list(draft.folder.iterdir()) == []
-        assert json.loads((workdir.path / "workdir.json").read_text()) == {"config": "quickstart"}
+        assert json.loads((workdir.path / "workdir.json").read_text())["config"] == "quickstart"
 
 
 def test_one_process_does_not_write_an_artifact_twice_at_once(workdir: Workdir):
@@ -184,7 +205,7 @@ def test_one_process_does_not_write_an_artifact_twice_at_once(workdir: Workdir):
         with workdir.write(Recipe("documents", {"size": 4}, {})):
             pass  # another artifact of the stage
         (draft.folder / "data").write_text("x")
-    assert (workdir.require(RECIPE, "").folder / "data").read_text() == "x"
+    assert (workdir.require(RECIPE).folder / "data").read_text() == "x"
 
 
 def test_two_processes_fill_one_draft_and_the_first_completes_it(workdir: Workdir):
@@ -194,8 +215,8 @@ def test_two_processes_fill_one_draft_and_the_first_completes_it(workdir: Workdi
         (joined.folder / "data").write_text("x")
         joined.counts["documents"] = 7
         with pytest.raises(RuntimeError, match="vqgan is read while writing documents"):
-            other.require(Recipe("vqgan", {}), "rac3 encoders")
-    artifact = workdir.require(RECIPE, "rac3 ingest")
+            other.require(Recipe("vqgan", {}))
+    artifact = workdir.require(RECIPE)
     assert (artifact.folder / "data").read_text() == "x"
     assert artifact.manifest["counts"] == {}
     assert sorted(path.name for path in artifact.folder.parent.iterdir()) == [RECIPE.fingerprint]
@@ -221,8 +242,8 @@ def test_a_draft_that_comes_late_is_waited_for(workdir: Workdir, monkeypatch: py
 
 def test_the_command_in_a_message_is_that_of_the_same_config(tmp_path: Path):
     workdir = Workdir(tmp_path / "run", "quickstart", "my.py --seed 1")
-    with pytest.raises(InputError, match=r"^documents is missing in \S+/run; run `rac3 ingest my.py --seed 1`$"):
-        workdir.require(RECIPE, "rac3 ingest")
+    with pytest.raises(InputError, match=r"^documents is missing in \S+/run; run `rac3 prepare my.py --seed 1`$"):
+        workdir.require(RECIPE)
 
 
 def test_a_file_is_whole_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -269,7 +290,7 @@ def full(workdir: Workdir) -> Workdir:
 def test_what_is_written_may_read_its_inputs_and_theirs(read: Recipe, full: Workdir):
     """One, two and three inputs away; by its content, not as the same object."""
     with full.write(INDEX):
-        assert full.require(Recipe(read.stage, read.config, read.inputs), "").fingerprint == read.fingerprint
+        assert full.require(Recipe(read.stage, read.config, read.inputs)).fingerprint == read.fingerprint
     assert full.find(INDEX) is not None
 
 
@@ -287,15 +308,15 @@ def test_what_is_written_reads_nothing_that_its_recipe_does_not_name(written: Re
     again = Recipe(written.stage, {"again": True}, written.inputs)
     says = f"^{read.stage} is read while writing {written.stage}, whose recipe does not name it as an input"
     with pytest.raises(RuntimeError, match=says), full.write(again):
-        full.require(read, "rac3 x")
+        full.require(read)
     assert full.find(again) is None  # it would be taken for current
     if full.find(read):
-        assert full.require(read, "rac3 x").fingerprint == read.fingerprint  # nothing is being written any more
+        assert full.require(read).fingerprint == read.fingerprint  # nothing is being written any more
 
 
 def test_a_missing_input_is_bad_input_while_something_is_written(workdir: Workdir):
-    with pytest.raises(InputError, match=r"clip is missing in .*; run `rac3 encoders`"), workdir.write(EMBEDDINGS):
-        workdir.require(CLIP, "rac3 encoders")
+    with pytest.raises(InputError, match=r"clip is missing in .*; run `rac3 prepare`"), workdir.write(EMBEDDINGS):
+        workdir.require(CLIP)
 
 
 def test_drafts_that_are_written_together_may_read_the_inputs_of_each(full: Workdir):
@@ -307,10 +328,112 @@ def test_drafts_that_are_written_together_may_read_the_inputs_of_each(full: Work
     with full.write(queries):
         with full.write(INDEX):
             for recipe in (EMBEDDINGS, *queries.inputs.values()):
-                full.require(recipe, "")
+                full.require(recipe)
             with pytest.raises(RuntimeError, match="clip is read while writing index and queries, whose"):
-                full.require(other, "")
-        full.require(CLIP, "")
+                full.require(other)
+        full.require(CLIP)
         with pytest.raises(RuntimeError, match="embeddings is read while writing queries, whose"):
-            full.require(EMBEDDINGS, "")
-    full.require(other, "")
+            full.require(EMBEDDINGS)
+    full.require(other)
+
+
+DAMAGED = {
+    "missing": None,
+    "empty": b"",
+    "cut": b'{"width": 6',
+    "flipped": b'{"width": 65}',
+    "longer": b'{"width": 64} ',
+}
+
+
+@pytest.fixture
+def clip(workdir: Workdir) -> Path:
+    """The folder of a CLIP, with a log and a checkpoint."""
+    with Workdir(workdir.path, "quickstart", "my.py").write(CLIP) as draft:
+        for name in ("config.json", "tokenizer/vocab.json", "tensorboard/events", "checkpoints/3/state"):
+            (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft.folder / name).write_text('{"width": 64}')
+    return workdir.require(CLIP).folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer/vocab.json"])
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_file_that_is_not_what_was_written_is_named(name: str, content: bytes | None, clip: Path):
+    """The first to ask is told, with the command that made it; so is everyone after."""
+    (clip / name).unlink()
+    if content is not None:
+        (clip / name).write_bytes(content)
+    again = Workdir(clip.parents[1], "quickstart")
+    says = re.escape(f"put back a copy, or run `rm -r {clip} && rac3 prepare my.py`")
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"^{re.escape(str(clip / name))} is (missing|damaged: it.*); {says}$"):
+            again.require(CLIP)
+
+
+def test_files_that_no_stage_reads_whole_are_left_to_the_audit(clip: Path):
+    for name in ("tensorboard/events", "checkpoints/3/state"):
+        (clip / name).write_text('{"width": 65}')
+    artifact = Workdir(clip.parents[1], "quickstart").require(CLIP)
+    found = damage(clip, artifact.manifest["files"], everything=True)
+    assert {path.relative_to(clip).as_posix() for path, _ in found} == {"tensorboard/events", "checkpoints/3/state"}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b'{"stage": "cli', b"\xff\xfe", b"[" * 100_000, "flipped"])
+def test_a_damaged_manifest_is_named(content: bytes | str, clip: Path):
+    path = clip / MANIFEST
+    if isinstance(content, str):
+        content = path.read_bytes().replace(b'"config.json": [\n      13', b'"config.json": [\n      12')
+        assert content != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))} is damaged: [^\n]*; put back a copy, or run `rm -r"
+    ):
+        Workdir(clip.parents[1], "quickstart").require(CLIP)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"config": "quick', "7"])
+def test_a_damaged_owner_is_named_with_what_it_should_say(content: str, clip: Path):
+    record = clip.parents[1] / OWNER
+    record.write_text(content)
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(record))} is damaged: .*of the config 'quickstart'"
+    ) as error:
+        Workdir(record.parent, "quickstart")
+    command = str(error.value).split("`")[1]
+    subprocess.run(command, shell=True, check=True)
+    assert Workdir(record.parent, "quickstart").find(CLIP) is not None
+
+
+def test_an_artifact_of_an_older_version_is_used_with_a_note(clip: Path, capsys: pytest.CaptureFixture[str]):
+    path = clip / MANIFEST
+    old = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("files", "checksum")}
+    path.write_text(json.dumps(old))
+    workdir = Workdir(clip.parents[1], "quickstart")
+    assert workdir.require(CLIP).manifest == old
+    assert workdir.find(CLIP) is not None
+    assert capsys.readouterr().err == (
+        f"rac3: {clip} is from a version of rac3 that kept no record of its files; they, and others "
+        "like them, are used as they are\n"
+    )
+
+
+def test_what_was_made_from_an_input_that_was_made_again_is_refused(full: Workdir):
+    """The same recipe, but other files: fitting need not end with the same numbers on another machine."""
+    clip, embeddings = full.require(CLIP).folder, full.require(EMBEDDINGS).folder
+    with full.write(INDEX):
+        pass
+    shutil.rmtree(clip)
+    Workdir(full.path, "quickstart").require(INDEX)  # the input is not there, and need not be
+    with Workdir(full.path, "quickstart").write(CLIP):
+        pass
+    Workdir(full.path, "quickstart").require(INDEX)  # made again, with the same files
+    shutil.rmtree(clip)
+    with Workdir(full.path, "quickstart").write(CLIP) as draft:
+        (draft.folder / "params").write_text("others")
+    again = Workdir(full.path, "quickstart")
+    again.require(DOCUMENTS)
+    for recipe in (EMBEDDINGS, INDEX):
+        with pytest.raises(
+            InputError, match=rf"{embeddings} was made from another {clip}, .* run `rm -r {embeddings} && "
+        ):
+            again.require(recipe)

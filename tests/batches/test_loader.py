@@ -427,7 +427,7 @@ def test_batches_with_one_modality_of_the_retrieved_documents(shown, other, neig
     ]
     np.save(tmp_path / "lengths.npy", np.array([len(builder.sequence(item.tokens).ids) for item in items], np.int32))
     store = DocumentStore(tmp_path)
-    with pytest.raises(InputError, match="run `rac3 ingest` again"):
+    with pytest.raises(InputError, match=r"text_lengths\.npy is missing"):
         BatchStream(config, 0, store, neighbors, builder)
     np.save(tmp_path / "text_lengths.npy", np.array(texts, np.int32))
     views = [builder.shown(item.tokens) for item in items]

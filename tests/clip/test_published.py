@@ -150,7 +150,7 @@ def test_the_command_takes_a_checkpoint(copy, tmp_path, finished_workdir):
     experiment = replace(experiment, clip=replace(experiment.clip, checkpoint=str(copy)))
     workdir = Workdir(folder, "tiny")
     np.testing.assert_array_equal(Run(experiment, workdir).encoder.embed_texts(TEXTS), expected)
-    queries = workdir.require(recipes.queries(experiment, "test"), "")
+    queries = workdir.require(recipes.queries(experiment, "test"))
     assert queries.manifest["inputs"]["clip"] == recipes.clip(experiment).fingerprint
 
     # bfloat16 makes other vectors from the same artifact

@@ -152,7 +152,7 @@ def test_damaged_ids_are_found(damage: str, tmp_path: Path):
     data[size + 13] ^= 64
     path.write_bytes({"a flipped bit": bytes(data), "cut short": bytes(data[:-1]), "empty": b""}[damage])
     store = DocumentStore(tmp_path)
-    with pytest.raises(InputError, match=r"000001\.u2 is damaged: the ids of document 4 .*run `rac3 ingest` again"):
+    with pytest.raises(InputError, match=r"000001\.u2 is damaged: the ids of document 4, the checksum is wrong"):
         store.tokens(4)
     assert len(store.tokens(1)) == len(items[1].ids)
     if damage != "empty":
@@ -162,7 +162,7 @@ def test_damaged_ids_are_found(damage: str, tmp_path: Path):
 def test_ids_of_an_older_version_are_refused(tmp_path: Path):
     write(tmp_path, [2])
     (tmp_path / "id_starts.npy").unlink()
-    with pytest.raises(InputError, match=r"id_starts\.npy is missing.*run `rac3 ingest` again"):
+    with pytest.raises(InputError, match=r"id_starts\.npy is missing"):
         DocumentStore(tmp_path).tokens(0)
 
 
@@ -189,7 +189,7 @@ def test_a_store_travels_as_its_folder(tmp_path: Path):
 
 def test_a_document_is_found_by_its_key(tmp_path: Path):
     write(tmp_path, [3, 5])
-    with pytest.raises(InputError, match=r"key_hashes\.npy is missing.*run `rac3 ingest` again"):
+    with pytest.raises(InputError, match=r"key_hashes\.npy is missing"):
         DocumentStore(tmp_path).row_of("shard/5")
     hashes = [hash64(f"shard/{number}".encode()) for number in range(8)]
     hashes[2] = hashes[5]  # two keys with one hash

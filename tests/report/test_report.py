@@ -199,7 +199,7 @@ def test_facts_are_of_each_model(run: Run, made_up: dict[str, Any]):
 
 def folder_of(run: Run) -> Path:
     """Of its evaluation."""
-    return run.workdir.require(recipes.evaluation(run.experiment, run.trained), "").folder
+    return run.workdir.require(recipes.evaluation(run.experiment, run.trained)).folder
 
 
 def test_metrics_are_those_of_the_pictures_and_captions(metrics: dict[str, Any], experiment: Experiment, run: Run):
@@ -273,7 +273,7 @@ def test_the_page_has_the_plots(shown: Page, experiment: Experiment, workdir: Wo
     ]
     losses = ["Loss on image tokens", "Loss on text tokens"]
     assert sorted(plots) == sorted([*perplexities, *losses, "Fitting the VQGAN", "Fitting CLIP"])
-    steps = read_metrics(workdir.require(recipes.train(experiment), "").folder)
+    steps = read_metrics(workdir.require(recipes.train(experiment)).folder)
     ends = [steps[number]["loss/main/text"] for number in (0, -1)]
     assert "RA-CM3, main {:.3g} to {:.3g}".format(*ends) in plots["Loss on text tokens"][0]
     for _, data in plots.values():
@@ -474,9 +474,9 @@ def memory(run: Run) -> list[Document]:
 def test_cards_show_what_was_found_and_made(shown: Page, run: Run, experiment: Experiment, workdir: Workdir, memory):
     """For each caption: what it retrieved and how similar that is, what each model drew, the truth."""
     documents = [item.document for item in run.documents("test").many(range(4))]
-    ids = read_array(workdir.require(recipes.neighbors(experiment, "test"), "").folder / "ids")
-    asked = Vectors(workdir.require(recipes.queries(experiment, "test"), "").folder / "text")[:]
-    folders = [workdir.require(recipes.embeddings(experiment, split), "").folder for split in ("train", "memory")]
+    ids = read_array(workdir.require(recipes.neighbors(experiment, "test")).folder / "ids")
+    asked = Vectors(workdir.require(recipes.queries(experiment, "test")).folder / "text")[:]
+    folders = [workdir.require(recipes.embeddings(experiment, split)).folder for split in ("train", "memory")]
     vectors = np.concatenate([Vectors(folder / "document")[:] for folder in folders])
     compared = comparisons(run)
     drawn = {

@@ -98,7 +98,7 @@ def test_each_query_is_shown_with_what_it_retrieved(
     for split in ("train", "memory"):
         documents_of_part = run.documents(split)
         memory += [item.document for item in documents_of_part.many(range(len(documents_of_part)))]
-    folders = [store.require(recipes.embeddings(experiment, split), "").folder for split in ("train", "memory")]
+    folders = [store.require(recipes.embeddings(experiment, split)).folder for split in ("train", "memory")]
     vectors = np.concatenate([Vectors(folder / "document")[:] for folder in folders])
     assert len(cards) == 24
     marks = set()
@@ -110,7 +110,7 @@ def test_each_query_is_shown_with_what_it_retrieved(
             assert (asked.label, asked.caption) == ("asked", "")
             np.testing.assert_array_equal(asked.pixels, document.images[0].pixels())
         assert card.heading == (document.text if part == "text" else "")
-        query = Vectors(store.require(recipes.queries(experiment, "validation"), "").folder / part)[:][number % 12]
+        query = Vectors(store.require(recipes.queries(experiment, "validation")).folder / part)[:][number % 12]
         found: list[int] = []
         for i in np.argsort(-(vectors @ query)):
             if max([vectors[i] @ query, *(vectors[found] @ vectors[i])]) <= 0.999:  # as the selection of the config

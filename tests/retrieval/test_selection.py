@@ -1,5 +1,7 @@
 """Redundancy avoidance against a plain Python walk through the ranked lists."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,7 @@ def walk(config: Selection, query: np.ndarray, ids: np.ndarray, rows: np.ndarray
 def test_select_agrees_with_the_plain_walk(seed: int, monkeypatch):
     monkeypatch.setattr(selection_module, "_QUERIES_AT_ONCE", 3)  # several steps, the last one partial
     monkeypatch.setattr(selection_module, "HELD_BYTES", 4 * 8 * 100)  # ten queries with nine candidates
+    monkeypatch.setattr(selection_module, "_RANKS_AT_ONCE", (2, 3, 64)[seed % 3])  # in turn, or all at once
     rng = np.random.default_rng(seed)
     documents, queries, candidates = int(rng.integers(10, 60)), int(rng.integers(1, 30)), int(rng.integers(1, 10))
     # Few clusters, so that every rule fires often.
@@ -74,6 +77,18 @@ def test_select_agrees_with_the_plain_walk(seed: int, monkeypatch):
         np.testing.assert_allclose(found.scores[q, : len(taken)], rows[taken] @ query[q], atol=1e-6)  # 8 float32 terms
         assert (found.scores[q, len(taken) :] == -np.inf).all()
     assert list(found.dropped) == np.sum([dropped for _, dropped in expected], axis=0).tolist()
+
+
+def test_memory_does_not_grow_with_the_square_of_the_candidates():
+    """The inner products of 2,000 candidates of 256 queries with each other are 4 GB."""
+    rows = unit(np.random.default_rng(0).normal(size=(2000, 4)))
+    ids = np.tile(np.arange(2000), (256, 1))
+    tracemalloc.start()
+    found = select(Selection(max_similarity=0.99, depth=3), rows[:256], ids, memory_of(rows), np.full(256, -1))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found.ids >= 0).all()
+    assert peak < 200e6
 
 
 def test_the_main_document_is_never_selected_even_without_a_limit():

@@ -14,7 +14,7 @@ from handmade import WIDTH, PlainEncoder, document, experiment_of, workdir_of
 
 from rac3 import recipes
 from rac3.artifacts.arrays import read_array
-from rac3.artifacts.workdir import Workdir
+from rac3.artifacts.workdir import MANIFEST, Workdir
 from rac3.config import InputError
 from rac3.documents.store import NARROW, TokenizedDocument, write_id_starts, write_shard
 from rac3.experiment import Experiment
@@ -48,11 +48,14 @@ class Made(NamedTuple):
         return Run(self.experiment, self.workdir)
 
     def folder(self, kind: str, split: str) -> Path:
-        return self.workdir.require(getattr(recipes, kind)(self.experiment, split), "").folder
+        return self.workdir.require(getattr(recipes, kind)(self.experiment, split)).folder
 
     def rewrite(self, kind: str, split: str, array: str, change: Callable[[np.ndarray], object]) -> None:
-        """Changes an array of an artifact in place, behind its back."""
+        """Changes an array of an artifact in place, which then has no record of its files: it would not be read."""
         path = self.folder(kind, split) / array
+        manifest = json.loads((path.parent / MANIFEST).read_text())
+        kept = {name: value for name, value in manifest.items() if name not in ("files", "checksum")}
+        (path.parent / MANIFEST).write_text(json.dumps(kept))
         if path.with_suffix(".npy").is_file():
             values = np.load(path.with_suffix(".npy"))
             change(values)

@@ -27,6 +27,7 @@ from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Experiment, Split
 from rac3.generation.sampling import Sampling
+from rac3.held_out import retrieved, segment_ids
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.open_memory import OpenMemory
@@ -34,11 +35,13 @@ from rac3.retrieval.scann import Scann
 from rac3.run import Run
 from rac3.stages import evaluate as stage
 from rac3.stages.evaluate import (
+    MODALITIES,
     EvaluateOptions,
     _accuracies,
     _captions,
     _copied,
     _evaluate_split,
+    _groups,
     _images,
     _perplexities,
     _too_long,
@@ -47,7 +50,6 @@ from rac3.stages.evaluate import (
     evaluate,
     evaluate_encoders,
 )
-from rac3.held_out import retrieved, segment_ids
 
 TEXT, IMAGE = 0, 1  # the parts of a query
 SETTINGS = EvaluationConfig(
@@ -82,7 +84,7 @@ def items(run: Run) -> list[TokenizedDocument]:
 @pytest.fixture(scope="module")
 def neighbors(experiment: Experiment, store: Workdir) -> np.ndarray:
     """Memory ids [documents, parts, depth] as they are stored."""
-    found = read_array(store.require(recipes.neighbors(experiment, "test"), "").folder / "ids")
+    found = read_array(store.require(recipes.neighbors(experiment, "test")).folder / "ids")
     assert all(set(by_text) != set(by_image) for by_text, by_image in found[:, :, :2].tolist())
     return found
 
@@ -330,7 +332,7 @@ def test_fewer_documents_in_context(
 ):
     """`num_retrieved` is how many are in the prompts and rows of either split, and the last of the perplexities."""
     items = run.documents(split).many(range(2))
-    neighbors = read_array(store.require(recipes.neighbors(experiment, split), "").folder / "ids")
+    neighbors = read_array(store.require(recipes.neighbors(experiment, split)).folder / "ids")
     few = replace(SETTINGS, num_retrieved=k, documents=2)
     metrics = _evaluate_split(with_members(run, replace(experiment, evaluation=few)), split, tmp_path)
     assert metrics["documents"] == 2
@@ -512,6 +514,8 @@ def test_a_document_longer_than_the_context_has_no_perplexity(
     assert 0 < len(fitting) < 4
     value = _perplexities(small, make_token_cross_entropy(small.model), items, neighbors, 2)[modality]
     assert value == pytest.approx(by_hand(small, fitting, [[]] * len(fitting), part), rel=1e-5)
+    assert _groups(small, MODALITIES[part][1], items, neighbors[:, part], 2)[1] == len(fitting)  # none has room
+    assert _groups(small, MODALITIES[part][1], items, neighbors[:, part], 0)[1] == 0
     assert _too_long(small, items)[modality] == 4 - len(fitting)
     assert _too_long(in_context(run, max(lengths)), items)[modality] == 0
     tiny = in_context(run, min(lengths) - masks - 1)
@@ -618,7 +622,7 @@ def test_an_evaluation_is_made_once_for_the_splits_that_there_are(
     assert splits == [(random, experiment, "validation"), (random, experiment, "test")]
     only = replace(experiment, data=replace(experiment.data, validation=None))
     assert evaluate(Run(only, workdir)) == {"test": {"documents": 3}}
-    folder = workdir.require(recipes.evaluation(only, only), "").folder
+    folder = workdir.require(recipes.evaluation(only, only)).folder
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "test.json", "manifest.json"}
 
 

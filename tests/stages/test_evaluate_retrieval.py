@@ -45,7 +45,7 @@ def opened(run: Run) -> OpenMemory:
 @pytest.fixture(scope="module")
 def vectors(experiment: Experiment, store: Workdir) -> np.ndarray:
     """Of the documents of the memory, as they are stored."""
-    folders = [store.require(recipes.embeddings(experiment, split), "").folder for split in ("train", "memory")]
+    folders = [store.require(recipes.embeddings(experiment, split)).folder for split in ("train", "memory")]
     return np.concatenate([Vectors(folder / "document")[:] for folder in folders])
 
 
@@ -55,13 +55,13 @@ def entities(run: Run, *splits: str) -> list[str]:
 
 
 def query_vectors(experiment: Experiment, store: Workdir, split: str, part: str) -> np.ndarray:
-    return Vectors(store.require(recipes.queries(experiment, split), "").folder / part)[:]
+    return Vectors(store.require(recipes.queries(experiment, split)).folder / part)[:]
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_entity_recall_is_that_of_the_selected_neighbors(run: Run, split: str):
     remembered, asked = entities(run, "train", "memory"), entities(run, split)
-    ids = read_array(run.workdir.require(recipes.neighbors(run.experiment, split), "").folder / "ids")
+    ids = read_array(run.workdir.require(recipes.neighbors(run.experiment, split)).folder / "ids")
     assert len(asked) == {"validation": 12, "test": 4}[split]
     shares = []
     for k in range(1, 9):
@@ -294,7 +294,7 @@ def test_each_held_out_split_is_judged_by_its_own_vectors(
         assert values["pairs"]["text_to_image_recall_at_1"] == np.mean(ranks < 1)
         ranks = (image @ text.T > np.diag(text @ image.T)[:, None]).sum(1)
         assert values["pairs"]["image_to_text_recall_at_1"] == np.mean(ranks < 1)
-    counts = store.require(recipes.neighbors(experiment, "test"), "").manifest["counts"]
+    counts = store.require(recipes.neighbors(experiment, "test")).manifest["counts"]
     assert metrics["selection"]["test"]["neighbors_per_query"] == counts["neighbors"] / 8
     monkeypatch.setattr(stage, "Questions", None)
     assert evaluate_retrieval(Run(experiment, store)) == metrics  # read, not made again

@@ -55,7 +55,7 @@ def test_the_stream_is_that_of_the_experiment(finished_workdir: tuple[Path, Path
     stream = Run(replace(TINY, batches=batches), workdir).training_stream((2, 1))
     assert (stream.hosts, stream.host, stream.seed, stream.config) == (2, 1, TINY.seed, batches)
     assert stream.documents.folder == Run(TINY, workdir).documents("train").folder
-    assert stream.neighbors.path == workdir.require(recipes.neighbors(TINY, "train"), "").folder / "ids"
+    assert stream.neighbors.path == workdir.require(recipes.neighbors(TINY, "train")).folder / "ids"
     assert (stream.builder.vocabulary, stream.builder.masking) == (vocabulary, masking)
     assert (stream.builder.retrieved_weight, stream.builder.retrieved) == (0.3, "image")
     takedowns = tmp_path / "keys.txt"

@@ -286,7 +286,7 @@ def test_the_command_tells_what_it_found_and_stores_ids_as_narrow_as_they_are(
         assert [out for out in capsys.readouterr().out.splitlines() if out.startswith(line)]
         run(["ingest", *arguments])
         experiment = replace(load_config_module(str(config)).get_config(), text=TextTokenizer(str(folder)))
-        artifact = Workdir(workdir, "tiny").require(recipes.documents(experiment, "test"), "rac3 ingest")
+        artifact = Workdir(workdir, "tiny").require(recipes.documents(experiment, "test"))
         assert artifact.manifest["counts"]["ids"] == width
         tokenizer = experiment.text.load()
         documents = DocumentStore(artifact.folder)
@@ -295,7 +295,7 @@ def test_the_command_tells_what_it_found_and_stores_ids_as_narrow_as_they_are(
             texts = [tokenizer.decode(ids.tolist()) for segment, ids in pairs if isinstance(segment, Text)]
             assert " ".join(texts) == item.document.text
         (folder / "tokenizer_config.json").write_text("{ }")
-        with pytest.raises(InputError, match=r"text is stale .*run `rac3 encoders"):
+        with pytest.raises(InputError, match=r"text is stale .*run `rac3 prepare"):
             run(["ingest", *arguments])
 
 

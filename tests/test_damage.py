@@ -1,0 +1,258 @@
+"""Whatever happens to a file of a finished workdir, the stage that reads it ends with one line that names it."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rac3 as package
+from rac3 import recipes
+from rac3.answering import Model
+from rac3.artifacts.files import LOGS, READ_LATER
+from rac3.config import InputError
+from rac3.report.experiment import collect
+from rac3.retrieval.retriever import Queries
+from rac3.stages.audit_files import audit_files
+
+
+def _documents(run: Model) -> None:
+    store = run.documents("train")
+    items = store.many(range(len(store)))
+    for name in ("lengths", "text_lengths", "key_hashes", "text_hashes", "image_hashes"):
+        assert len(store.column(name)) == len(items)
+
+
+def _index(run: Model) -> None:
+    vector = np.eye(1, run.embeddings("train").shape[1], dtype=np.float32)
+    run.memory("train").retrieve(Queries(["a"], vector, [""]), np.full(1, -1))
+
+
+def _queries(run: Model) -> None:
+    assert all(len(run.queries("train", name)[:]) for name in ("text", "image"))
+
+
+def _neighbors(run: Model) -> None:
+    assert all(len(run.neighbors("train", name)[:]) for name in ("ids", "scores"))
+
+
+READERS: dict[str, Callable[[Model], object]] = {
+    "text": lambda run: run.tokenizer.encode("a"),
+    "vqgan": lambda run: run.images.codebook_size,
+    "clip": lambda run: run.encoder.width,
+    "documents": _documents,
+    "embeddings": lambda run: np.asarray(run.embeddings("train")[:]),
+    "queries": _queries,
+    "index": _index,
+    "neighbors": _neighbors,
+    "train": lambda run: run.training_metrics(),
+    "evaluation": collect,
+}
+"""What reads each artifact, as the stages do."""
+
+FILES = {
+    "text": ("tokenizer.json", "tokenizer_config.json"),
+    "vqgan": ("config.json", "params.safetensors", "metrics.jsonl"),
+    "clip": (
+        *("config.json", "images.json", "params.safetensors", "metrics.jsonl"),
+        *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
+    ),
+    "documents": (
+        *("000000.array_record", "000000.u2", "id_shards.npy", "id_starts.npy", "image_hashes.npy", "key_hashes.npy"),
+        *("lengths.npy", "text_hashes.npy", "text_lengths.npy", "rejects.jsonl"),
+    ),
+    "embeddings": ("document/c/0/0", "document/zarr.json"),
+    "queries": ("image/c/0/0", "image/zarr.json", "text/c/0/0", "text/zarr.json"),
+    "index": ("dataset.npy", "scann_assets.pbtxt", "scann_config.pb"),
+    "neighbors": ("ids/c/0/0/0", "ids/zarr.json", "scores/c/0/0/0", "scores/zarr.json"),
+    "train": ("metrics.jsonl",),
+    "evaluation": ("metrics.json", "test.json", "test.npy", "validation.json", "validation.npy"),
+}
+"""Every file of each artifact, besides its manifest, checkpoints and logs."""
+
+WAYS = ("cut", "missing", "flipped", "empty")
+
+
+def _recipe(run: Model, stage: str) -> recipes.Recipe:
+    if stage == "train":
+        return run.training_recipe
+    if stage == "evaluation":
+        return run.evaluation_recipe
+    of = getattr(recipes, stage)
+    return of(run.experiment) if stage in ("text", "vqgan", "clip") else of(run.experiment, "train")
+
+
+def folder_of(run: Model, stage: str) -> Path:
+    recipe = _recipe(run, stage)
+    return run.workdir.path / recipe.stage / recipe.fingerprint
+
+
+def _linked(source: Path, target: Path) -> Path:
+    """A copy that shares the files, which must be replaced, not written over."""
+    skipped = shutil.ignore_patterns("compiled", "*.lock")
+    return shutil.copytree(source, target, copy_function=lambda a, b: os.link(a, b), ignore=skipped)
+
+
+def damage(path: Path, way: str) -> None:
+    """A bit is flipped in the last byte before the middle that is not 0: zeros pad records, and nothing reads them."""
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if way == "flipped" and data:
+        place = next(place for place in range(len(data) // 2, -1, -1) if data[place])
+        data[place] ^= 1
+    if way != "missing":
+        path.write_bytes({"cut": data[: len(data) // 2], "flipped": data, "empty": b""}[way])
+
+
+@pytest.fixture(scope="module")
+def shared(finished_workdir: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _linked(finished_workdir[1], tmp_path_factory.mktemp("damage") / "w")
+
+
+@pytest.fixture
+def harm(shared: Path, finished_workdir: tuple[Path, Path]) -> Iterator[Callable[[Path, str], None]]:
+    """Damages a file of the shared workdir until the test ends."""
+    harmed: list[Path] = []
+
+    def harm(path: Path, way: str) -> None:
+        harmed.append(path)
+        damage(path, way)
+
+    yield harm
+    for path in harmed:
+        path.unlink(missing_ok=True)
+        os.link(finished_workdir[1] / path.relative_to(shared), path)
+
+
+def test_the_table_has_every_file_of_a_workdir(finished_workdir: tuple[Path, Path]):
+    run = package.load(finished_workdir[1])
+    for stage, names in FILES.items():
+        recorded = run.workdir.require(_recipe(run, stage)).manifest["files"]
+        assert set(names) == {name for name in recorded if name.split("/")[0] not in READ_LATER}, stage
+    others = {path.name for path in finished_workdir[1].iterdir()} - FILES.keys()
+    assert others <= {"workdir.json", "experiment.json", "report", "compiled"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage, names in FILES.items() for name in names])
+def test_a_reader_names_the_file(stage: str, name: str, way: str, shared: Path, harm: Callable[..., None]):
+    run = package.load(shared)
+    path = folder_of(run, stage) / name
+    if name == "rejects.jsonl" and way != "missing":
+        pytest.skip("it is empty already")
+    harm(path, way)
+    with pytest.raises(InputError) as error:
+        READERS[stage](run)
+    again = rf"put back a copy, or run `rm -r {re.escape(str(folder_of(run, stage)))} && rac3 [^\n]+`"
+    assert re.fullmatch(rf"{re.escape(str(path))} is (missing|damaged: [^\n]+); {again}", str(error.value))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stage", FILES)
+def test_a_manifest_is_named(stage: str, way: str, shared: Path, harm: Callable[..., None]):
+    run = package.load(shared)
+    path = folder_of(run, stage) / "manifest.json"
+    harm(path, way)
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))} is (missing|damaged: [^\n]+); put back a copy, or "
+    ):
+        READERS[stage](run)
+
+
+@pytest.mark.parametrize("way", ["cut", "missing", "empty"])  # for a flipped bit see tests/training/test_checkpoint.py
+def test_the_files_of_the_newest_checkpoint_are_named(way: str, shared: Path, harm: Callable[..., None]):
+    """Of which the parameters are read; the message names the checkpoint, which is a folder of many files."""
+    run = package.load(shared)
+    folder = folder_of(run, "train") / "checkpoints" / "6"
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    harm(largest, way)
+    with pytest.raises(InputError, match=rf"^checkpoint {re.escape(str(folder))} is damaged \([^\n]+put back a copy"):
+        run.params  # noqa: B018
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["workdir.json", "experiment.json"])
+def test_a_record_of_the_workdir_is_named(
+    name: str, way: str, shared: Path, harm: Callable[..., None], finished_workdir: tuple[Path, Path]
+):
+    harm(shared / name, way)
+    if (name, way) == ("workdir.json", "flipped"):  # in what it says
+        (shared / name).write_text((finished_workdir[1] / name).read_text().replace("tiny", "tinx"))
+    if (name, way) == ("workdir.json", "missing"):
+        with pytest.raises(InputError, match="holds files that rac3 did not write, such as clip; "):
+            package.load(shared)
+        return
+    says = {"workdir.json": "is damaged: .*of the config", "experiment.json": "is damaged|so it is no workdir"}
+    with pytest.raises(InputError, match=rf"^{re.escape(str(shared))}.*{says[name]}"):
+        package.load(shared)
+
+
+@pytest.mark.parametrize(
+    ("file", "stage", "way"),
+    [
+        ("embeddings/document/c/0/0", "index", "missing"),
+        ("neighbors/ids/c/0/0/0", "train", "missing"),
+        ("queries/text/c/0/0", "retrieve", "flipped"),
+        ("vqgan/params.safetensors", "ingest", "flipped"),
+        ("documents/manifest.json", "ingest", "missing"),
+        ("documents/000000.array_record", "embed", "cut"),
+    ],
+)
+def test_a_command_ends_with_that_line(
+    file: str,
+    stage: str,
+    way: str,
+    tmp_path: Path,
+    finished_workdir: tuple[Path, Path],
+    rac3: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+):
+    """Where it would make its artifact, and where that is made: nothing passes for current on what is damaged."""
+    kind, _, name = file.partition("/")
+    damaged = _linked(finished_workdir[1], tmp_path / "w")
+    path = folder_of(package.load(damaged), kind) / name
+    damage(path, way)
+    made = {"index": "index", "train": "train", "retrieve": "neighbors", "ingest": "documents", "embed": "queries"}
+    if made[stage] != kind:
+        for folder in (damaged / made[stage]).iterdir():
+            shutil.rmtree(folder)
+    assert rac3(stage, str(finished_workdir[0]), "--workdir", str(damaged)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rac3: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"rac3: {path} is ")
+    assert lines[0].endswith(f" {finished_workdir[0]} --workdir {damaged}`")
+
+
+def test_the_audit_names_all_that_is_damaged(
+    shared: Path, harm: Callable[..., None], capsys: pytest.CaptureFixture[str]
+):
+    run = package.load(shared)
+    assert re.fullmatch(
+        r"audit: \d+ files of 26 artifacts, [\d.]+ MB: all as they were written", audit_files(run.workdir)
+    )
+    capsys.readouterr()
+    checkpoint = next((folder_of(run, "train") / "checkpoints" / "3").rglob("ocdbt*/d/*"))
+    harmed = {
+        folder_of(run, "embeddings") / "document/c/0/0": "flipped",
+        folder_of(run, "documents") / "000000.u2": "flipped",
+        folder_of(run, "documents") / "000000.array_record": "flipped",
+        folder_of(run, "clip") / "params.safetensors": "flipped",
+        folder_of(run, "neighbors") / "scores/c/0/0/0": "missing",
+        folder_of(run, "queries") / "manifest.json": "cut",
+        checkpoint: "flipped",
+    }
+    for path, way in harmed.items():
+        harm(path, way)
+    with pytest.raises(
+        InputError, match=rf"^\d+ of the files in {re.escape(str(shared))} are missing or damaged; first: "
+    ):
+        audit_files(package.load(shared).workdir)
+    named = {Path(line.split()[1]) for line in capsys.readouterr().err.splitlines() if line.startswith("rac3: ")}
+    assert named == harmed.keys()
+
+
+def test_logs_do_not_tell_artifacts_apart():
+    assert LOGS == ("metrics.jsonl", "tensorboard")
