@@ -176,7 +176,7 @@ def _opened(path: Path) -> Iterator["_Bounded"]:
 class _Bounded:
     """A file for `tarfile`, which would ask for as many bytes at once as a header claims."""
 
-    file: IO[bytes]
+    file: IO[bytes] | io.BufferedReader
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_BYTES + tarfile.BLOCKSIZE:

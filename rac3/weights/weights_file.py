@@ -42,7 +42,7 @@ def read_weights(file: Path, wanted: Wanted = everything) -> dict[str, np.ndarra
     for shard in shards(file, wanted):
         here = {names[name] for name, place in places.items() if place == shard.name and wanted(names[name])}
         found = _read_file(
-            shard, everything, {name: names[name] for name, place in places.items() if place == shard.name}
+            shard, wanted, {name: names[name] for name, place in places.items() if place == shard.name}
         )
         if missing := sorted(here - found.keys()):
             raise InputError(f"{str(shard)!r} lacks {missing[0]!r}, which {file.name} says it has; download both again")
