@@ -175,7 +175,7 @@ def _opened(path: Path) -> Iterator["_Bounded"]:
 class _Bounded:
     """A file for `tarfile`, which would ask for as many bytes at once as a header claims."""
 
-    file: io.BufferedReader
+    file: io.BufferedIOBase
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_BYTES + tarfile.BLOCKSIZE:
