@@ -52,9 +52,9 @@ def _read_file(file: Path, wanted: Wanted, names: Mapping[str, str] | None = Non
     """The wanted arrays of one file under their plain names; or those in `names`, under its names."""
     if file.suffix == ".safetensors":
         return read_safetensors(file, wanted, names)
-    weights = read_state_dict(file)
-    names = plain_names(weights) if names is None else names
-    return {names[name]: array for name, array in weights.items() if name in names and wanted(names[name])}
+    weights = read_state_dict(file)  # under plain names
+    known = weights.keys() if names is None else set(names.values())
+    return {name: array for name, array in weights.items() if name in known and wanted(name)}
 
 
 def shards(index: Path, wanted: Wanted = everything) -> list[Path]:
