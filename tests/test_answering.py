@@ -12,7 +12,7 @@ import pytest
 from decoding_spy import Call, watch_decoding
 from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
 
-from rac3.answering import Model, Prompt, mask_of, pixels_of, scaled_mask
+from rac3.answering import Model, Prompt, _unframed, mask_of, pixels_of, scaled_mask
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
@@ -210,3 +210,22 @@ def test_pictures_and_masks_come_in_any_form(tmp_path: Path, pictures):
     half[1:3, 1:4] = True  # rows 2 to 4 and columns 3 to 6, of which any pixel counts
     np.testing.assert_array_equal(scaled_mask(wanted, 20), half)
     np.testing.assert_array_equal(scaled_mask(half, 40), half.repeat(2, 0).repeat(2, 1))
+
+
+@pytest.mark.parametrize("shape", [(4, 10), (10, 4), (5, 8), (6, 6)])
+@pytest.mark.parametrize("framing", ["pad-white", "pad-border", "crop"])
+def test_a_picture_is_infilled_in_its_own_frame(
+    framing: str, shape: tuple[int, int], experiment: Experiment, store: Workdir
+):
+    """What is given is padded for the models, and what comes back has its size and its pixels."""
+    random = np.random.default_rng(0)
+    image, mask = random.integers(0, 255, (*shape, 3), dtype=np.uint8), random.random(shape) < 0.5
+    framed_model = Model(replace(experiment, framing=framing), store)
+    asked = Prompt("infill_image", image=image, mask=mask)
+    prompt = framed_model._framed(asked)
+    side = max(shape)
+    assert prompt.image.shape == ((*shape, 3) if framing == "crop" else (side, side, 3))
+    assert prompt.mask.sum() == mask.sum()  # nothing is drawn outside
+    np.testing.assert_array_equal(prompt.image[prompt.mask], image[mask])
+    answer = Answer("infill_image", {}, [(PIL.Image.fromarray(prompt.image),)], [0.0], "", [], [], [], [], {})
+    np.testing.assert_array_equal(np.asarray(_unframed(answer, asked, prompt).images[0]), image)

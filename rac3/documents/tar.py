@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from rac3.documents.document import MAX_PIXELS
 
@@ -176,7 +175,7 @@ def _opened(path: Path) -> Iterator["_Bounded"]:
 class _Bounded:
     """A file for `tarfile`, which would ask for as many bytes at once as a header claims."""
 
-    file: IO[bytes]
+    file: io.BufferedIOBase
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_BYTES + tarfile.BLOCKSIZE:

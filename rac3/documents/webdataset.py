@@ -147,6 +147,8 @@ class _Reading:
         yield from lost
         if self.table.defect:
             yield Reject(f"{self.shard}.parquet", self.table.defect)
+        if not self.tar.members and not lost:
+            yield Note("shard without members", 1, self.path.name)
         yield from self._notes()
 
     def _item(self, sample: Sample) -> Iterator[Document | Reject]:
@@ -235,8 +237,6 @@ class _Reading:
         )
 
     def _notes(self) -> Iterator[Note]:
-        if not self.tar.members and not self.lacking and self.path.is_file():
-            yield Note("shard without members", 1, self.path.name)
         for name, (count, example) in self.tar.others.items():
             yield Note(f"{name} of no sample", count, f"{self.shard}/{example}")
         yield from self.table.notes()

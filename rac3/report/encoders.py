@@ -63,6 +63,9 @@ def encoders_report(run: Run, images: int) -> Path:
     experiment, codec = run.experiment, run.images
     splits = {split: _reconstruct(experiment, codec, split, images) for split in experiment.data.sources()}
     metrics = {split: _metrics(found, codec.codebook_size) for split, found in splits.items()}
+    for split, found in splits.items():
+        if len(found.codes) > 1 and (found.codes == found.codes.flat[0]).all():
+            print(f"WARNING: {split}: all {len(found.codes)} pictures are one code alone; check the VQGAN's weights")
     folder = run.workdir.path / "report"
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "encoders.json", json.dumps(plain_json(metrics), indent=2) + "\n")

@@ -72,7 +72,8 @@ def audit(run: Run) -> str:
         raise InputError(
             f"leaks: {total}; first: {findings.named[0]}; {path} names more; take them down, or make them again"
         )
-    return "\n".join([*lines, "audit: no leak"])
+    looked = any(count for what, count in findings.counts.items() if what != "groups of training")
+    return "\n".join([*lines, "audit: no leak" if looked else "audit: there are no neighbors or queries to look at"])
 
 
 def _audit_neighbors(run: Run, findings: Findings) -> None:

@@ -41,9 +41,7 @@ def read_weights(file: Path, wanted: Wanted = everything) -> dict[str, np.ndarra
     names = plain_names(places)
     for shard in shards(file, wanted):
         here = {names[name] for name, place in places.items() if place == shard.name and wanted(names[name])}
-        found = _read_file(
-            shard, everything, {name: names[name] for name, place in places.items() if place == shard.name}
-        )
+        found = _read_file(shard, wanted, {name: names[name] for name, place in places.items() if place == shard.name})
         if missing := sorted(here - found.keys()):
             raise InputError(f"{str(shard)!r} lacks {missing[0]!r}, which {file.name} says it has; download both again")
         weights |= {name: found[name] for name in here}
@@ -54,9 +52,9 @@ def _read_file(file: Path, wanted: Wanted, names: Mapping[str, str] | None = Non
     """The wanted arrays of one file under their plain names; or those in `names`, under its names."""
     if file.suffix == ".safetensors":
         return read_safetensors(file, wanted, names)
-    weights = read_state_dict(file)
-    names = plain_names(weights) if names is None else names
-    return {names[name]: array for name, array in weights.items() if name in names and wanted(names[name])}
+    weights = read_state_dict(file)  # under plain names
+    known = weights.keys() if names is None else set(names.values())
+    return {name: array for name, array in weights.items() if name in known and wanted(name)}
 
 
 def shards(index: Path, wanted: Wanted = everything) -> list[Path]:
@@ -79,7 +77,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(files, dict):
         raise InputError(f"{str(index)!r} has no weight_map; download it again")
     for file in files.values():
-        if not isinstance(file, str) or not file or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise InputError(f"{str(index)!r} lists {quoted(file)}, which is no file next to it; download it again")
     return files
 

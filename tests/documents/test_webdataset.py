@@ -418,7 +418,7 @@ def test_gzipped_shards_are_read_whatever_they_are_called(tmp_path, name):
     (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
     documents, rejects, _ = items_of(tmp_path)
     assert {*documents, *rejects} == {"00000/a", "00000/b"}
-    assert rejects["00000/b"].startswith("truncated tar: ")
+    assert "truncated tar" in rejects["00000/b"]
     (tmp_path / "00000.tar").write_bytes(data)
     (tmp_path / "00000.tgz").write_bytes(data)
     with pytest.raises(InputError, match="holds '00000' plain and compressed"):

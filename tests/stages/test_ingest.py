@@ -170,13 +170,16 @@ def whole(shard: str, count: int) -> list[Document | Reject]:
     return [document(f"{shard}{number}", "words", f"{shard}{number}".encode()) for number in range(count)]
 
 
-def test_a_lost_shard_weighs_as_the_documents_of_the_others(ingested: Ingested):
+@pytest.mark.parametrize(("limit", "passes"), [(0.32, False), (0.34, True)])
+def test_a_lost_shard_weighs_as_the_documents_of_the_others(limit: float, passes: bool, ingested: Ingested):
     """10 of 30 documents are lost with one reject: the others have 12 and 8 on average 10."""
     lost = [Reject("s2", "unreadable shard: a folder", documents=None)]
     shards = [whole("a", 12), whole("b", 8), lost]
-    with pytest.raises(InputError, match=r"10 of 30 documents of train are damaged \(10 unreadable shard\)"):
-        ingested(shards, max_reject_fraction=0.32)
-    counts = ingested(shards, max_reject_fraction=0.34)[1].manifest["counts"]
+    if not passes:
+        with pytest.raises(InputError, match=r"10 of 30 documents of train are damaged \(10 unreadable shard\)"):
+            ingested(shards, max_reject_fraction=limit)
+        return
+    counts = ingested(shards, max_reject_fraction=limit)[1].manifest["counts"]
     assert counts["rejects"] == {"unreadable shard": 10}
     assert counts["documents"] == 20
 
@@ -184,13 +187,13 @@ def test_a_lost_shard_weighs_as_the_documents_of_the_others(ingested: Ingested):
 @pytest.mark.parametrize(("read", "missing"), [(3, 7), (10, 1), (11, 1)])
 def test_of_a_cut_shard_what_was_read_is_not_lost(read: int, missing: int, ingested: Ingested):
     cut = [*whole("c", read), Reject("c/x", "truncated tar: early", documents=None)]
-    counts = ingested([whole("a", 10), cut], max_reject_fraction=1)[1].manifest["counts"]
+    counts = ingested([whole("a", 10), cut], max_reject_fraction=1.0)[1].manifest["counts"]
     assert counts["rejects"] == {"truncated tar": missing}
 
 
 def test_notes_are_counted_together_and_cost_nothing(ingested: Ingested):
     notes = [Note(".gif of no sample", 3, "s0/a.gif"), Note(".gif of no sample", 2, "s1/b.gif"), Note("empty", 1)]
-    run, artifact, items = ingested([[notes[0], *whole("a", 2)], [*whole("b", 1), *notes[1:]]], max_reject_fraction=0)
+    run, artifact, items = ingested([[notes[0], *whole("a", 2)], [*whole("b", 1), *notes[1:]]], max_reject_fraction=0.0)
     assert len(items) == 3
     assert artifact.manifest["counts"]["notes"] == {
         ".gif of no sample": {"count": 5, "example": "s0/a.gif"},
@@ -203,7 +206,11 @@ def test_scores_that_are_lost_stop_the_filter_that_needs_them(ingested: Ingested
     shards = [[*whole("a", 2), Note("no row", 2, "a0", ("punsafe",))]]
     with pytest.raises(InputError, match=r"shard shard-0 of train: no row .* punsafe"):
         ingested(shards)
+
+
+def test_scores_that_are_lost_are_no_matter_to_a_filter_that_is_off(ingested: Ingested):
     off = LaionFilter(max_unsafe=1.0, max_watermark=1.0)
+    shards = [[*whole("a", 2), Note("no row", 2, "a0", ("punsafe",))]]
     assert len(ingested(shards, filter=off)[2]) == 2
 
 
@@ -214,11 +221,9 @@ def test_scores_that_cannot_be_read_are_rejects(ingested: Ingested):
     assert counts["filtered"] == {"unsafe": 1}
 
 
-@pytest.mark.parametrize(
-    "metadata", [{"n": 2**70}, {"n": -(2**64)}, {"t": "\ud800"}, {"\udfff": 1}, {"s": {1, 2}}, {"d": [[]]}]
-)
+@pytest.mark.parametrize("metadata", [{"n": 2**70}, {"n": -(2**64)}, {"t": "\ud800"}, {"\udfff": 1}, {"d": [[]]}])
 def test_metadata_that_no_file_holds_is_a_reject(metadata: dict[str, Any], ingested: Ingested):
-    for _ in range(600 if "d" in metadata else 0):
+    for _ in range(2000 if "d" in metadata else 0):
         metadata = {"d": [metadata["d"]]}
     odd = Document("x", (Text("words"),), metadata)
     _, artifact, items = ingested([[*whole("a", 1), odd, *whole("b", 1)]], max_reject_fraction=0.4)

@@ -16,14 +16,16 @@ from rac3.clip.encoder import query_dropout_keys
 from rac3.config import InputError
 from rac3.documents.document import Document
 from rac3.experiment import Experiment, Split
+from rac3.retrieval.faiss import Faiss
 from rac3.retrieval.fixed import Fixed
 from rac3.retrieval.memory import MemoryPart
 from rac3.retrieval.retriever import Queries, ranked
+from rac3.retrieval.scann import Scann
 from rac3.retrieval.selection import Selection
 from rac3.run import Run
 from rac3.stages.embed import embed
 from rac3.stages.ingest import ingest
-from rac3.stages.retrieve import index, retrieve
+from rac3.stages.retrieve import index, retrieve, shortage_line
 
 PARTS = ("text", "image")
 RATE = 0.3
@@ -303,3 +305,33 @@ def test_documents_that_a_person_names_are_never_redundant(made: Made):
     index(unknown)
     with pytest.raises(InputError, match="has the key 'nobody'"):
         retrieve(unknown, ["test"])
+
+
+def test_what_is_short_is_said_with_what_to_raise(made: Made, monkeypatch: pytest.MonkeyPatch):
+    """Counted from the neighbors on disk, of queries for at most four each."""
+    lacking = {"train": 0, "test": 0, "validation": 0}
+    for split in lacking:
+        ids = made.run.neighbors(split)[:]
+        arrays = made.run.query_arrays(split)
+        asks = np.stack([made.run.queries(split, name)[:].any(1) for name in arrays], axis=1)
+        kept = (ids >= 0).sum(2)
+        line = shortage_line(made.run, split)
+        lacking[split] = 4 * int(asks.sum()) - int(kept.sum())
+        expected = (
+            f"{split}: {kept.sum()} of {4 * asks.sum()} neighbors, {(asks & (kept == 0)).sum()} of {asks.sum()} queries"
+        )
+        assert line.startswith(expected) if lacking[split] else line == ""
+        if line:
+            assert "raise retriever.num_neighbors=9 or selection.max_similarity=" in line
+    assert max(lacking.values()) > 0
+    monkeypatch.setattr(Ranked, "effort", lambda self, documents: f"retriever.leaves={documents}", raising=False)
+    short = next(split for split, count in lacking.items() if count)
+    assert "raise retriever.leaves=13 or retriever.num_neighbors=9" in shortage_line(made.run, short)
+
+
+def test_the_setting_that_finds_more():
+    assert Faiss(factory="IVF16,Flat").effort(1000) == "retriever.search='nprobe=1'"
+    assert Faiss(factory="IVF16,Flat", search="nprobe=4").effort(1000) == "retriever.search='nprobe=4'"
+    assert Faiss(factory="Flat").effort(1000) == ""
+    assert Scann().effort(1000) == ""  # which are searched one by one
+    assert Scann(num_leaves=40).effort(1000) == "retriever.num_leaves_to_search=2"

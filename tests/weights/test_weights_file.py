@@ -65,6 +65,15 @@ def test_the_prefixes_of_wrappers_are_dropped(tmp_path: Path, prefix: str, index
     assert set(read_weights(file, lambda name: name.startswith("b."))) == {"b.y"}
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_index_decides_among_torch_files_too(tmp_path: Path, prefix: str):
+    torch = pytest.importorskip("torch")
+    torch.save({f"{prefix}x": torch.tensor(ONE), f"{prefix}y": torch.tensor(OLD)}, tmp_path / "a.bin")
+    torch.save({f"{prefix}y": torch.tensor(TWO), f"{prefix}x": torch.tensor(OLD)}, tmp_path / "b.bin")
+    found = read_weights(write_index(tmp_path, {f"{prefix}x": "a.bin", f"{prefix}y": "b.bin"}))
+    assert {name: array.tolist() for name, array in found.items()} == {"x": [1, 1], "y": [2, 2]}
+
+
 def test_names_that_are_no_wrappers_stay():
     assert plain_names(["module.x", "y"]) == {"module.x": "module.x", "y": "y"}  # not all of them
     assert plain_names(["a._orig_mod.x", "a.y"]) == {"a._orig_mod.x": "a.x", "a.y": "a.y"}
