@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rac3.artifacts.files import MANIFEST, TEMPORARY, content, damage, damaged, describe, sealed, unsealed
+from rac3.artifacts.files import MANIFEST, TEMPORARY, content, damage, damaged, describe, refusal, sealed, unsealed
 from rac3.artifacts.recipe import COMMANDS, WHOLE, Recipe
 from rac3.config import InputError, canonical
 
@@ -200,7 +200,7 @@ class Workdir:
                 raise InputError(f"{final} was completed by another process meanwhile; run the command again to use it")
             partial.mkdir(exist_ok=True)
             draft = Draft(partial)
-            with self._noted(recipe):
+            with self._noted(recipe), _refused(partial):
                 yield draft
             manifest = {
                 "stage": recipe.stage,
@@ -256,6 +256,19 @@ class Workdir:
             yield
         finally:
             self._writing.remove(recipe)
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Lets what the operating system refuses be an `OSError`, whatever a library makes of it."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        if (system := refusal(error, folder)) is not None:
+            raise system from error
+        raise
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
