@@ -96,7 +96,9 @@ def test_a_setting_of_another_kind_is_refused(fields: dict[str, Any], says: str)
 
 
 def test_settings_of_their_types_are_taken():
-    check_settings(Every(seed=2**63 - 1, rate=1, kind="b", sizes=(), limit=-7, on=True, inner=Odd(), parts={"x": Odd()}))
+    check_settings(
+        Every(seed=2**63 - 1, rate=1, kind="b", sizes=(), limit=-7, on=True, inner=Odd(), parts={"x": Odd()})
+    )
 
 
 def float_settings(config: object, name: str = "") -> list[str]:
