@@ -64,8 +64,8 @@ USAGE = "rac3 STAGE CONFIG [overrides] [retriever:{scann,exact,faiss,fixed,rando
 def main() -> None:
     """The entry point: one line on errors that a person can do something about, a traceback with `--debug`.
 
-    Exit codes: 0; 1 if a file can't be read or written (a full disk, no permission); 2 on bad input; 75 if training was asked to
-    stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
+    Exit codes: 0; 1 if a file can't be read or written (a full disk, no permission); 2 on bad input; 75 if training
+    was asked to stop, and is saved; 130 if anything else was interrupted. After each but 2, the same command goes on.
     """
     arguments = sys.argv[1:]
     _use_utf8(arguments)
@@ -139,7 +139,8 @@ def run(arguments: Sequence[str]) -> None:
         rest = ["quickstart", "--help"]
     config = _load(rest[0])
     experiment, options = parse(stage, config, rest[1:])
-    workdir = Workdir(experiment.folder, experiment.name, _preparing(stage, rest))
+    needs_model = stage in (*AT_INFERENCE, "export") and getattr(options, "task", "") != "retrieval"
+    workdir = Workdir(experiment.folder, experiment.name, _preparing(stage, rest), needs_model)
     # At inference a retriever on the command line goes to the model that the config trains; takedowns likewise.
     trained = experiment
     if stage in AT_INFERENCE:

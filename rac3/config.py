@@ -84,7 +84,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     if kind is Literal:
         return value in parts
     if kind is not None and issubclass(kind, Mapping):
-        return isinstance(value, Mapping) and all(_fits(each, parts[1]) for each in value.values())
+        return isinstance(value, Mapping) and all(isinstance(x, type) or _fits(x, parts[1]) for x in value.values())
     if kind is tuple:
         return isinstance(value, tuple | list)
     if wanted in (int, float):

@@ -107,6 +107,11 @@ def test_bad_arguments_are_refused(arguments: list[str], says: str, refused: Ref
     "numbers",
     [
         "--seed -1",
+        f"--seed {2**63}",
+        "--optimizer.b1 1",
+        "--batches.read-threads 0",
+        "--vqgan.model.out-ch 0",
+        "--clip.model.text-config.intermediate-size 0",
         "--max-reject-fraction 2",
         "--max-text-tokens 0",
         "--query-dropout 1",
@@ -157,10 +162,67 @@ def test_numbers_out_of_range_are_refused(numbers: str, refused: Refused, tmp_pa
         ("def get_config():\n    return 3", "returns int, not an Experiment"),
         ("def get_config():\n    return replace(tiny, query_dropout=2.0)", "query_dropout=2"),
         ("import nowhere", "No module named 'nowhere'"),
+        ("import sys\nsys.exit()", "fails to import: SystemExit"),
+        ("def get_config():\n    raise SystemExit(0)", "get_config() of"),
+        ("def get_config():\n    raise ValueError('two\\nlines')", "ValueError: two lines"),
+        (
+            "def get_config():\n    return replace(tiny, seed=2**70)",
+            "seed=1180591620717411303424 needs more than 64 bits",
+        ),
     ],
 )
 def test_a_broken_config_is_refused(body: str, says: str, refused: Refused, tmp_path: Path):
     assert says in refused("train", write_config(tmp_path / "mine.py", body))
+
+
+KINDS = {
+    "replace(tiny, data=None)": "data=None is no Data; give one",
+    "replace(tiny, data=replace(tiny.data, train='folder'))": "data.train='folder' is no Source; give one",
+    "replace(tiny, data=replace(tiny.data, train=type(tiny.data.train)))": "data.train is the class World; give an object",
+    "replace(tiny, executor='ray')": "executor='ray' is no ",
+    "replace(tiny, clip=type(tiny.clip))": "clip is the class FrozenCLIP; give an object of it: FrozenCLIP(...)",
+    "replace(tiny, retriever=lambda: 0)": "is no Retriever; give one",
+    "replace(tiny, training=replace(tiny.training, steps='7'))": "steps",
+}
+
+
+def test_a_setting_of_another_kind_is_one_line(tmp_path: Path):
+    """In a process of its own: in this one every call checks its types."""
+    files = [write_config(tmp_path / f"c{n}.py", f"def get_config():\n    return {x}") for n, x in enumerate(KINDS)]
+    script = (
+        "import sys\nfrom rac3.cli import main\n"
+        "for file in sys.argv[1:]:\n"
+        "    sys.argv = ['rac3', 'train', file]\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as stop:\n        print(stop.code, file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", script.replace("sys.argv[1:]", "list(sys.argv[1:])"), *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 * len(KINDS), done.stderr
+    for says, line, code in zip(KINDS.values(), lines[::2], lines[1::2], strict=True):
+        assert line.startswith("rac3: ")
+        assert says in line
+        assert code == "2"
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("file", "File exists|Not a directory"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    place: str, says: str, rac3: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """A folder that can't be made, under the name of a file, say."""
+    (tmp_path / "file").touch()
+    workdir = tmp_path / place / "w"
+    assert rac3("encoders", TINY, "--workdir", str(workdir)) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rac3: ")]
+    assert len(lines) == 1
+    assert re.fullmatch(rf"rac3: ({says}): {tmp_path / place}\S*; .*, and run the same command to go on", lines[0])
 
 
 def test_a_workdir_of_another_config_is_refused(refused: Refused, workdir: Path):
@@ -231,15 +293,15 @@ def test_a_checkpoint_of_another_model_is_refused(refused: Refused, workdir: Pat
 
 
 def test_a_missing_input_names_the_command_that_makes_it(refused: Refused, tmp_path: Path):
+    """All of it: one command, not the next of five."""
     new = tmp_path / "new"
     places = f"{TINY} --seed 1 --workdir {new}"
-    chain = ["encoders", "ingest", "embed", "index", "retrieve", "train", "evaluate", "report"]
-    for number, stage in enumerate(chain[1:], 1):
+    helps = dict.fromkeys(("ingest", "embed", "index", "retrieve", "train", "audit"), "prepare")
+    for stage, command in (helps | {"evaluate": "run", "report": "run"}).items():
         line = refused(stage, TINY, "--seed", "1", "--workdir", str(new))
-        command = re.search(r"run `rac3 (\w+) (.*)`$", line)
-        assert command, line
-        assert command[1] in chain[:number]
-        assert command[2] == places
+        assert line.endswith(f" is missing in {new}; run `rac3 {command} {places}`")
+    line = refused("evaluate", TINY, "--task", "retrieval", "--workdir", str(new))
+    assert line.endswith(f"run `rac3 prepare {TINY} --workdir {new}`")
     own = ["--prompt", "a fox", "--seed", "7", "retriever:exact", "--retriever.num-neighbors", "4"]
     line = refused("generate", TINY, "--text.vocab-size", "290", "--workdir", str(new), *own)
     assert f" {TINY} --text.vocab-size 290 --workdir {new}`" in line
@@ -253,7 +315,7 @@ def test_the_real_command_says_one_line_too(tmp_path: Path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "rac3 encoders" in done.stderr
+    assert "rac3 prepare" in done.stderr
 
 
 def test_help_lists_what_can_be_set(rac3: Command, capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,9 @@
 """Fingerprints, and the errors of wrong config files."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -50,6 +52,53 @@ def test_a_setting_that_is_not_finite_is_refused(value: float, config, name: str
     with pytest.raises(InputError, match=f"^{name}={value} is not a finite number"):
         check_settings(config(value))
     check_settings(config(1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """A setting of each type."""
+
+    seed: int = 0
+    rate: float = 1.0
+    name: str = ""
+    kind: Literal["a", "b"] = "a"
+    sizes: tuple[int, ...] = (1,)
+    limit: int | None = None
+    on: bool = False
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    parts: Mapping[str, Inner] = dataclasses.field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"seed": -1}, "seed=-1 is negative; use 0 or more"),
+        ({"seed": 2**63}, "seed=9223372036854775808 needs more than 64 bits"),
+        ({"limit": -(2**63) - 1}, "limit=-9223372036854775809 needs more than 64 bits"),
+        ({"seed": 1.5}, "seed=1.5 is no int; give one"),
+        ({"seed": True}, "seed=True is no int; give one"),
+        ({"rate": "0.1"}, "rate='0.1' is no float; give one"),
+        ({"name": None}, "name=None is no str; give one"),
+        ({"kind": "c"}, "kind='c' is no "),
+        ({"sizes": 3}, "sizes=3 is no tuple; give one"),
+        ({"inner": None}, "inner=None is no Inner; give one"),
+        ({"inner": Inner}, r"inner is the class Inner; give an object of it: Inner\(\.\.\.\)"),
+        ({"inner": lambda: Inner()}, "inner=<function .* is no Inner; give one"),
+        ({"parts": {"a": Inner}}, "parts.a is the class Inner"),
+        ({"parts": [Inner()]}, "parts=.* is no Mapping"),
+        ({"inner": Odd(rate=Inner)}, "inner.rate is the class Inner"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_setting_of_another_kind_is_refused(fields: dict[str, Any], says: str):
+    with pytest.raises(InputError, match=f"^{says}") as error:
+        check_settings(Every(**fields))
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_their_types_are_taken():
+    check_settings(
+        Every(seed=2**63 - 1, rate=1, kind="b", sizes=(), limit=-7, on=True, inner=Odd(), parts={"x": Odd()})
+    )
 
 
 def float_settings(config: object, name: str = "") -> list[str]:
@@ -135,6 +184,8 @@ def test_a_config_file_is_loaded(tmp_path: Path):
     [
         ("import nothing_of_this_name", "fails to import: ModuleNotFoundError"),
         ("def get_config(:", "fails to import: SyntaxError"),
+        ("import sys\nsys.exit(0)", "fails to import: SystemExit: 0"),
+        ("raise ValueError('two\\nlines')", "fails to import: ValueError: two lines"),
         ("x = 1 / 0", "fails to import: ZeroDivisionError: division by zero"),
         ("x = 1", r"has no get_config\(\)"),
         ("get_config = 3", r"has no get_config\(\)"),

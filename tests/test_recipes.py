@@ -11,6 +11,7 @@ The answers below are written from what each stage reads, never from the recipes
     ... cm3             the same of the vanilla CM3, which retrieves nothing, so that its evaluation reads clip itself
 """
 
+import os
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -369,6 +370,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / path).write_text("key 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Tfds, "shards", lambda self, data_dir: ["000000000-000000010"])  # no dataset is prepared
+    monkeypatch.setattr(Tfds, "files", lambda self, data_dir: [])
     return tmp_path
 
 
@@ -620,6 +622,23 @@ def test_new_shards_of_a_source_make_its_documents_again(fitted: Experiment, fol
     loaded = with_checkpoints(fitted)
     before = made(loaded)
     (folder / "data" / "train" / "1.tar").touch()
+    assert changes(before, made(loaded)) == TRAIN_DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["0.tar", "0.parquet"])
+def test_a_file_that_changes_under_its_name_makes_its_documents_again(name: str, fitted: Experiment, folder: Path):
+    """A corrected shard, or the table next to it: of another size, or of another time of change."""
+    loaded, path = with_checkpoints(fitted), folder / "data" / "train" / name
+    path.write_text("key 1\n")
+    os.utime(path, ns=(10, 10))
+    before = made(loaded)
+    (folder / "data" / "train" / "notes.txt").write_text("no shard")
+    assert made(loaded) == before
+    path.write_text("key 2\n")
+    os.utime(path, ns=(10, 11))
+    assert changes(before, made(loaded)) == TRAIN_DOCUMENTS
+    path.write_text("key 23\n")
+    os.utime(path, ns=(10, 10))
     assert changes(before, made(loaded)) == TRAIN_DOCUMENTS
 
 

@@ -8,7 +8,6 @@ chunks ||||||||||||||||   ||||||||||||||||||||    |||||         128 KiB: the cos
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from rac3.artifacts.files import damaged
+from rac3.artifacts.files import damaged, refusal
 
 CHUNK_BYTES = 128 * 2**10  # sequential reads want larger ones, random rows smaller ones
 _ROWS_AT_ONCE = 256  # of scattered rows, each perhaps in its own chunk: 32 MB
@@ -187,8 +186,8 @@ def _named(path: Path | str) -> Iterator[None]:
         text = " ".join(str(error).split())
         named = re.search(r'local file "(.*?)"', text)
         file = Path(named[1] if named else path)
-        if code := re.search(r"os_error_code='(\d+)'", text):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
+        if system := refusal(error, file):
+            raise system from error
         if not re.match("NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE", text):
             raise
         if text.startswith("NOT_FOUND"):

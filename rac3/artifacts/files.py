@@ -5,10 +5,13 @@
 A file has no SHA-256 if its format has checksums, which whoever reads it compares: arrays, documents and their ids.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ TEMPORARY = ".tmp"
 ARRAY = "zarr.json"  # in the folder of an array, next to its chunks
 CHECKED_BY_READERS = (".array_record", ".u2", ".u4")  # as are the chunks of arrays
 READ_LATER = ("checkpoints", "tensorboard")  # subfolders: of files that have other checks, or that nothing reads
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a full or read-only disk answers
 LOGS = ("metrics.jsonl", "tensorboard")  # with times of the clock: they differ however equal the rest is
 THREADS = 8  # that wait for a network file system; hashing takes a core each
 
@@ -104,6 +108,24 @@ def damaged(path: Path, what: str, command: str = "") -> InputError:
         return InputError(f"{path} {what}; put back a copy of it")
     command = command or _made_by(folder)
     return InputError(f"{path} {what}; put back a copy, or run `rm -r {shlex.quote(str(folder))} && {command}`")
+
+
+def refusal(error: BaseException, folder: Path) -> OSError | None:
+    """What the operating system refused, if that is behind the error: libraries have their own types for it.
+
+    Args:
+      folder: that was written to. If no byte is left on its disk, that is taken for the reason of a `RuntimeError`.
+    """
+    if isinstance(error, OSError):
+        return error
+    text = str(error)
+    if found := re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", text):
+        number = int(found[1] or found[2])
+    else:
+        number = next((each for each in UNWRITABLE if os.strerror(each) in text), 0)
+    if not number and isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 4096:
+        number = errno.ENOSPC
+    return OSError(number, os.strerror(number), str(folder)) if number else None
 
 
 def _made_by(folder: Path) -> str:

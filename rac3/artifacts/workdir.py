@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rac3.artifacts.files import MANIFEST, TEMPORARY, content, damage, damaged, describe, sealed, unsealed
+from rac3.artifacts.files import MANIFEST, TEMPORARY, content, damage, damaged, describe, refusal, sealed, unsealed
 from rac3.artifacts.recipe import COMMANDS, WHOLE, Recipe
 from rac3.config import InputError, canonical
 
@@ -75,12 +75,13 @@ class Workdir:
     Args:
       owner: the name of the config.
       arguments: what follows `rac3 STAGE` in a command of this config, for messages that name a command.
+      needs_model: the command at hand needs a trained model; where there is none, messages name what makes all.
 
     Raises:
       InputError: the folder belongs to another config, or is a file.
     """
 
-    def __init__(self, path: Path, owner: str, arguments: str = "") -> None:
+    def __init__(self, path: Path, owner: str, arguments: str = "", needs_model: bool = False) -> None:
         self.path = path
         if path.exists() and not path.is_dir():
             raise InputError(f"workdir {path} is a file; give a folder")
@@ -91,7 +92,7 @@ class Workdir:
                 f"workdir {path} holds files that rac3 did not write, such as {min(others)}; give an empty or new "
                 "--workdir"
             )
-        self.arguments = arguments
+        self.arguments, self._needs_model = arguments, needs_model
         self._owner = owner
         self._writing: list[Recipe] = []
         self._checked: set[Path] = set()
@@ -176,8 +177,12 @@ class Workdir:
 
     def _command(self, recipe: Recipe) -> str:
         """What makes the artifact of a recipe, with what it is made from if that is missing too."""
-        whole = not all(self._final(each).is_dir() for each in recipe.inputs.values())
-        command = WHOLE if whole and recipe.stage in ("train", "evaluation") else COMMANDS[recipe.stage]
+        command = COMMANDS[recipe.stage]
+        if recipe.stage in ("train", "evaluation"):
+            whole = not all(self._final(each).is_dir() for each in recipe.inputs.values())
+        else:
+            whole = self._needs_model and not any((self.path / "train").glob("*/"))
+        command = WHOLE if whole else command
         return " ".join(part for part in (command, self.arguments) if part)
 
     @contextlib.contextmanager
@@ -200,7 +205,7 @@ class Workdir:
                 raise InputError(f"{final} was completed by another process meanwhile; run the command again to use it")
             partial.mkdir(exist_ok=True)
             draft = Draft(partial)
-            with self._noted(recipe):
+            with self._noted(recipe), _refused(partial):
                 yield draft
             manifest = {
                 "stage": recipe.stage,
@@ -256,6 +261,23 @@ class Workdir:
             yield
         finally:
             self._writing.remove(recipe)
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Lets what the operating system refuses be an `OSError`, whatever a library makes of it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # NumPy does not say where
+            raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
+        raise
+    except Exception as error:
+        if (system := refusal(error, folder)) is not None:
+            raise system from error
+        raise
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -11,6 +11,7 @@ of 4-byte numbers. All numbers are little-endian, and nothing is executable:
     CRC-32 of the rest | number of segments | 2 * length + (1 if image) of each | ids
 """
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -149,8 +150,13 @@ def write_shard(folder: Path, number: int, items: Iterable[TokenizedDocument], k
             for item in items:
                 sizes.append(file.write(pack_ids(item, kind)))
                 writer.write(pack_record(item.document))
-    finally:
         writer.close()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # it can't write the rest either
+            writer.close()
+        for path in (temporary_ids, temporary_records):
+            path.unlink(missing_ok=True)  # they take room on a disk that may be full
+        raise
     temporary_ids.replace(ids)
     temporary_records.replace(records)
     return sizes

@@ -8,7 +8,6 @@ results do not depend on the executor.
 """
 
 import contextlib
-import errno
 import json
 import os
 import threading
@@ -20,14 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from rac3.artifacts.files import TEMPORARY, damaged
+from rac3.artifacts.files import TEMPORARY, UNWRITABLE, damaged, refusal
 from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError
 from rac3.execution.progress import Progress
 
 ATTEMPTS = 3  # per shard, before the run goes on without it
 MAX_POISONED = 20  # failed shards that stop the run: the cause is not the shards
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a full or read-only disk answers
 BEAT = 1.0  # seconds between `Beat`s
 TENSORSTORE_TEMPORARY = ".__lock"  # left over from a killed write
 
@@ -273,9 +271,9 @@ def attempt(worker: Worker, shard: Shard, tally: Tally) -> Outcome:
         text = " ".join(str(error).split())
         stops = isinstance(error, InputError)
         text = text if stops else f"{type(error).__name__}: {text}"
-        refused = None
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            refused = error.errno, str(error.filename or shard.folder)
+        refused, system = None, None if stops else refusal(error, shard.folder)
+        if system is not None and system.errno in UNWRITABLE:
+            refused = system.errno, str(system.filename or shard.folder)
         return Outcome(shard, error=text, trace=traceback.format_exc(), stops=stops, refused=refused)
     return Outcome(shard, tally.documents, tally.rejects)
 

@@ -1,5 +1,6 @@
 """Artifacts appear whole or not at all, resume, and belong to one config."""
 
+import errno
 import json
 import os
 import re
@@ -437,3 +438,40 @@ def test_what_was_made_from_an_input_that_was_made_again_is_refused(full: Workdi
             InputError, match=rf"{embeddings} was made from another {clip}, .* run `rm -r {embeddings} && "
         ):
             again.require(recipe)
+
+
+def test_a_first_write_that_fails_leaves_a_workdir_that_can_be_used(workdir: Workdir, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            workdir.write(RECIPE).__enter__()
+    assert list(workdir.path.iterdir()) == []
+    with Workdir(workdir.path, "quickstart").write(RECIPE):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (Exception("No space left on device (os error 28)"), errno.ENOSPC),  # tokenizers
+        (ValueError("Error writing [os_error_code='30']"), errno.EROFS),  # tensorstore
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),  # NumPy
+        (RuntimeError("write() failed: Disk quota exceeded; writing x"), errno.EDQUOT),  # array_record
+        (ValueError("a number is wrong"), 0),
+        (RuntimeError("I/O error"), 0),  # as ScaNN has it, but there is room
+    ],
+)
+def test_a_library_may_name_what_the_system_refuses_as_it_likes(error: Exception, number: int, workdir: Workdir):
+    with pytest.raises(OSError if number else type(error)) as raised, workdir.write(RECIPE):
+        raise error
+    if number:
+        assert (raised.value.errno, raised.value.filename) == (number, str(workdir._partial(RECIPE)))
+
+
+def test_a_disk_without_a_byte_left_is_the_reason(workdir: Workdir, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OSError, match="No space left"), workdir.write(RECIPE):
+        raise RuntimeError("I/O error")

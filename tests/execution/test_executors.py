@@ -1,5 +1,6 @@
 """A map over shards: each is made once, despite failures and killed workers, locally and on Ray."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ import pytest
 from rac3.config import InputError
 from rac3.execution import shards as executors
 from rac3.execution.local import Local
-from rac3.execution.ray import Ray, _RayWorker
+from rac3.execution.ray import Ray, _keep_token_private, _RayWorker
 from rac3.execution.shards import ATTEMPTS, MAX_POISONED, Beat, Outcome, Shard, Tally, _Ledger, attempt, clear, run
 
 # Ray starts its processes by fork and exec, which is safe, but JAX, running since an earlier test, warns of any fork
@@ -50,6 +51,8 @@ class Squares:
             raise ValueError("a bad\nnumber")
         if (self.traps / f"refuse {shard.number}").exists():
             raise InputError("numbers=3 are odd; use 4")
+        if (self.traps / f"full {shard.number}").exists():
+            raise ValueError("RESOURCE_EXHAUSTED: [os_error_code='28'] No space left on device")
         if (self.traps / f"die always {shard.number}").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         once = self.traps / f"die {shard.number}"
@@ -141,6 +144,19 @@ def test_bad_input_stops_at_once(executor: Local | Ray, job: Squares, tmp_path: 
         run(executor, job, many)
     assert job.made()["make 0"] == 1
     assert len(job.made()) < 150
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_full_disk_stops_at_once(executor: Local | Ray, job: Squares, shards: list[Shard]):
+    """As what it is, whatever a library made of it, and not as bad shards; the same run goes on later."""
+    (job.traps / "full 2").touch()
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        run(executor, job, shards)
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(shards[2].folder))
+    assert job.made()["make 2"] == 1
+    (job.traps / "full 2").unlink()
+    run(executor, job, shards)
+    assert_made(shards)
 
 
 def test_the_run_stops_when_too_many_shards_fail(job: Squares, shards: list[Shard]):
@@ -480,3 +496,71 @@ def test_numbers_out_of_range_are_refused(make: Any, says: str):
 def test_summaries_are_plain_json(job: Squares, shards: list[Shard]):
     run(Local(), job, shards[:1])
     assert json.loads(shards[0].summary.read_text()) == {"square": 0}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_the_token_of_a_cluster_is_its_owners_alone(exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / ".ray" / "auth_token"
+    if exists:  # as Ray writes it
+        path.parent.mkdir()
+        path.write_text("known")
+        path.chmod(0o644)
+    _keep_token_private()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text() == "known" if exists else len(path.read_text()) == 64
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    path.unlink()
+    _keep_token_private()
+    assert not path.exists()
+
+
+LISTENING = """
+import os, sys
+from rac3.execution.ray import Ray
+
+def below(pid):
+    children = [int(p) for p in os.listdir("/proc") if p.isdigit() and parent(p) == pid]
+    return [pid, *(each for child in children for each in below(child))]
+
+def parent(pid):
+    try:
+        return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1
+
+def links(pid):
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            yield os.readlink(f"/proc/{pid}/fd/{name}")
+        except OSError:
+            pass
+
+with Ray()._cluster():
+    pids = below(os.getpid())
+    sockets = {link for pid in pids for link in links(pid)}
+    for table in ("tcp", "tcp6"):
+        for line in open(f"/proc/net/{table}").read().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                print("listens", fields[1].partition(":")[0])
+    for pid in pids:
+        print("runs", open(f"/proc/{pid}/cmdline").read().replace("\\0", " "))
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_of_one_machine_is_closed_to_others(tmp_path: Path):
+    """Its processes listen on 127.0.0.1 (as the kernel writes it: 0100007F), and none is of the dashboard."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING], capture_output=True, text=True, env=environment | {"HOME": str(tmp_path)}
+    )
+    lines = [line.partition(" ")[::2] for line in done.stdout.splitlines()]
+    addresses = {address[-8:] for what, address in lines if what == "listens"}
+    assert addresses == {"0100007F"}, done
+    assert not any("dashboard.py" in command for what, command in lines if what == "runs")
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600

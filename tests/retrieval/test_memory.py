@@ -1,10 +1,17 @@
 """Parts, global ids, adding parts, and invalid embeddings."""
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from rac3.config import InputError
+from rac3.documents.store import DocumentStore
 from rac3.retrieval.memory import Memory, MemoryPart
+from rac3.retrieval.open_memory import IndexedPart, OpenMemory
+from rac3.retrieval.retriever import Queries, no_candidates
+from rac3.retrieval.selection import Selection
 
 
 def part(name: str, size: int, embed: int = 4, seed: int = 0) -> MemoryPart:
@@ -114,3 +121,30 @@ def test_withdrawn_documents_and_copies_are_found_by_their_global_ids():
     copies = [set((np.flatnonzero(row) - 1).tolist()) for row in memory.duplicates(every, np.arange(8))]
     assert copies == [{0, 7}, {1, 5}, {2, 5}, set(), set(), {1, 2, 5}, set(), {0, 7}]
     assert not memory.duplicates(every[:1], np.array([-1])).any()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A retriever, and its own index, that notes how many documents it is asked for."""
+
+    num_neighbors: int
+    asked: list[int] = field(default_factory=list)
+
+    def build(self, part: MemoryPart, folder: Path) -> None: ...
+
+    def open(self, part: MemoryPart, folder: Path) -> "Asked":
+        return self
+
+    def search(self, queries: Queries, k: int):
+        self.asked.append(k)
+        return no_candidates(len(queries), k)
+
+
+@pytest.mark.parametrize(("wanted", "asked"), [(3, 3), (7, 7), (8, 7), (10**9, 7)])
+def test_no_more_neighbors_are_asked_for_than_the_memory_has(wanted: int, asked: int, tmp_path: Path):
+    retriever = Asked(wanted)
+    parts = [IndexedPart(part(name, size), DocumentStore(tmp_path), tmp_path) for name, size in (("a", 5), ("b", 2))]
+    queries = Queries(["q"], np.eye(1, 4, dtype=np.float32), [""])
+    found = OpenMemory(parts, retriever, Selection(depth=4)).retrieve(queries, np.full(1, -1))
+    assert retriever.asked == [asked, asked]
+    assert found.ids.tolist() == [[-1] * 4]
