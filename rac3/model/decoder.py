@@ -8,7 +8,7 @@
 A prompt is called a stream. A step reads all weights and all filled slots once, and does little with them, so it is as
 fast as memory if it copies neither. Hence each layer has its own arrays, where a scan would slice them out of its
 stack; kernels are [*out, *in] and activations [embed, ...], so that products run along each kernel from front to back;
-and the keys and values of a head are [slots, head_dim].
+and the keys and values of a head are [head_dim, slots].
 """
 
 from collections.abc import Callable, Mapping
@@ -31,8 +31,8 @@ ORDERS = {"qkv_kernel": (1, 2, 3, 0), "out_kernel": (2, 0, 1), "kernel": (1, 0)}
 class KeyValues(NamedTuple):
     """Of one layer."""
 
-    keys: Float[Array, "*rows heads slots head_dim"]
-    values: Float[Array, "*rows heads slots head_dim"]
+    keys: Float[Array, "*rows heads head_dim slots"]
+    values: Float[Array, "*rows heads head_dim slots"]
 
 
 Cache = list[KeyValues]  # one of each layer
@@ -95,7 +95,7 @@ class Decoder:
 
     def _zeros(self, rows: tuple[int, ...], names: tuple[str | None, ...], slots: int) -> Cache:
         config = self.model.config
-        shape = (*rows, config.num_heads, slots, config.embed // config.num_heads)
+        shape = (*rows, config.num_heads, config.embed // config.num_heads, slots)
 
         def zeros() -> Array:
             return constrain(jnp.zeros(shape, config.dtype), *names, "heads", None, None)
@@ -117,7 +117,7 @@ class Decoder:
         positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
 
         def attend(old: KeyValues, query: Array, new: KeyValues) -> tuple[Array, KeyValues]:
-            kept = KeyValues(*(_write(x, y.swapaxes(1, 2), start) for x, y in zip(old, new, strict=True)))
+            kept = KeyValues(*(_write(x, y.transpose(0, 2, 3, 1), start) for x, y in zip(old, new, strict=True)))
             return _causal(query, kept, start), kept
 
         _, cache = self._layers(weights, tokens, positions, offsets, cache, attend)
@@ -162,14 +162,14 @@ class Decoder:
           begun: the step at which the samples of each stream fed their first id.
           step: the current one.
         """
-        slots, ring = prefix[0].keys.shape[-2], own[0].keys.shape[-2]
+        slots, ring = prefix[0].keys.shape[-1], own[0].keys.shape[-1]
         filled = jnp.arange(slots) < lengths[:, None]
         recent = (step - jnp.arange(ring)) % ring <= (step - begun)[:, None]
         seen = jnp.concatenate([filled, recent], axis=1)[:, None, None]
 
         def attend(caches: tuple[KeyValues, KeyValues], query: Array, new: KeyValues) -> tuple[Array, KeyValues]:
             shared, old = caches
-            fed = [x.reshape(*old.keys.shape[:-2], 1, -1) for x in new]
+            fed = [x.reshape(*old.keys.shape[:-1], 1) for x in new]
             kept = KeyValues(*(_write(x, y, step % ring) for x, y in zip(old, fed, strict=True)))
             return _shared_prefix(query, shared, kept, seen), kept
 
@@ -235,12 +235,12 @@ def _causal(
 
     def add(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         out, highest, total = carry
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, block * size, size, 2) for x in cache)
-        scores = jnp.einsum("xhqd,xhkd->xhqk", query, keys, preferred_element_type=jnp.float32)
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, block * size, size, 3) for x in cache)
+        scores = jnp.einsum("xhqd,xhdk->xhqk", query, keys, preferred_element_type=jnp.float32)
         scores = jnp.where(block * size + places <= start + places[:, None], scores, HIDDEN)
         top = jnp.maximum(highest, jnp.max(scores, -1, keepdims=True))
         weights, rescale = jnp.exp(scores - top), jnp.exp(highest - top)
-        new = jnp.einsum("xhqk,xhkd->xhqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        new = jnp.einsum("xhqk,xhdk->xhqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return out * rescale + new, top, total * rescale + jnp.sum(weights, -1, keepdims=True)
 
     each = jnp.zeros((*query.shape[:3], 1))
@@ -260,27 +260,27 @@ def _shared_prefix(
       seen: [streams, 1, 1, slots of the prefix and own slots], bool.
     """
     query = query * query.shape[-1] ** -0.5
-    of_prefix = _product(prefix.keys, query.swapaxes(1, 2), (3, 3)).swapaxes(2, 3)  # [streams, heads, samples, slots]
-    of_own = _product(query.reshape(*own.keys.shape[:-2], -1), own.keys, (own.keys.ndim - 2, own.keys.ndim - 1))
+    of_prefix = _product(query.swapaxes(1, 2), prefix.keys, (3, 2))  # [streams, heads, samples, slots]
+    of_own = _product(query.reshape(own.keys.shape[:-1]), own.keys, (-1, -2))
     of_own = of_own.reshape(*query.shape[:3], -1).swapaxes(1, 2)
     scores = jnp.where(seen, jnp.concatenate([of_prefix, of_own], axis=-1), HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(prefix.values.dtype)
-    for_prefix, for_own = jnp.split(weights, [prefix.keys.shape[-2]], axis=-1)
-    out = _product(for_prefix, prefix.values, (3, 2)).swapaxes(1, 2)
-    for_own = for_own.swapaxes(1, 2).reshape(*own.values.shape[:-1])
-    out += _product(for_own, own.values, (own.values.ndim - 2, own.values.ndim - 2)).reshape(query.shape)
+    for_prefix, for_own = jnp.split(weights, [prefix.keys.shape[-1]], axis=-1)
+    out = _product(prefix.values, for_prefix, (3, 3)).transpose(0, 3, 1, 2)
+    for_own = for_own.swapaxes(1, 2).reshape(*own.values.shape[:-2], -1)
+    out += _product(for_own, own.values, (-1, -1)).reshape(query.shape)
     return out.astype(prefix.values.dtype)
 
 
 def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
-    """The product of a cache, [*batch, slots, head_dim], with [*batch, ...] over one axis of each, in float32.
+    """The product of a cache, [*batch, head_dim, slots], with [*batch, ...] over one axis of each, in float32.
 
     `einsum` may turn the operands around, and then XLA would transpose the cache at each step.
     """
     batch = tuple(range(max(x.ndim, y.ndim) - 2))
-    over = ((axes[:1], axes[1:]), (batch, batch))
+    over = (([axes[0] % x.ndim], [axes[1] % y.ndim]), (batch, batch))
     return jax.lax.dot_general(x, y, over, preferred_element_type=jnp.float32)
 
 
 def _write(cache: Array, new: Array, slot: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, cache.ndim - 2)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, cache.ndim - 1)
