@@ -62,7 +62,7 @@ def evaluate_few_shot(run: Run) -> dict[str, Any]:
             metrics = {split: _evaluate_split(run, split) for split in splits}
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         artifact = run.workdir.require(recipe)
-    return json.loads((artifact.folder / METRICS).read_text())
+    return json.loads((artifact.folder / METRICS).read_text(encoding="utf-8"))
 
 
 def questions(run: Run, split: Split) -> list[Question]:

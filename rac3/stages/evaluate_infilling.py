@@ -71,7 +71,7 @@ def evaluate_infilling(run: Run) -> dict[str, Any]:
                     metrics[split]["pictures"] = [*pictures]
                     np.save(draft.folder / f"{split}.npy", np.array([*pictures.values()], np.uint8))
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
-    return json.loads((_folder(run) / METRICS).read_text())
+    return json.loads((_folder(run) / METRICS).read_text(encoding="utf-8"))
 
 
 def kept_pictures(run: Run, split: Split) -> dict[str, Pictures]:
