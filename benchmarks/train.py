@@ -5,8 +5,9 @@
 `step`: forward, backward, clipping and AdamW of 4 layers of width 512 in float32, against transformers' OPT with
 torch's fused AdamW, eager and with scaled_dot_product_attention; on a row of one group, and on a row of packed groups,
 for which SDPA gets a block-diagonal mask. Losses are compared first. Each number of threads gets its own process,
-pinned to as many cores, which runs all of them alternately. Prints the median ratio (above 1: ours is faster) with its
-extremes, and our share of the rate of a large matrix product. Needs the extra `parity`.
+pinned to as many cores, which runs all of them alternately, all with the settings of the C library that `rac3 train`
+makes. Prints the median ratio (above 1: ours is faster) with its extremes, and our share of the rate of a large matrix
+product. Needs the extra `parity`.
 
 `memory`: temporary bytes of attention with 32 heads of 80, forward and backward, from the compiled program.
 `compile`: seconds to compile the step of 8 and of 32 layers.
@@ -176,6 +177,9 @@ def load_opt(model: Any, params: Any) -> None:
 def steps(threads: int, rounds: int) -> list[dict[str, Any]]:
     """In this process, pinned to `threads` cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    from rac3.devices.cpu import keep_freed_memory
+
+    keep_freed_memory()  # as `rac3 train` does; torch allocates from the same heap
     import torch
 
     torch.set_num_threads(threads)

@@ -23,6 +23,7 @@ from rac3 import recipes
 from rac3.answering import Model
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, check_settings, load_config_module, shipped_configs
+from rac3.devices.cpu import keep_freed_memory
 from rac3.devices.processes import Distributed, Processes, leave
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
@@ -357,6 +358,7 @@ def _encoders(run: Run, options: Any) -> None:
     from rac3.report.encoders import encoders_report
     from rac3.stages.encoders import fit_encoders
 
+    keep_freed_memory()
     fit_encoders(run)
     _describe(run)
     if getattr(options, "report", False):
@@ -439,6 +441,7 @@ class TrainOptions:
 
 
 def _train(run: Run, options: Any) -> None:
+    keep_freed_memory()
     stall_minutes = run.experiment.training.stall_minutes
     if isinstance(options, TrainOptions):
         started = options.distributed.start(stall_minutes, (PreemptedError,))
