@@ -178,7 +178,7 @@ def test_a_broken_config_is_refused(body: str, says: str, refused: Refused, tmp_
 KINDS = {
     "replace(tiny, data=None)": "data=None is no Data; give one",
     "replace(tiny, data=replace(tiny.data, train='folder'))": "data.train='folder' is no Source; give one",
-    "replace(tiny, data=replace(tiny.data, train=type(tiny.data.train)))": "data.train is the class World; give an object",
+    "replace(tiny, data=replace(tiny.data, train=type(tiny.data.train)))": "data.train is the class World; give",
     "replace(tiny, executor='ray')": "executor='ray' is no ",
     "replace(tiny, clip=type(tiny.clip))": "clip is the class FrozenCLIP; give an object of it: FrozenCLIP(...)",
     "replace(tiny, retriever=lambda: 0)": "is no Retriever; give one",

@@ -9,8 +9,8 @@ The answers below are written from what each stage reads, never from the recipes
     ... cm3             the same of the vanilla CM3, which retrieves nothing, so that its evaluation reads clip itself
 """
 
-import os
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
