@@ -665,7 +665,8 @@ def _quiet() -> None:
     """Keeps libraries' notes out of the progress lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what orbax logs, it also raises
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what orbax logs, it also raises
     unraisable = sys.unraisablehook
 
     def report(found: Any) -> None:

@@ -116,9 +116,8 @@ class Run:
 
     def _open(self, recipe: Recipe, opener: Callable[[Path], T], *how: Any) -> T:
         """`opener` of the artifact's folder, called once for each `how`."""
-        folder = self.workdir.require(
-            recipe
-        ).folder  # each time: a stage that is writing may read this only as an input
+        # Each time: a stage that is writing may read this only as an input.
+        folder = self.workdir.require(recipe).folder
         with self._lock:
             key = recipe.fingerprint, *how
             if key not in self._opened:

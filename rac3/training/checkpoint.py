@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"  # the subfolder of a run's folder that holds them
 StreamPosition = list[int]
 
 
-class SaveError(Exception):
+class SaveError(OSError):
     """A checkpoint could not be written. The command exits with code 1."""
 
 

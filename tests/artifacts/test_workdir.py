@@ -371,6 +371,22 @@ def test_a_file_that_is_not_what_was_written_is_named(name: str, content: bytes 
             again.require(CLIP)
 
 
+def test_the_size_of_a_chunk_is_compared(workdir: Workdir):
+    """Its bytes are left to whoever reads it: no SHA-256 is computed of arrays, documents and ids."""
+    with workdir.write(EMBEDDINGS) as draft:
+        for name in ("document/zarr.json", "document/c/0/0", "000000.array_record", "000000.u2", "c/data"):
+            (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft.folder / name).write_text("12345")
+    artifact = workdir.require(EMBEDDINGS)
+    with_digest = {name for name, (_, digest) in artifact.manifest["files"].items() if digest}
+    assert with_digest == {"document/zarr.json", "c/data"}
+    (artifact.folder / "document/c/0/0").write_text("12346")
+    Workdir(workdir.path, "quickstart").require(EMBEDDINGS)
+    (artifact.folder / "document/c/0/0").write_text("1234")
+    with pytest.raises(InputError, match="document/c/0/0 is damaged: it has 4 bytes, not 5"):
+        Workdir(workdir.path, "quickstart").require(EMBEDDINGS)
+
+
 def test_files_that_no_stage_reads_whole_are_left_to_the_audit(clip: Path):
     for name in ("tensorboard/events", "checkpoints/3/state"):
         (clip / name).write_text('{"width": 65}')
