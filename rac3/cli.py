@@ -412,8 +412,10 @@ def _train_with(run: Run, processes: Processes) -> None:
 
 def _evaluate(run: Run, options: Any) -> None:
     from rac3.report.experiment import collect, summary
+    from rac3.report.infilling import infilling_report, infilling_summary
     from rac3.stages.evaluate import comparisons, evaluate
-    from rac3.stages.held_out import SPLITS
+    from rac3.stages.evaluate_infilling import evaluate_infilling
+    from rac3.held_out import SPLITS
     from rac3.stages.retrieve import index, retrieve
 
     task = getattr(options, "task", "generation")
@@ -422,16 +424,18 @@ def _evaluate(run: Run, options: Any) -> None:
         return
     run.experiment.mesh.build()
     models = comparisons(run)
-    for compared in models.values():
+    if task == "few-shot":  # needs no neighbors
+        _evaluate_few_shot(run, models)
+        return
+    metrics = {}
+    for name, compared in models.items():
         index(compared)
         retrieve(compared, SPLITS)
+        metrics[name] = evaluate_infilling(compared) if task == "infilling" else evaluate(compared)
     if task == "infilling":
-        _evaluate_infilling(run, models)
-    elif task == "few-shot":
-        _evaluate_few_shot(run, models)
+        print(infilling_summary(metrics))
+        print(f"report: {infilling_report(run, models)}")
     else:
-        for compared in models.values():
-            evaluate(compared)
         print(summary(collect(run)))
 
 
@@ -446,21 +450,12 @@ def _evaluate_retrieval(run: Run) -> None:
     print(f"report: {retrieval_report(run)}")
 
 
-def _evaluate_infilling(run: Run, models: dict[str, Run]) -> None:
-    from rac3.report.infilling import infilling_report, infilling_summary
-
-    print(infilling_summary(models))
-    print(f"report: {infilling_report(run, models)}")
-
-
 def _evaluate_few_shot(run: Run, models: dict[str, Run]) -> None:
     from rac3.report.few_shot import few_shot_report, few_shot_summary
     from rac3.stages.evaluate_few_shot import evaluate_few_shot
 
-    by_model = {
-        each.training_recipe: (name, each) for name, each in reversed(models.items())
-    }  # no retriever plays a part
-    metrics = {name: evaluate_few_shot(each) for name, each in reversed(by_model.values())}
+    by_model = {each.trained.model_name: each for each in models.values()}  # by any retriever: nothing is retrieved
+    metrics = {name: evaluate_few_shot(each) for name, each in by_model.items()}
     print(few_shot_summary(metrics))
     print(f"report: {few_shot_report(run, metrics)}")
 

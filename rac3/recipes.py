@@ -227,25 +227,36 @@ def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
 
 
 def infilling(experiment: Experiment, trained: Experiment) -> Recipe:
-    """The evaluation of infilling and editing: as `evaluation`, with pictures of the memory to judge by."""
-    whole = evaluation(experiment, trained)
-    return Recipe("infilling", whole.config, {**whole.inputs, **_judged_by(experiment)})
+    """The evaluation of infilling and editing, judged by pictures of the memory."""
+    settings = experiment.evaluation
+    config = {
+        "num_retrieved": settings.num_retrieved,
+        "sampling": settings.image_sampling,
+        **_compared(experiment),
+    }
+    inputs = evaluation(experiment, trained).inputs
+    return Recipe("infilling", config, {**inputs, **_memory(experiment)})
 
 
 def few_shot(experiment: Experiment, trained: Experiment) -> Recipe:
     """The evaluation of few-shot classification, whose demonstrations are documents of the memory."""
-    config = {
+    held_out = [split for split in experiment.data.sources() if split in ("validation", "test")]
+    inputs = {f"documents {split}": documents(experiment, split) for split in held_out}
+    inputs |= {"train": train(trained), "clip": clip(experiment), **_memory(experiment)}
+    return Recipe("few_shot", _compared(experiment), inputs)
+
+
+def _compared(experiment: Experiment) -> dict[str, Any]:
+    """How held-out documents are compared with those of the memory that show an entity."""
+    return {
         "documents": experiment.evaluation.documents,
         "clip_dtype": _dtype(experiment.clip),
         "entity_field": experiment.data.entity_field,
+        "takedowns": takedown_keys(experiment),
         "seed": experiment.seed,
     }
-    return Recipe("few_shot", config, {"train": train(trained), "clip": clip(experiment), **_judged_by(experiment)})
 
 
-def _judged_by(experiment: Experiment) -> dict[str, Recipe]:
-    """The held-out documents, and those that they may be compared with."""
-    data = experiment.data
-    held_out = [split for split in data.sources() if split in ("validation", "test")]
-    splits = {each for split in held_out for each in (split, *data.memory_splits(split))}
-    return {f"documents {split}": documents(experiment, split) for split in sorted(splits)}
+def _memory(experiment: Experiment) -> dict[str, Recipe]:
+    """The documents that held-out ones may be compared with."""
+    return {f"documents {split}": documents(experiment, split) for split in experiment.data.memory_splits("test")}

@@ -21,7 +21,7 @@ FLOORS = (
     ("training", "generation"),
     ("evaluation",),
     ("experiment",),
-    ("recipes", "run", "answering", "experiment_file"),
+    ("recipes", "run", "answering", "held_out", "experiment_file"),
     ("stages",),
     ("plan", "report", "demo"),
     ("cli",),
@@ -35,7 +35,7 @@ FORBIDDEN = (
 )
 # The order inside a package. Modules that are not listed come after the listed ones, in any order without a cycle.
 ORDER = {
-    "": ("recipes", "run", "answering", "experiment_file"),
+    "": ("recipes", "run", "answering", "held_out", "experiment_file"),
     "artifacts": ("recipe", "workdir", "arrays"),
     "weights": (
         "fitting",
@@ -120,7 +120,7 @@ ORDER = {
 
 
 # Everything else takes the parts of an experiment that it uses.
-TAKE_AN_EXPERIMENT = ("recipes", "run", "experiment_file", "stages", "plan", "report", "cli")
+TAKE_AN_EXPERIMENT = ("recipes", "run", "held_out", "experiment_file", "stages", "plan", "report", "cli")
 
 
 def modules() -> list[tuple[str, ...]]:

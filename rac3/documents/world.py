@@ -62,6 +62,7 @@ class Setting:
 
 
 def all_settings() -> list[Setting]:
+    """Every ground, in every weather, with every frame."""
     return [Setting(g, w, f) for g in GROUNDS for w in WEATHERS for f in FRAMES]
 
 
@@ -208,9 +209,9 @@ def nearest_settings(images: UInt8[np.ndarray, "images height width 3"]) -> list
     _check_size(images)
     around = np.ones((SIZE, SIZE), bool)
     around[EMBLEM, EMBLEM] = False
-    entity = Entity("", (0,) * 9, ("red", "red", "red"), "disc", "blue")  # any: it is not looked at
+    anything = Entity("", (0,) * 9, ("red", "red", "red"), "disc", "blue")
     settings = all_settings()
-    drawn = np.stack([draw(entity, setting)[around] for setting in settings]).astype(np.float32)
+    drawn = np.stack([draw(anything, setting)[around] for setting in settings]).astype(np.float32)
     distances = [np.abs(drawn - image[around]).mean((1, 2)) for image in images.astype(np.float32)]
     return [settings[int(row.argmin())] for row in distances]
 

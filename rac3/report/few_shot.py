@@ -1,10 +1,11 @@
-"""The report of few-shot classification: accuracy over the number of demonstrations, for a terminal and as a page."""
+"""The report of few-shot classification: accuracy by the number of demonstrations, for a terminal and as a page."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rac3.artifacts.workdir import write_atomic
+from rac3.experiment import Split
 from rac3.report.page import CM3_COLOR, OTHER_COLOR, OWN_COLOR, Picture, figure, sheet, table
 from rac3.report.plots import Line, plot
 from rac3.report.table import margin, model_label
@@ -13,6 +14,8 @@ from rac3.stages.evaluate_few_shot import LABELS, SCORED, questions
 
 SHOWN = 8  # questions
 HOW = {"text": "label given the image", "image": "image given the label"}
+GUESSING = "guessing"
+NONE = "no questions: fewer than two entities have images both here and in the memory"
 
 
 def few_shot_report(run: Run, metrics: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -22,14 +25,16 @@ def few_shot_report(run: Run, metrics: Mapping[str, Mapping[str, Any]]) -> Path:
       metrics: those of each model, by name.
     """
     sections = []
-    splits = [*next(iter(metrics.values()))]
-    for split in reversed(splits):
-        lines = few_shot_rows({name: values[split] for name, values in metrics.items()})
-        shots = next(iter(metrics.values()))[split]["shots"]
-        count = next(iter(metrics.values()))[split]["questions"]
-        body = f'<p class="note">{count:,} questions, each with the two labels right equally often.</p>'
-        if count:
-            body += _plot(shots, lines) + table(["k", *map(str, shots)], _shown(lines, count)) + _questions(run, split)
+    for split, own in reversed([*next(iter(metrics.values())).items()]):
+        lines = few_shot_lines({name: values[split] for name, values in metrics.items()})
+        body = f'<p class="note">{NONE[0].upper()}{NONE[1:]}.</p>'
+        if lines:
+            note = (
+                f"{own['questions']:,} questions, in which either label is right equally often. Intervals are of 95%."
+            )
+            rows = [[label, *_cells(label, by_k, own["questions"])] for label, by_k in lines.items()]
+            shown = table(["k, demonstrations of each label", *map(str, own["shots"])], rows)
+            body = f'{_plot(lines)}{shown}<p class="note">{note}</p>{_questions(run, split)}'
         sections.append((split, split, body))
     folder = run.workdir.path / "report"
     folder.mkdir(exist_ok=True)
@@ -40,47 +45,42 @@ def few_shot_report(run: Run, metrics: Mapping[str, Mapping[str, Any]]) -> Path:
 def few_shot_summary(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """The accuracies, for a terminal."""
     said = []
-    for split, values in next(iter(metrics.values())).items():
-        said.append(f"{split}: {values['questions']:,} questions")
-        lines = few_shot_rows({name: of_model[split] for name, of_model in metrics.items()})
-        for label, *cells in _shown(lines, values["questions"]):
-            shown = zip(values["shots"], cells, strict=True)
-            said.append(f"  {label}: {', '.join(f'{cell} at k = {k}' for k, cell in shown)}")
+    for split, own in next(iter(metrics.values())).items():
+        lines = few_shot_lines({name: values[split] for name, values in metrics.items()})
+        said.append(f"{split}: {own['questions']:,} questions" if lines else f"{split}: {NONE}")
+        for label, by_k in lines.items():
+            shown = zip(_cells(label, by_k, own["questions"]), by_k, strict=True)
+            said.append(f"  {label}: {', '.join(f'{cell} at k = {k}' for cell, k in shown)}")
     return "\n".join(said)
 
 
-def few_shot_rows(models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By label, accuracy by k: of each model in both ways, of the encoder alone, and of guessing."""
+def few_shot_lines(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, float]]:
+    """Accuracy by k on one split: of each model in both ways, of the encoder alone, and of guessing; by label."""
     own = next(iter(models.values()))
     if not own["questions"]:
         return {}
     lines = {f"{model_label(name)}, {HOW[how]}": values[how] for name, values in models.items() for how in SCORED}
-    return {**lines, "the encoder alone": own["encoder"], "guessing": {str(k): 1 / len(LABELS) for k in own["shots"]}}
+    guessed = {str(k): 1 / len(LABELS) for k in own["shots"]}
+    return {**lines, "encoder without a model": own["encoder"], GUESSING: guessed}
 
 
-def _shown(lines: Mapping[str, Mapping[str, float]], count: int) -> list[list[str]]:
+def _cells(label: str, by_k: Mapping[str, float], count: int) -> list[str]:
+    """Accuracies, with intervals where they were measured."""
     return [
-        [
-            label,
-            *(
-                f"{share:.1%}" + ("" if label == "guessing" else f" ± {margin(share, count):.1%}")
-                for share in by_k.values()
-            ),
-        ]
-        for label, by_k in lines.items()
+        f"{share:.1%}" if label == GUESSING else f"{share:.1%} ± {margin(share, count):.1%}" for share in by_k.values()
     ]
 
 
-def _plot(shots: list[int], lines: Mapping[str, Mapping[str, float]]) -> str:
+def _plot(lines: Mapping[str, Mapping[str, float]]) -> str:
     drawn = []
     for label, by_k in lines.items():
         color = OWN_COLOR if label.startswith("RA-CM3") else CM3_COLOR if label.startswith("CM3") else OTHER_COLOR
-        points = [(float(k), 100 * by_k[str(k)]) for k in shots]
-        drawn.append(Line(label, points, color, dashed=HOW["image"] in label or label == "guessing"))
-    return f'<div class="plots">{plot("Accuracy over demonstrations", "k", "% right", drawn, markers=True)}</div>'
+        points = [(float(k), 100 * share) for k, share in by_k.items()]
+        drawn.append(Line(label, points, color, dashed=HOW["image"] in label or label == GUESSING))
+    return f'<div class="plots">{plot("Accuracy by demonstrations", "k", "% right", drawn, markers=True)}</div>'
 
 
-def _questions(run: Run, split: str) -> str:
+def _questions(run: Run, split: Split) -> str:
     """The first questions: the first demonstration of each label, then the image."""
     cards = []
     for question in questions(run, split)[:SHOWN]:

@@ -23,7 +23,7 @@ from rac3.generation.rerank import best_by_clip, best_by_perplexity
 from rac3.generation.tasks import caption, draw
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
-from rac3.stages.held_out import SPLITS, context, held_out, retrieved, sampled, segment_ids
+from rac3.held_out import SPLITS, context, copied, held_out, retrieved, sampled, segment_ids
 
 METRICS = "metrics.json"
 # What is scored, in the order of the `PARTS` that ask: a text asks for an image, an image for a text.
@@ -220,15 +220,10 @@ def _captions(
 def _copied(
     run: Run, neighbors: Int[np.ndarray, "n parts depth"]
 ) -> tuple[UInt8[np.ndarray, "n height width 3"], list[str]]:
-    """The simplest use of retrieval, which a model must beat: of what each text and each image retrieved, the picture
-    and the text of the first document, as they are. Black and "" where nothing was retrieved."""
-    firsts = [[retrieved(run, row[part], 1) for part in range(len(PARTS))] for row in neighbors]
-    found = [segment_ids(by_text[0], Image) if by_text else None for by_text, _ in firsts]
-    codes = {row: ids for row, ids in enumerate(found) if ids is not None}
-    images = np.zeros((len(firsts), run.images.resolution, run.images.resolution, 3), np.uint8)
-    if codes:
-        images[[*codes]] = run.images.decode(np.stack([*codes.values()]))
-    return images, [by_image[0].document.text if by_image else "" for _, by_image in firsts]
+    """Of what each text retrieved, the picture of the first document; of what each image retrieved, the text ("" where
+    it retrieved nothing)."""
+    firsts = [retrieved(run, by_image, 1) for _, by_image in neighbors]
+    return copied(run, neighbors[:, 0]), [documents[0].document.text if documents else "" for documents in firsts]
 
 
 def _accuracies(

@@ -1,7 +1,8 @@
 """Evaluate few-shot classification: two entities under labels that mean nothing, told apart by demonstrations.
 
-Of k runs, each has one demonstration of either label; their probabilities are averaged (paper, section 5.4). The
-demonstrations are documents of the memory; a question is the image of a held-out document of one of the two.
+Each of k runs has one demonstration of each label, and their probabilities are averaged (paper, section 5.4). The
+demonstrations are images of the memory with a label for their text. The question is which label a held-out image of
+one of the two entities has.
 """
 
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
@@ -20,13 +21,15 @@ from rac3.documents.store import TokenizedDocument, Tokens
 from rac3.execution.progress import Progress
 from rac3.experiment import Split
 from rac3.generation.tasks import classify
+from rac3.held_out import SPLITS, entity, held_out, segment_ids, shown_in_memory
 from rac3.run import Run
-from rac3.stages.held_out import SPLITS, entity, held_out, memory_of, segment_ids
 
 METRICS = "metrics.json"
 LABELS = ("animal x", "animal y")
 SHOTS = (1, 2, 4, 8)
 SCORED: tuple[classify.Scored, ...] = ("text", "image")
+
+Scores = Float[np.ndarray, "questions runs labels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,7 @@ def evaluate_few_shot(run: Run) -> dict[str, Any]:
     artifact = run.workdir.find(recipe)
     if artifact is None:
         if not run.experiment.data.entity_field:
-            raise InputError("data.entity_field is empty, so that no entity can be asked for; name a field of metadata")
+            raise InputError("data.entity_field is empty; name the field of the metadata that says what an image shows")
         with run.workdir.write(recipe) as draft:
             splits = [split for split in SPLITS if split in run.experiment.data.sources()]
             metrics = {split: _evaluate_split(run, split) for split in splits}
@@ -63,28 +66,24 @@ def evaluate_few_shot(run: Run) -> dict[str, Any]:
 
 
 def questions(run: Run, split: Split) -> list[Question]:
-    """One for each held-out document with an image, its entity against another one of the split.
+    """One for each held-out document with an image: its entity, or another one of the split, drawn by the seed.
 
-    Both labels are right equally often. All questions have the same number of demonstrations, the most of `SHOTS` that
-    half of the entities have; documents of entities with fewer are left out.
+    The two labels are right in turn. All questions have the same number of demonstrations, the most of `SHOTS` that
+    more than half of the entities have; documents of entities with fewer are left out.
     """
     rng = np.random.default_rng(run.experiment.seed)
     named = [(item, entity(run, item)) for item in held_out(run, split)[0] if item.document.images]
-    shown = memory_of(run, split, [name for _, name in named])
+    shown = shown_in_memory(run, split, {name for _, name in named}, max(SHOTS))
     counts = sorted(map(len, shown.values()), reverse=True)
-    most = counts[len(counts) // 2] if counts else 0
-    shots = max((k for k in SHOTS if k <= most), default=0)
+    shots = max(k for k in SHOTS if k <= counts[len(counts) // 2]) if counts else 0
     names = sorted(name for name, documents in shown.items() if len(documents) >= shots)
     asked: list[Question] = []
-    if not shots or len(names) < 2:
-        return asked
     for item, name in named:
-        if name in names:
-            others = [other for other in names if other != name]
+        others = [other for other in names if other != name]
+        if name in names and others:
             other = others[int(rng.integers(len(others)))]
             truth = len(asked) % 2
-            pair = (other, name) if truth else (name, other)
-            first, second = (shown[each][:shots] for each in pair)
+            first, second = (shown[each][:shots] for each in ((other, name) if truth else (name, other)))
             asked.append(Question(item, (first, second), truth))
     return asked
 
@@ -94,7 +93,6 @@ def _evaluate_split(run: Run, split: Split) -> dict[str, Any]:
     shots = [k for k in SHOTS if asked and k <= len(asked[0].demonstrations[0])]
     metrics: dict[str, Any] = {"questions": len(asked), "shots": shots}
     if not asked:
-        print(f"{split}: no two entities have a demonstration in the memory, so that there is no question")
         return metrics
     with Progress(f"few-shot {run.trained.model_name} on {split}", len(SCORED) + 1, "parts") as bar:
         for scored in SCORED:
@@ -105,8 +103,8 @@ def _evaluate_split(run: Run, split: Split) -> dict[str, Any]:
     return metrics
 
 
-def _probabilities(run: Run, asked: Sequence[Question], scored: classify.Scored) -> np.ndarray:
-    """The probability of each label in each run, [questions, runs, labels]."""
+def _probabilities(run: Run, asked: Sequence[Question], scored: classify.Scored) -> Scores:
+    """The probability of each label in each run."""
     labels = [np.array(run.tokenizer.encode(label), np.int32) for label in LABELS]
     requests = []
     for question in asked:
@@ -119,8 +117,8 @@ def _probabilities(run: Run, asked: Sequence[Question], scored: classify.Scored)
     return np.array([[classify.answer([[next(log_probs) for _ in row]]) for row in each.parts] for each in requests])
 
 
-def _similarities(run: Run, asked: Sequence[Question]) -> np.ndarray:
-    """What the encoder alone makes of it: the similarity of the image to each demonstration, as `_probabilities`."""
+def _similarities(run: Run, asked: Sequence[Question]) -> Scores:
+    """The similarity of the image to each demonstration by the encoder: the same task without the model."""
     images = [each.item.document.images[0] for each in asked]
     shown = [
         item.document.images[0] for each in asked for pair in zip(*each.demonstrations, strict=True) for item in pair
@@ -130,7 +128,7 @@ def _similarities(run: Run, asked: Sequence[Question]) -> np.ndarray:
     return np.einsum("qd,qrld->qrl", vectors, demonstrations)
 
 
-def _accuracies(scores: np.ndarray, asked: Sequence[Question], shots: Sequence[int]) -> dict[str, float]:
+def _accuracies(scores: Scores, asked: Sequence[Question], shots: Sequence[int]) -> dict[str, float]:
     """By k, the share of the questions whose right label has the highest mean score over the first k runs."""
     truth = np.array([question.truth for question in asked])
     return {str(k): float(np.mean(scores[:, :k].mean(1).argmax(-1) == truth)) for k in shots}

@@ -1,22 +1,26 @@
-"""Evaluate infilling and editing: the middle of held-out images, drawn again (paper, sections 5.2 and 5.3).
+"""Evaluate infilling and editing: the middle of held-out images is drawn again (paper, sections 5.2 and 5.3).
 
-infilling   the middle of an image, given the rest of it and its text; with what the text retrieves, and without
-editing     the same without the text, given by hand what the text of another entity retrieves
-controlled  a whole image of the text without the entity's name, given those same documents
+infilling   the middle of an image, given the rest of it, its text, and 0 to k documents that the text retrieves
+editing     the middle without the text, given the documents that the text of another entity retrieves
+controlled  a whole image of the text with "something" for the entity's name, given those same documents
+
+Each is judged by the entity that it shows: its own after infilling, that of the documents after the other two.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int
 
 from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
+from rac3.config import InputError
 from rac3.documents.document import Image, Text, prepare_image
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, nearest_settings
@@ -24,26 +28,37 @@ from rac3.evaluation.reconstruction import psnr
 from rac3.execution.progress import Progress
 from rac3.experiment import Split
 from rac3.generation.prompts import Asked, Context, Form
+from rac3.generation.sampling import Contrast, Guidance, Sampling
 from rac3.generation.tasks import controlled, draw, edit, infill_image, score
+from rac3.held_out import (
+    SPLITS,
+    Judge,
+    Pictures,
+    context,
+    copied,
+    entity,
+    held_out,
+    judge,
+    retrieved,
+    sampled,
+    segment_ids,
+)
 from rac3.run import Run
-from rac3.stages.held_out import SPLITS, Judge, entity, held_out, judge, retrieved, sampled, segment_ids
 
 METRICS = "metrics.json"
 MIDDLE = 0.6  # of the side of an image
 SHOWN = 12  # documents whose pictures are kept for the report
 NAMELESS = "something"  # in place of the entity's name
 
-Pictures = UInt8[np.ndarray, "n height width 3"]
-
 
 def evaluate_infilling(run: Run) -> dict[str, Any]:
-    """How the run's model infills, edits and follows demonstrations on each held-out split, made or read.
+    """How the run's model infills, edits and draws after documents on each held-out split, made or read.
 
     The artifact holds `metrics.json`, and for each split `SPLIT.npy`: the first pictures of each kind, uint8
-    [kinds, n, height, width, 3].
+    [kinds, n, height, width, 3], whose kinds are the split's `pictures` in the metrics.
 
     Raises:
-      InputError: the model is not trained yet, or its images have no middle: their codes are no square.
+      InputError: the model is not trained yet, or the codes of an image are no square.
     """
     recipe = recipes.infilling(run.experiment, run.trained)
     if run.workdir.find(recipe) is None:
@@ -54,12 +69,12 @@ def evaluate_infilling(run: Run) -> dict[str, Any]:
                     test = Infilling.open(run, split)
                     metrics[split], pictures = test.measured() if test.items else ({"documents": 0}, {})
                     metrics[split]["pictures"] = [*pictures]
-                    np.save(draft.folder / f"{split}.npy", np.array([each[:SHOWN] for each in pictures.values()]))
+                    np.save(draft.folder / f"{split}.npy", np.array([*pictures.values()], np.uint8))
             write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     return json.loads((_folder(run) / METRICS).read_text())
 
 
-def kept_pictures(run: Run, split: str) -> dict[str, Pictures]:
+def kept_pictures(run: Run, split: Split) -> dict[str, Pictures]:
     """By kind, the pictures of the first documents of a split; empty if it has no document to infill."""
     kinds = evaluate_infilling(run)[split]["pictures"]
     return dict(zip(kinds, np.load(_folder(run) / f"{split}.npy", allow_pickle=False), strict=True))
@@ -70,23 +85,36 @@ def _folder(run: Run) -> Path:
     return run.workdir.require(recipe, recipes.COMMANDS[recipe.stage]).folder
 
 
-def middle(form: Form) -> Bool[np.ndarray, "width width"]:
-    """The codes in the middle of an image, `MIDDLE` of its side high and wide."""
+def middle(form: Form, resolution: int) -> infill_image.PixelMask:
+    """The pixels of the codes in the middle of an image: `MIDDLE` of its side high and wide.
+
+    Raises:
+      InputError: the codes of an image are no square grid over its pixels.
+    """
     width = form.image_width
-    side = max(1, round(MIDDLE * width))
+    if not width or resolution % width:
+        raise InputError(
+            f"the {form.tokens_per_image} codes of an image of {resolution} x {resolution} pixels are no square grid "
+            "over it, so that it has no middle to infill; use a VQGAN whose codes are"
+        )
+    side, pixels = max(1, round(MIDDLE * width)), resolution // width
     start = (width - side) // 2
-    masked = np.zeros((width, width), bool)
-    masked[start : start + side, start : start + side] = True
+    inside = slice(pixels * start, pixels * (start + side))
+    masked = np.zeros((resolution, resolution), bool)
+    masked[inside, inside] = True
     return masked
 
 
-def next_of_another(names: Sequence[str]) -> list[int]:
-    """For each, the number of the next one, around the end, that has another name; empty if all have one name."""
-    if len(set(names)) < 2:
-        return []
-    count = len(names)
-    following = [[(n + step) % count for step in range(1, count)] for n in range(count)]
-    return [next(other for other in row if names[other] != names[n]) for n, row in enumerate(following)]
+def next_of_another(names: Sequence[str], usable: Collection[int]) -> list[int]:
+    """For each, the number of the next usable one, around the end, that has another name; empty if any has none."""
+    count, out = len(names), []
+    for number, name in enumerate(names):
+        following = ((number + step) % count for step in range(1, count))
+        found = next((each for each in following if each in usable and names[each] != name), None)
+        if found is None:
+            return []
+        out.append(found)
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +122,10 @@ class Infilling:
     """The held-out documents of a split that have a text and an image.
 
     Attributes:
-      neighbors: of the text of each, in the memory.
+      neighbors: of the text of each, in the memory; -1 is none.
       pixels: of the image of each, as the model sees it.
       names: the entity that each shows; empty unless all say one.
+      inside: the pixels that are drawn again.
     """
 
     run: Run
@@ -105,155 +134,173 @@ class Infilling:
     neighbors: Int[np.ndarray, "n depth"]
     pixels: Pictures
     names: Sequence[str]
+    inside: infill_image.PixelMask
 
     @classmethod
     def open(cls, run: Run, split: Split) -> "Infilling":
-        items, neighbors = held_out(run, split)
-        rows = [row for row, item in enumerate(items) if item.document.images and item.document.text]
-        items, size = [items[row] for row in rows], run.images.resolution
-        pixels = np.array([prepare_image(item.document.images[0].pixels(), size) for item in items], np.uint8)
+        found, neighbors = held_out(run, split)
+        rows = [row for row, item in enumerate(found) if item.document.images and item.document.text]
+        items, size = [found[row] for row in rows], run.images.resolution
+        pixels = [prepare_image(item.document.images[0].pixels(), size) for item in items]
         names = [entity(run, item) for item in items]
         return cls(
-            run, split, items, neighbors[rows, 0], pixels.reshape(-1, size, size, 3), names if all(names) else []
+            run,
+            split,
+            items,
+            neighbors[rows, 0],
+            np.array(pixels, np.uint8).reshape(-1, size, size, 3),
+            names if all(names) else [],
+            middle(run.form, size),
         )
 
     def measured(self) -> tuple[dict[str, Any], dict[str, Pictures]]:
-        """The metrics, and the pictures of each kind."""
-        most = self.run.experiment.evaluation.num_retrieved if self.run.experiment.retrieves else 0
-        pictures = {"original": self.pixels, "masked": np.where(self.under, np.uint8(255), self.pixels)}
-        pictures["codes"] = self._plugged(self.codes)
+        """The metrics, and the first pictures of each kind."""
+        pictures: dict[str, Pictures] = {}
+
+        def kept(kind: str, images: Pictures) -> Pictures:
+            pictures[kind] = images[:SHOWN].copy()
+            return images
+
+        kept("original", self.pixels)
+        kept("masked", np.where(self.inside[..., None], np.uint8(255), self.pixels))
         metrics: dict[str, Any] = {
             "documents": len(self.items),
             "original": {"entity_accuracy": self._share(self.pixels, self.names)},
-            "codes": self._compared(pictures["codes"]),
+            "reconstructed": self._compared(kept("reconstructed", self._plugged(self.run.images.decode(self.codes)))),
             "infilling": {},
         }
+        most = self.run.experiment.evaluation.num_retrieved if self.run.experiment.retrieves else 0
         with Progress(f"infilling {self.run.trained.model_name} on {self.split}", most + 3, "parts") as bar:
             for k in range(most + 1):
-                found = pictures[f"infilled {k}"] = self._infilled(k)
-                metrics["infilling"][str(k)] = {"perplexity": self._perplexity(k), **self._compared(found)}
+                infilled = self._compared(kept(f"infilled {k}", self._infilled(k)))
+                metrics["infilling"][str(k)] = {"perplexity": self._perplexity(k), **infilled}
                 bar.update()
             if most:
-                pictures["copied"] = self._plugged(self._first_retrieved())
-                metrics["copied"] = self._compared(pictures["copied"])
-            others = next_of_another(self.names) if most else []
-            if others:
-                wanted = [self.names[other] for other in others]
-                given = [self._context(other, most) for other in others]
-                pictures["given"] = self.run.images.decode(self._first_retrieved()[others])
-                pictures["edited"] = self._edited(given)
-                metrics["editing"] = {
-                    "entity_accuracy": self._share(pictures["edited"], wanted),
-                    "unchanged": self._share(pictures["edited"], self.names),
-                }
-                bar.update()
-                pictures["controlled"] = self._controlled(given)
-                metrics["controlled"] = {
-                    "entity_accuracy": self._share(pictures["controlled"], wanted),
-                    "setting_accuracy": self._settings(pictures["controlled"]),
-                }
+                firsts = copied(self.run, self.neighbors)
+                metrics["copied"] = self._compared(kept("copied", self._plugged(firsts)))
+                others = self._others()
+                if others:
+                    wanted = [self.names[other] for other in others]
+                    kept("given", firsts[others])
+                    edited = kept("edited", self._edited(others, most))
+                    metrics["editing"] = {
+                        "entity_accuracy": self._share(edited, wanted),
+                        "unchanged": self._share(edited, self.names),
+                    }
+                    bar.update()
+                    drawn = kept("controlled", self._controlled(others, most))
+                    metrics["controlled"] = {
+                        "entity_accuracy": self._share(drawn, wanted),
+                        "setting_accuracy": self._settings(drawn),
+                    }
             bar.update()
         return metrics, pictures
 
     @cached_property
     def masked(self) -> Bool[np.ndarray, " tokens"]:
-        return middle(self.run.form).reshape(-1)
-
-    @cached_property
-    def under(self) -> Bool[np.ndarray, "height width 1"]:
-        """The pixels that the masked codes show."""
-        size = self.run.images.resolution // self.run.form.image_width
-        return np.kron(middle(self.run.form), np.ones((size, size), bool))[..., None]
+        """The codes that are drawn again."""
+        return infill_image.masked_codes(self.run.form, self.inside)
 
     @cached_property
     def codes(self) -> Int[np.ndarray, "n tokens"]:
-        found = [segment_ids(item, Image) for item in self.items]
-        return np.stack([ids for ids in found if ids is not None])  # `open` leaves out documents without an image
+        return np.stack([self._ids(row, Image) for row in range(len(self.items))])
 
     @cached_property
-    def judge(self) -> Judge:
+    def _judge(self) -> Judge | None:
         return judge(self.run, self.split, self.names)
+
+    @property
+    def _sampling(self) -> Sampling:
+        return self.run.experiment.evaluation.image_sampling
+
+    def _others(self) -> list[int]:
+        """For each document, the one by whose neighbors it is edited; empty without names or neighbors."""
+        usable = {row for row, neighbors in enumerate(self.neighbors) if retrieved(self.run, neighbors, 1)}
+        return next_of_another(self.names, usable)
 
     def _infilled(self, k: int) -> Pictures:
         asked = [
-            infill_image.request(self.run.form, codes, self.masked, self._context(row, k), self._text(row))
+            infill_image.request(
+                self.run.form, codes, self.masked, self._context(row, k, self._sampling), self._ids(row, Text)
+            )
             for row, codes in enumerate(self.codes)
         ]
-        return self._filled(f"{self.split} infilled", asked)
+        return self._filled("infilled", asked, self._sampling)
 
-    def _edited(self, given: Sequence[Context]) -> Pictures:
+    def _edited(self, others: Sequence[int], k: int) -> Pictures:
+        sampling = self._sampling
+        if sampling.without == "text":  # there is none to leave out
+            sampling = replace(sampling, guidance=Guidance(), contrast=Contrast())
         asked = [
-            edit.request(self.run.form, codes, self.masked, documents)
-            for codes, documents in zip(self.codes, given, strict=True)
+            edit.request(self.run.form, codes, self.masked, self._context(other, k, sampling))
+            for codes, other in zip(self.codes, others, strict=True)
         ]
-        return self._filled(f"{self.split} edited", asked)
+        return self._filled("edited", asked, sampling)
 
-    def _filled(self, what: str, asked: Sequence[Asked]) -> Pictures:
-        form, drawn = self.run.form, sampled(self.run, what, asked, self.run.experiment.evaluation.image_sampling)
-        pairs = zip(drawn, self.codes, strict=True)
-        return self._plugged(np.stack([infill_image.answer(form, each[0], own, self.masked) for each, own in pairs]))
+    def _filled(self, what: str, asked: Sequence[Asked], sampling: Sampling) -> Pictures:
+        samples = sampled(self.run, f"{self.split} {what}", asked, sampling)
+        filled = [
+            infill_image.answer(self.run.form, first, codes, self.masked)
+            for (first,), codes in zip(samples, self.codes, strict=True)
+        ]
+        return self._plugged(self.run.images.decode(np.stack(filled)))
 
-    def _controlled(self, given: Sequence[Context]) -> Pictures:
+    def _controlled(self, others: Sequence[int], k: int) -> Pictures:
         run, asked = self.run, []
-        for item, name, documents in zip(self.items, self.names, given, strict=True):
-            text = item.document.text.replace(name, NAMELESS)
-            asked.append(controlled.request(run.form, run.tokenizer.encode(text), documents))
-        drawn = sampled(run, f"{self.split} controlled", asked, run.experiment.evaluation.image_sampling)
-        return run.images.decode(np.stack([draw.answer(run.form, each[0]) for each in drawn]))
+        for item, name, other in zip(self.items, self.names, others, strict=True):
+            text = next(each.text for each in item.document.segments if isinstance(each, Text))
+            ids = run.tokenizer.encode(nameless(text, name))[: run.experiment.max_text_tokens]
+            asked.append(controlled.request(run.form, ids, self._context(other, k, self._sampling)))
+        samples = sampled(run, f"{self.split} controlled", asked, self._sampling)
+        return run.images.decode(np.stack([draw.answer(run.form, first) for (first,) in samples]))
 
     def _perplexity(self, k: int) -> float:
-        """Of the masked codes, given the text and all codes that are not masked."""
+        """Of the masked codes, given the text, all known codes outside their span, and those before each in it."""
         places = np.flatnonzero(self.masked)
         first, last = int(places[0]), int(places[-1]) + 1
         parts = []
         for row, codes in enumerate(self.codes):
-            document = (False, np.asarray(self._text(row), np.int32)), (True, codes)
-            asked = score.request(self.run.form, document, 1, self._context(row, k), first, last, infill=True)
-            parts += asked.parts
-        nats = [-each[: last - first][self.masked[first:last]] for each in self.run.scorer.log_probs(parts)]
+            document = (False, self._ids(row, Text)), (True, codes)
+            documents = self._context(row, k, self._sampling)
+            parts += score.request(self.run.form, document, 1, documents, first, last, infill=True).parts
+        nats = [-each[places - first] for each in self.run.scorer.log_probs(parts)]
         return float(np.exp(np.mean(nats, dtype=np.float64)))
 
-    def _first_retrieved(self) -> Int[np.ndarray, "n tokens"]:
-        """Of the first document that each text retrieved, the codes; those of a black image if it retrieved nothing."""
-        size = self.run.images.resolution
-        out = np.tile(self.run.images.encode([np.zeros((size, size, 3), np.uint8)])[0], (len(self.items), 1))
-        for row, neighbors in enumerate(self.neighbors):
-            for item in retrieved(self.run, neighbors, 1):
-                codes = segment_ids(item, Image)
-                out[row] = out[row] if codes is None else codes
-        return out
+    def _context(self, row: int, k: int, sampling: Sampling) -> Context:
+        """The first k documents that the text of a row retrieved."""
+        return context(self.run, self.neighbors[row], k, sampling)
 
-    def _context(self, row: int, k: int) -> Context:
-        documents = [item.tokens for item in retrieved(self.run, self.neighbors[row], k)]
-        return Context(documents, without=self.run.experiment.evaluation.image_sampling.without)
-
-    def _text(self, row: int) -> np.ndarray:
-        ids = segment_ids(self.items[row], Text)
-        assert ids is not None  # `open` leaves out documents without a text
+    def _ids(self, row: int, kind: type[Text] | type[Image]) -> Int[np.ndarray, " ids"]:
+        ids = segment_ids(self.items[row], kind)
+        assert ids is not None  # `open` takes documents with both
         return ids
 
-    def _plugged(self, codes: Int[np.ndarray, "n tokens"]) -> Pictures:
-        """The originals with the middle of what these codes show."""
-        return np.where(self.under, self.run.images.decode(codes), self.pixels)
+    def _plugged(self, images: Pictures) -> Pictures:
+        """The originals with the middle of these images."""
+        return np.where(self.inside[..., None], images, self.pixels)
 
     def _compared(self, images: Pictures) -> dict[str, float | None]:
-        """How near the middle is to the original's, in dB, and how often the entity is right."""
-        inside = self.under[..., 0]
-        middles = (each[:, inside][:, :, None] for each in (self.pixels, images))
+        """PSNR of the middle in dB (a picture counts at most 60), and how often the entity is right."""
+        middles = (each[:, self.inside][:, None] for each in (self.pixels, images))
         return {
             "psnr": float(np.minimum(psnr(*middles), 60).mean()),
             "entity_accuracy": self._share(images, self.names),
         }
 
     def _share(self, images: Pictures, names: Sequence[str]) -> float | None:
-        """Of the images that show the entity of this name; None without names."""
-        if not names:
+        """Of the images that show the entity of this name; None without names, or a judge."""
+        if not names or self._judge is None:
             return None
-        return float(np.mean([shown == name for shown, name in zip(self.judge(images), names, strict=True)]))
+        return float(np.mean([shown == name for shown, name in zip(self._judge(images), names, strict=True)]))
 
     def _settings(self, images: Pictures) -> float | None:
-        """Share of the images in the setting that the text names; None of sources other than the procedural world."""
+        """Share of the images in the setting that the text names; None outside the procedural world."""
         if not isinstance(self.run.experiment.data.train, World):
             return None
         pairs = zip(nearest_settings(images), self.items, strict=True)
         return float(np.mean([setting.words in item.document.text for setting, item in pairs]))
+
+
+def nameless(text: str, name: str) -> str:
+    """A text with `NAMELESS` for a name, where the name is a whole word, in any case."""
+    return re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", NAMELESS, text, flags=re.IGNORECASE)

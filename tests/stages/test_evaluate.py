@@ -47,7 +47,7 @@ from rac3.stages.evaluate import (
     evaluate,
     evaluate_encoders,
 )
-from rac3.stages.held_out import retrieved, segment_ids
+from rac3.held_out import retrieved, segment_ids
 
 TEXT, IMAGE = 0, 1  # the parts of a query
 SETTINGS = EvaluationConfig(

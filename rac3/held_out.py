@@ -1,7 +1,6 @@
 """Held-out documents as prompts: what each of them retrieved, and what the model answers."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 
 import numpy as np
@@ -18,8 +17,10 @@ from rac3.run import PARTS, Run
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
 JUDGED = 4  # pictures of the memory that stand for an entity
+READ = 1024  # documents at a time
 
-Judge = Callable[[UInt8[np.ndarray, "n height width 3"]], list[str]]  # the entity that each image shows
+Pictures = UInt8[np.ndarray, "n height width 3"]
+Judge = Callable[[Pictures], list[str]]  # the entity that each picture shows
 
 
 def held_out(run: Run, split: Split) -> tuple[list[TokenizedDocument], Int[np.ndarray, "n parts depth"]]:
@@ -41,7 +42,7 @@ def retrieved(run: Run, neighbors: Int[np.ndarray, " depth"], k: int) -> list[To
 
 
 def context(run: Run, neighbors: Int[np.ndarray, " depth"], k: int, sampling: Sampling) -> Context:
-    """The first k neighbors."""
+    """The first k neighbors, as a prompt has them."""
     return Context([item.tokens for item in retrieved(run, neighbors, k)], without=sampling.without)
 
 
@@ -70,27 +71,54 @@ def entity(run: Run, item: TokenizedDocument) -> str:
     return "" if found is None else str(found)
 
 
-def memory_of(run: Run, split: Split, names: Iterable[str]) -> dict[str, list[TokenizedDocument]]:
-    """Of each entity, its documents with an image in the memory that queries of a split search, where there are any."""
-    wanted, found = set(names) - {""}, defaultdict(list)
+def copied(run: Run, neighbors: Int[np.ndarray, "n depth"]) -> Pictures:
+    """The simplest use of retrieval, which a model must beat: the picture of the first document of each row, as its
+    codes have it. Black where there is none."""
+    firsts = [retrieved(run, row, 1) for row in neighbors]
+    found = [segment_ids(documents[0], Image) if documents else None for documents in firsts]
+    codes = {row: ids for row, ids in enumerate(found) if ids is not None}
+    pictures = np.zeros((len(neighbors), run.images.resolution, run.images.resolution, 3), np.uint8)
+    if codes:
+        pictures[[*codes]] = run.images.decode(np.stack([*codes.values()]))
+    return pictures
+
+
+def shown_in_memory(run: Run, split: Split, names: Collection[str], most: int) -> dict[str, list[TokenizedDocument]]:
+    """Of each of these entities, its first documents with an image in the memory that queries of a split search.
+
+    Entities without any are left out, and so are documents that `takedowns` names.
+    """
+    found: dict[str, list[TokenizedDocument]] = {name: [] for name in names if name}
     for part in run.experiment.data.memory_splits(split):
-        documents = run.documents(part)
-        for item in documents.many(range(len(documents))):
-            name = entity(run, item)
-            if name in wanted and item.document.images:
-                found[name].append(item)
-    return dict(found)
+        documents, withdrawn = run.documents(part), set(run.withdrawn_rows(part).tolist())
+        for start in range(0, len(documents), READ):
+            if all(len(items) == most for items in found.values()):
+                break
+            rows = [row for row in range(start, min(start + READ, len(documents))) if row not in withdrawn]
+            for item in documents.many(rows):
+                items = found.get(entity(run, item))
+                if items is not None and len(items) < most and item.document.images:
+                    items.append(item)
+    return {name: items for name, items in found.items() if items}
 
 
-def judge(run: Run, split: Split, names: Iterable[str]) -> Judge:
-    """Tells which entity an image shows: of the procedural world the one of the nearest emblem, in pixels; else, of
-    these entities, the one whose pictures in the memory are nearest to the image for the encoder, on average."""
+def judge(run: Run, split: Split, names: Collection[str]) -> Judge | None:
+    """Tells which entity a picture shows; None if the memory shows none of `names`.
+
+    In the procedural world, it is the entity of the nearest emblem in pixels. Elsewhere it is the one of `names` whose
+    pictures in the memory are most similar to it for the encoder, on average.
+    """
     world = run.experiment.data.train
     if isinstance(world, World):
         entities = world.entities()
-        return lambda images: nearest_entities(images, entities)[0]
-    shown = {name: items[:JUDGED] for name, items in memory_of(run, split, names).items()}
-    vectors = [
-        run.encoder.embed_images([item.document.images[0] for item in items]).mean(0) for items in shown.values()
-    ]
-    return lambda images: [[*shown][n] for n in (run.encoder.embed_images([*images]) @ np.stack(vectors).T).argmax(1)]
+        return lambda pictures: nearest_entities(pictures, entities)[0]
+    encoder, shown = run.encoder, shown_in_memory(run, split, names, JUDGED)
+    if not shown:
+        return None
+    means = [encoder.embed_images([item.document.images[0] for item in items]).mean(0) for items in shown.values()]
+
+    def by_encoder(pictures: Pictures) -> list[str]:
+        similarities = encoder.embed_images([*pictures]) @ np.stack(means).T
+        return [[*shown][best] for best in similarities.argmax(1).tolist()]
+
+    return by_encoder
