@@ -411,11 +411,11 @@ def _train_with(run: Run, processes: Processes) -> None:
 
 
 def _evaluate(run: Run, options: Any) -> None:
+    from rac3.held_out import SPLITS
     from rac3.report.experiment import collect, summary
     from rac3.report.infilling import infilling_report, infilling_summary
     from rac3.stages.evaluate import comparisons, evaluate
     from rac3.stages.evaluate_infilling import evaluate_infilling
-    from rac3.held_out import SPLITS
     from rac3.stages.retrieve import index, retrieve
 
     task = getattr(options, "task", "generation")

@@ -6,6 +6,8 @@ The answers below are written from what each stage reads, never from the recipes
     documents           a source, text, vqgan                 embeddings, queries   documents, clip
     index               embeddings, the retriever             neighbors             indexes, queries, selection
     train               documents and neighbors of train      evaluation            train, neighbors, clip
+    infilling           what an evaluation reads, and the documents of the memory
+    few_shot            train, clip, held-out documents, those of the memory
     ... cm3             the same of the vanilla CM3, which retrieves nothing, so that its evaluation reads clip itself
 """
 
@@ -56,9 +58,12 @@ class Halved:
 
 
 EVALUATION = frozenset({"evaluation", "evaluation cm3"})
-MODEL = EVALUATION | {"train", "train cm3"}
-TRAIN_NEIGHBORS = frozenset({"neighbors train", "retrieval", "train", "evaluation"})
-HELD_OUT_NEIGHBORS = frozenset({"neighbors validation", "neighbors test", "retrieval", "evaluation"})
+INFILLING = frozenset({"infilling", "infilling cm3"})
+FEW_SHOT = frozenset({"few_shot", "few_shot cm3"})
+EVALUATIONS = EVALUATION | INFILLING | FEW_SHOT
+MODEL = EVALUATIONS | {"train", "train cm3"}
+TRAIN_NEIGHBORS = frozenset({"neighbors train", "retrieval", "train", "evaluation", "infilling", "few_shot"})
+HELD_OUT_NEIGHBORS = frozenset({"neighbors validation", "neighbors test", "retrieval", "evaluation", "infilling"})
 NEIGHBORS = TRAIN_NEIGHBORS | HELD_OUT_NEIGHBORS
 INDEX = NEIGHBORS | {"index train", "index memory"}
 TRAIN_QUERIES = TRAIN_NEIGHBORS | {"queries train"}
@@ -72,18 +77,20 @@ VECTORS = INDEX | {
 DOCUMENTS = (VECTORS | MODEL) | {f"documents {split}" for split in ("train", "memory", "validation", "test")}
 TEXT = DOCUMENTS | {"text"}
 VQGAN = DOCUMENTS | {"vqgan"}
-CLIP = VECTORS | {"clip", "evaluation cm3"}
+CLIP_DTYPE = VECTORS | EVALUATIONS
+CLIP = CLIP_DTYPE | {"clip"}
 EVERYTHING = TEXT | VQGAN | CLIP
 
 TRAIN_DOCUMENTS = (NEIGHBORS | MODEL) | {"documents train", "embeddings train", "queries train", "index train"}
-MEMORY_DOCUMENTS = HELD_OUT_NEIGHBORS | {"documents memory", "embeddings memory", "index memory"}
-VALIDATION_DOCUMENTS = EVALUATION | {
+MEMORY = HELD_OUT_NEIGHBORS | INFILLING | FEW_SHOT
+MEMORY_DOCUMENTS = MEMORY | {"documents memory", "embeddings memory", "index memory"}
+VALIDATION_DOCUMENTS = EVALUATIONS | {
     "documents validation",
     "queries validation",
     "neighbors validation",
     "retrieval",
 }
-TEST_DOCUMENTS = EVALUATION | {"documents test", "queries test", "neighbors test", "retrieval"}
+TEST_DOCUMENTS = EVALUATIONS | {"documents test", "queries test", "neighbors test", "retrieval"}
 
 WORLD = World(seen=2, unseen=2, documents_per_entity=2)
 FIT = {"steps": 20, "batch": 4, "peak_lr": 0.5, "b1": 0.5, "b2": 0.5}
@@ -94,7 +101,7 @@ FITTED: dict[str, Row] = {
     "data.train.folder": ("other", EVERYTHING),
     "data.train.caption_field": ("alt", EVERYTHING),
     "data.train.max_pixels": (100, EVERYTHING),
-    "data.memory": ({"memory": replace(WORLD, split="memory"), "news": WebDataset("other")}, HELD_OUT_NEIGHBORS),
+    "data.memory": ({"memory": replace(WORLD, split="memory"), "news": WebDataset("other")}, MEMORY),
     "data.memory.memory.split": ("train", EVERYTHING),
     "data.memory.memory.seed": (7, EVERYTHING),
     "data.memory.memory.seen": (3, EVERYTHING),
@@ -102,7 +109,7 @@ FITTED: dict[str, Row] = {
     "data.memory.memory.documents_per_entity": (3, EVERYTHING),
     "data.memory.memory.questions_per_entity": (3, EVERYTHING),
     "data.memory.memory.documents_per_shard": (3, EVERYTHING),
-    "data.withdrawn": (("memory",), HELD_OUT_NEIGHBORS),
+    "data.withdrawn": (("memory",), MEMORY),
     "data.validation.name": ("flickr", VALIDATION_DOCUMENTS),
     "data.validation.split": ("test", VALIDATION_DOCUMENTS),
     "data.validation.image": ("picture", VALIDATION_DOCUMENTS),
@@ -118,7 +125,7 @@ FITTED: dict[str, Row] = {
     "data.test.questions_per_entity": (3, TEST_DOCUMENTS),
     "data.test.documents_per_shard": (3, TEST_DOCUMENTS),
     "data.fit_on": (("train",), EVERYTHING),
-    "data.entity_field": ("concept", EVALUATION | {"retrieval"}),
+    "data.entity_field": ("concept", EVALUATIONS | {"retrieval"}),
     "seed": (1, VQGAN | CLIP),  # a BPE draws nothing
     "workdir": ("elsewhere", NOTHING),
     "data_dir": ("moved", EVERYTHING),  # its shards have the same names
@@ -172,7 +179,7 @@ FITTED: dict[str, Row] = {
     **{f"vqgan.fit.{name}": (value, VQGAN) for name, value in FIT.items()},
     "vqgan.fit.max_documents": (60_000, VQGAN | TEXT),  # the text tokenizer reads as much as who reads more
     "clip.checkpoint": ("clip", CLIP),
-    "clip.dtype": ("bfloat16", VECTORS | {"evaluation cm3"}),  # it is fitted in float32
+    "clip.dtype": ("bfloat16", CLIP_DTYPE),  # it is fitted in float32
     "clip.model.text_config.vocab_size": (300, CLIP),
     "clip.model.text_config.hidden_size": (64, CLIP),
     "clip.model.text_config.intermediate_size": (64, CLIP),
@@ -254,21 +261,21 @@ FITTED: dict[str, Row] = {
     "mesh.fsdp": (2, NOTHING),
     "mesh.tensor": (2, NOTHING),
     "mesh.rules": ((("batch", ("data",)),), NOTHING),
-    "evaluation.num_retrieved": (1, EVALUATION),
-    "evaluation.documents": (5, EVALUATION | {"retrieval"}),
+    "evaluation.num_retrieved": (1, EVALUATION | INFILLING),
+    "evaluation.documents": (5, EVALUATIONS | {"retrieval"}),
     "evaluation.image_samples": (5, EVALUATION),
     "evaluation.caption_samples": (5, EVALUATION),
-    "evaluation.image_sampling.temperature": (0.5, EVALUATION),
-    "evaluation.image_sampling.top_p": (0.5, EVALUATION),
-    "evaluation.image_sampling.top_k": (5, EVALUATION),
-    "evaluation.image_sampling.guidance.scale": (2.0, EVALUATION),
-    "evaluation.image_sampling.guidance.without": ("documents", EVALUATION),
-    "evaluation.image_sampling.contrast.k": (4, EVALUATION),
-    "evaluation.image_sampling.contrast.alpha": (0.5, EVALUATION),
-    "evaluation.image_sampling.contrast.without": ("documents", EVALUATION),
-    "evaluation.image_sampling.copying.weight": (0.5, EVALUATION),
-    "evaluation.image_sampling.copying.sharpness": (2.0, EVALUATION),
-    "evaluation.image_sampling.processors": ((Halved(),), EVALUATION),
+    "evaluation.image_sampling.temperature": (0.5, EVALUATION | INFILLING),
+    "evaluation.image_sampling.top_p": (0.5, EVALUATION | INFILLING),
+    "evaluation.image_sampling.top_k": (5, EVALUATION | INFILLING),
+    "evaluation.image_sampling.guidance.scale": (2.0, EVALUATION | INFILLING),
+    "evaluation.image_sampling.guidance.without": ("documents", EVALUATION | INFILLING),
+    "evaluation.image_sampling.contrast.k": (4, EVALUATION | INFILLING),
+    "evaluation.image_sampling.contrast.alpha": (0.5, EVALUATION | INFILLING),
+    "evaluation.image_sampling.contrast.without": ("documents", EVALUATION | INFILLING),
+    "evaluation.image_sampling.copying.weight": (0.5, EVALUATION | INFILLING),
+    "evaluation.image_sampling.copying.sharpness": (2.0, EVALUATION | INFILLING),
+    "evaluation.image_sampling.processors": ((Halved(),), EVALUATION | INFILLING),
     "evaluation.caption_sampling.temperature": (0.5, EVALUATION),
     "evaluation.caption_sampling.top_p": (0.5, EVALUATION),
     "evaluation.caption_sampling.top_k": (5, EVALUATION),
@@ -314,7 +321,7 @@ LOADED: dict[str, Row] = {
     "vqgan.resolution": (64, VQGAN),
     "vqgan.dtype": ("bfloat16", DOCUMENTS),
     "clip.checkpoint": ("copy", CLIP),
-    "clip.dtype": ("bfloat16", VECTORS | {"evaluation cm3"}),
+    "clip.dtype": ("bfloat16", CLIP_DTYPE),
 }
 
 RETRIEVER_FIELDS: dict[type, dict[str, Row]] = {
@@ -425,6 +432,9 @@ def made(experiment: Experiment, trained: Experiment | None = None) -> dict[str,
     found |= {"train": recipes.train(trained), "evaluation": recipes.evaluation(experiment, trained)}
     plain = trained.vanilla()
     found |= {"train cm3": recipes.train(plain), "evaluation cm3": recipes.evaluation(plain, plain)}
+    for stage in ("infilling", "few_shot"):
+        found |= {stage: getattr(recipes, stage)(experiment, trained)}
+        found |= {f"{stage} cm3": getattr(recipes, stage)(plain, plain)}
     return {stage: recipe.fingerprint for stage, recipe in found.items()}
 
 
@@ -510,7 +520,7 @@ def test_another_retriever_makes_indexes_again_but_no_vectors(fitted: Experiment
 
 def test_a_retriever_at_inference_does_not_train_again(fitted: Experiment):
     exact = replace(fitted, retriever=Exact())
-    assert changes(made(fitted), made(exact, trained=fitted)) == INDEX - {"train"}
+    assert changes(made(fitted), made(exact, trained=fitted)) == INDEX - {"train", "few_shot"}
     inputs = recipes.evaluation(exact, fitted).input_fingerprints
     assert inputs["train"] == recipes.train(fitted).fingerprint
     for split in ("validation", "test"):
@@ -536,6 +546,9 @@ def test_a_split_that_is_not_there_is_not_evaluated(fitted: Experiment):
     alone = replace(fitted, data=replace(fitted.data, validation=None))
     inputs = recipes.evaluation(alone, alone).inputs
     assert set(inputs) == {"train", "clip", "documents test", "neighbors test"}
+    memory = {"documents train", "documents memory"}
+    assert set(recipes.infilling(alone, alone).inputs) == set(inputs) | memory
+    assert set(recipes.few_shot(alone, alone).inputs) == {"train", "clip", "documents test"} | memory
     assert set(recipes.retrieval(alone).inputs) == {"neighbors train", "neighbors test"}
 
 

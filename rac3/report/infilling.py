@@ -32,9 +32,9 @@ LABELS = {  # above and below a picture
     "controlled": ("drawn", "after them, without the name"),
 }
 NOTE = (
-    "The middle is 60% of the side, high and wide. An edit draws it again without the text, given the documents that the "
-    "text of another entity retrieves; a drawing is of the whole text with “something” for the name, given the same "
-    "documents. Intervals are of 95%."
+    "The middle is 60% of the side, high and wide. An edit draws it again without the text, given the documents that "
+    "the text of another entity retrieves; a drawing is of the whole text with “something” for the name, given "
+    "the same documents. Intervals are of 95%."
 )
 
 

@@ -21,9 +21,9 @@ from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
 from rac3.generation.rerank import best_by_clip, best_by_perplexity
 from rac3.generation.tasks import caption, draw
+from rac3.held_out import SPLITS, context, copied, held_out, retrieved, sampled, segment_ids
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
-from rac3.held_out import SPLITS, context, copied, held_out, retrieved, sampled, segment_ids
 
 METRICS = "metrics.json"
 # What is scored, in the order of the `PARTS` that ask: a text asks for an image, an image for a text.
