@@ -449,6 +449,7 @@ def test_the_memory_of_the_command_line_joins_that_of_the_config():
             "c.py --task retrieval --seed 1 --takedowns k retriever:exact --retriever.dtype x",
             "c.py --seed 1",
         ),
+        ("evaluate", "c.py --task few-shot --seed 1 retriever:exact", "c.py --seed 1"),
         ("evaluate", "c.py --takedowns=k --retriever.num-neighbors 4 --workdir w", "c.py --workdir w"),
         (
             "generate",
@@ -473,12 +474,16 @@ CALLS = {
     "rac3.stages.train": ("train",),
     "rac3.stages.audit": ("audit",),
     "rac3.stages.evaluate": ("evaluate",),
+    "rac3.stages.evaluate_few_shot": ("evaluate_few_shot",),
+    "rac3.stages.evaluate_infilling": ("evaluate_infilling",),
     "rac3.stages.evaluate_retrieval": ("evaluate_retrieval",),
     "rac3.stages.generate": ("generate",),
     "rac3.plan.offline": ("plan",),
     "rac3.plan.training": ("training_plan",),
     "rac3.report.experiment": ("collect", "report", "summary"),
     "rac3.report.encoders": ("encoders_report",),
+    "rac3.report.few_shot": ("few_shot_report", "few_shot_summary"),
+    "rac3.report.infilling": ("infilling_report", "infilling_summary"),
     "rac3.report.retrieval": ("retrieval_report", "retrieval_summary"),
     "rac3.vqgan.published": ("require_decoder",),
     "rac3.cli": ("describe",),
@@ -527,6 +532,12 @@ EVALUATE = [*["index", "retrieve", "evaluate"] * 3, "collect", "summary"]  # the
             ["--task", "retrieval", "--mesh.fsdp", "3"],  # a mesh that no model could use, and none is needed
             ["index", "retrieve", "evaluate_retrieval", "retrieval_summary", "retrieval_report"],
         ),
+        (
+            "evaluate",
+            ["--task", "infilling"],
+            [*["index", "retrieve", "evaluate_infilling"] * 3, "infilling_summary", "infilling_report"],
+        ),
+        ("evaluate", ["--task", "few-shot"], [*["evaluate_few_shot"] * 2, "few_shot_summary", "few_shot_report"]),
         ("generate", ["--prompt", "a fox"], ["index", "generate"]),
         ("report", [], ["report"]),
         ("plan", ["--mesh.fsdp", "3"], ["plan", "training_plan"]),
@@ -542,7 +553,24 @@ def test_a_stage_does_its_own_work_and_no_other(
         runs = [each for each in given if isinstance(each, Run)]
         assert all((run.experiment.batches.rows, run.trained.batches.rows) == (4, 4) for run in runs), name
         assert all(run.workdir.path == tmp_path / "new" for run in runs), name
-        assert runs or name in ("summary", "retrieval_summary")
+        assert runs or name in ("summary", "retrieval_summary", "infilling_summary", "few_shot_summary")
+
+
+@pytest.mark.parametrize(("task", "models"), [("infilling", 3), ("few-shot", 2)])
+def test_each_model_does_a_task_once(
+    task: str, models: int, called: Called, rac3: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Few-shot retrieves nothing, so that the model with random documents is the model."""
+    new = ["--workdir", str(tmp_path / "new")]
+    assert rac3("evaluate", TINY, "--task", task, *new, "retriever:exact") == 0
+    own, name = replace(tiny(), workdir=str(tmp_path / "new")), task.replace("-", "_")
+    ran = [given[0] for done, given in called if done == f"evaluate_{name}"]
+    trained = [own, own.vanilla(), own][:models]
+    assert [run.trained for run in ran] == trained
+    metrics = [given[0] for done, given in called if done == f"{name}_summary"]
+    labels = ["ra_cm3", "cm3"] if task == "few-shot" else ["ra_cm3_exact", "cm3", "ra_cm3_random"]
+    assert metrics == [dict.fromkeys(labels, f"<evaluate_{name}>")]
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"<{name}_summary>", f"report: <{name}_report>"]
 
 
 def test_the_model_is_evaluated_beside_cm3_and_with_random_documents(called: Called, rac3: Command, tmp_path: Path):

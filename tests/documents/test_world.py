@@ -21,6 +21,7 @@ from rac3.documents.world import (
     draw,
     draw_emblem,
     nearest_entities,
+    nearest_settings,
 )
 
 SPLITS = ("train", "memory", "validation", "test")
@@ -125,6 +126,21 @@ def test_the_picture_of_a_document_shows_its_entity():
         nearest_entities(images[:, :32, :32], source.entities())
     with PIL.Image.open(io.BytesIO(found[0].images[0].data)) as picture:
         assert picture.format == "PNG"
+
+
+def test_the_setting_is_told_by_what_is_around_the_emblem():
+    """Of every setting, with any emblem in it or none, and with noise."""
+    every = [Setting(g, w, f) for g in GROUNDS for w in WEATHERS for f in FRAMES]
+    entities = world("train").entities()
+    images = np.stack([draw(entities[number % 17], setting) for number, setting in enumerate(every)])
+    assert nearest_settings(images) == every
+    noise = np.random.default_rng(0).integers(-40, 41, images.shape)
+    assert nearest_settings((images + noise).clip(0, 255).astype(np.uint8)) == every
+    black = images.copy()
+    black[:, EMBLEM, EMBLEM] = 0
+    assert nearest_settings(black) == every
+    with pytest.raises(InputError, match=r"images of 32 x 40 "):
+        nearest_settings(images[:, :32])
 
 
 def test_a_name_says_nothing_of_the_emblem():
