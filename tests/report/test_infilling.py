@@ -19,7 +19,7 @@ def of_k(k: int, base: float) -> dict[str, float]:
 
 @pytest.fixture
 def metrics() -> dict[str, dict[str, Any]]:
-    """Two splits, of 46 and of no images; three models. Half of an interval at 0 and 1 of 46 is 2 sqrt(.04 .96 / 50)."""
+    """Two splits, of 46 and of no images; three models. At 0 and 1 of 46, half an interval is 2 sqrt(.04 .96 / 50)."""
     common = {
         "documents": 46,
         "original": {"entity_accuracy": 1.0},
