@@ -23,10 +23,15 @@ Pictures = UInt8[np.ndarray, "n height width 3"]
 Judge = Callable[[Pictures], list[str]]  # the entity that each picture shows
 
 
+def held_out_documents(run: Run, split: Split) -> list[TokenizedDocument]:
+    """The documents of a split that are evaluated."""
+    documents = run.documents(split)
+    return documents.many(range(min(len(documents), run.experiment.evaluation.documents)))
+
+
 def held_out(run: Run, split: Split) -> tuple[list[TokenizedDocument], Int[np.ndarray, "n parts depth"]]:
     """The documents of a split that are evaluated, and the neighbors of each of their parts; -1 is none."""
-    documents = run.documents(split)
-    items = documents.many(range(min(len(documents), run.experiment.evaluation.documents)))
+    items = held_out_documents(run, split)
     if not run.experiment.retrieves:
         return items, np.full((len(items), len(PARTS), run.experiment.selection.depth), -1)
     return items, run.neighbors(split)[: len(items)]

@@ -21,7 +21,7 @@ from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
 from rac3.generation.rerank import best_by_clip, best_by_perplexity
 from rac3.generation.tasks import caption, draw
-from rac3.held_out import SPLITS, context, copied, held_out, retrieved, sampled, segment_ids
+from rac3.held_out import SPLITS, context, copied, held_out, held_out_documents, retrieved, sampled, segment_ids
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
 
@@ -86,8 +86,7 @@ def evaluate_encoders(run: Run) -> dict[str, Any]:
     for split in SPLITS:
         if split not in run.experiment.data.sources():
             continue
-        documents = run.documents(split)
-        items = documents.many(range(min(len(documents), run.experiment.evaluation.documents)))
+        items = held_out_documents(run, split)
         images = [image for item in items for image in item.document.images]
         text, image = (run.queries(split, part)[: len(items)] for part in PARTS)
         out[split] = {

@@ -21,7 +21,7 @@ from rac3.documents.store import TokenizedDocument, Tokens
 from rac3.execution.progress import Progress
 from rac3.experiment import Split
 from rac3.generation.tasks import classify
-from rac3.held_out import SPLITS, entity, held_out, segment_ids, shown_in_memory
+from rac3.held_out import SPLITS, entity, held_out_documents, segment_ids, shown_in_memory
 from rac3.run import Run
 
 METRICS = "metrics.json"
@@ -72,7 +72,7 @@ def questions(run: Run, split: Split) -> list[Question]:
     more than half of the entities have; documents of entities with fewer are left out.
     """
     rng = np.random.default_rng(run.experiment.seed)
-    named = [(item, entity(run, item)) for item in held_out(run, split)[0] if item.document.images]
+    named = [(item, entity(run, item)) for item in held_out_documents(run, split) if item.document.images]
     shown = shown_in_memory(run, split, {name for _, name in named}, max(SHOTS))
     counts = sorted(map(len, shown.values()), reverse=True)
     shots = max(k for k in SHOTS if k <= counts[len(counts) // 2]) if counts else 0

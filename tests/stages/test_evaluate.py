@@ -27,6 +27,7 @@ from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Experiment, Split
 from rac3.generation.sampling import Sampling
+from rac3.held_out import retrieved, segment_ids
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.open_memory import OpenMemory
@@ -47,7 +48,6 @@ from rac3.stages.evaluate import (
     evaluate,
     evaluate_encoders,
 )
-from rac3.held_out import retrieved, segment_ids
 
 TEXT, IMAGE = 0, 1  # the parts of a query
 SETTINGS = EvaluationConfig(

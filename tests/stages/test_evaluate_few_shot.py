@@ -17,6 +17,7 @@ from rac3.documents.document import Document, Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.experiment import Experiment
 from rac3.generation.tasks.score import Part
+from rac3.retrieval.exact import Exact
 from rac3.run import Run
 from rac3.stages import evaluate_few_shot as stage
 from rac3.stages.evaluate_few_shot import (
@@ -104,7 +105,7 @@ def test_all_questions_have_as_many_demonstrations_as_most_entities_allow(
 ):
     """Documents without an image, or of no entity, are neither asked about nor shown."""
     asked_of = [item(name, 100) for name in counts] + [item("a", 101, image=False), item("", 102)]
-    monkeypatch.setattr(stage, "held_out", lambda *_: (asked_of, np.zeros((0, 2, 1))))
+    monkeypatch.setattr(stage, "held_out_documents", lambda *_: asked_of)
 
     def shown(_: Run, split: str, wanted: set[str], most: int) -> dict[str, list[TokenizedDocument]]:
         assert (wanted, most) == ({*counts, ""}, 8)
@@ -196,6 +197,16 @@ def test_a_split_has_the_accuracies_of_each_way(run: Run, monkeypatch: pytest.Mo
         "image": {"1": 1, "2": 1},
         "encoder": {"1": 0, "2": 0},
     }
+
+
+def test_an_evaluation_reads_no_more_than_its_recipe_names(experiment: Experiment, workdir: Path):
+    """No neighbors: with this retriever, none were ever searched for."""
+    exact = replace(experiment, retriever=Exact())
+    run = Run(exact, Workdir(workdir, "tiny"), experiment)
+    told = with_members(run, scorer=Told(), encoder=handmade.PlainEncoder())
+    metrics = evaluate_few_shot(told)
+    assert [values["questions"] for values in metrics.values()] == [4, 4]
+    assert metrics["test"]["text"] == {"1": 0.5, "2": 0.5}  # the first of two labels is always more probable
 
 
 def test_an_evaluation_is_made_once_for_the_splits_that_there_are(

@@ -366,6 +366,17 @@ def test_an_evaluation_is_made_once_for_the_splits_that_there_are(
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
+def test_an_evaluation_reads_no_more_than_its_recipe_names(
+    experiment: Experiment, workdir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = watch_decoding(monkeypatch, real=False)
+    run = Run(experiment, Workdir(workdir, "tiny"))
+    metrics = evaluate_infilling(with_members(run, scorer=Told()))
+    assert [values["documents"] for values in metrics.values()] == [4, 4]
+    assert len(calls) == 10
+    assert kept_pictures(run, "test").keys() == set(metrics["test"]["pictures"])
+
+
 def test_the_first_pictures_are_kept(run: Run, items, pixels, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stage, "SHOWN", 3)
     assert {len(pictures) for pictures in measured_of(run).pictures.values()} == {3}
