@@ -115,10 +115,10 @@ def _listed(items: Sequence[str]) -> str:
 def copied_line(metrics: Mapping[str, Any]) -> str:
     """What copying the first retrieved document scores, which is the simplest use of retrieval; "" without any."""
     said = []
-    for name in ("entity_accuracy", "name_accuracy"):
-        values = {which: lookup(metrics, ("copied", name, which)) for which in ("seen", "unseen")}
+    for name in ("entity", "name"):
+        values = {which: lookup(metrics, ("copied", f"{name}_accuracy", which)) for which in ("seen", "unseen")}
         shown = [f"{value:.1%} ({which})" for which, value in values.items() if value is not None]
-        said += [f"{name.replace('_', ' ')} {_listed(shown)}"] if shown else []
+        said += [f"{name} {', '.join(shown)}"] if shown else []
     return f"copying the first retrieved document: {', '.join(said)}" if said else ""
 
 

@@ -613,10 +613,10 @@ def test_summary_shows_models_as_columns_and_skips_what_has_no_meaning(made_up: 
     ]
     nothing = {"seen": None, "unseen": None}
     made_up["copied"] = {"entity_accuracy": {"seen": 0.9, "unseen": 0.955}, "name_accuracy": nothing}
-    line = "copying the first retrieved document: entity accuracy 90.0% (seen) and 95.5% (unseen)"
+    line = "copying the first retrieved document: entity 90.0% (seen), 95.5% (unseen)"
     assert summary(made_up).splitlines()[-1] == line
     made_up["copied"]["name_accuracy"] = {"seen": None, "unseen": 0.5}
-    assert summary(made_up).splitlines()[-1] == f"{line}, name accuracy 50.0% (unseen)"
+    assert summary(made_up).splitlines()[-1] == f"{line}, name 50.0% (unseen)"
     assert Page(page(content_of(made_up))).text.count("Copying the first retrieved document: entity") == 1
     made_up["copied"] = {"entity_accuracy": nothing, "name_accuracy": nothing}
     assert "copying" not in summary(made_up)

@@ -33,7 +33,7 @@ from rac3.stages.evaluate_few_shot import (
 
 
 class Told:
-    """A scorer whose log probabilities are known: of each id of part number n, a third of -n squared."""
+    """A scorer whose log probabilities are known: of each id of part number n, -n² / 300."""
 
     def __init__(self) -> None:
         self.parts: list[Part] = []
