@@ -123,7 +123,6 @@ def _backward(
     dK = dS^T Q, each of dQ and dK times the scale of the logits.
     """
     seq = query.shape[1]
-    across = key.swapaxes(1, 2)  # [heads, head_dim, seq]: dQ^T = K^T dS^T has no operand that is summed by its columns
     dots = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), -1)
 
     def of_queries(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -139,12 +138,11 @@ def _backward(
             d_logits = (weights * d_weights * _scale(query)).astype(query.dtype)
             d_value = _add(d_value, _einsum("hkq,hqd->hkd", weights.astype(query.dtype), d_out), j)
             d_key = _add(d_key, _einsum("hkq,hqd->hkd", d_logits, queries), j)
-            d_queries += _einsum("hdk,hkq->hdq", _block(across, j, block, 2), d_logits)
-            return d_queries, d_key, d_value
+            return d_queries + _einsum("hkq,hkd->hqd", d_logits, keys), d_key, d_value
 
-        start = (jnp.zeros(queries.swapaxes(1, 2).shape), *of_keys)
+        start = (jnp.zeros(queries.shape), *of_keys)
         d_queries, d_key, d_value = jax.lax.fori_loop(begins[0] // block, i + 1, with_keys, start)
-        return _put(d_query, d_queries.swapaxes(1, 2), i), d_key, d_value
+        return _put(d_query, d_queries, i), d_key, d_value
 
     start = jnp.zeros_like(query), jnp.zeros(key.shape), jnp.zeros(value.shape)  # sums over blocks are in float32
     d_query, d_key, d_value = jax.lax.fori_loop(0, seq // block, of_queries, start)

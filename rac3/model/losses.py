@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from rac3.batches.packing import KIND_NAMES, PackedBatch
 from rac3.devices.mesh import map_shards, mesh_axes
-from rac3.model.product import rows_times
 from rac3.model.transformer import Transformer
 
 Metrics = dict[str, tuple[Array, Array]]  # name -> (sum, count); sums add over steps and hosts
@@ -105,7 +104,7 @@ def _nats_and_gradients(
         nats, exponentials, total, chosen = _chunk_nats(vocab, hidden, table, targets)
         d_logits = exponentials * (weights / total)[:, None] - jnp.where(chosen, weights[:, None], 0)
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = _sum_over(vocab, rows_times(d_logits, table))
+        d_hidden = _sum_over(vocab, d_logits @ table)
         return d_table + _float32_dot("tv,te->ve", d_logits, hidden), (nats, d_hidden)
 
     start = jnp.zeros(table.shape)

@@ -73,12 +73,6 @@ class TransformerConfig:
         return Transformer(self, vocab_size, max_positions, max_segment_tokens, packed)
 
 
-def _products(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """Whether a primitive is the product of activations and a kernel, in either form of `rac3.model.product`."""
-    is_dot: bool = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
-    return is_dot or primitive.name == "conv_general_dilated"
-
-
 def _saved(primitive: Any, *_: Any, **params: Any) -> bool:
     """Whether the backward pass keeps what a primitive makes: the attention's output, and what its kernel keeps."""
     name = params.get("name") if primitive.name == "name" else primitive.name
@@ -86,7 +80,9 @@ def _saved(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(_products, _saved),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _saved
+    ),
     "attention": _saved,
     "full": None,
 }

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -55,21 +54,11 @@ class OptimizerConfig:
     def build(self, steps: int) -> optax.GradientTransformation:
         """The update rule for a run of `steps` steps."""
         return optax.chain(
-            _clip_by_global_norm(self.clip_norm),
+            optax.clip_by_global_norm(self.clip_norm),
             optax.adamw(
                 self.schedule(steps), self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=_matrices
             ),
         )
-
-
-def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Optax's, by one factor for all values: its two operations for each cost a pass over the gradients."""
-
-    def update(gradients: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        scale = limit / jnp.maximum(optax.tree.norm(gradients), limit)
-        return jax.tree.map(lambda gradient: gradient * scale, gradients), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _matrices(params: PyTree) -> PyTree:
