@@ -182,7 +182,7 @@ KINDS = {
     "replace(tiny, executor='ray')": "executor='ray' is no ",
     "replace(tiny, clip=type(tiny.clip))": "clip is the class FrozenCLIP; give an object of it: FrozenCLIP(...)",
     "replace(tiny, retriever=lambda: 0)": "is no Retriever; give one",
-    "replace(tiny, training=replace(tiny.training, steps='7'))": "steps",
+    "replace(tiny, training=replace(tiny.training, steps='7'))": "fails: TypeError: ",
 }
 
 
@@ -570,7 +570,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Called:
 
 
 ENCODERS, INGEST = ["fit_encoders", "describe"], ["ingest", "describe", *["counts_line"] * 4]
-PREPARE = [*ENCODERS, *INGEST, "embed", "describe", "index", "retrieve"]
+RETRIEVE = ["retrieve", *["shortage_line"] * 3]
+PREPARE = [*ENCODERS, *INGEST, "embed", "describe", "index", *RETRIEVE]
 TRAIN = ["train", "describe", "train"]
 EVALUATE = [*["index", "retrieve", "evaluate"] * 3, "collect", "summary"]  # the model, CM3, and the control
 
@@ -583,7 +584,7 @@ EVALUATE = [*["index", "retrieve", "evaluate"] * 3, "collect", "summary"]  # the
         ("ingest", [], INGEST),
         ("embed", [], ["embed", "describe"]),
         ("index", [], ["index"]),
-        ("retrieve", [], ["retrieve"]),
+        ("retrieve", [], RETRIEVE),
         ("prepare", [], PREPARE),
         ("audit", [], ["audit"]),
         ("train", [], TRAIN),
