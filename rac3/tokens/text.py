@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # the format before tokenizer.json
 FILES = ("*.json", "*.txt", "*.model")  # vocabularies and settings of published tokenizers
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
+FITTED_CLASS = "PreTrainedTokenizerFast"  # of transformers, for what `fit` saves
 SENTENCEPIECE = "spiece.model"  # SigLIP's
 SPACES = ("\u0120", "\u2581")  # before a word, in the tokens of byte-level BPE and of SentencePiece
 CONTINUES, ENDS = "##", "</w>"  # before the rest of a word, in WordPiece; after a word, in CLIP's BPE
@@ -79,7 +80,7 @@ class TextTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         bpe.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings = {"tokenizer_class": FITTED_CLASS, "clean_up_tokenization_spaces": False}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     def load(self, folder: str | os.PathLike[str] | None = None) -> "Tokenizer":
@@ -232,9 +233,6 @@ def load_siglip_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTokenizerBase":
-    import transformers
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
     folder = checkpoint_folder("tokenizer", source)
     local = folder is not None
     fix = "check the hub name and the network, or give a folder"
@@ -245,11 +243,19 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
         )
         if not any(path for pattern in FILES for path in folder.glob(pattern)):
             raise InputError(f"tokenizer {source!r} has no tokenizer files ({fix})")
-        for path in (folder / name for name in JSON_FILES):
-            if path.is_file():
-                read_json(path)  # its error names the damaged file; that of transformers does not
+        # The errors of `read_json` name the damaged file; those of transformers do not.
+        read = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
+        settings = read.get("tokenizer_config.json", {})
+        if settings.get("tokenizer_class") == FITTED_CLASS and "config.json" not in read:
+            kind = FITTED_CLASS  # as AutoTokenizer finds too, but it imports torch, if that is installed
+    import transformers
+
     try:
-        custom = get_tokenizer_config(source, local_files_only=local).get("auto_map")
+        if folder is None:
+            from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+            settings = get_tokenizer_config(source)
+        custom = settings.get("auto_map")
         if custom and (not isinstance(custom, dict) or "AutoTokenizer" in custom):
             raise InputError(
                 f"tokenizer {source!r} needs its own code (auto_map in tokenizer_config.json), which is never run; "

@@ -53,6 +53,17 @@ def test_any_unicode_text_survives(tokenizer):
         assert all(0 <= i < tokenizer.size for i in ids)
 
 
+def test_a_fitted_one_opens_without_torch(folder):
+    """Which takes longer to import than all else that `rac3 generate` opens."""
+    code = f"""
+import sys
+from rac3.tokens.text import TextTokenizer
+TextTokenizer().load({str(folder)!r})
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_fitted_on_the_captions(tokenizer):
     assert tokenizer.size == 300
     assert len(tokenizer.encode("a photo of a red circle")) < len("a photo of a red circle") / 2
