@@ -32,10 +32,13 @@ def plain(x: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_it_is_the_sum_of_the_formula(name: str):
+def test_it_is_the_sum_of_the_formula(name: str, monkeypatch: pytest.MonkeyPatch):
+    """On the devices, and of small arrays on the host."""
     x = ARRAYS[name]
     assert int(checksum(jnp.asarray(x))) == plain(x)
-    assert checksums({"a": x, "b": jnp.ones(2)}) == [plain(x), plain(np.ones(2, np.float32))]
+    for small in (2**20, -1):
+        monkeypatch.setattr("rac3.training.checksum.SMALL", small)
+        assert checksums({"a": x, "b": jnp.ones(2)}) == [plain(x), plain(np.ones(2, np.float32))]
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)])
