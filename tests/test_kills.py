@@ -324,10 +324,10 @@ def test_what_ray_has_begun_is_ended_by_local(config: Path, traps: Path, whole: 
 def test_a_file_of_prompts_is_answered_as_if_nothing_had_been_killed(
     finished_workdir: tuple[Path, Path], tmp_path: Path
 ):
-    """Killed three times, at other numbers of answers each; what is there at the end is that of one run, file by file."""
+    """Killed three times, at other numbers of answers each; at the end all files are those of one run."""
     config, workdir = finished_workdir
     prompts, whole, part = (tmp_path / name for name in ("prompts.jsonl", "whole", "part"))
-    lines = [{"prompt": f"picture {number}", "seed": number, "samples": 1} for number in range(200)]
+    lines = [{"prompt": f"picture {number}", "seed": number, "samples": 1} for number in range(320)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def generate(out: Path) -> tuple[str, ...]:
@@ -339,12 +339,12 @@ def test_a_file_of_prompts_is_answered_as_if_nothing_had_been_killed(
         with started(tmp_path, *generate(part)) as command:
             wait_until(lambda: len(list(part.glob("*.png"))) >= count, command)  # noqa: B023
             command.kill()
-    assert len((part / "answers.jsonl").read_text().splitlines()) < 200
+    assert len((part / "answers.jsonl").read_text().splitlines()) < 320
     with started(tmp_path, *generate(part)) as command:
         assert command.wait() == 0, command.err()
     answers = [json.loads(line) for line in (part / "answers.jsonl").read_text().splitlines()]
-    assert [answer["number"] for answer in answers] == [*range(200)]
+    assert [answer["number"] for answer in answers] == [*range(320)]
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, part)]
     assert files[0].keys() == files[1].keys()
-    assert len(files[0]) == 201
+    assert len(files[0]) == 321
     assert [name for name in files[0] if files[0][name] != files[1][name]] == []
