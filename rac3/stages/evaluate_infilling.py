@@ -170,7 +170,7 @@ class Infilling:
             "infilling": {},
         }
         most = self.run.experiment.evaluation.num_retrieved if self.run.experiment.retrieves else 0
-        with Progress(f"infilling {self.run.trained.model_name} on {self.split}", most + 3, "parts") as bar:
+        with Progress(f"infilling {self.run.trained.model_name} on {self.split}", most + 2, "parts") as bar:
             for k in range(most + 1):
                 infilled = self._compared(kept(f"infilled {k}", self._infilled(k)))
                 metrics["infilling"][str(k)] = {"perplexity": self._perplexity(k), **infilled}
@@ -187,7 +187,6 @@ class Infilling:
                         "entity_accuracy": self._share(edited, wanted),
                         "unchanged": self._share(edited, self.names),
                     }
-                    bar.update()
                     drawn = kept("controlled", self._controlled(others, most))
                     metrics["controlled"] = {
                         "entity_accuracy": self._share(drawn, wanted),

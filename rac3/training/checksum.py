@@ -34,13 +34,13 @@ def checksums(tree: PyTree) -> list[int]:
     """Of each leaf, in JAX's order.
 
     One at a time: small programs that all reduce over the same devices can block each other on CPUs. They are not one
-    program, since that takes long to compile for models of many arrays, which have few shapes. Small arrays are summed
-    on the host, which compiles nothing.
+    program, since that takes long to compile for models of many arrays, which have few shapes. Small arrays of one
+    device are summed on the host, which compiles nothing; to read those of many would leave copies of their shards.
     """
 
     def one(leaf: Any) -> int:
-        here = getattr(leaf, "is_fully_addressable", True)
-        return _on_host(leaf) if here and leaf.size <= SMALL else int(checksum(leaf))
+        on_one_device = not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
+        return _on_host(leaf) if on_one_device and leaf.size <= SMALL else int(checksum(leaf))
 
     return [one(leaf) for leaf in jax.tree.leaves(tree)]
 
