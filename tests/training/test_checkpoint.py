@@ -1,10 +1,11 @@
 """Checkpoints: exact, on any mesh, never of another model, and never a damaged one."""
 
+import gc
 import random
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -176,7 +177,16 @@ def files(folder: Path) -> list[Path]:
 
 
 # At the first part that fails, orbax leaves the others to fail later, where Python can only report it.
-leaves_errors_behind = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# They are collected in the test that makes them, as the last ones would otherwise be errors when pytest ends.
+@pytest.fixture
+def collects() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+def leaves_errors_behind(test: Callable) -> Callable:
+    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return pytest.mark.usefixtures("collects")(ignored(test))
 
 
 @leaves_errors_behind
