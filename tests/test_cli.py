@@ -286,7 +286,7 @@ def test_a_checkpoint_of_another_model_is_refused(refused: Refused, workdir: Pat
     folder = workdir / "train"
     trained = folder / recipes.train(experiment).fingerprint
     shutil.copytree(trained, folder / recipes.train(other).fingerprint)
-    assert "is of another model" in refused("evaluate", TINY, "--model.mlp", "32", workdir=workdir)
+    assert "is that of another artifact" in refused("evaluate", TINY, "--model.mlp", "32", workdir=workdir)
     wide = replace(experiment, model=replace(experiment.model, mlp=48))
     shutil.copytree(trained / "checkpoints", folder / f"{recipes.train(wide).fingerprint}.partial" / "checkpoints")
     assert "is of another model" in refused("train", TINY, "--model.mlp", "48", workdir=workdir)
@@ -534,7 +534,7 @@ CALLS = {
     "rac3.stages.encoders": ("fit_encoders",),
     "rac3.stages.ingest": ("ingest", "counts_line"),
     "rac3.stages.embed": ("embed",),
-    "rac3.stages.retrieve": ("index", "retrieve"),
+    "rac3.stages.retrieve": ("index", "retrieve", "shortage_line"),
     "rac3.stages.train": ("train",),
     "rac3.stages.audit": ("audit",),
     "rac3.stages.evaluate": ("evaluate",),
@@ -878,7 +878,8 @@ def test_damaged_documents_are_counted(
         "def get_config(): return replace(tiny, data=data)\n"
     )
     config = write_config(tmp_path / "mine.py", body)
-    assert "are damaged, more than max_reject_fraction=0.05" in refused("ingest", config, workdir=workdir)
+    line = refused("ingest", config, workdir=workdir)
+    assert re.search(r"16 of 47 documents of validation are damaged \(.*\), more than max_reject_fraction=0.05", line)
     assert rac3("ingest", config, "--workdir", str(workdir), "--max-reject-fraction", "0.5") == 0
     manifest = next(
         path for path in (workdir / "documents").glob(f"*/{MANIFEST}") if "emoji-captions-corrupt" in path.read_text()

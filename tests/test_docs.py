@@ -130,7 +130,7 @@ def options() -> frozenset[str]:
     """All that the stages and the retrievers take, as their help lists them."""
     experiment = load_config_module("quickstart").get_config()
     found = {"--debug", "--help"}
-    wanted = [(stage, []) for stage in ("encoders", "train", "evaluate", "generate", "demo")]
+    wanted = [(stage, []) for stage in ("encoders", "train", "evaluate", "generate", "audit", "demo")]
     for stage, choice in wanted + [("evaluate", [f"retriever:{name}"]) for name in RETRIEVERS]:
         with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
             parse(stage, experiment, [*choice, "--help"])

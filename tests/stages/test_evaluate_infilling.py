@@ -80,7 +80,7 @@ def pixels(items) -> np.ndarray:
 @pytest.fixture(scope="module")
 def found(run: Run, experiment: Experiment, store: Workdir) -> list[list[TokenizedDocument]]:
     """The first two documents that the text of each retrieved."""
-    ids = read_array(store.require(recipes.neighbors(experiment, "test"), "").folder / "ids")
+    ids = read_array(store.require(recipes.neighbors(experiment, "test")).folder / "ids")
     memory = [
         item for part in ("train", "memory") for item in run.documents(part).many(range(len(run.documents(part))))
     ]
@@ -364,7 +364,7 @@ def test_an_evaluation_is_made_once_for_the_splits_that_there_are(
     assert kept_pictures(new, "validation") == {}
     kept = kept_pictures(new, "test")
     np.testing.assert_array_equal(kept["a"], 255 - kept["b"])
-    folder = own.workdir.require(recipes.infilling(own.experiment, own.trained), "").folder
+    folder = own.workdir.require(recipes.infilling(own.experiment, own.trained)).folder
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
