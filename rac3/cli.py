@@ -138,7 +138,7 @@ def run(arguments: Sequence[str]) -> None:
         if not {"-h", "--help"} & set(rest):
             raise InputError(f"`rac3 {stage}` needs a config: a .py file, quickstart, or a finished workdir")
         rest = ["quickstart", "--help"]
-    config = _load(rest[0])
+    config = load_experiment(rest[0])
     experiment, options = parse(stage, config, rest[1:])
     needs_model = stage in (*AT_INFERENCE, "export") and getattr(options, "task", "") != "retrieval"
     workdir = Workdir(experiment.folder, experiment.name, _preparing(stage, rest), needs_model)
@@ -157,7 +157,7 @@ def run(arguments: Sequence[str]) -> None:
         print(f"{stage}: done in {time.monotonic() - started:.0f} s, in {workdir.path}")
 
 
-def _load(config: str) -> Experiment:
+def load_experiment(config: str) -> Experiment:
     """The experiment of a config file, or the one that a finished workdir was made with.
 
     Raises:

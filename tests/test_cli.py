@@ -20,7 +20,7 @@ from commands import ROOT, started, wait_until
 from rac3 import recipes
 from rac3.artifacts.arrays import read_array
 from rac3.artifacts.workdir import MANIFEST, Workdir
-from rac3.cli import STAGES, TrainOptions, _load, _preparing, parse
+from rac3.cli import STAGES, TrainOptions, _preparing, load_experiment, parse
 from rac3.config import InputError, load_config_module
 from rac3.documents.webdataset import WebDataset
 from rac3.execution.local import Local
@@ -943,4 +943,4 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, rac3: Command, 
 def test_a_folder_named_like_a_shipped_config_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert _load("quickstart").name == "quickstart"
+    assert load_experiment("quickstart").name == "quickstart"

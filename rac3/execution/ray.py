@@ -86,7 +86,7 @@ class Ray:
             ) from error
         if own:  # Ray starts a process of its dashboard in any case, for statistics that are off
             with contextlib.suppress(Exception):  # by a name that is not promised
-                ray._private.worker._global_node.kill_dashboard(check_alive=False)  # type: ignore[union-attr, unused-ignore]
+                ray._private.worker._global_node.kill_dashboard(check_alive=False)  # type: ignore[union-attr, attr-defined, unused-ignore]
         try:
             yield ray
         finally:

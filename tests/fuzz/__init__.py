@@ -1,0 +1,1 @@
+"""Damaged inputs: what is damaged, how, and what may come of it."""

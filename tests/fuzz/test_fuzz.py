@@ -1,0 +1,21 @@
+"""Damaged inputs of every kind are read, counted as rejects, or refused in one line; `benchmarks/fuzz.py` runs more."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fuzz.kinds import KINDS, outcome
+
+CASES = {"tokenizer": 60, "vqgan": 20, "clip": 20, "config": 40, "command": 20, "table": 100}
+NEEDS = {"torch": "torch", "vqgan": "torch"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore")  # libraries warn of damage
+def test_damaged_inputs(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    case = KINDS[name](tmp_path)
+    outcomes = Counter(outcome(case, seed) for seed in range(CASES.get(name, 200)))
+    assert outcomes["rejected"] + outcomes["refused"] > 0, outcomes  # the damage is seen at all
+    assert name == "takedowns" or outcomes["read"] > 0, outcomes  # and is not of every case
