@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import tiny_config
-from fuzz.mutations import DEEP, NUMBERS, VALUES, changed_bytes, changed_value
 
+from fuzz.mutations import DEEP, NUMBERS, VALUES, changed_bytes, changed_value
 from rac3 import recipes
 from rac3.clip.published import load_clip
 from rac3.config import InputError
@@ -106,7 +106,7 @@ def tar(folder: Path) -> Case:
             elif change == 4 and name.endswith("json"):
                 with contextlib.suppress(ValueError):  # changed before
                     value = changed_value(json.loads(data), rng)
-                    content[place] = name, json.dumps(value).encode(errors="surrogatepass")
+                    content[place] = name, as_json(value)
             elif len(content) > 1:
                 del content[place]
         short = all(len(name) < 100 for name, _ in content)
@@ -171,7 +171,7 @@ def table(folder: Path) -> Case:
     return case
 
 
-def settings(kind: str, dump: Callable[[Any], str]) -> Callable[[Path], Case]:
+def settings(kind: str, dump: Callable[[Any], bytes]) -> Callable[[Path], Case]:
     def kind_of(folder: Path) -> Case:
         values = {
             "model": {"params": {"ch": 8, "ch_mult": [1, 2], "name": "a", "on": True, "rate": 4.5e-06}},
@@ -180,7 +180,7 @@ def settings(kind: str, dump: Callable[[Any], str]) -> Callable[[Path], Case]:
 
         def case(rng: random.Random) -> str:
             path = folder / f"config.{kind}"
-            changed = dump(changed_value(values, rng)).encode(errors="surrogatepass")
+            changed = dump(changed_value(values, rng))
             path.write_bytes(changed_bytes(changed, rng) if rng.random() < 0.6 else changed)
             found = read_settings(path)
             size = found.get("size", int, 3)
@@ -194,13 +194,20 @@ def settings(kind: str, dump: Callable[[Any], str]) -> Callable[[Path], Case]:
     return kind_of
 
 
-def _yaml(value: Any) -> str:
+def as_json(value: Any) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except RecursionError:  # Python's writer can't nest as deeply as a file can
+        return b"[" * DEEP + b"]" * DEEP
+
+
+def as_yaml(value: Any) -> bytes:
     import yaml
 
     try:
-        return str(yaml.safe_dump(value))
-    except RecursionError:  # YAML's own writer can't nest so deeply
-        return "[" * DEEP
+        return str(yaml.safe_dump(value)).encode(errors="surrogatepass")
+    except RecursionError:
+        return b"[" * DEEP + b"]" * DEEP
 
 
 def torch_file(folder: Path) -> Case:
@@ -257,11 +264,11 @@ def safetensors(folder: Path) -> Case:
         path, way = folder / "model.safetensors", rng.randrange(3)
         path.write_bytes(changed_bytes(whole, rng) if way == 0 else whole)
         if way == 1:
-            text = json.dumps(changed_value(header, rng)).encode(errors="surrogatepass")
+            text = as_json(changed_value(header, rng))
             path.write_bytes(len(text).to_bytes(8, "little") + text + body)
         if way == 2:
             path = folder / "model.safetensors.index.json"
-            text = json.dumps(changed_value(index, rng)).encode(errors="surrogatepass")
+            text = as_json(changed_value(index, rng))
             path.write_bytes(changed_bytes(text, rng) if rng.random() < 0.3 else text)
         read_weights(path)
         return READ
@@ -282,7 +289,7 @@ def tokenizer(folder: Path) -> Case:
         damaged = rng.choice(names)
         for name, data in good.items():
             if name == damaged:
-                value = json.dumps(changed_value(json.loads(data), rng)).encode(errors="surrogatepass")
+                value = as_json(changed_value(json.loads(data), rng))
                 data = value if rng.random() < 0.5 else changed_bytes(data, rng)
             (opened / name).write_bytes(data)
         found = TextTokenizer(checkpoint=str(opened)).load()
@@ -302,7 +309,7 @@ def vqgan(folder: Path) -> Case:
     right = taming_yaml(dataclasses.replace(CONFIG, ch=8, z_channels=8, embed_dim=8), "taming.models.vqgan.VQModel")
 
     def case(rng: random.Random) -> str:
-        text = _yaml(changed_value(right, rng)).encode(errors="surrogatepass")
+        text = as_yaml(changed_value(right, rng))
         (folder / "model.yaml").write_bytes(changed_bytes(text, rng) if rng.random() < 0.3 else text)
         load_vqgan(folder / "last.ckpt")
         return READ
@@ -327,7 +334,7 @@ def clip(folder: Path) -> Case:
         name = rng.choice(names)
         data = (good / name).read_bytes()
         if name.endswith("json") and rng.random() < 0.7:
-            data = json.dumps(changed_value(json.loads(data), rng)).encode(errors="surrogatepass")
+            data = as_json(changed_value(json.loads(data), rng))
         else:
             data = changed_bytes(data, rng)
         (opened / name).write_bytes(data)
@@ -433,8 +440,8 @@ KINDS: dict[str, Callable[[Path], Case]] = {
     "tar": tar,
     "image": image,
     "table": table,
-    "json": settings("json", json.dumps),
-    "yaml": settings("yaml", _yaml),
+    "json": settings("json", as_json),
+    "yaml": settings("yaml", as_yaml),
     "torch": torch_file,
     "safetensors": safetensors,
     "tokenizer": tokenizer,

@@ -22,7 +22,7 @@ TEXTS = (
 VALUES = (None, True, False, [], {}, [[]], float("nan"), float("inf"), -float("inf"), *NUMBERS, *TEXTS)
 """Odd values for a setting, a field of metadata, an entry of a header."""
 
-DEEP = 400  # levels of nesting
+DEEP = 100_000  # levels of nesting
 
 
 def changed_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -63,7 +63,7 @@ def changed_value(value: Any, rng: random.Random) -> Any:
     if isinstance(value, dict | list) and value and rng.random() < 0.9:
         return _changed_inside(value, rng)
     if rng.random() < 0.05:
-        for _ in range(DEEP):
+        for _ in range(rng.choice((10, DEEP))):
             value = [value]
         return value
     if isinstance(value, int | float) and rng.random() < 0.3:
