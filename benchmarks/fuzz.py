@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "fuzz_cpu.json"
 PACKAGES = ("rac3", "numpy", "pillow", "pyarrow", "pyyaml", "safetensors", "tokenizers", "torch", "transformers")
 SHARES = {  # of the cases: fewer of what takes longer
     **{"tar": 20, "image": 20, "json": 10, "yaml": 8, "torch": 12, "safetensors": 10, "table": 8, "takedowns": 5},
-    **{"tokenizer": 3, "clip": 1, "vqgan": 1, "config": 1, "command": 1},
+    **{"tokenizer": 3, "clip": 1, "vqgan": 1, "config": 1, "command": 1, "workdir": 1},
 }
 MEMORY = 2e9  # bytes that the peak may rise in a case
 EXAMPLES = 5  # faults of a kind that are listed

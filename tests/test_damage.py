@@ -6,94 +6,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+from workdir_files import FILES, READERS, folder_of, linked, recipe_of
 
 import rac3 as package
-from rac3 import recipes
-from rac3.answering import Model
 from rac3.artifacts.files import LOGS, READ_LATER
 from rac3.config import InputError
-from rac3.report.experiment import collect
-from rac3.retrieval.retriever import Queries
 from rac3.stages.audit_files import audit_files
 
-
-def _documents(run: Model) -> None:
-    store = run.documents("train")
-    items = store.many(range(len(store)))
-    for name in ("lengths", "text_lengths", "key_hashes", "text_hashes", "image_hashes"):
-        assert len(store.column(name)) == len(items)
-
-
-def _index(run: Model) -> None:
-    vector = np.eye(1, run.embeddings("train").shape[1], dtype=np.float32)
-    run.memory("train").retrieve(Queries(["a"], vector, [""]), np.full(1, -1))
-
-
-def _queries(run: Model) -> None:
-    assert all(len(run.queries("train", name)[:]) for name in ("text", "image"))
-
-
-def _neighbors(run: Model) -> None:
-    assert all(len(run.neighbors("train", name)[:]) for name in ("ids", "scores"))
-
-
-READERS: dict[str, Callable[[Model], object]] = {
-    "text": lambda run: run.tokenizer.encode("a"),
-    "vqgan": lambda run: run.images.codebook_size,
-    "clip": lambda run: run.encoder.width,
-    "documents": _documents,
-    "embeddings": lambda run: np.asarray(run.embeddings("train")[:]),
-    "queries": _queries,
-    "index": _index,
-    "neighbors": _neighbors,
-    "train": lambda run: run.training_metrics(),
-    "evaluation": collect,
-}
-"""What reads each artifact, as the stages do."""
-
-FILES = {
-    "text": ("tokenizer.json", "tokenizer_config.json"),
-    "vqgan": ("config.json", "params.safetensors", "metrics.jsonl"),
-    "clip": (
-        *("config.json", "images.json", "params.safetensors", "metrics.jsonl"),
-        *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
-    ),
-    "documents": (
-        *("000000.array_record", "000000.u2", "id_shards.npy", "id_starts.npy", "image_hashes.npy", "key_hashes.npy"),
-        *("lengths.npy", "text_hashes.npy", "text_lengths.npy", "rejects.jsonl"),
-    ),
-    "embeddings": ("document/c/0/0", "document/zarr.json"),
-    "queries": ("image/c/0/0", "image/zarr.json", "text/c/0/0", "text/zarr.json"),
-    "index": ("dataset.npy", "scann_assets.pbtxt", "scann_config.pb"),
-    "neighbors": ("ids/c/0/0/0", "ids/zarr.json", "scores/c/0/0/0", "scores/zarr.json"),
-    "train": ("metrics.jsonl",),
-    "evaluation": ("metrics.json", "test.json", "test.npy", "validation.json", "validation.npy"),
-}
-"""Every file of each artifact, besides its manifest, checkpoints and logs."""
-
 WAYS = ("cut", "missing", "flipped", "empty")
-
-
-def _recipe(run: Model, stage: str) -> recipes.Recipe:
-    if stage == "train":
-        return run.training_recipe
-    if stage == "evaluation":
-        return run.evaluation_recipe
-    of = getattr(recipes, stage)
-    return of(run.experiment) if stage in ("text", "vqgan", "clip") else of(run.experiment, "train")
-
-
-def folder_of(run: Model, stage: str) -> Path:
-    recipe = _recipe(run, stage)
-    return run.workdir.path / recipe.stage / recipe.fingerprint
-
-
-def _linked(source: Path, target: Path) -> Path:
-    """A copy that shares the files, which must be replaced, not written over."""
-    skipped = shutil.ignore_patterns("compiled", "*.lock")
-    return shutil.copytree(source, target, copy_function=lambda a, b: os.link(a, b), ignore=skipped)
 
 
 def damage(path: Path, way: str) -> None:
@@ -109,7 +30,7 @@ def damage(path: Path, way: str) -> None:
 
 @pytest.fixture(scope="module")
 def shared(finished_workdir: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _linked(finished_workdir[1], tmp_path_factory.mktemp("damage") / "w")
+    return linked(finished_workdir[1], tmp_path_factory.mktemp("damage") / "w")
 
 
 @pytest.fixture
@@ -130,7 +51,7 @@ def harm(shared: Path, finished_workdir: tuple[Path, Path]) -> Iterator[Callable
 def test_the_table_has_every_file_of_a_workdir(finished_workdir: tuple[Path, Path]):
     run = package.load(finished_workdir[1])
     for stage, names in FILES.items():
-        recorded = run.workdir.require(_recipe(run, stage)).manifest["files"]
+        recorded = run.workdir.require(recipe_of(run, stage)).manifest["files"]
         assert set(names) == {name for name in recorded if name.split("/")[0] not in READ_LATER}, stage
     others = {path.name for path in finished_workdir[1].iterdir()} - FILES.keys()
     assert others <= {"workdir.json", "experiment.json", "report", "compiled"}
@@ -212,7 +133,7 @@ def test_a_command_ends_with_that_line(
 ):
     """Where it would make its artifact, and where that is made: nothing passes for current on what is damaged."""
     kind, _, name = file.partition("/")
-    damaged = _linked(finished_workdir[1], tmp_path / "w")
+    damaged = linked(finished_workdir[1], tmp_path / "w")
     path = folder_of(package.load(damaged), kind) / name
     damage(path, way)
     made = {"index": "index", "train": "train", "retrieve": "neighbors", "ingest": "documents", "embed": "queries"}

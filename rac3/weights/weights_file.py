@@ -19,6 +19,7 @@ SHARD_BYTES = 5_000_000_000
 READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 Wanted = Callable[[str], bool]
+LONGEST = 255  # characters of the name of a file, on all usual systems
 
 
 def everything(name: str) -> bool:
@@ -77,7 +78,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(files, dict):
         raise InputError(f"{str(index)!r} has no weight_map; download it again")
     for file in files.values():
-        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file or len(file) > LONGEST:
             raise InputError(f"{str(index)!r} lists {quoted(file)}, which is no file next to it; download it again")
     return files
 

@@ -436,6 +436,41 @@ def takedowns(folder: Path) -> Case:
     return case
 
 
+def workdir_file(folder: Path, finished: Path | None = None) -> Case:
+    """A file of a finished run: what is read in spite of the damage is what was there before."""
+    import jax
+    from workdir_files import FILES, READERS, folder_of, linked
+
+    import rac3 as package
+    from rac3.cli import run
+
+    if finished is None:
+        finished = folder / "finished"
+        run(["run", tiny_config.__file__, "--workdir", str(finished), "--no-compare-with-cm3"])
+    copy = linked(finished, folder / "copy")
+    opened = package.load(copy)
+    stages = [stage for stage in FILES if stage not in ("evaluation", "index")]
+    before = {stage: jax.tree.map(np.asarray, READERS[stage](opened)) for stage in stages}
+    files = [(stage, path) for stage in stages for path in folder_of(opened, stage).rglob("*") if path.is_file()]
+    files = [
+        (stage, path) for stage, path in files if path.relative_to(folder_of(opened, stage)).parts[0] != "checkpoints"
+    ]
+
+    def case(rng: random.Random) -> str:
+        stage, path = rng.choice(files)
+        good = path.read_bytes()
+        path.unlink()  # the finished run shares it
+        path.write_bytes(changed_bytes(good, rng))
+        try:
+            after = jax.tree.map(np.asarray, READERS[stage](package.load(copy)))
+        finally:
+            path.write_bytes(good)
+        jax.tree.map(np.testing.assert_array_equal, after, before[stage])
+        return READ
+
+    return case
+
+
 KINDS: dict[str, Callable[[Path], Case]] = {
     "tar": tar,
     "image": image,
@@ -450,6 +485,7 @@ KINDS: dict[str, Callable[[Path], Case]] = {
     "config": config,
     "command": command,
     "takedowns": takedowns,
+    "workdir": workdir_file,
 }
 SECONDS = 30.0  # of one case
 LINE = 2000  # characters of a message

@@ -4,13 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fuzz.kinds import KINDS, outcome
+
+from fuzz.kinds import KINDS, outcome, workdir_file
 
 CASES = {"tokenizer": 60, "vqgan": 20, "clip": 20, "config": 40, "command": 20, "table": 100}
 NEEDS = {"torch": "torch", "vqgan": "torch"}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "workdir"])
 @pytest.mark.filterwarnings("ignore")  # libraries warn of damage
 def test_damaged_inputs(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     if name in NEEDS:
@@ -19,3 +20,10 @@ def test_damaged_inputs(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[
     outcomes = Counter(outcome(case, seed) for seed in range(CASES.get(name, 200)))
     assert outcomes["rejected"] + outcomes["refused"] > 0, outcomes  # the damage is seen at all
     assert name == "takedowns" or outcomes["read"] > 0, outcomes  # and is not of every case
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_of_a_workdir(finished_workdir: tuple[Path, Path], tmp_path: Path):
+    case = workdir_file(tmp_path, finished_workdir[1])
+    outcomes = Counter(outcome(case, seed) for seed in range(80))
+    assert outcomes["refused"] > 40, outcomes
