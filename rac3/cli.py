@@ -50,6 +50,7 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
     "none": NoRetriever,
 }
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
+MESSAGE = 300  # characters that are shown of an error in a config
 AT_INFERENCE = ("evaluate", "generate", "demo", "report")  # stages that leave the model as it is
 REFUSALS = {
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room",  # on a disk, in a quota, under a process's limit
@@ -172,7 +173,8 @@ def load_experiment(config: str) -> Experiment:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"get_config() of {config} fails: {type(error).__name__}: {_joined(error)}") from error
+        message = _joined(error)[:MESSAGE]
+        raise InputError(f"get_config() of {config} fails: {type(error).__name__}: {message}") from error
     if not isinstance(experiment, Experiment):
         raise InputError(f"get_config() of {config} returns {type(experiment).__name__}, not an Experiment")
     return experiment

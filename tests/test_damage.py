@@ -85,11 +85,11 @@ def test_a_manifest_is_named(stage: str, way: str, shared: Path, harm: Callable[
 
 @pytest.mark.parametrize("way", ["cut", "missing", "empty"])  # for a flipped bit see tests/training/test_checkpoint.py
 def test_the_files_of_the_newest_checkpoint_are_named(way: str, shared: Path, harm: Callable[..., None]):
-    """Of which the parameters are read; the message names the checkpoint, which is a folder of many files."""
+    """The message names the checkpoint, a folder whose files hold parts of many arrays each."""
     run = package.load(shared)
     folder = folder_of(run, "train") / "checkpoints" / "6"
-    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    harm(largest, way)
+    for path in (folder / "state").rglob("d/*"):
+        harm(path, way)
     with pytest.raises(InputError, match=rf"^checkpoint {re.escape(str(folder))} is damaged \([^\n]+put back a copy"):
         run.params  # noqa: B018
 

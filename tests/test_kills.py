@@ -129,14 +129,14 @@ def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def content(workdir: Path) -> dict[str, Any]:
-    """Every file of the three stages; of manifests, all but how long it took."""
+    """Every file of the three stages; of manifests, all but how long it took, and which command made it where."""
     found: dict[str, Any] = {}
     for stage in STAGES:
         for path in (workdir / stage).rglob("*"):
             name = str(path.relative_to(workdir))
             if path.name == MANIFEST:
                 manifest = json.loads(path.read_text())
-                del manifest["seconds"], manifest["counts"]["throughput"]
+                del manifest["seconds"], manifest["counts"]["throughput"], manifest["command"], manifest["checksum"]
                 found[name] = manifest
             elif path.is_file():
                 found[name] = path.read_bytes()

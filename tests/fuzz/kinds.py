@@ -109,7 +109,7 @@ def tar(folder: Path) -> Case:
                     content[place] = name, as_json(value)
             elif len(content) > 1:
                 del content[place]
-        short = all(len(name) < 100 for name, _ in content)
+        short = all(len(name.encode(errors="replace")) < 100 for name, _ in content)
         formats = (tarfile.USTAR_FORMAT if short else tarfile.GNU_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
         data = tar_of(content, rng.choice(formats))
         if rng.random() < 0.7:

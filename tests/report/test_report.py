@@ -127,6 +127,7 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
                 "with_entity": hundreds - 1,
                 "perplexity": {"image": hundreds + number + 1.0, "text": hundreds + number + 2.0},
                 "perplexity_by_k": {"image": {"0": hundreds + number + 3.0}, "text": {"0": hundreds + number + 4.0}},
+                "fewer_than_k": {"text": {"2": hundreds + number + 6}},
                 "clip_score": hundreds + number + 5.0,
                 "entity_accuracy": hundreds + number + 6.0,
                 "name_accuracy": hundreds + number + 7.0,
@@ -144,6 +145,10 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
             "perplexity_by_k": {
                 "validation": {"image": {"0": 103 + number}, "text": {"0": 104 + number}},
                 "test": {"image": {"0": 203 + number}, "text": {"0": 204 + number}},
+            },
+            "fewer_than_k": {
+                "validation": {"text": {"2": 106 + number}},
+                "test": {"text": {"2": 206 + number}},
             },
             "clip_score": {"seen": 105 + number, "unseen": 205 + number},
             "entity_accuracy": {"seen": 106 + number, "unseen": 206 + number},

@@ -41,6 +41,7 @@ def metrics() -> dict[str, Any]:
     splits = {
         split: {
             "documents": 1000 + place,
+            "with_entity": 1000 + place,
             "pairs": {"pairs": 9}
             | {
                 f"{way}_recall_at_{k}": (100 * place + 10 * number + k) / 1000
@@ -76,7 +77,7 @@ def metrics() -> dict[str, Any]:
             {"effort": "1 leaf", "recall": 0.5, "queries_per_second": 9000.0},
         ],
     }
-    return {"splits": splits, "selection": selection, "search": search}
+    return {"splits": splits, "selection": selection, "search": search, "entity_field": "entity"}
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,15 @@ class Made(NamedTuple):
     def folder(self, kind: str, split: str) -> Path:
         return self.workdir.require(getattr(recipes, kind)(self.experiment, split)).folder
 
+    def neighbors_for(self, other: Experiment) -> None:
+        """Passes the neighbors off as those of another experiment."""
+        for split in ("train", "validation", "test"):
+            folder, recipe = self.folder("neighbors", split), recipes.neighbors(other, split)
+            copy = shutil.copytree(folder, folder.with_name(recipe.fingerprint))
+            manifest = json.loads((copy / MANIFEST).read_text()) | {"fingerprint": recipe.fingerprint}
+            del manifest["checksum"]
+            (copy / MANIFEST).write_text(json.dumps(manifest))
+
     def rewrite(self, kind: str, split: str, array: str, change: Callable[[np.ndarray], object]) -> None:
         """Changes an array of an artifact in place, which then has no record of its files: it would not be read."""
         path = self.folder(kind, split) / array
@@ -146,9 +155,7 @@ def test_a_training_document_that_retrieves_a_copy(column: str, made: Made):
 def test_a_training_document_that_retrieves_what_selection_would_have_dropped(made: Made):
     """The neighbors were selected without a limit, and are looked at with one."""
     strict = replace(made.experiment, selection=replace(made.experiment.selection, max_similarity=0.5))
-    for split in ("train", "validation", "test"):
-        folder = made.folder("neighbors", split)
-        shutil.copytree(folder, folder.with_name(recipes.neighbors(strict, split).fingerprint))
+    made.neighbors_for(strict)
     vectors = read_array(made.folder("embeddings", "train") / "document")
     ids = read_array(made.folder("neighbors", "train") / "ids").reshape(TRAIN, -1)
     above = int((np.einsum("de,dne->dn", vectors, vectors[ids]) > 0.5).sum())
@@ -160,9 +167,7 @@ def test_a_training_document_that_retrieves_what_is_withdrawn(made: Made, tmp_pa
     """Taken down after the neighbors were selected."""
     (tmp_path / "takedowns").write_text("t3\nmemory:t4\n")
     down = replace(made.experiment, takedowns=str(tmp_path / "takedowns"), takedowns_missing_ok=True)
-    for split in ("train", "validation", "test"):
-        folder = made.folder("neighbors", split)
-        shutil.copytree(folder, folder.with_name(recipes.neighbors(down, split).fingerprint))
+    made.neighbors_for(down)
     ids = read_array(made.folder("neighbors", "train") / "ids")
     leaks, named = made.leaks(down)
     assert leaks == {"training document retrieves what is withdrawn": int((ids == 3).sum())}
@@ -259,9 +264,7 @@ def test_a_similarity_is_a_leak_only_beyond_rounding(made: Made):
     highest = float(np.einsum("de,dne->dn", vectors, vectors[ids]).max())
     for below, leaks in ((5e-6, False), (1e-4, True)):
         near = replace(made.experiment, selection=replace(made.experiment.selection, max_similarity=highest - below))
-        for split in ("train", "validation", "test"):
-            folder = made.folder("neighbors", split)
-            shutil.copytree(folder, folder.with_name(recipes.neighbors(near, split).fingerprint))
+        made.neighbors_for(near)
         if leaks:
             assert "more similar than max_similarity" in next(iter(made.leaks(near)[0]))
         else:

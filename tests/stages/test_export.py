@@ -162,7 +162,7 @@ def test_a_model_that_is_not_trained_names_the_command(
 ):
     workdir = str(tmp_path / "workdir")
     assert rac3("export", "quickstart", str(tmp_path / "out"), "--workdir", workdir) == 2
-    assert f"run `rac3 prepare quickstart --workdir {workdir}`" in capfd.readouterr().err
+    assert f"run `rac3 run quickstart --workdir {workdir}`" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
     assert rac3("export", "quickstart", "--workdir", workdir) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("rac3: `rac3 export` needs a folder to write")
