@@ -42,7 +42,9 @@ def test_a_weight_that_is_not_where_the_index_says(tmp_path: Path):
     assert list(read_weights(index, lambda name: name == "x")) == ["x"]
 
 
-@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a" * 256, 7, None])
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a" * 256, 7, None]
+)
 def test_an_index_never_leads_out_of_its_folder(tmp_path: Path, file: object):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
