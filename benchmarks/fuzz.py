@@ -6,21 +6,22 @@
 
 `tests/fuzz` has the kinds of inputs and what is done to them. Each kind runs in a process of its own. A case that takes
 more than 30 seconds or 2 GB is a fault, and so is every error but the two that the command turns into one line. Ends
-with exit code 1 if there are faults. Results go to `benchmarks/results/fuzz_cpu.json`.
+with exit code 1 if there are faults. Results go to `benchmarks/results/fuzz_cpu.json`, where those of other kinds stay.
 """
 
 import argparse
 import collections
 import json
-import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ SHARES = {  # of the cases: fewer of what takes longer
 }
 MEMORY = 2e9  # bytes that the peak may rise in a case
 EXAMPLES = 5  # faults of a kind that are listed
+STUCK = 180  # seconds without a case after which a process is ended
 
 
 def peak() -> int:
@@ -42,47 +44,66 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run(name: str, cases: int, start: int) -> dict[str, Any]:
-    """The cases of one kind, with seeds from `start` on."""
+def work(name: str, seeds: Iterable[int], log: Path) -> None:
+    """Runs the cases of one kind, and writes a line of JSON for each."""
     from fuzz.kinds import KINDS, outcome
 
     warnings.simplefilter("ignore")
-    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # libraries report damage there
-    counts: collections.Counter[str] = collections.Counter(read=0, rejected=0, refused=0, fault=0)
-    faults: list[dict[str, Any]] = []
-    slowest, most = 0.0, 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, log.open("a", encoding="utf-8", buffering=1) as lines:
         case = KINDS[name](Path(folder))
-        for seed in range(start, start + cases):
+        for seed in seeds:
             began, before = time.perf_counter(), peak()
+            found: dict[str, Any] = {"seed": seed}
             try:
-                counts[outcome(case, seed)] += 1
+                found["outcome"] = outcome(case, seed)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                counts["fault"] += 1
-                where = [
-                    f"{frame.name} in {Path(frame.filename).name}"
-                    for frame in traceback.extract_tb(error.__traceback__)
-                ]
+                frame = traceback.extract_tb(error.__traceback__)[-1]
                 line = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-                faults.append({"seed": seed, "error": line, "where": where[-1]})
-            grown = peak() - before
-            if grown > MEMORY:
-                counts["fault"] += 1
-                faults.append({"seed": seed, "error": f"{grown / 1e9:.1f} GB", "where": ""})
-            slowest, most = max(slowest, time.perf_counter() - began), max(most, grown)
-    first = {(fault["where"], fault["error"].partition(":")[0]): fault for fault in reversed(faults)}
+                found |= {"outcome": "fault", "error": line, "where": f"{frame.name} in {Path(frame.filename).name}"}
+            found |= {"seconds": time.perf_counter() - began, "bytes": peak() - before}
+            if found["bytes"] > MEMORY:
+                found |= {"outcome": "fault", "error": f"{found['bytes'] / 1e9:.1f} GB", "where": ""}
+            lines.write(json.dumps(found) + "\n")
+
+
+def run(name: str, cases: int, start: int) -> dict[str, Any]:
+    """The cases of one kind, in processes of their own: one that ends one, or that hangs, is a fault too."""
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        while len(found) < cases:
+            log = Path(folder) / "log"
+            log.write_text("")
+            first = start + len(found)
+            command = [sys.executable, __file__, "--work", name, str(first), str(start + cases), str(log)]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+                while process.poll() is None:
+                    time.sleep(1)
+                    if time.time() - log.stat().st_mtime > STUCK:
+                        process.kill()
+            found += map(json.loads, log.read_text().splitlines())
+            if len(found) < cases:
+                line = f"the process ended with code {process.returncode}"
+                fault = {"outcome": "fault", "error": line, "where": "", "seconds": 0, "bytes": 0}
+                found.append({"seed": start + len(found), **fault})
+    counts = collections.Counter(each["outcome"] for each in found)
+    faults = [each for each in reversed(found) if each["outcome"] == "fault"]
+    kinds = {(each["where"], each["error"].partition(":")[0]): each for each in faults}
     return {
         "cases": cases,
-        **counts,
-        "slowest_s": round(slowest, 2),
-        "largest_rise_of_peak_memory_mb": round(most / 1e6),
-        "faults": list(first.values())[:EXAMPLES],
+        **{key: counts[key] for key in ("read", "rejected", "refused", "fault")},
+        "slowest_s": round(max(each["seconds"] for each in found), 2),
+        "largest_rise_of_peak_memory_mb": round(max(each["bytes"] for each in found) / 1e6),
+        "faults": [{key: each[key] for key in ("seed", "error", "where")} for each in kinds.values()][:EXAMPLES],
     }
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--work"]:
+        name, first, end, log = sys.argv[2:]
+        work(name, range(int(first), int(end)), Path(log))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000, help="of all kinds together")
     parser.add_argument("--only", default=",".join(SHARES), help="kinds, with commas between them")
@@ -102,9 +123,7 @@ def main() -> None:
         return
     whole = sum(SHARES[name] for name in names)
     results: dict[str, Any] = {}
-    context = multiprocessing.get_context("spawn")
-    # A new process for each kind, so that one that a case kills is only missing from the results of its own kind.
-    with ProcessPoolExecutor(os.cpu_count(), context, max_tasks_per_child=1) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {pool.submit(run, name, -(-options.cases * SHARES[name] // whole), options.seed): name for name in names}
         for job in as_completed(jobs):
             found = results[jobs[job]] = job.result()
@@ -116,7 +135,9 @@ def main() -> None:
                 print(
                     f"    --only {jobs[job]} --repeat {fault['seed']}: {fault['error']} ({fault['where']})", flush=True
                 )
-    ordered = {name: results[name] for name in names}
+    if options.out.exists():  # kinds that were left out keep their results
+        results = json.loads(options.out.read_text(encoding="utf-8"))["results"] | results
+    ordered = {name: results[name] for name in SHARES if name in results}
     command = f"python benchmarks/fuzz.py --cases {options.cases} --seed {options.seed}"
     total = {
         key: sum(each[key] for each in ordered.values()) for key in ("cases", "read", "rejected", "refused", "fault")

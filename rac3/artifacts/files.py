@@ -5,6 +5,7 @@
 A file has no SHA-256 if its format has checksums, which whoever reads it compares: arrays, documents and their ids.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -126,6 +127,23 @@ def refusal(error: BaseException, folder: Path) -> OSError | None:
     if not number and isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 4096:
         number = errno.ENOSPC
     return OSError(number, os.strerror(number), str(folder)) if number else None
+
+
+@contextlib.contextmanager
+def refused(folder: Path) -> Iterator[None]:
+    """Lets what the operating system refuses be an `OSError`, whatever a library makes of it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # NumPy does not say where
+            raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
+        raise
+    except Exception as error:
+        if (system := refusal(error, folder)) is not None:
+            raise system from error
+        raise
 
 
 def _made_by(folder: Path) -> str:

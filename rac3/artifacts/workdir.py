@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rac3.artifacts.files import MANIFEST, TEMPORARY, content, damage, damaged, describe, refusal, sealed, unsealed
+from rac3.artifacts.files import MANIFEST, TEMPORARY, content, damage, damaged, describe, refused, sealed, unsealed
 from rac3.artifacts.recipe import COMMANDS, WHOLE, Recipe
 from rac3.config import InputError, canonical
 
@@ -205,7 +205,7 @@ class Workdir:
                 raise InputError(f"{final} was completed by another process meanwhile; run the command again to use it")
             partial.mkdir(exist_ok=True)
             draft = Draft(partial)
-            with self._noted(recipe), _refused(partial):
+            with self._noted(recipe), refused(partial):
                 yield draft
             manifest = {
                 "stage": recipe.stage,
@@ -263,28 +263,11 @@ class Workdir:
             self._writing.remove(recipe)
 
 
-@contextlib.contextmanager
-def _refused(folder: Path) -> Iterator[None]:
-    """Lets what the operating system refuses be an `OSError`, whatever a library makes of it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        if error.filename is None and error.errno is not None:  # NumPy does not say where
-            raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
-        raise
-    except Exception as error:
-        if (system := refusal(error, folder)) is not None:
-            raise system from error
-        raise
-
-
 def write_atomic(path: Path, content: str | bytes) -> None:
     """The file appears whole or not at all, also when the machine fails."""
     temporary = temporary_path(path)
     try:
-        with temporary.open("wb") as file:
+        with refused(path), temporary.open("wb") as file:
             file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from rac3.artifacts.files import refused
 from rac3.artifacts.workdir import temporary_path
 from rac3.config import InputError, canonical
 from rac3.model.exchange import OPT, TOKENIZER, model_type, write_model
@@ -62,11 +63,12 @@ def _whole(target: Path) -> Iterator[Path]:
     folder = temporary_path(target)
     folder.mkdir()
     try:
-        yield folder
-        for path in [*folder.rglob("*"), folder]:
-            opened = os.open(path, os.O_RDONLY)
-            os.fsync(opened)
-            os.close(opened)
+        with refused(target.parent):
+            yield folder
+            for path in [*folder.rglob("*"), folder]:
+                opened = os.open(path, os.O_RDONLY)
+                os.fsync(opened)
+                os.close(opened)
         _check_free(target)
         folder.rename(target)
     finally:

@@ -48,7 +48,14 @@ class MetricsWriter:
         if not self.writes:
             return
         self.file.close()
-        self.board.close()
+        try:
+            self.board.close()
+        except OSError:  # it would try again when Python ends, and print how that fails
+            if self.board.file_writer is not None:
+                events = self.board.file_writer.event_writer
+                events._worker.stop()
+                events._closed = True
+            raise
 
 
 class Window:

@@ -1,5 +1,6 @@
 """`rac3 export`: the folder holds the trained model, it appears whole or not at all, and training can start there."""
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -136,6 +137,17 @@ def test_nothing_is_left_of_an_export_that_fails(run: Run, tmp_path: Path, monke
     with pytest.raises(MemoryError):
         export(run, ExportOptions(str(tmp_path / "model")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_whatever_the_library_calls_it(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise Exception("No space left on device (os error 28)")  # as tokenizers raises it
+
+    monkeypatch.setattr(type(run.tokenizer), "save", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        export(run, ExportOptions(str(tmp_path / "out")))
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command(
