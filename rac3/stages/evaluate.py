@@ -15,6 +15,7 @@ from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, Group
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
+from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.entities import emblem_accuracy, entity_of, name_accuracy
 from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
 from rac3.evaluation.recall import clip_metrics
@@ -140,6 +141,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         "perplexity": {modality: values[str(most)] for modality, values in by_k.items()},
         "perplexity_by_k": by_k,
         "clip_score": float(scores.mean()) if len(scores) else None,
+        "captions": _caption_scores(items, captions),
         **_accuracies(experiment, items, images, captions),
         "copied": _accuracies(experiment, items, *_copied(run, neighbors)) if most else None,
     }
@@ -241,6 +243,13 @@ def _captions(
     best = best_by_perplexity(log_probs).tolist()
     kept = [samples[choice] for samples, choice in zip(drawn, best, strict=True)]
     return [run.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in kept]
+
+
+def _caption_scores(items: list[TokenizedDocument], captions: list[str]) -> dict[str, Any]:
+    """The captions of the documents with an image against their texts; those without a text do not count."""
+    texts = [item.document.text for item in items if item.document.images]
+    pairs = [(made, right) for made, right in zip(captions, texts, strict=True) if right]
+    return caption_metrics([made for made, _ in pairs], [[right] for _, right in pairs])
 
 
 def _copied(

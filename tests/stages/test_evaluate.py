@@ -23,6 +23,7 @@ from rac3.config import load_config_module
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, draw
+from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Experiment, Split
@@ -38,6 +39,7 @@ from rac3.stages.evaluate import (
     MODALITIES,
     EvaluateOptions,
     _accuracies,
+    _caption_scores,
     _captions,
     _copied,
     _evaluate_split,
@@ -193,6 +195,15 @@ def test_perplexity_is_that_of_the_plain_model_after_what_the_prompt_retrieved(
     cross_entropy = make_token_cross_entropy(run.model)
     found = [_perplexities(run, cross_entropy, items, neighbors, k)[modality] for k in range(3)]
     assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of some 100 terms
+
+
+def test_captions_are_scored_against_the_text_of_their_image(evaluated: Evaluated, items):
+    """Documents without a text, or without an image, do not count."""
+    captions = [row["caption"] for row in evaluated.rows]
+    assert evaluated.metrics["captions"] == caption_metrics(captions, [[item.document.text] for item in items])
+    some = [without(items[0], Image), items[1], without(items[2], Text), items[3]]
+    kept = [[items[1].document.text], [items[3].document.text]]
+    assert _caption_scores(some, ["a red", "a blue", "a red flag"]) == caption_metrics(["a red", "a red flag"], kept)
 
 
 def test_perplexities_are_kept_by_k(evaluated: Evaluated, neighbors: np.ndarray):
