@@ -469,6 +469,7 @@ def _evaluate(run: Run, options: Any) -> None:
     from rac3.report.infilling import infilling_report, infilling_summary
     from rac3.stages.evaluate import comparisons, evaluate
     from rac3.stages.evaluate_infilling import evaluate_infilling
+    from rac3.stages.reference import reference
     from rac3.stages.retrieve import index, retrieve
 
     task = getattr(options, "task", "generation")
@@ -484,6 +485,8 @@ def _evaluate(run: Run, options: Any) -> None:
     for name, compared in models.items():
         index(compared)
         retrieve(compared, SPLITS)
+        if task == "generation":
+            reference(compared)
         metrics[name] = evaluate_infilling(compared) if task == "infilling" else evaluate(compared)
     if task == "infilling":
         print(infilling_summary(metrics))

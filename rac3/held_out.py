@@ -4,11 +4,13 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
+from rac3 import recipes
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, nearest_entities
+from rac3.evaluation.features import Embedded
 from rac3.experiment import Split
 from rac3.generation.prompts import Asked, Context
 from rac3.generation.request import Sample
@@ -18,6 +20,7 @@ from rac3.run import PARTS, Run
 SPLITS: tuple[Split, ...] = ("validation", "test")
 JUDGED = 4  # pictures of the memory that stand for an entity
 READ = 1024  # documents at a time
+PART_DOCUMENTS = 64  # of an evaluation that goes on after a kill
 
 Pictures = UInt8[np.ndarray, "n height width 3"]
 Judge = Callable[[Pictures], list[str]]  # the entity that each picture shows
@@ -44,6 +47,20 @@ def retrieved(run: Run, neighbors: Int[np.ndarray, " depth"], k: int) -> list[To
     memory, builder = run.memory(), run.builder
     documents = map(memory.document, neighbors[neighbors >= 0].tolist())
     return list(islice((item for item in documents if builder.shown(item.tokens) is not None), k))
+
+
+def real_pictures(run: Run, split: Split) -> tuple[Embedded, Float[np.ndarray, "images embed"]]:
+    """The features of the real pictures of a split by the network that `evaluation.features` names, and the encoder's.
+
+    Raises:
+      InputError: `rac3 evaluate` has not made them yet.
+    """
+    folder = run.artifact(recipes.reference, split).folder
+    features, vectors = (
+        np.concatenate([np.load(file, allow_pickle=False) for file in sorted(folder.glob(f"{kind}-*.npy"))])
+        for kind in ("features", "vectors")
+    )
+    return Embedded(features), vectors
 
 
 def context(run: Run, neighbors: Int[np.ndarray, " depth"], k: int, sampling: Sampling) -> Context:

@@ -13,6 +13,7 @@ COMMANDS = {
     ),
     "train": "rac3 train",
     "retrieval": "rac3 evaluate --task retrieval",
+    "reference": "rac3 evaluate",
     "evaluation": "rac3 evaluate",
     "infilling": "rac3 evaluate --task infilling",
     "few_shot": "rac3 evaluate --task few-shot",

@@ -227,6 +227,11 @@ def _legend(shown: set[str], held_out: Mapping[str, int]) -> str:
             "CIDEr-D (0 to 10), BLEU-4 and ROUGE-L compare the captions of the test split with the documents' texts, "
             "one reference each; with 95% intervals over the captions."
         )
+    if "pictures" in shown:
+        words.append(
+            "FID, FD, KID and CMMD are distances between the drawn pictures of the test split and its real ones, as "
+            "sets, with 95% intervals. Those of one network and as many pictures can be compared, others not."
+        )
     if shown & {"entity_accuracy", "name_accuracy"}:
         words.append("± is the 95% margin of a share of that many documents, in points.")
     return f'<p class="note">{" ".join(words)}</p>'

@@ -31,6 +31,7 @@ class Row:
         return format(value, self.form)
 
 
+LITE0 = "FD (EfficientNet-Lite0)"  # of the network's features
 ROWS = (
     Row("image perplexity", ("perplexity", "image"), ",.2f", lower_is_better=True),
     Row("text perplexity", ("perplexity", "text"), ",.2f", lower_is_better=True),
@@ -40,6 +41,13 @@ ROWS = (
     Row("CIDEr-D (unseen)", ("captions", "test", "cider_d", "value"), ".3f"),
     Row("BLEU-4 (unseen)", ("captions", "test", "bleu_4", "value"), ".3f"),
     Row("ROUGE-L (unseen)", ("captions", "test", "rouge_l", "value"), ".3f"),
+    Row("FID (unseen)", ("pictures", "test", "FID", "frechet", "value"), ",.2f", lower_is_better=True),
+    Row("KID (unseen)", ("pictures", "test", "FID", "kid", "value"), ".4f", lower_is_better=True),
+    Row(
+        "FD, EfficientNet-Lite0 (unseen)", ("pictures", "test", LITE0, "frechet", "value"), ",.2f", lower_is_better=True
+    ),
+    Row("KID, EfficientNet-Lite0 (unseen)", ("pictures", "test", LITE0, "kid", "value"), ".4f", lower_is_better=True),
+    Row("CMMD (unseen)", ("pictures", "test", "cmmd", "value"), ".3f", lower_is_better=True),
     Row("CLIP score", ("clip_score", "unseen"), ".3f"),
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from rac3.artifacts.workdir import write_atomic
 from rac3.batches.groups import GroupBuilder
@@ -17,14 +17,26 @@ from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
 from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.entities import emblem_accuracy, entity_of, name_accuracy
+from rac3.evaluation.features import Network
 from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
+from rac3.evaluation.pictures import clipscore, set_metrics
 from rac3.evaluation.recall import clip_metrics
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
 from rac3.generation.rerank import best_by_clip, best_by_perplexity
 from rac3.generation.tasks import caption, draw
-from rac3.held_out import SPLITS, context, copied, held_out, held_out_documents, retrieved, sampled, segment_ids
+from rac3.held_out import (
+    SPLITS,
+    context,
+    copied,
+    held_out,
+    held_out_documents,
+    real_pictures,
+    retrieved,
+    sampled,
+    segment_ids,
+)
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
 from rac3.tokens.html import Sequenced
@@ -142,6 +154,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         "perplexity_by_k": by_k,
         "clip_score": float(scores.mean()) if len(scores) else None,
         "captions": _caption_scores(items, captions),
+        "pictures": _picture_scores(run, split, images, scores),
         **_accuracies(experiment, items, images, captions),
         "copied": _accuracies(experiment, items, *_copied(run, neighbors)) if most else None,
     }
@@ -250,6 +263,17 @@ def _caption_scores(items: list[TokenizedDocument], captions: list[str]) -> dict
     texts = [item.document.text for item in items if item.document.images]
     pairs = [(made, right) for made, right in zip(captions, texts, strict=True) if right]
     return caption_metrics([made for made, _ in pairs], [[right] for _, right in pairs])
+
+
+def _picture_scores(
+    run: Run, split: Split, images: UInt8[np.ndarray, "n height width 3"], similarities: Float[np.ndarray, " n"]
+) -> dict[str, Any]:
+    """CLIPScore, and against the real pictures of the split what `evaluation.features` asks for."""
+    found: dict[str, Any] = {"clipscore": clipscore(similarities)}
+    if weights := run.experiment.evaluation.features:
+        real, vectors = real_pictures(run, split)
+        found |= set_metrics(run.encoder, Network(weights, run.images.resolution), [*images], real, vectors)
+    return found
 
 
 def _copied(

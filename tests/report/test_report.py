@@ -131,6 +131,7 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
                 "clip_score": hundreds + number + 5.0,
                 "fewer_than_k": {"text": {"0": hundreds + number}},
                 "captions": {"captions": hundreds + number},
+                "pictures": {"cmmd": hundreds + number},
                 "entity_accuracy": hundreds + number + 6.0,
                 "name_accuracy": hundreds + number + 7.0,
                 "copied": {"entity_accuracy": hundreds + number + 8.0, "name_accuracy": hundreds + number + 9.0},
@@ -153,6 +154,7 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
                 "test": {"text": {"0": 200 + number}},
             },
             "captions": {"validation": {"captions": 100 + number}, "test": {"captions": 200 + number}},
+            "pictures": {"validation": {"cmmd": 100 + number}, "test": {"cmmd": 200 + number}},
             "clip_score": {"seen": 105 + number, "unseen": 205 + number},
             "entity_accuracy": {"seen": 106 + number, "unseen": 206 + number},
             "name_accuracy": {"seen": 107 + number, "unseen": 207 + number},
@@ -335,6 +337,12 @@ def made_up() -> dict[str, Any]:
             "perplexity": {"image": image, "text": text},
             "perplexity_by_k": by_k,
             "captions": {"test": {"cider_d": {"value": 1 - place / 4, "low": 0.1 * place, "high": 0.5 + 0.1 * place}}},
+            "pictures": {
+                "test": {
+                    "FID": {"frechet": {"value": 20.0 + place, "low": 15.0 + place, "high": 25.0 + place}, "kid": None},
+                    "FD (EfficientNet-Lite0)": {"kid": {"value": 0.5 - place / 10, "low": -0.1, "high": 0.7}},
+                }
+            },
             "entity_accuracy": {"seen": seen, "unseen": unseen},
             "name_accuracy": {"seen": 0.9, "unseen": named},
             "clip_score": {"seen": 0.9, "unseen": clip},
@@ -397,9 +405,24 @@ def test_the_table_has_each_model_in_its_column(made_up: dict[str, Any]):
         ["entity accuracy (unseen) ↑", "25.0% ± 19", "12.5% ± 16", "25.0% ± 19"],
         ["name accuracy (unseen) ↑", "75.0% ± 19", "none", "50.0% ± 20"],
         ["CIDEr-D (unseen) ↑", "1.000 0.000 to 0.500", "0.750 0.100 to 0.600", "0.500 0.200 to 0.700"],
+        ["FID (unseen) ↓", "20.00 15.00 to 25.00", "21.00 16.00 to 26.00", "22.00 17.00 to 27.00"],
+        [
+            "KID, EfficientNet-Lite0 (unseen) ↓",
+            "0.5000 -0.1000 to 0.7000",
+            "0.4000 -0.1000 to 0.7000",
+            "0.3000 -0.1000 to 0.7000",
+        ],
         ["CLIP score ↑", "0.312", "0.200", "0.250"],
     ]
-    assert shown.bold == ["5.00", "8.00", "75.0% ± 19", "1.000 0.000 to 0.500", "0.312"]  # none where two are equal
+    assert shown.bold == [
+        "5.00",
+        "8.00",
+        "75.0% ± 19",
+        "1.000 0.000 to 0.500",
+        "20.00 15.00 to 25.00",
+        "0.3000 -0.1000 to 0.7000",
+        "0.312",
+    ]  # none where two are equal
     for name in MADE_UP:
         made_up[name]["clip_score"]["unseen"] = None
     del made_up["cm3"], made_up["ra_cm3_random"]
@@ -620,6 +643,8 @@ def test_summary_shows_models_as_columns_and_skips_what_has_no_meaning(made_up: 
         ["entity accuracy (unseen)", "25.0%", "12.5%", "25.0%"],
         ["name accuracy (unseen)", "75.0%", "-", "50.0%"],
         ["CIDEr-D (unseen)", "1.000", "0.750", "0.500"],
+        ["FID (unseen)", "20.00", "21.00", "22.00"],
+        ["KID, EfficientNet-Lite0 (unseen)", "0.5000", "0.4000", "0.3000"],
         ["CLIP score", "0.312", "0.200", "0.250"],
         ["retrieval recall at 2, test: 50.0% by text, 25.0% by image"],
         ["retrieval recall at 2, validation: 100.0% by text, 75.0% by image"],
@@ -644,7 +669,7 @@ def test_the_verdict_follows_the_numbers(metrics: dict[str, Any]):
         metrics[name]["perplexity"] = {"image": image, "text": text}
         metrics[name]["entity_accuracy"] = {"seen": 0.5, "unseen": unseen}
         metrics[name]["name_accuracy"] = {"seen": None, "unseen": None}
-        metrics[name]["captions"] = {}
+        metrics[name]["captions"] = metrics[name]["pictures"] = {}
         metrics[name]["clip_score"]["unseen"] = 0.3
     metrics["evaluation"]["with_entity"] = {"validation": 80, "test": 80}
     assert verdict(metrics) == (
