@@ -14,7 +14,9 @@ from rac3.evaluation.features import Embedded
 from rac3.experiment import Split
 from rac3.generation.prompts import Asked, Context
 from rac3.generation.request import Sample
+from rac3.generation.rerank import best_by_clip, best_by_perplexity
 from rac3.generation.sampling import Sampling
+from rac3.generation.tasks import caption, draw
 from rac3.run import PARTS, Run
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
@@ -79,6 +81,53 @@ def sampled(run: Run, what: str, asked: Sequence[Asked], sampling: Sampling) -> 
         run.engine.run(requests, [sampling] * len(requests), [run.experiment.seed] * len(requests))
     )
     return [out[number] for number in range(len(requests))]
+
+
+def best_images(
+    run: Run, split: Split, items: Sequence[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
+) -> tuple[UInt8[np.ndarray, "images height width 3"], np.ndarray]:
+    """For each document with a text, the image that CLIP scores best, and its score."""
+    settings, codec = run.experiment.evaluation, run.images
+    captions = {row: ids for row, item in enumerate(items) if (ids := segment_ids(item, Text)) is not None}
+    chosen = list(captions)
+    if not chosen:
+        return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
+    form = run.form
+    asked = [
+        draw.request(
+            form, captions[row], context(run, neighbors[row], k, settings.image_sampling), settings.image_samples
+        )
+        for row in chosen
+    ]
+    drawn = sampled(run, f"{split} images", asked, settings.image_sampling)
+    codes = np.array([[draw.answer(form, sample) for sample in samples] for samples in drawn])
+    pixels = codec.decode(codes.reshape(-1, codes.shape[-1]))
+    image_vectors = run.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
+    text_vectors = run.encoder.embed_texts([items[row].document.text for row in chosen])
+    best, scores = best_by_clip(text_vectors, image_vectors)
+    return pixels.reshape(len(chosen), settings.image_samples, *pixels.shape[1:])[np.arange(len(chosen)), best], scores
+
+
+def best_captions(
+    run: Run, split: Split, items: Sequence[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
+) -> list[str]:
+    """The caption of lowest perplexity of each document's image."""
+    settings = run.experiment.evaluation
+    images = {row: codes for row, item in enumerate(items) if (codes := segment_ids(item, Image)) is not None}
+    if not images:
+        return []
+    form, most = run.form, settings.max_caption_tokens
+    asked = [
+        caption.request(
+            form, codes, context(run, neighbors[row], k, settings.caption_sampling), most, settings.caption_samples
+        )
+        for row, codes in images.items()
+    ]
+    drawn = sampled(run, f"{split} captions", asked, settings.caption_sampling)
+    log_probs = np.array([[sample.mean_log_prob for sample in samples] for samples in drawn])
+    best = best_by_perplexity(log_probs).tolist()
+    kept = [samples[choice] for samples, choice in zip(drawn, best, strict=True)]
+    return [run.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in kept]
 
 
 def segment_ids(item: TokenizedDocument, kind: type[Text] | type[Image]) -> np.ndarray | None:

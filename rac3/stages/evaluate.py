@@ -12,7 +12,6 @@ from jaxtyping import Float, Int, UInt8
 from rac3.artifacts.workdir import write_atomic
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, Group
-from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
 from rac3.evaluation.captions import caption_metrics
@@ -24,18 +23,15 @@ from rac3.evaluation.recall import clip_metrics
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
-from rac3.generation.rerank import best_by_clip, best_by_perplexity
-from rac3.generation.tasks import caption, draw
 from rac3.held_out import (
     SPLITS,
-    context,
+    best_captions,
+    best_images,
     copied,
     held_out,
     held_out_documents,
     real_pictures,
     retrieved,
-    sampled,
-    segment_ids,
 )
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
@@ -129,9 +125,9 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
             for number, (modality, build, _) in enumerate(MODALITIES):
                 fewer[modality][str(k)] = _groups(run, build, items, neighbors[:, number], k)[1]
             bar.update()
-        images, scores = _images(run, split, items, neighbors[:, 0], most)
+        images, scores = best_images(run, split, items, neighbors[:, 0], most)
         bar.update()
-        captions = _captions(run, split, items, neighbors[:, 1], most)
+        captions = best_captions(run, split, items, neighbors[:, 1], most)
         bar.update()
     _write_samples(run, split, folder, items, neighbors, most, images, captions)
     too_long = _too_long(run, items)
@@ -209,53 +205,6 @@ def _too_long(run: Run, items: list[TokenizedDocument]) -> dict[str, int]:
         modality: sum(len(build(builder, [], main).tokens) > most for main in mains)
         for modality, build, _ in MODALITIES
     }
-
-
-def _images(
-    run: Run, split: Split, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
-) -> tuple[UInt8[np.ndarray, "images height width 3"], np.ndarray]:
-    """For each document with a text, the image that CLIP scores best, and its score."""
-    settings, codec = run.experiment.evaluation, run.images
-    captions = {row: ids for row, item in enumerate(items) if (ids := segment_ids(item, Text)) is not None}
-    chosen = list(captions)
-    if not chosen:
-        return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
-    form = run.form
-    asked = [
-        draw.request(
-            form, captions[row], context(run, neighbors[row], k, settings.image_sampling), settings.image_samples
-        )
-        for row in chosen
-    ]
-    drawn = sampled(run, f"{split} images", asked, settings.image_sampling)
-    codes = np.array([[draw.answer(form, sample) for sample in samples] for samples in drawn])
-    pixels = codec.decode(codes.reshape(-1, codes.shape[-1]))
-    image_vectors = run.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
-    text_vectors = run.encoder.embed_texts([items[row].document.text for row in chosen])
-    best, scores = best_by_clip(text_vectors, image_vectors)
-    return pixels.reshape(len(chosen), settings.image_samples, *pixels.shape[1:])[np.arange(len(chosen)), best], scores
-
-
-def _captions(
-    run: Run, split: Split, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
-) -> list[str]:
-    """The caption of lowest perplexity of each document's image."""
-    settings = run.experiment.evaluation
-    images = {row: codes for row, item in enumerate(items) if (codes := segment_ids(item, Image)) is not None}
-    if not images:
-        return []
-    form, most = run.form, settings.max_caption_tokens
-    asked = [
-        caption.request(
-            form, codes, context(run, neighbors[row], k, settings.caption_sampling), most, settings.caption_samples
-        )
-        for row, codes in images.items()
-    ]
-    drawn = sampled(run, f"{split} captions", asked, settings.caption_sampling)
-    log_probs = np.array([[sample.mean_log_prob for sample in samples] for samples in drawn])
-    best = best_by_perplexity(log_probs).tolist()
-    kept = [samples[choice] for samples, choice in zip(drawn, best, strict=True)]
-    return [run.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in kept]
 
 
 def _caption_scores(items: list[TokenizedDocument], captions: list[str]) -> dict[str, Any]:
