@@ -8,6 +8,7 @@ from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.published import checkpoint_identity
 from rac3.config import InputError, canonical
+from rac3.documents.coco import Coco
 from rac3.documents.document import Stored
 from rac3.documents.store import FORMAT
 from rac3.evaluation.features import weights_file
@@ -276,6 +277,15 @@ def few_shot(experiment: Experiment, trained: Experiment) -> Recipe:
     inputs = {f"documents {split}": documents(experiment, split) for split in held_out}
     inputs |= {"train": train(trained), "clip": clip(experiment), **_memory(experiment)}
     return Recipe("few_shot", _compared(experiment), inputs)
+
+
+def coco(experiment: Experiment, trained: Experiment) -> Recipe:
+    """The evaluation on MS-COCO: what `evaluation` depends on, less the entities and splits of other sources."""
+    drawing = evaluation(experiment, trained)
+    config = {name: value for name, value in drawing.config.items() if name != "entity_field"}
+    others = [split for split, source in experiment.data.sources().items() if not isinstance(source, Coco)]
+    inputs = {name: recipe for name, recipe in drawing.inputs.items() if name.partition(" ")[2] not in others}
+    return Recipe("coco", config, inputs)
 
 
 def _compared(experiment: Experiment) -> dict[str, Any]:

@@ -49,11 +49,12 @@ class EvaluateOptions:
     Attributes:
       task: generation, of images and captions of the held-out documents; infilling, of the middle of their images, with
         edits by documents given by hand (paper, sections 5.2 and 5.3); few-shot, classification by demonstrations
-        (5.4); or retrieval, which needs no model: recall, what approximate search costs, what selection drops, and a
-        page of queries with what they retrieved.
+        (5.4); coco, images and captions of MS-COCO with and without retrieval (4.2); or retrieval, which needs no
+        model: recall, what approximate search costs, what selection drops, and a page of queries with what they
+        retrieved.
     """
 
-    task: Literal["generation", "infilling", "few-shot", "retrieval"] = "generation"
+    task: Literal["generation", "infilling", "few-shot", "coco", "retrieval"] = "generation"
 
 
 def evaluate(run: Run) -> dict[str, Any]:
