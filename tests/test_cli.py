@@ -534,7 +534,7 @@ CALLS = {
     "rac3.stages.encoders": ("fit_encoders",),
     "rac3.stages.ingest": ("ingest", "counts_line"),
     "rac3.stages.embed": ("embed",),
-    "rac3.stages.retrieve": ("index", "retrieve"),
+    "rac3.stages.retrieve": ("index", "retrieve", "shortage_line"),
     "rac3.stages.train": ("train",),
     "rac3.stages.audit": ("audit",),
     "rac3.stages.evaluate": ("evaluate",),
@@ -576,11 +576,8 @@ ENCODERS, INGEST = ["fit_encoders", "describe"], ["ingest", "describe", *["count
 RETRIEVE = ["retrieve", *["shortage_line"] * 3]
 PREPARE = [*ENCODERS, *INGEST, "embed", "describe", "index", *RETRIEVE]
 TRAIN = ["train", "describe", "train"]
-EVALUATE = [
-    *["index", "retrieve", "reference", "evaluate"] * 3,
-    "collect",
-    "summary",
-]  # the model, CM3, and the control
+# The model, CM3, and the control.
+EVALUATE = [*["index", "retrieve", "reference", "evaluate"] * 3, "collect", "summary"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -108,16 +109,19 @@ def _cell(values: Mapping[str, Any], form: str, path: Sequence[str]) -> str:
 
 def _cards(run: Run, split: Split, models: Mapping[str, Run], metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """For each of the first documents: the real image, what each model drew after its caption, and their captions."""
-    made = [(label, *shown(models[name], split, k)) for label, name, k, _ in variants(metrics)]
-    items = run.documents(split).many(range(len(made[0][2]) if made else 0))
+    made = [
+        (letter, label, *shown(models[name], split, k))
+        for letter, (label, name, k, _) in zip(ascii_uppercase, variants(metrics), strict=False)
+    ]
+    items = run.documents(split).many(range(len(made[0][3])))
     cards = []
     for number, item in enumerate(items):
         real = prepare_image(item.document.images[0].pixels(), run.images.resolution)
         pictures = [Picture("real", real)]
-        pictures += [Picture(label, np.asarray(drawn[number])) for label, drawn, _ in made]
+        pictures += [Picture(letter, np.asarray(drawn[number])) for letter, _, drawn, _ in made]
         said = "".join(
-            f"<dt>{escape(label)}</dt><dd>{escape(rows[number]['caption']) or '(empty)'}</dd>"
-            for label, _, rows in made
+            f"<dt>{letter}: {escape(label)}</dt><dd>{escape(rows[number]['caption']) or '(empty)'}</dd>"
+            for letter, label, _, rows in made
         )
         cards.append(
             f"<article><h3>{escape(item.document.text)}</h3>"
