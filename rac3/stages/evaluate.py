@@ -16,7 +16,6 @@ from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
 from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.entities import emblem_accuracy, entity_of, name_accuracy
-from rac3.evaluation.features import Network
 from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
 from rac3.evaluation.pictures import clipscore, set_metrics
 from rac3.evaluation.recall import clip_metrics
@@ -220,9 +219,9 @@ def _picture_scores(
 ) -> dict[str, Any]:
     """CLIPScore, and against the real pictures of the split what `evaluation.features` asks for."""
     found: dict[str, Any] = {"clipscore": clipscore(similarities)}
-    if weights := run.experiment.evaluation.features:
+    if run.experiment.evaluation.features:
         real, vectors = real_pictures(run, split)
-        found |= set_metrics(run.encoder, Network(weights, run.images.resolution), [*images], real, vectors)
+        found |= set_metrics(run.encoder, run.features, [*images], real, vectors)
     return found
 
 

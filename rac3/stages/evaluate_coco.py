@@ -25,7 +25,7 @@ from rac3.documents.coco import CAPTIONS, Coco
 from rac3.documents.store import TokenizedDocument
 from rac3.evaluation.captions import caption_metrics, java_metrics
 from rac3.evaluation.distributions import cmmd_metrics, distribution_metrics
-from rac3.evaluation.features import Embedded, ImageFeatures, Network
+from rac3.evaluation.features import Embedded
 from rac3.evaluation.pictures import clipscore
 from rac3.execution.progress import Progress
 from rac3.experiment import Split
@@ -108,7 +108,7 @@ def _write_part(run: Run, split: Split, rows: range, k: int, stem: Path) -> None
     captions = best_captions(run, split, items, by_image, k)
     arrays: dict[str, Any] = {"pictures": pictures[:SHOWN] if rows.start == 0 else pictures[:0]}
     if run.experiment.evaluation.features:
-        embedded = _network(run).embed([*pictures])
+        embedded = run.features.embed([*pictures])
         arrays |= {"vectors": run.encoder.embed_images([*pictures]), "features": embedded.features}
         arrays |= {} if embedded.logits is None else {"logits": embedded.logits}
     buffer = io.BytesIO()
@@ -125,10 +125,6 @@ def _write_part(run: Run, split: Split, rows: range, k: int, stem: Path) -> None
         for item, caption, similarity in zip(items, captions, similarities, strict=True)
     ]
     write_atomic(stem.with_suffix(".json"), json.dumps(made, ensure_ascii=False) + "\n")
-
-
-def _network(run: Run) -> ImageFeatures:
-    return Network(run.experiment.evaluation.features, run.images.resolution)
 
 
 def _neighbors(run: Run, split: Split, rows: range, part: str) -> Int[np.ndarray, "n depth"]:
@@ -156,7 +152,7 @@ def _metrics(run: Run, split: Split, stems: Sequence[Path]) -> dict[str, Any]:
 
         real, vectors = real_pictures(run, split)
         drawn = Embedded(whole("features"), whole("logits") if any("logits" in part for part in parts) else None)
-        found = distribution_metrics(_network(run).name, drawn, real)
+        found = distribution_metrics(run.features.name, drawn, real)
         pictures |= {found.pop("name"): found, "cmmd": cmmd_metrics(whole("vectors"), vectors)}
     scores = caption_metrics(captions, references) | java_metrics(captions, references)
     return {"pictures": pictures, "captions": scores}

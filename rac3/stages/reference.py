@@ -11,7 +11,6 @@ import numpy as np
 from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
 from rac3.documents.document import Image, prepare_image
-from rac3.evaluation.features import Network
 from rac3.execution.progress import Progress
 from rac3.experiment import Split
 from rac3.held_out import PART_DOCUMENTS, SPLITS
@@ -27,12 +26,11 @@ def reference(run: Run, splits: Sequence[Split] = SPLITS) -> None:
     Raises:
       InputError: the network's weights are missing or damaged.
     """
-    weights = run.experiment.evaluation.features
-    for split in splits if weights else ():
+    for split in splits if run.experiment.evaluation.features else ():
         recipe = run.recipe(recipes.reference, split) if split in run.experiment.data.sources() else None
         if recipe is None or run.workdir.find(recipe) is not None:
             continue
-        network, size = Network(weights, run.images.resolution), run.images.resolution
+        network, size = run.features, run.images.resolution
         with run.workdir.write(recipe) as draft:
             documents = run.documents(split)
             count = min(len(documents), run.experiment.evaluation.documents)

@@ -14,7 +14,6 @@ from rac3.evaluation.distributions import cmmd, frechet_of, kid
 from rac3.evaluation.features import Embedded
 from rac3.held_out import real_pictures
 from rac3.run import Run
-from rac3.stages import evaluate as evaluation
 from rac3.stages import reference as stage
 from rac3.stages.evaluate import _picture_scores
 from rac3.stages.reference import reference
@@ -38,8 +37,7 @@ class MeanColor:
 def run(experiment, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A finished run of 12 documents a split, in parts of 5."""
     (tmp_path / "net.pth").write_text("weights")
-    for module in (stage, evaluation):
-        monkeypatch.setattr(module, "Network", MeanColor)
+    monkeypatch.setattr("rac3.run.Network", MeanColor)
     monkeypatch.setattr(stage, "PART_DOCUMENTS", 5)
     monkeypatch.setattr(MeanColor, "shown", [])
     settings = replace(experiment.evaluation, features=str(tmp_path / "net.pth"), documents=12)
