@@ -1,5 +1,6 @@
-"""How far a figure would move on other documents of the same kind: the bootstrap (Efron 1979)."""
+"""How far a figure would move on other documents of the same kind: the bootstrap (Efron 1979), and its relatives."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
@@ -17,6 +18,12 @@ class Figure(TypedDict):
     value: float
     low: float
     high: float
+
+
+def margin(share: float, count: int) -> float:
+    """Half of the 95% interval of a share of `count` documents (Agresti and Coull: sound near 0 and 1 too)."""
+    adjusted = (share * count + 2) / (count + 4)
+    return 2 * math.sqrt(adjusted * (1 - adjusted) / (count + 4))
 
 
 def bootstrap(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rac3.evaluation.bootstrap import margin
 from rac3.evaluation.entities import left_out
 
 
@@ -78,12 +79,6 @@ def interval(values: Mapping[str, Any], row: Row) -> tuple[float, float] | None:
     """The 95% interval of a row's value, where it was measured with one."""
     low, high = (lookup(values, (*row.path[:-1], end)) for end in ("low", "high"))
     return None if low is None or high is None else (low, high)
-
-
-def margin(share: float, count: int) -> float:
-    """Half of the 95% interval of a share of `count` documents (Agresti and Coull: sound near 0 and 1 too)."""
-    adjusted = (share * count + 2) / (count + 4)
-    return 2 * math.sqrt(adjusted * (1 - adjusted) / (count + 4))
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rac3.evaluation.bootstrap import half_samples
+from rac3.evaluation.bootstrap import half_samples, margin
 from rac3.evaluation.distributions import (
     LEAST,
     Moments,
@@ -125,6 +125,8 @@ def test_all_figures_of_two_sets() -> None:
     for name, value in wanted.items():
         assert found[name]["value"] == pytest.approx(value)
         assert found[name]["low"] < value < found[name]["high"]
+    apart = distribution_metrics("x", drawn, Embedded(THEIRS + 100))["recall"]  # 0 of 45 in every half
+    assert (apart["low"], apart["high"]) == pytest.approx((-margin(0.0, 45), margin(0.0, 45)))
     assert cmmd_metrics(OURS, THEIRS)["value"] == pytest.approx(cmmd(OURS, THEIRS))
     assert distribution_metrics("x", Embedded(OURS), real)["inception_score"] is None
 
