@@ -38,7 +38,7 @@ COLUMNS = (
     ("SPICE", ".3f", ("captions", "spice")),
 )
 NOTE = (
-    "Next to a figure is its 95% interval. FID, FD, KID and CMMD: lower is better; of the others, higher. Distances "
+    "± is half of the 95% interval. FID, FD, KID and CMMD: lower is better; of the others, higher. Distances "
     "depend on how many images they are over, and CIDEr-D (0 to 10; COCO's figures are often 100 times this) on how "
     "many captions."
 )
@@ -98,13 +98,13 @@ def _known(values: Mapping[str, Any], path: Sequence[str]) -> bool:
 
 
 def _cell(values: Mapping[str, Any], form: str, path: Sequence[str]) -> str:
-    """`1.234 (1.1 to 1.3)`; some figures have no interval."""
+    """`1.23 ± 0.10`, half of the interval; some figures have none."""
     found = lookup(values, path)
     if found is None:
         return "none"
     if not isinstance(found, Mapping):
         return format(found, form)
-    return f"{found['value']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
+    return f"{found['value']:{form}} ± {(found['high'] - found['low']) / 2:{form}}"
 
 
 def _cards(run: Run, split: Split, models: Mapping[str, Run], metrics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -225,12 +225,12 @@ def _legend(shown: set[str], held_out: Mapping[str, int]) -> str:
     if "captions" in shown:
         words.append(
             "CIDEr-D (0 to 10), BLEU-4 and ROUGE-L compare the captions of the test split with the documents' texts, "
-            "one reference each; with 95% intervals over the captions."
+            "one reference each; ± is half of the 95% interval over the captions."
         )
     if "pictures" in shown:
         words.append(
             "FID, FD, KID and CMMD are distances between the drawn pictures of the test split and its real ones, as "
-            "sets, with 95% intervals. Those of one network and as many pictures can be compared, others not."
+            "sets; ± is half of the 95% interval. Only those of one network and as many pictures can be compared."
         )
     if shown & {"entity_accuracy", "name_accuracy"}:
         words.append("± is the 95% margin of a share of that many documents, in points.")
@@ -248,7 +248,7 @@ def _cell(
         return '<td class="soft">none</td>'
     spread = f' <span class="soft">± {100 * margin(value, named[row.split]):.0f}</span>' if row.share else ""
     if bounds:
-        spread = f' <span class="soft">{row.show(bounds[0])} to {row.show(bounds[1])}</span>'
+        spread = f' <span class="soft">± {row.show((bounds[1] - bounds[0]) / 2)}</span>'
     return f"<td{' class=best' if value == best else ''}>{row.show(value)}{spread}</td>"
 
 

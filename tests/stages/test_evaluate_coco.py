@@ -202,8 +202,8 @@ def test_the_report_has_a_column_for_each_model_and_k(run: Run, asked: list[Aske
     values = metrics["ra_cm3"]["test"]["by_k"]
     for column, k in enumerate(("2", "0")):
         fid = values[k]["pictures"]["FID"]["frechet"]
-        assert rows["FID"][column] == f"{fid['value']:,.2f} ({fid['low']:,.2f} to {fid['high']:,.2f})"
-        assert rows["CIDEr-D"][column].startswith(f"{values[k]['captions']['cider_d']['value']:.3f} (")
+        assert rows["FID"][column] == f"{fid['value']:,.2f} ± {(fid['high'] - fid['low']) / 2:,.2f}"
+        assert rows["CIDEr-D"][column].startswith(f"{values[k]['captions']['cider_d']['value']:.3f} ±")
     assert "SPICE" not in rows
     assert rows["CIDEr-D"][0] != rows["CIDEr-D"][1]
     assert "a red flag number 1" in page.text
