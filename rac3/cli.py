@@ -467,29 +467,39 @@ def _train_with(run: Run, processes: Processes) -> None:
 
 def _evaluate(run: Run, options: Any) -> None:
     from rac3.held_out import SPLITS
+    from rac3.report.coco import coco_report, coco_summary
     from rac3.report.experiment import collect, summary
     from rac3.report.infilling import infilling_report, infilling_summary
     from rac3.stages.evaluate import comparisons, evaluate
+    from rac3.stages.evaluate_coco import coco_splits, evaluate_coco
     from rac3.stages.evaluate_infilling import evaluate_infilling
+    from rac3.stages.reference import reference
     from rac3.stages.retrieve import index, retrieve
 
     task = getattr(options, "task", "generation")
     if task == "retrieval":  # needs no model
         _evaluate_retrieval(run)
         return
+    splits = coco_splits(run) if task == "coco" else SPLITS
     run.experiment.mesh.build()
     models = comparisons(run)
     if task == "few-shot":  # needs no neighbors
         _evaluate_few_shot(run, models)
         return
+    works = {"generation": evaluate, "infilling": evaluate_infilling, "coco": evaluate_coco}
     metrics = {}
     for name, compared in models.items():
         index(compared)
-        retrieve(compared, SPLITS)
-        metrics[name] = evaluate_infilling(compared) if task == "infilling" else evaluate(compared)
+        retrieve(compared, splits)
+        if task in ("generation", "coco"):
+            reference(compared, splits)
+        metrics[name] = works[task](compared)
     if task == "infilling":
         print(infilling_summary(metrics))
         print(f"report: {infilling_report(run, models)}")
+    elif task == "coco":
+        print(coco_summary(metrics))
+        print(f"report: {coco_report(run, models, metrics)}")
     else:
         print(summary(collect(run)))
 
@@ -628,7 +638,7 @@ STAGES = {
     ),
     "train": Stage("train the model, and the vanilla CM3 to compare it with", _train, lambda: TrainOptions),
     "evaluate": Stage(
-        "evaluate on the held-out documents; --task infilling, few-shot, or retrieval, which needs no model",
+        "evaluate on the held-out documents; --task infilling, few-shot, coco, or retrieval, which needs no model",
         _evaluate,
         _evaluate_options,
     ),

@@ -4,20 +4,25 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
+from rac3 import recipes
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, nearest_entities
+from rac3.evaluation.features import Embedded
 from rac3.experiment import Split
 from rac3.generation.prompts import Asked, Context
 from rac3.generation.request import Sample
+from rac3.generation.rerank import best_by_clip, best_by_perplexity
 from rac3.generation.sampling import Sampling
+from rac3.generation.tasks import caption, draw
 from rac3.run import PARTS, Run
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
 JUDGED = 4  # pictures of the memory that stand for an entity
 READ = 1024  # documents at a time
+PART_DOCUMENTS = 64  # of an evaluation that goes on after a kill
 
 Pictures = UInt8[np.ndarray, "n height width 3"]
 Judge = Callable[[Pictures], list[str]]  # the entity that each picture shows
@@ -46,6 +51,20 @@ def retrieved(run: Run, neighbors: Int[np.ndarray, " depth"], k: int) -> list[To
     return list(islice((item for item in documents if builder.shown(item.tokens) is not None), k))
 
 
+def real_pictures(run: Run, split: Split) -> tuple[Embedded, Float[np.ndarray, "images embed"]]:
+    """The features of the real pictures of a split by the network that `evaluation.features` names, and the encoder's.
+
+    Raises:
+      InputError: `rac3 evaluate` has not made them yet.
+    """
+    folder = run.artifact(recipes.reference, split).folder
+    features, vectors = (
+        np.concatenate([np.load(file, allow_pickle=False) for file in sorted(folder.glob(f"{kind}-*.npy"))])
+        for kind in ("features", "vectors")
+    )
+    return Embedded(features), vectors
+
+
 def context(run: Run, neighbors: Int[np.ndarray, " depth"], k: int, sampling: Sampling) -> Context:
     """The first k neighbors, as a prompt has them."""
     return Context([item.tokens for item in retrieved(run, neighbors, k)], without=sampling.without)
@@ -62,6 +81,53 @@ def sampled(run: Run, what: str, asked: Sequence[Asked], sampling: Sampling) -> 
         run.engine.run(requests, [sampling] * len(requests), [run.experiment.seed] * len(requests))
     )
     return [out[number] for number in range(len(requests))]
+
+
+def best_images(
+    run: Run, split: Split, items: Sequence[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
+) -> tuple[UInt8[np.ndarray, "images height width 3"], np.ndarray]:
+    """For each document with a text, the image that CLIP scores best, and its score."""
+    settings, codec = run.experiment.evaluation, run.images
+    captions = {row: ids for row, item in enumerate(items) if (ids := segment_ids(item, Text)) is not None}
+    chosen = list(captions)
+    if not chosen:
+        return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
+    form = run.form
+    asked = [
+        draw.request(
+            form, captions[row], context(run, neighbors[row], k, settings.image_sampling), settings.image_samples
+        )
+        for row in chosen
+    ]
+    drawn = sampled(run, f"{split} images", asked, settings.image_sampling)
+    codes = np.array([[draw.answer(form, sample) for sample in samples] for samples in drawn])
+    pixels = codec.decode(codes.reshape(-1, codes.shape[-1]))
+    image_vectors = run.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
+    text_vectors = run.encoder.embed_texts([items[row].document.text for row in chosen])
+    best, scores = best_by_clip(text_vectors, image_vectors)
+    return pixels.reshape(len(chosen), settings.image_samples, *pixels.shape[1:])[np.arange(len(chosen)), best], scores
+
+
+def best_captions(
+    run: Run, split: Split, items: Sequence[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
+) -> list[str]:
+    """The caption of lowest perplexity of each document's image."""
+    settings = run.experiment.evaluation
+    images = {row: codes for row, item in enumerate(items) if (codes := segment_ids(item, Image)) is not None}
+    if not images:
+        return []
+    form, most = run.form, settings.max_caption_tokens
+    asked = [
+        caption.request(
+            form, codes, context(run, neighbors[row], k, settings.caption_sampling), most, settings.caption_samples
+        )
+        for row, codes in images.items()
+    ]
+    drawn = sampled(run, f"{split} captions", asked, settings.caption_sampling)
+    log_probs = np.array([[sample.mean_log_prob for sample in samples] for samples in drawn])
+    best = best_by_perplexity(log_probs).tolist()
+    kept = [samples[choice] for samples, choice in zip(drawn, best, strict=True)]
+    return [run.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in kept]
 
 
 def segment_ids(item: TokenizedDocument, kind: type[Text] | type[Image]) -> np.ndarray | None:

@@ -8,8 +8,10 @@ from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.published import checkpoint_identity
 from rac3.config import InputError, canonical
+from rac3.documents.coco import Coco
 from rac3.documents.document import Stored
 from rac3.documents.store import FORMAT
+from rac3.evaluation.features import weights_file
 from rac3.experiment import Experiment, Split
 from rac3.model.exchange import identity
 from rac3.retrieval.retriever import search_only_fields
@@ -219,6 +221,22 @@ def retrieval(experiment: Experiment) -> Recipe:
     return Recipe("retrieval", config, {f"neighbors {split}": neighbors(experiment, split) for split in asking})
 
 
+def reference(experiment: Experiment, split: Split) -> Recipe:
+    """The features of the real pictures of a split, by the network that `evaluation.features` names."""
+    config = {
+        "features": _features(experiment),
+        "documents": experiment.evaluation.documents,
+        "clip_dtype": _dtype(experiment.clip),
+    }
+    return Recipe("reference", config, {"documents": documents(experiment, split), "clip": clip(experiment)})
+
+
+def _features(experiment: Experiment) -> list[Any]:
+    """The file of a network: its name and its size."""
+    file = weights_file(experiment.evaluation.features)
+    return [file.name, file.stat().st_size]
+
+
 def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
     """The evaluation of the model of `trained` with the retriever of `experiment`. CLIP picks and scores the images."""
     inputs = {"train": train(trained), "clip": clip(experiment)}
@@ -227,8 +245,10 @@ def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
             inputs[f"documents {split}"] = documents(experiment, split)
             if experiment.retrieves:
                 inputs[f"neighbors {split}"] = neighbors(experiment, split)
+            if experiment.evaluation.features:
+                inputs[f"reference {split}"] = reference(experiment, split)
     settings = canonical(experiment.evaluation)
-    del settings["control"]  # what else is evaluated
+    del settings["control"], settings["features"]  # what else is evaluated; that of the references
     config = {
         "evaluation": settings,
         "clip_dtype": _dtype(experiment.clip),
@@ -246,7 +266,8 @@ def infilling(experiment: Experiment, trained: Experiment) -> Recipe:
         "sampling": settings.image_sampling,
         **_compared(experiment),
     }
-    inputs = evaluation(experiment, trained).inputs
+    drawing = evaluation(experiment, trained).inputs
+    inputs = {name: recipe for name, recipe in drawing.items() if recipe.stage != "reference"}
     return Recipe("infilling", config, {**inputs, **_memory(experiment)})
 
 
@@ -256,6 +277,15 @@ def few_shot(experiment: Experiment, trained: Experiment) -> Recipe:
     inputs = {f"documents {split}": documents(experiment, split) for split in held_out}
     inputs |= {"train": train(trained), "clip": clip(experiment), **_memory(experiment)}
     return Recipe("few_shot", _compared(experiment), inputs)
+
+
+def coco(experiment: Experiment, trained: Experiment) -> Recipe:
+    """The evaluation on MS-COCO: what `evaluation` depends on, less the entities and splits of other sources."""
+    drawing = evaluation(experiment, trained)
+    config = {name: value for name, value in drawing.config.items() if name != "entity_field"}
+    others = [split for split, source in experiment.data.sources().items() if not isinstance(source, Coco)]
+    inputs = {name: recipe for name, recipe in drawing.inputs.items() if name.partition(" ")[2] not in others}
+    return Recipe("coco", config, inputs)
 
 
 def _compared(experiment: Experiment) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, fingerprint
 from rac3.documents.document import Document, Image, framed
 from rac3.documents.store import DocumentStore, Keys, Texts, TokenizedDocument, hash64
+from rac3.evaluation.features import ImageFeatures, Network
 from rac3.experiment import Experiment, Split
 from rac3.generation.engine import Engine
 from rac3.generation.prompts import Form
@@ -146,6 +147,20 @@ class Run:
         if not isinstance(clip, FrozenCLIP):
             return clip
         return self._open(self.recipe(recipes.clip), clip.open, clip.dtype)
+
+    @property
+    def features(self) -> ImageFeatures:
+        """Pictures to features of the network that `evaluation.features` names.
+
+        Raises:
+          InputError: it names none, or a file that is missing.
+        """
+        weights, resolution = self.experiment.evaluation.features, self.images.resolution
+        with self._lock:
+            key = "features", weights, resolution
+            if key not in self._opened:
+                self._opened[key] = Network(weights, resolution)
+            return self._opened[key]
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -538,13 +538,16 @@ CALLS = {
     "rac3.stages.train": ("train",),
     "rac3.stages.audit": ("audit",),
     "rac3.stages.evaluate": ("evaluate",),
+    "rac3.stages.evaluate_coco": ("coco_splits", "evaluate_coco"),
     "rac3.stages.evaluate_few_shot": ("evaluate_few_shot",),
     "rac3.stages.evaluate_infilling": ("evaluate_infilling",),
     "rac3.stages.evaluate_retrieval": ("evaluate_retrieval",),
+    "rac3.stages.reference": ("reference",),
     "rac3.stages.generate": ("generate",),
     "rac3.plan.offline": ("plan",),
     "rac3.plan.training": ("training_plan",),
     "rac3.report.experiment": ("collect", "report", "summary"),
+    "rac3.report.coco": ("coco_report", "coco_summary"),
     "rac3.report.encoders": ("encoders_report",),
     "rac3.report.few_shot": ("few_shot_report", "few_shot_summary"),
     "rac3.report.infilling": ("infilling_report", "infilling_summary"),
@@ -573,7 +576,8 @@ ENCODERS, INGEST = ["fit_encoders", "describe"], ["ingest", "describe", *["count
 RETRIEVE = ["retrieve", *["shortage_line"] * 3]
 PREPARE = [*ENCODERS, *INGEST, "embed", "describe", "index", *RETRIEVE]
 TRAIN = ["train", "describe", "train"]
-EVALUATE = [*["index", "retrieve", "evaluate"] * 3, "collect", "summary"]  # the model, CM3, and the control
+# The model, CM3, and the control.
+EVALUATE = [*["index", "retrieve", "reference", "evaluate"] * 3, "collect", "summary"]
 
 
 @pytest.mark.parametrize(
@@ -590,8 +594,8 @@ EVALUATE = [*["index", "retrieve", "evaluate"] * 3, "collect", "summary"]  # the
         ("train", [], TRAIN),
         ("train", ["--no-compare-with-cm3"], TRAIN[:2]),
         ("evaluate", [], EVALUATE),
-        ("evaluate", ["--no-compare-with-cm3"], EVALUATE[3:]),
-        ("evaluate", ["--no-compare-with-cm3", "--evaluation.no-control"], EVALUATE[6:]),
+        ("evaluate", ["--no-compare-with-cm3"], EVALUATE[4:]),
+        ("evaluate", ["--no-compare-with-cm3", "--evaluation.no-control"], EVALUATE[8:]),
         (
             "evaluate",
             ["--task", "retrieval", "--mesh.fsdp", "3"],  # a mesh that no model could use, and none is needed
@@ -601,6 +605,11 @@ EVALUATE = [*["index", "retrieve", "evaluate"] * 3, "collect", "summary"]  # the
             "evaluate",
             ["--task", "infilling"],
             [*["index", "retrieve", "evaluate_infilling"] * 3, "infilling_summary", "infilling_report"],
+        ),
+        (
+            "evaluate",
+            ["--task", "coco"],
+            ["coco_splits", *[*EVALUATE[:3], "evaluate_coco"] * 3, "coco_summary", "coco_report"],
         ),
         ("evaluate", ["--task", "few-shot"], [*["evaluate_few_shot"] * 2, "few_shot_summary", "few_shot_report"]),
         ("generate", ["--prompt", "a fox"], ["index", "generate"]),
@@ -618,10 +627,10 @@ def test_a_stage_does_its_own_work_and_no_other(
         runs = [each for each in given if isinstance(each, Run)]
         assert all((run.experiment.batches.rows, run.trained.batches.rows) == (4, 4) for run in runs), name
         assert all(run.workdir.path == tmp_path / "new" for run in runs), name
-        assert runs or name in ("summary", "retrieval_summary", "infilling_summary", "few_shot_summary")
+        assert runs or name.endswith("summary")
 
 
-@pytest.mark.parametrize(("task", "models"), [("infilling", 3), ("few-shot", 2)])
+@pytest.mark.parametrize(("task", "models"), [("infilling", 3), ("few-shot", 2), ("coco", 3)])
 def test_each_model_does_a_task_once(
     task: str, models: int, called: Called, rac3: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -293,6 +293,7 @@ FITTED: dict[str, Row] = {
     "evaluation.caption_sampling.copying.sharpness": (2.0, EVALUATION),
     "evaluation.caption_sampling.processors": ((Halved(),), EVALUATION),
     "evaluation.max_caption_tokens": (5, EVALUATION),
+    "evaluation.features": ("vgg.pth", EVALUATION),
     "evaluation.control": (False, NOTHING),  # one evaluation more or less, and this one as it is
     **{
         f"cluster.{name}": (value, NOTHING)
@@ -602,6 +603,25 @@ def test_weights_of_the_perceptual_loss_are_known_by_their_size(fitted: Experime
     before = made(experiment)
     (folder / "vgg.pth").write_text("other weights")
     assert changes(before, made(experiment)) == VQGAN
+
+
+def test_references_are_known_by_their_network_and_their_documents(fitted: Experiment, folder: Path):
+    """A split is compared with its own pictures alone; infilling and few-shot with none."""
+
+    def references(experiment: Experiment) -> list[str]:
+        return [recipes.reference(experiment, split).fingerprint for split in ("validation", "test")]
+
+    compared = changed(fitted, "evaluation.features", "vgg.pth")
+    before, known = made(compared), references(compared)
+    assert changes(made(fitted), before) == EVALUATION
+    moved = changed(compared, "data.test.seed", 7)
+    assert [a == b for a, b in zip(known, references(moved), strict=True)] == [True, False]
+    for other in ("evaluation.documents", 5), ("clip.dtype", "bfloat16"), ("evaluation.features", "lpips.pth"):
+        assert not set(known) & set(references(changed(compared, *other)))
+    assert references(changed(compared, "evaluation.image_samples", 5)) == known
+    (folder / "vgg.pth").write_text("other weights")
+    assert not set(known) & set(references(replace(compared)))
+    assert changes(before, made(compared)) == EVALUATION
 
 
 def test_an_artifact_that_is_open_is_no_input_of_what_does_not_name_it(tmp_path: Path):

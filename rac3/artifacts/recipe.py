@@ -13,9 +13,11 @@ COMMANDS = {
     ),
     "train": "rac3 train",
     "retrieval": "rac3 evaluate --task retrieval",
+    "reference": "rac3 evaluate",
     "evaluation": "rac3 evaluate",
     "infilling": "rac3 evaluate --task infilling",
     "few_shot": "rac3 evaluate --task few-shot",
+    "coco": "rac3 evaluate --task coco",
 }
 """What makes an artifact, by the stage of its recipe."""
 WHOLE = "rac3 run"  # what makes everything

@@ -17,6 +17,9 @@ class EvaluationConfig:
       caption_samples: captions per image, of which the one with the lowest perplexity is kept (paper: 32).
       image_sampling, caption_sampling: how ids are drawn.
       max_caption_tokens: tokens of the longest caption.
+      features: the weights of a network over whose features drawn pictures are compared with real ones: the path of
+        `pt_inception-2015-12-05-6726825d.pth` (FID) or of `efficientnet-lite0-57934424.pth`, or `efficientnet-lite0`
+        for that of the installed package (extra `features`); "" compares none.
       control: also evaluate the model with the `random` retriever instead of its own.
     """
 
@@ -27,6 +30,7 @@ class EvaluationConfig:
     image_sampling: Sampling = field(default_factory=Sampling)
     caption_sampling: Sampling = field(default_factory=Sampling)
     max_caption_tokens: int = 64
+    features: str = ""
     control: bool = True
 
     def __post_init__(self) -> None:

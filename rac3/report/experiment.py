@@ -101,6 +101,8 @@ def _model_metrics(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
         "perplexity_by_k": {split: value["perplexity_by_k"] for split, value in values.items()},
         "fewer_than_k": {split: value.get("fewer_than_k", {}) for split, value in values.items()},
         **_seen_and_unseen(values),
+        "captions": {split: value.get("captions", {}) for split, value in values.items()},
+        "pictures": {split: value.get("pictures", {}) for split, value in values.items()},
         "clip_score": {which: lookup(values, (split, "clip_score")) for which, split in SEEN.items()},
         "parameters": run.trained_model().manifest["counts"]["parameters"],
         "steps": run.trained.training.steps,

@@ -17,6 +17,7 @@ from rac3.report.table import (
     ROWS,
     Row,
     copied_line,
+    interval,
     left_out_lines,
     lookup,
     margin,
@@ -191,7 +192,10 @@ def _models(metrics: Mapping[str, Any]) -> str:
         shown.add(row.path[0])
         best = (min if row.lower_is_better else max)(known)
         bold = best if len(names) > 1 and known.count(best) == 1 else None
-        cells = "".join(_cell(row, value, bold, named) for value in values)
+        cells = "".join(
+            _cell(row, value, bold, named, interval(metrics[name], row))
+            for name, value in zip(names, values, strict=True)
+        )
         arrow = "↓" if row.lower_is_better else "↑"
         body.append(f'<tr><td>{row.label} <span class="soft">{arrow}</span></td>{cells}</tr>')
     if not body:
@@ -218,15 +222,33 @@ def _legend(shown: set[str], held_out: Mapping[str, int]) -> str:
         )
     if "name_accuracy" in shown:
         words.append("Name accuracy: the generated caption holds the entity's name.")
+    if "captions" in shown:
+        words.append(
+            "CIDEr-D (0 to 10), BLEU-4 and ROUGE-L compare the captions of the test split with the documents' texts, "
+            "one reference each; ± is half of the 95% interval over the captions."
+        )
+    if "pictures" in shown:
+        words.append(
+            "FID, FD, KID and CMMD are distances between the drawn pictures of the test split and its real ones, as "
+            "sets; ± is half of the 95% interval. Only those of one network and as many pictures can be compared."
+        )
     if shown & {"entity_accuracy", "name_accuracy"}:
         words.append("± is the 95% margin of a share of that many documents, in points.")
     return f'<p class="note">{" ".join(words)}</p>'
 
 
-def _cell(row: Row, value: float | None, best: float | None, named: Mapping[str, int]) -> str:
+def _cell(
+    row: Row,
+    value: float | None,
+    best: float | None,
+    named: Mapping[str, int],
+    bounds: tuple[float, float] | None,
+) -> str:
     if value is None:
         return '<td class="soft">none</td>'
     spread = f' <span class="soft">± {100 * margin(value, named[row.split]):.0f}</span>' if row.share else ""
+    if bounds:
+        spread = f' <span class="soft">± {row.show((bounds[1] - bounds[0]) / 2)}</span>'
     return f"<td{' class=best' if value == best else ''}>{row.show(value)}{spread}</td>"
 
 

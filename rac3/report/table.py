@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rac3.evaluation.bootstrap import margin
 from rac3.evaluation.entities import left_out
 
 
@@ -13,11 +14,12 @@ class Row:
     """A row: the path of its value in a model's metrics, and how to show it.
 
     Attributes:
+      path: if it ends with "value", `low` and `high` next to it are the value's 95% interval.
       form: the format of its values; "%" for a share (0 to 1) of the documents of `split` that name an entity.
     """
 
     label: str
-    path: tuple[str, str]
+    path: tuple[str, ...]
     form: str
     lower_is_better: bool = False
     split: str = "test"
@@ -30,12 +32,23 @@ class Row:
         return format(value, self.form)
 
 
+LITE0 = "FD (EfficientNet-Lite0)"  # of the network's features
 ROWS = (
     Row("image perplexity", ("perplexity", "image"), ",.2f", lower_is_better=True),
     Row("text perplexity", ("perplexity", "text"), ",.2f", lower_is_better=True),
     Row("entity accuracy (seen)", ("entity_accuracy", "seen"), ".1%", split="validation"),
     Row("entity accuracy (unseen)", ("entity_accuracy", "unseen"), ".1%"),
     Row("name accuracy (unseen)", ("name_accuracy", "unseen"), ".1%"),
+    Row("CIDEr-D (unseen)", ("captions", "test", "cider_d", "value"), ".3f"),
+    Row("BLEU-4 (unseen)", ("captions", "test", "bleu_4", "value"), ".3f"),
+    Row("ROUGE-L (unseen)", ("captions", "test", "rouge_l", "value"), ".3f"),
+    Row("FID (unseen)", ("pictures", "test", "FID", "frechet", "value"), ",.2f", lower_is_better=True),
+    Row("KID (unseen)", ("pictures", "test", "FID", "kid", "value"), ".4f", lower_is_better=True),
+    Row(
+        "FD, EfficientNet-Lite0 (unseen)", ("pictures", "test", LITE0, "frechet", "value"), ",.2f", lower_is_better=True
+    ),
+    Row("KID, EfficientNet-Lite0 (unseen)", ("pictures", "test", LITE0, "kid", "value"), ".4f", lower_is_better=True),
+    Row("CMMD (unseen)", ("pictures", "test", "cmmd", "value"), ".3f", lower_is_better=True),
     Row("CLIP score", ("clip_score", "unseen"), ".3f"),
 )
 
@@ -62,10 +75,10 @@ def lookup(values: Mapping[str, Any], path: Sequence[str]) -> Any:
     return found
 
 
-def margin(share: float, count: int) -> float:
-    """Half of the 95% interval of a share of `count` documents (Agresti and Coull: sound near 0 and 1 too)."""
-    adjusted = (share * count + 2) / (count + 4)
-    return 2 * math.sqrt(adjusted * (1 - adjusted) / (count + 4))
+def interval(values: Mapping[str, Any], row: Row) -> tuple[float, float] | None:
+    """The 95% interval of a row's value, where it was measured with one."""
+    low, high = (lookup(values, (*row.path[:-1], end)) for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
@@ -78,7 +91,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     for row in ROWS:
         left, right = lookup(ours, row.path), lookup(theirs, row.path)
         if left is not None and right is not None:
-            noise = _noise(row, left, right, metrics)
+            noise = _noise(row, ours, theirs, metrics)
             ahead = right - left if row.lower_is_better else left - right
             kind = "better in" if ahead > noise else "worse in" if ahead < -noise else "not clearly different in"
             said[kind].append(row.label)
@@ -90,8 +103,12 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     return f"Against {peer}, {model_label(names[0])} is {'; '.join(clauses)}." + _control(metrics, names[0])
 
 
-def _noise(row: Row, left: float, right: float, metrics: Mapping[str, Any]) -> float:
-    """How far two values may differ and yet count as equal: for shares by their margins, else 1%."""
+def _noise(row: Row, ours: Mapping[str, Any], theirs: Mapping[str, Any], metrics: Mapping[str, Any]) -> float:
+    """How far two values may differ and yet count as equal: by their intervals or margins, else 1%."""
+    left, right = lookup(ours, row.path), lookup(theirs, row.path)
+    intervals = [each for values in (ours, theirs) if (each := interval(values, row))]
+    if len(intervals) == 2:
+        return math.hypot(*((high - low) / 2 for low, high in intervals))
     if not row.share:
         return 0.01 * max(abs(left), abs(right))
     count = metrics["evaluation"]["with_entity"][row.split]  # all shares are of entities

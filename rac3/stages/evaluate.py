@@ -7,23 +7,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from rac3.artifacts.workdir import write_atomic
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, Group
-from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World
+from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.entities import emblem_accuracy, entity_of, name_accuracy
 from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
+from rac3.evaluation.pictures import clipscore, set_metrics
 from rac3.evaluation.recall import clip_metrics
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
-from rac3.generation.rerank import best_by_clip, best_by_perplexity
-from rac3.generation.tasks import caption, draw
-from rac3.held_out import SPLITS, context, copied, held_out, held_out_documents, retrieved, sampled, segment_ids
+from rac3.held_out import (
+    SPLITS,
+    best_captions,
+    best_images,
+    copied,
+    held_out,
+    held_out_documents,
+    real_pictures,
+    retrieved,
+)
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
 from rac3.tokens.html import Sequenced
@@ -40,11 +48,12 @@ class EvaluateOptions:
     Attributes:
       task: generation, of images and captions of the held-out documents; infilling, of the middle of their images, with
         edits by documents given by hand (paper, sections 5.2 and 5.3); few-shot, classification by demonstrations
-        (5.4); or retrieval, which needs no model: recall, what approximate search costs, what selection drops, and a
-        page of queries with what they retrieved.
+        (5.4); coco, images and captions of MS-COCO with and without retrieval (4.2); or retrieval, which needs no
+        model: recall, what approximate search costs, what selection drops, and a page of queries with what they
+        retrieved.
     """
 
-    task: Literal["generation", "infilling", "few-shot", "retrieval"] = "generation"
+    task: Literal["generation", "infilling", "few-shot", "coco", "retrieval"] = "generation"
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -116,9 +125,9 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
             for number, (modality, build, _) in enumerate(MODALITIES):
                 fewer[modality][str(k)] = _groups(run, build, items, neighbors[:, number], k)[1]
             bar.update()
-        images, scores = _images(run, split, items, neighbors[:, 0], most)
+        images, scores = best_images(run, split, items, neighbors[:, 0], most)
         bar.update()
-        captions = _captions(run, split, items, neighbors[:, 1], most)
+        captions = best_captions(run, split, items, neighbors[:, 1], most)
         bar.update()
     _write_samples(run, split, folder, items, neighbors, most, images, captions)
     too_long = _too_long(run, items)
@@ -140,6 +149,8 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         "perplexity": {modality: values[str(most)] for modality, values in by_k.items()},
         "perplexity_by_k": by_k,
         "clip_score": float(scores.mean()) if len(scores) else None,
+        "captions": _caption_scores(items, captions),
+        "pictures": _picture_scores(run, split, images, scores),
         **_accuracies(experiment, items, images, captions),
         "copied": _accuracies(experiment, items, *_copied(run, neighbors)) if most else None,
     }
@@ -196,51 +207,22 @@ def _too_long(run: Run, items: list[TokenizedDocument]) -> dict[str, int]:
     }
 
 
-def _images(
-    run: Run, split: Split, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
-) -> tuple[UInt8[np.ndarray, "images height width 3"], np.ndarray]:
-    """For each document with a text, the image that CLIP scores best, and its score."""
-    settings, codec = run.experiment.evaluation, run.images
-    captions = {row: ids for row, item in enumerate(items) if (ids := segment_ids(item, Text)) is not None}
-    chosen = list(captions)
-    if not chosen:
-        return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
-    form = run.form
-    asked = [
-        draw.request(
-            form, captions[row], context(run, neighbors[row], k, settings.image_sampling), settings.image_samples
-        )
-        for row in chosen
-    ]
-    drawn = sampled(run, f"{split} images", asked, settings.image_sampling)
-    codes = np.array([[draw.answer(form, sample) for sample in samples] for samples in drawn])
-    pixels = codec.decode(codes.reshape(-1, codes.shape[-1]))
-    image_vectors = run.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
-    text_vectors = run.encoder.embed_texts([items[row].document.text for row in chosen])
-    best, scores = best_by_clip(text_vectors, image_vectors)
-    return pixels.reshape(len(chosen), settings.image_samples, *pixels.shape[1:])[np.arange(len(chosen)), best], scores
+def _caption_scores(items: list[TokenizedDocument], captions: list[str]) -> dict[str, Any]:
+    """The captions of the documents with an image against their texts; those without a text do not count."""
+    texts = [item.document.text for item in items if item.document.images]
+    pairs = [(made, right) for made, right in zip(captions, texts, strict=True) if right]
+    return caption_metrics([made for made, _ in pairs], [[right] for _, right in pairs])
 
 
-def _captions(
-    run: Run, split: Split, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
-) -> list[str]:
-    """The caption of lowest perplexity of each document's image."""
-    settings = run.experiment.evaluation
-    images = {row: codes for row, item in enumerate(items) if (codes := segment_ids(item, Image)) is not None}
-    if not images:
-        return []
-    form, most = run.form, settings.max_caption_tokens
-    asked = [
-        caption.request(
-            form, codes, context(run, neighbors[row], k, settings.caption_sampling), most, settings.caption_samples
-        )
-        for row, codes in images.items()
-    ]
-    drawn = sampled(run, f"{split} captions", asked, settings.caption_sampling)
-    log_probs = np.array([[sample.mean_log_prob for sample in samples] for samples in drawn])
-    best = best_by_perplexity(log_probs).tolist()
-    kept = [samples[choice] for samples, choice in zip(drawn, best, strict=True)]
-    return [run.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in kept]
+def _picture_scores(
+    run: Run, split: Split, images: UInt8[np.ndarray, "n height width 3"], similarities: Float[np.ndarray, " n"]
+) -> dict[str, Any]:
+    """CLIPScore, and against the real pictures of the split what `evaluation.features` asks for."""
+    found: dict[str, Any] = {"clipscore": clipscore(similarities)}
+    if run.experiment.evaluation.features:
+        real, vectors = real_pictures(run, split)
+        found |= set_metrics(run.encoder, run.features, [*images], real, vectors)
+    return found
 
 
 def _copied(

@@ -23,6 +23,7 @@ from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, load_config_module
 from rac3.documents.document import Document, prepare_image
 from rac3.documents.world import draw_emblem
+from rac3.evaluation.captions import caption_metrics
 from rac3.experiment import Experiment
 from rac3.report.experiment import collect, report, summary
 from rac3.report.page import Captioned, Content, Mark, Picture, Strip, page
@@ -127,8 +128,10 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
                 "with_entity": hundreds - 1,
                 "perplexity": {"image": hundreds + number + 1.0, "text": hundreds + number + 2.0},
                 "perplexity_by_k": {"image": {"0": hundreds + number + 3.0}, "text": {"0": hundreds + number + 4.0}},
-                "fewer_than_k": {"text": {"2": hundreds + number + 6}},
                 "clip_score": hundreds + number + 5.0,
+                "fewer_than_k": {"text": {"0": hundreds + number}},
+                "captions": {"captions": hundreds + number},
+                "pictures": {"cmmd": hundreds + number},
                 "entity_accuracy": hundreds + number + 6.0,
                 "name_accuracy": hundreds + number + 7.0,
                 "copied": {"entity_accuracy": hundreds + number + 8.0, "name_accuracy": hundreds + number + 9.0},
@@ -147,9 +150,11 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
                 "test": {"image": {"0": 203 + number}, "text": {"0": 204 + number}},
             },
             "fewer_than_k": {
-                "validation": {"text": {"2": 106 + number}},
-                "test": {"text": {"2": 206 + number}},
+                "validation": {"text": {"0": 100 + number}},
+                "test": {"text": {"0": 200 + number}},
             },
+            "captions": {"validation": {"captions": 100 + number}, "test": {"captions": 200 + number}},
+            "pictures": {"validation": {"cmmd": 100 + number}, "test": {"cmmd": 200 + number}},
             "clip_score": {"seen": 105 + number, "unseen": 205 + number},
             "entity_accuracy": {"seen": 106 + number, "unseen": 206 + number},
             "name_accuracy": {"seen": 107 + number, "unseen": 207 + number},
@@ -227,6 +232,8 @@ def test_metrics_are_those_of_the_pictures_and_captions(metrics: dict[str, Any],
                 word in re.findall(r"\w+", caption.lower()) for word, caption in zip(wanted, captions, strict=True)
             ]
             assert metrics[name]["name_accuracy"][which] == np.mean(named)
+            scores = metrics[name]["captions"][split]
+            assert scores == caption_metrics(captions, [[document.text] for document in documents])
             texts = encoder.embed_texts([document.text for document in documents])
             score = (texts * encoder.embed_images(list(pictures))).sum(1).mean()
             assert metrics[name]["clip_score"][which] == pytest.approx(score, abs=1e-5)
@@ -329,6 +336,13 @@ def made_up() -> dict[str, Any]:
         metrics[name] = {
             "perplexity": {"image": image, "text": text},
             "perplexity_by_k": by_k,
+            "captions": {"test": {"cider_d": {"value": 1 - place / 4, "low": 0.1 * place, "high": 0.5 + 0.1 * place}}},
+            "pictures": {
+                "test": {
+                    "FID": {"frechet": {"value": 20.0 + place, "low": 15.0 + place, "high": 25.0 + place}, "kid": None},
+                    "FD (EfficientNet-Lite0)": {"kid": {"value": 0.5 - place / 10, "low": -0.1, "high": 0.7}},
+                }
+            },
             "entity_accuracy": {"seen": seen, "unseen": unseen},
             "name_accuracy": {"seen": 0.9, "unseen": named},
             "clip_score": {"seen": 0.9, "unseen": clip},
@@ -390,9 +404,25 @@ def test_the_table_has_each_model_in_its_column(made_up: dict[str, Any]):
         ["entity accuracy (seen) ↑", "50.0% ± 11", "50.0% ± 11", "0.0% ± 3"],
         ["entity accuracy (unseen) ↑", "25.0% ± 19", "12.5% ± 16", "25.0% ± 19"],
         ["name accuracy (unseen) ↑", "75.0% ± 19", "none", "50.0% ± 20"],
+        ["CIDEr-D (unseen) ↑", "1.000 ± 0.250", "0.750 ± 0.250", "0.500 ± 0.250"],
+        ["FID (unseen) ↓", "20.00 ± 5.00", "21.00 ± 5.00", "22.00 ± 5.00"],
+        [
+            "KID, EfficientNet-Lite0 (unseen) ↓",
+            "0.5000 ± 0.4000",
+            "0.4000 ± 0.4000",
+            "0.3000 ± 0.4000",
+        ],
         ["CLIP score ↑", "0.312", "0.200", "0.250"],
     ]
-    assert shown.bold == ["5.00", "8.00", "75.0% ± 19", "0.312"]  # none where two are equal
+    assert shown.bold == [
+        "5.00",
+        "8.00",
+        "75.0% ± 19",
+        "1.000 ± 0.250",
+        "20.00 ± 5.00",
+        "0.3000 ± 0.4000",
+        "0.312",
+    ]  # none where two are equal
     for name in MADE_UP:
         made_up[name]["clip_score"]["unseen"] = None
     del made_up["cm3"], made_up["ra_cm3_random"]
@@ -612,6 +642,9 @@ def test_summary_shows_models_as_columns_and_skips_what_has_no_meaning(made_up: 
         ["entity accuracy (seen)", "50.0%", "50.0%", "0.0%"],
         ["entity accuracy (unseen)", "25.0%", "12.5%", "25.0%"],
         ["name accuracy (unseen)", "75.0%", "-", "50.0%"],
+        ["CIDEr-D (unseen)", "1.000", "0.750", "0.500"],
+        ["FID (unseen)", "20.00", "21.00", "22.00"],
+        ["KID, EfficientNet-Lite0 (unseen)", "0.5000", "0.4000", "0.3000"],
         ["CLIP score", "0.312", "0.200", "0.250"],
         ["retrieval recall at 2, test: 50.0% by text, 25.0% by image"],
         ["retrieval recall at 2, validation: 100.0% by text, 75.0% by image"],
@@ -636,6 +669,7 @@ def test_the_verdict_follows_the_numbers(metrics: dict[str, Any]):
         metrics[name]["perplexity"] = {"image": image, "text": text}
         metrics[name]["entity_accuracy"] = {"seen": 0.5, "unseen": unseen}
         metrics[name]["name_accuracy"] = {"seen": None, "unseen": None}
+        metrics[name]["captions"] = metrics[name]["pictures"] = {}
         metrics[name]["clip_score"]["unseen"] = 0.3
     metrics["evaluation"]["with_entity"] = {"validation": 80, "test": 80}
     assert verdict(metrics) == (

@@ -44,6 +44,19 @@ def test_the_margin_by_hand(share: float, count: int, half: float):
 
 
 @pytest.mark.parametrize(
+    ("ours", "said"), [(0.49, "not clearly different in"), (0.51, "better in"), (-0.51, "worse in")]
+)
+def test_scores_with_intervals_differ_by_more_than_both(ours: float, said: str):
+    """Half intervals of 0.3 and 0.4 make 0.5 together."""
+
+    def cider(value: float, low: float, high: float) -> dict[str, Any]:
+        return {"captions": {"test": {"cider_d": {"value": value, "low": low, "high": high}}}}
+
+    metrics = metrics_of(ra_cm3=cider(ours, 0.1, 0.7), cm3=cider(0.0, -0.3, 0.5))
+    assert f"RA-CM3 is {said} CIDEr-D (unseen)." in verdict(metrics)
+
+
+@pytest.mark.parametrize(
     ("ours", "theirs", "said"),
     [
         (98.9, 100.0, "better in"),

@@ -23,11 +23,12 @@ from rac3.config import load_config_module
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, draw
+from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Experiment, Split
 from rac3.generation.sampling import Sampling
-from rac3.held_out import retrieved, segment_ids
+from rac3.held_out import best_captions, best_images, retrieved, segment_ids
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.open_memory import OpenMemory
@@ -38,11 +39,10 @@ from rac3.stages.evaluate import (
     MODALITIES,
     EvaluateOptions,
     _accuracies,
-    _captions,
+    _caption_scores,
     _copied,
     _evaluate_split,
     _groups,
-    _images,
     _perplexities,
     _too_long,
     _write_samples,
@@ -193,6 +193,15 @@ def test_perplexity_is_that_of_the_plain_model_after_what_the_prompt_retrieved(
     cross_entropy = make_token_cross_entropy(run.model)
     found = [_perplexities(run, cross_entropy, items, neighbors, k)[modality] for k in range(3)]
     assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of some 100 terms
+
+
+def test_captions_are_scored_against_the_text_of_their_image(evaluated: Evaluated, items):
+    """Documents without a text, or without an image, do not count."""
+    captions = [row["caption"] for row in evaluated.rows]
+    assert evaluated.metrics["captions"] == caption_metrics(captions, [[item.document.text] for item in items])
+    some = [without(items[0], Image), items[1], without(items[2], Text), items[3]]
+    kept = [[items[1].document.text], [items[3].document.text]]
+    assert _caption_scores(some, ["a red", "a blue", "a red flag"]) == caption_metrics(["a red", "a red flag"], kept)
 
 
 def test_perplexities_are_kept_by_k(evaluated: Evaluated, neighbors: np.ndarray):
@@ -365,8 +374,8 @@ def test_samples_are_a_function_of_the_seed(run: Run, items, neighbors: np.ndarr
     for seed in (0, 0, 1):
         fitted = dict(images=run.images, encoder=run.encoder, memory=lambda _: run.memory())  # with the first seed
         seeded = with_members(run, replace(run.experiment, seed=seed), **fitted)
-        _images(seeded, "test", items, neighbors[:, TEXT], 0)
-        _captions(seeded, "test", items, neighbors[:, IMAGE], 0)
+        best_images(seeded, "test", items, neighbors[:, TEXT], 0)
+        best_captions(seeded, "test", items, neighbors[:, IMAGE], 0)
     for first, again, other in (calls[::2], calls[1::2]):
         assert first.keys == again.keys
         assert not set(first.keys) & set(other.keys)
@@ -385,8 +394,8 @@ def test_documents_without_a_text_or_an_image(
 ):
     """They ask for nothing; what the others retrieve, and what they are scored against, stays theirs."""
     mixed = [without(items[0], Text), items[1], without(items[2], Image), items[3]]
-    pictures, scores = _images(run, "test", mixed, neighbors[:, TEXT], 1)
-    captions = _captions(run, "test", mixed, neighbors[:, IMAGE], 1)
+    pictures, scores = best_images(run, "test", mixed, neighbors[:, TEXT], 1)
+    captions = best_captions(run, "test", mixed, neighbors[:, IMAGE], 1)
     drawn, written = calls[0].samples(), calls[1].samples()
     for (prompt, samples, _), picture, score, row in zip(drawn, pictures, scores, (1, 2, 3), strict=True):
         assert prompt == image_prompt([memory[neighbors[row, TEXT, 0]]], items[row].ids[0])
@@ -404,9 +413,9 @@ def test_documents_without_a_text_or_an_image(
 
 
 def test_nothing_to_ask_for_draws_nothing(run: Run, items, neighbors: np.ndarray, calls: list[Call]):
-    pictures, scores = _images(run, "test", [without(item, Text) for item in items], neighbors[:, TEXT], 2)
+    pictures, scores = best_images(run, "test", [without(item, Text) for item in items], neighbors[:, TEXT], 2)
     assert (pictures.shape, len(scores)) == ((0, 40, 40, 3), 0)
-    assert _captions(run, "test", [without(item, Image) for item in items], neighbors[:, IMAGE], 2) == []
+    assert best_captions(run, "test", [without(item, Image) for item in items], neighbors[:, IMAGE], 2) == []
     assert not calls
 
 
@@ -460,8 +469,8 @@ def test_prompts_leave_room_for_what_is_generated(
         model = run.model.clone(max_positions=positions)
         small = with_members(run, model=model, memory=lambda _: Remembered(documents))
         calls.clear()
-        _images(small, "validation", [main], row, 2)
-        _captions(small, "test", [main], row, 2)
+        best_images(small, "validation", [main], row, 2)
+        best_captions(small, "test", [main], row, 2)
         assert calls[0].prompts[0] == image_prompt(documents[:images], main.ids[0])
         assert calls[1].prompts[0] == caption_prompt(documents[:captions], main.ids[1])
         assert calls[1].draws[0].count == SETTINGS.max_caption_tokens
