@@ -5,8 +5,8 @@
     python benchmarks/fuzz.py --only tar --repeat 1234        # one case again, with its traceback
 
 `tests/fuzz` has the kinds of inputs and what is done to them. Each kind runs in a process of its own. A case that takes
-more than 30 seconds or 2 GB is a fault, and so is every error but the two that the command turns into one line. Ends
-with exit code 1 if there are faults. Results go to `benchmarks/results/fuzz_cpu.json`, where those of other kinds stay.
+more than 30 seconds of a processor, or 2 GB, is a fault, and so is every error but the two that the command turns into
+one line. Ends with exit code 1 if there are faults. Results go to `benchmarks/results/fuzz_cpu.json`.
 """
 
 import argparse
@@ -135,10 +135,8 @@ def main() -> None:
                 print(
                     f"    --only {jobs[job]} --repeat {fault['seed']}: {fault['error']} ({fault['where']})", flush=True
                 )
-    if options.out.exists():  # kinds that were left out keep their results
-        results = json.loads(options.out.read_text(encoding="utf-8"))["results"] | results
-    ordered = {name: results[name] for name in SHARES if name in results}
-    command = f"python benchmarks/fuzz.py --cases {options.cases} --seed {options.seed}"
+    ordered = {name: results[name] for name in names}
+    command = f"python benchmarks/fuzz.py --cases {options.cases} --only {options.only} --seed {options.seed}"
     total = {
         key: sum(each[key] for each in ordered.values()) for key in ("cases", "read", "rejected", "refused", "fault")
     }

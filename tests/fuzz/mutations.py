@@ -58,12 +58,12 @@ BYTE_CHANGES = (
 )
 
 
-def changed_value(value: Any, rng: random.Random) -> Any:
+def changed_value(value: Any, rng: random.Random, deep: int = DEEP) -> Any:
     """JSON with one of its values replaced by an odd one, moved, deleted, repeated, or buried in lists."""
     if isinstance(value, dict | list) and value and rng.random() < 0.9:
-        return _changed_inside(value, rng)
+        return _changed_inside(value, rng, deep)
     if rng.random() < 0.05:
-        for _ in range(rng.choice((10, DEEP))):
+        for _ in range(rng.choice((10, deep))):
             value = [value]
         return value
     if isinstance(value, int | float) and rng.random() < 0.3:
@@ -71,7 +71,7 @@ def changed_value(value: Any, rng: random.Random) -> Any:
     return rng.choice(VALUES)
 
 
-def _changed_inside(value: dict[str, Any] | list[Any], rng: random.Random) -> Any:
+def _changed_inside(value: dict[str, Any] | list[Any], rng: random.Random, deep: int) -> Any:
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = rng.choice(keys)
     new: Any = dict(value) if isinstance(value, dict) else list(value)
@@ -85,5 +85,5 @@ def _changed_inside(value: dict[str, Any] | list[Any], rng: random.Random) -> An
     elif kind < 0.3:
         new[key] = new[rng.choice(keys)]
     else:
-        new[key] = changed_value(new[key], rng)
+        new[key] = changed_value(new[key], rng, deep)
     return new
