@@ -27,9 +27,12 @@ def margin(share: float, count: int) -> float:
 
 
 def bootstrap(
-    statistic: Callable[[Int[np.ndarray, " draws"]], float], count: int, resamples: int = RESAMPLES, seed: int = 0
-) -> Figure:
-    """The statistic of `count` rows, and the interval that holds the middle 95% of it over random draws of the rows.
+    statistic: Callable[[Int[np.ndarray, " draws"]], Sequence[float]],
+    count: int,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Figure]:
+    """Each value of a statistic of `count` rows, and the interval that holds the middle 95% of it over random draws.
 
     Args:
       statistic: of the rows of these numbers, of which some occur several times and others not at all.
@@ -37,13 +40,16 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     drawn = [statistic(rng.integers(count, size=count)) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return {"value": float(statistic(np.arange(count))), "low": float(low), "high": float(high)}
+    ends = np.quantile(np.asarray(drawn, np.float64), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return [
+        {"value": float(value), "low": float(low), "high": float(high)}
+        for value, low, high in zip(statistic(np.arange(count)), *ends, strict=True)
+    ]
 
 
 def mean_of(values: Float[np.ndarray, " rows"]) -> Figure:
     """The mean of some values."""
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
+    return bootstrap(lambda rows: [values[rows].mean()], len(values))[0]
 
 
 def half_samples(

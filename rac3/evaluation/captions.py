@@ -17,7 +17,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +130,8 @@ def caption_metrics(captions: Sequence[str], references: Sequence[Sequence[str]]
         return metrics
     made, right = list(map(tokenize, captions)), [list(map(tokenize, each)) for each in references]
     counts = bleu_counts(made, right)
-    for number in range(ORDERS):
-        metrics[f"bleu_{number + 1}"] = bootstrap(partial(_bleu_of, counts, number), len(captions))
+    figures = bootstrap(lambda rows: bleu(counts[rows]).tolist(), len(captions))
+    metrics |= {f"bleu_{n}": figure for n, figure in enumerate(figures, 1)}
     metrics["rouge_l"] = mean_of(rouge_l(made, right))
     if len(captions) > 1:
         metrics["cider_d"] = mean_of(cider_d(made, right))
@@ -164,11 +163,6 @@ def bleu(counts: Int[np.ndarray, "captions 10"]) -> Float[np.ndarray, "4"]:
     means = np.cumprod((right + TINY) / (made + SMALL)) ** (1 / np.arange(1, ORDERS + 1))
     ratio = (length + TINY) / (nearest + SMALL)
     return means * np.exp(min(0.0, 1 - 1 / ratio))
-
-
-def _bleu_of(counts: Int[np.ndarray, "captions 10"], number: int, rows: Int[np.ndarray, " draws"]) -> float:
-    """One of the four, of some captions."""
-    return float(bleu(counts[rows])[number])
 
 
 def rouge_l(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Scores:
