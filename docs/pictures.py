@@ -35,7 +35,7 @@ from rac3.stages.evaluate import comparisons
 
 IMAGES = Path(__file__).parent / "images"
 ROWS = 3  # of the strip
-PROMPT = "lofosot on grass in rain with a gold frame"  # an unseen entity where no document shows it
+PROMPT = "roreram on water in sun with a gold frame"  # an unseen entity where no document shows it
 TILE = 240  # pixels of a picture's side; the README shows the strip at about half its size
 GAP, TEXT_WIDTH, HEADER, CAPTION = 28, 290, 70, 80  # pixels
 GROWTH = [2**power for power in range(3, 11)]  # GPUs

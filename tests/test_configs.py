@@ -10,7 +10,6 @@ import pytest
 from rac3.cli import run
 from rac3.config import load_config_module, shipped_configs
 from rac3.documents.webdataset import WebDataset
-from rac3.documents.world import World
 from rac3.experiment import Experiment
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.scann import Scann

@@ -34,9 +34,9 @@ class Masking:
         image) or `none`.
       mean_spans: mean of the Poisson draw before clamping.
       max_spans: the largest number of spans in one document.
-      whole_segments: share of spans that are a whole text or image, each as likely as any other of its document, however
-        long. Uniformly drawn ends mask a whole caption in a few percent of small documents, and almost never next to an
-        image of 1,024 tokens; yet captioning asks for a whole caption after its image. The papers use 0.
+      whole_segments: share of spans that are a whole text or image, each as likely as any other of its document,
+        however long. Uniformly drawn ends mask a whole caption in a few percent of small documents, and almost never
+        next to an image of 1,024 tokens; yet captioning asks for a whole caption after its image. The papers use 0.
     """
 
     preset: Literal["ra_cm3", "cm3", "cm3leon", "metaseq", "none"] = "ra_cm3"

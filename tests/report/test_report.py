@@ -164,6 +164,7 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
             "joint_accuracy": {"seen": 107.5 + number, "unseen": 207.5 + number},
             "joint_name_accuracy": {"seen": None, "unseen": None},
             "parameters": found["ra_cm3"]["parameters"],
+            "fewer_than_k": {"validation": {}, "test": {}},
             "steps": models[1][2] if name == "cm3_best" else 6,
         }
     nothing = {"seen": None, "unseen": None}
@@ -472,8 +473,9 @@ def test_plots_show_each_model(made_up: dict[str, Any], monkeypatch: pytest.Monk
             lines = plots[f"{modality} perplexity {split}"]
             assert [(line.label, line.points, line.dashed) for line in lines] == [
                 ("RA-CM3", [(0, start), (1, start + 1), (2, start + 2)], False),
-                ("CM3", [(0, start + 0.1), (2, start + 0.1)], True),  # one value, drawn as a level
-                ("RA-CM3, random documents", [(k, start + 0.2 + k) for k in range(3)], False),
+                ("CM3 at its best", [(0, start + 0.1), (2, start + 0.1)], True),  # one value, drawn as a level
+                ("CM3", [(0, start + 0.2), (2, start + 0.2)], True),
+                ("RA-CM3, random documents", [(k, start + 0.1 * 3 + k) for k in range(3)], False),
             ]
     assert [(line.label, line.points, line.dashed) for line in plots["Loss on text tokens"]] == [
         ("RA-CM3, main", [(0, 101), (10, 111)], False),
@@ -502,17 +504,15 @@ def test_cards_show_what_was_found_and_made(shown: Page, run: Run, experiment: E
     folders = [workdir.require(recipes.embeddings(experiment, split)).folder for split in ("train", "memory")]
     vectors = np.concatenate([Vectors(folder / "document")[:] for folder in folders])
     compared = comparisons(run)
-    drawn = {
-        label: np.load(folder_of(compared[name]) / "test.npy") for label, name in (("RA-CM3", "ra_cm3"), ("CM3", "cm3"))
-    }
+    labels = {"ra_cm3": "RA-CM3", "cm3_best": "CM3 at its best"}  # not that of its last step, nor the control
+    drawn = {label: np.load(folder_of(compared[name]) / "test.npy") for name, label in labels.items()}
     assert len(shown.cards) == 8
     for number, (card, document) in enumerate(zip(shown.cards[:4], documents, strict=True)):
         assert card.heading == document.text
         found = ids[number, 0, :2].tolist()
         assert [figure.label for figure in card.figures] == [
             *(f"found, {vectors[i] @ asked[number]:.2f}" for i in found),
-            "RA-CM3",
-            "CM3",
+            *labels.values(),
             "truth",
         ]
         for figure, i in zip(card.figures, found, strict=False):
@@ -524,9 +524,9 @@ def test_cards_show_what_was_found_and_made(shown: Page, run: Run, experiment: E
     for number, (card, document) in enumerate(zip(shown.cards[4:], documents, strict=True)):
         np.testing.assert_array_equal(card.figures[0].pixels, document.images[0].pixels())
         assert card.terms[0] == ["truth", f" {document.text}"]
-        for (label, words), name in zip(card.terms[1:], ("ra_cm3", "cm3"), strict=True):
+        for (label, words), name in zip(card.terms[1:], labels, strict=True):
             caption = json.loads((folder_of(compared[name]) / "test.json").read_text())[number]["caption"]
-            assert label == {"ra_cm3": "RA-CM3", "cm3": "CM3"}[name]
+            assert label == labels[name]
             assert words.split(maxsplit=1)[1] == (caption.lstrip() or "(empty)")
 
 
@@ -540,7 +540,11 @@ def test_marks_say_what_is_right(run: Run, memory: list[Document]):
         {"text": "" if number == 0 else item.document.text, "neighbors": [[same[number], 0, 1], [2, 3, 4]]}
         for number, item in enumerate(items)
     ]
-    captions = {"ra_cm3": [f"a {name} flag" for name in names], "cm3": [f"{names[0]}s", names[0], names[2], None]}
+    texts = [item.document.text for item in items]  # a name alone is not enough
+    captions = {
+        "ra_cm3": [f"a flag: {text}!" for text in texts],
+        "cm3": [names[0], f"{texts[0]}s", texts[2].upper(), None],
+    }
     samples = Samples(
         run,
         "test",
@@ -558,18 +562,17 @@ def test_marks_say_what_is_right(run: Run, memory: list[Document]):
         assert (first.text, first.mark) == (memory[same[number]].text, Mark(True, "same"))
         assert (second.text, second.mark) == (memory[0].text, Mark(False, "other"))
         assert (ours.label, ours.mark) == ("RA-CM3", Mark(True, "right"))
-        shown = {1: names[2], 2: names[2], 3: names[0]}[number]
-        assert (theirs.label, theirs.mark) == (
-            "CM3",
-            Mark(True, "right") if number == 2 else Mark(False, f"wrong: {shown}"),
-        )
+        shown, wanted = (items[i].document.metadata for i in ({1: 2, 2: 2, 3: 0}[number], number))
+        wrong = [shown[field] for field in ("entity", "ground", "weather", "frame") if shown[field] != wanted[field]]
+        mark = Mark(True, "right") if number == 2 else Mark(False, f"wrong: {', '.join(map(str, wrong))}")
+        assert (theirs.label, theirs.mark) == ("CM3", mark)
         np.testing.assert_array_equal(ours.pixels, truths[number])
         np.testing.assert_array_equal(truth.pixels, truths[number])
     made = samples.captions()
     assert [item.captions for item in made] == [  # none of the last: a model has no caption of it
         {
             "truth": (items[number].document.text, None),
-            "RA-CM3": (f"a {names[number]} flag", Mark(True, "")),
+            "RA-CM3": (captions["ra_cm3"][number], Mark(True, "")),
             "CM3": (captions["cm3"][number], Mark(named, "")),
         }
         for number, named in ((0, False), (1, False), (2, True))

@@ -369,6 +369,7 @@ def test_the_best_step_has_the_lowest_product_of_perplexities(
     monkeypatch.setattr(stage, "held_out", lambda run, split: ([split], np.zeros((1, 2, 3), int)))
     monkeypatch.setattr(Run, "kept_steps", lambda run: [3, 5, 6])
     monkeypatch.setattr(Run, "model", None)
+    monkeypatch.setattr(stage, "make_token_cross_entropy", lambda model: None)
     for each, k in ((experiment, 2), (experiment.vanilla(), 0)):
         run = Run(each, Workdir(tmp_path, "tiny"))
         assert [best_step(run), best_step(run)] == [5, 5]
