@@ -164,7 +164,6 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
             "joint_accuracy": {"seen": 107.5 + number, "unseen": 207.5 + number},
             "joint_name_accuracy": {"seen": None, "unseen": None},
             "parameters": found["ra_cm3"]["parameters"],
-            "fewer_than_k": {"validation": {}, "test": {}},
             "steps": models[1][2] if name == "cm3_best" else 6,
         }
     nothing = {"seen": None, "unseen": None}
