@@ -163,6 +163,9 @@ def test_the_world_judges_its_own_pictures():
         noisy = (images + np.random.default_rng(0).integers(-40, 41, images.shape)).clip(0, 255).astype(np.uint8)
         assert source.shown(noisy) == [{key: each.metadata[key] for key in source.judged} for each in found]
     assert source.judged == ("entity", "ground", "weather", "frame")
+    setting = Setting("grass", "rain", "a gold")
+    assert setting.fields == {"ground": "grass", "weather": "rain", "frame": "a gold frame"}
+    assert setting.words == "on grass in rain with a gold frame"
 
 
 def test_a_world_without_entities_to_tune_on_has_no_such_split():
