@@ -500,7 +500,7 @@ def test_the_memory_of_the_command_line_joins_that_of_the_config():
         "more": WebDataset("x"),
     }
     assert data.withdrawn == ("old", "memory")
-    assert list(data.sources()) == ["train", "news", "more", "validation", "test"]
+    assert list(data.sources()) == ["train", "news", "more", "validation", "tuning", "test"]
     assert parse("evaluate", configured, [])[0] == configured
 
 

@@ -352,13 +352,13 @@ def test_what_baselines_score_is_in_the_metrics(
     assert evaluated.metrics["baselines"]["copied"]["joint_accuracy"] == 0  # the setting is always another one
 
 
-BY_STEP = {3: {"image": 4.0, "text": 9.0}, 5: {"image": 7.0, "text": 5.0}, 6: {"image": 3.0, "text": 12.5}}
+BY_STEP = {3: {"image": 6.0, "text": 5.95}, 5: {"image": 7.0, "text": 5.0}, 6: {"image": 3.0, "text": 12.5}}
 
 
 def test_the_best_step_has_the_lowest_product_of_perplexities(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """35, against 36 and 37.5, on the tuning documents, after as many documents as an evaluation has."""
+    """35, against 35.7 (of a smaller sum) and 37.5, on the tuning documents, after as many as an evaluation has."""
     asked: list[tuple[Any, ...]] = []
 
     def by_step(run: Run, _: Any, items: Any, neighbors: np.ndarray, k: int) -> dict[str, float | None]:
