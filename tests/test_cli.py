@@ -286,7 +286,9 @@ def test_a_checkpoint_of_another_model_is_refused(refused: Refused, workdir: Pat
     folder = workdir / "train"
     trained = folder / recipes.train(experiment).fingerprint
     shutil.copytree(trained, folder / recipes.train(other).fingerprint)
-    assert "is that of another artifact" in refused("evaluate", TINY, "--model.mlp", "32", workdir=workdir)
+    assert "is that of another artifact" in refused(
+        "evaluate", TINY, "--model.mlp", "32", "--no-compare-with-cm3", workdir=workdir
+    )
     wide = replace(experiment, model=replace(experiment.model, mlp=48))
     shutil.copytree(trained / "checkpoints", folder / f"{recipes.train(wide).fingerprint}.partial" / "checkpoints")
     assert "is of another model" in refused("train", TINY, "--model.mlp", "48", workdir=workdir)
