@@ -519,7 +519,7 @@ def _evaluate_few_shot(run: Run, models: dict[str, Run]) -> None:
     from rac3.report.few_shot import few_shot_report, few_shot_summary
     from rac3.stages.evaluate_few_shot import evaluate_few_shot
 
-    by_model = {each.trained.model_name: each for each in models.values()}  # by any retriever: nothing is retrieved
+    by_model = {each.model_name: each for each in models.values()}  # by any retriever: nothing is retrieved
     metrics = {name: evaluate_few_shot(each) for name, each in by_model.items()}
     print(few_shot_summary(metrics))
     print(f"report: {few_shot_report(run, metrics)}")

@@ -29,7 +29,7 @@ from rac3.training.optimizer import OptimizerConfig
 from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.frozen import FrozenVQGAN
 
-Split = str  # the name of a source: train, validation, test, or that of a part of the memory
+Split = str  # the name of a source: train, validation, tuning, test, or that of a part of the memory
 Role = Literal["train", "memory", "held out"]
 
 
@@ -42,7 +42,9 @@ class Data:
       memory: parts that join the memory at inference only, by name; the model never trains on them. A part that is
         added changes nothing that was made before.
       withdrawn: names of parts of `memory` that are no longer retrieved from.
-      validation, test: held out; encoders are never fitted on them.
+      validation, test: held out, and evaluated; encoders are never fitted on them.
+      tuning: held out too, for what is chosen by looking at results: settings, and the step of the CM3 to compare with.
+        Its documents should differ from those of `train` as those of `test` do.
       fit_on: the sources that encoders are fitted on where none is loaded: `train`, or parts of the memory too.
       entity_field: the metadata field that names what a document shows, for retrieval recall and accuracies; "" if
         there is none.
@@ -53,6 +55,7 @@ class Data:
     withdrawn: tuple[Split, ...] = ()
     validation: Source | None = None
     test: Source | None = None
+    tuning: Source | None = None
     fit_on: tuple[Split, ...] = ("train",)
     entity_field: str = ""
 
@@ -60,7 +63,7 @@ class Data:
         if not isinstance(self.memory, Mapping):
             raise InputError("data.memory is no mapping; name the parts, as in memory={'news': WebDataset('news')}")
         for name in self.memory:
-            if name in ("train", "validation", "test") or not re.fullmatch(r"[\w.-]+", name):
+            if name in ("train", "validation", "tuning", "test") or not re.fullmatch(r"[\w.-]+", name):
                 raise InputError(f"data.memory names a part {name!r}; use another name, of letters, digits, _ . and -")
         parts = ", ".join(self.memory) or "none"
         for name in self.withdrawn:
@@ -81,7 +84,8 @@ class Data:
     def sources(self) -> dict[Split, Source]:
         """All splits but withdrawn ones, in the order in which they are prepared."""
         memory = {name: source for name, source in self.memory.items() if name not in self.withdrawn}
-        named = {"train": self.train, **memory, "validation": self.validation, "test": self.test}
+        held_out = {"validation": self.validation, "tuning": self.tuning, "test": self.test}
+        named = {"train": self.train, **memory, **held_out}
         return {split: source for split, source in named.items() if source is not None}
 
     def memory_splits(self, split: Split) -> list[Split]:

@@ -7,9 +7,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from rac3 import recipes
-from rac3.documents.document import Image, Text
+from rac3.documents.document import Image, Judge, Text
 from rac3.documents.store import TokenizedDocument
-from rac3.documents.world import World, nearest_entities
 from rac3.evaluation.features import Embedded
 from rac3.experiment import Split
 from rac3.generation.prompts import Asked, Context
@@ -25,7 +24,7 @@ READ = 1024  # documents at a time
 PART_DOCUMENTS = 64  # of an evaluation that goes on after a kill
 
 Pictures = UInt8[np.ndarray, "n height width 3"]
-Judge = Callable[[Pictures], list[str]]  # the entity that each picture shows
+EntityJudge = Callable[[Pictures], list[str]]  # the entity that each picture shows
 
 
 def held_out_documents(run: Run, split: Split) -> list[TokenizedDocument]:
@@ -142,15 +141,18 @@ def entity(run: Run, item: TokenizedDocument) -> str:
     return "" if found is None else str(found)
 
 
-def copied(run: Run, neighbors: Int[np.ndarray, "n depth"]) -> Pictures:
+def copied(run: Run, neighbors: Int[np.ndarray, "n depth"], k: int = 1) -> Pictures:
     """The simplest use of retrieval, which a model must beat: the picture of the first document of each row, as its
-    codes have it. Black where there is none."""
-    firsts = [retrieved(run, row, 1) for row in neighbors]
-    found = [segment_ids(documents[0], Image) if documents else None for documents in firsts]
-    codes = {row: ids for row, ids in enumerate(found) if ids is not None}
+    codes have it; or the mean of those of the first k. Black where there is none."""
+    codes = [
+        [ids for item in retrieved(run, row, k) if (ids := segment_ids(item, Image)) is not None] for row in neighbors
+    ]
     pictures = np.zeros((len(neighbors), run.images.resolution, run.images.resolution, 3), np.uint8)
-    if codes:
-        pictures[[*codes]] = run.images.decode(np.stack([*codes.values()]))
+    if any(codes):
+        decoded = iter(run.images.decode(np.stack([ids for of_row in codes for ids in of_row])))
+        for row, of_row in enumerate(codes):
+            if of_row:
+                pictures[row] = np.round(np.mean([next(decoded) for _ in of_row], axis=0))
     return pictures
 
 
@@ -173,16 +175,15 @@ def shown_in_memory(run: Run, split: Split, names: Collection[str], most: int) -
     return {name: items for name, items in found.items() if items}
 
 
-def judge(run: Run, split: Split, names: Collection[str]) -> Judge | None:
+def judge(run: Run, split: Split, names: Collection[str]) -> EntityJudge | None:
     """Tells which entity a picture shows; None if the memory shows none of `names`.
 
-    In the procedural world, it is the entity of the nearest emblem in pixels. Elsewhere it is the one of `names` whose
-    pictures in the memory are most similar to it for the encoder, on average.
+    The source of the training documents judges if it can. Elsewhere it is the one of `names` whose pictures in the
+    memory are most similar to it for the encoder, on average.
     """
-    world = run.experiment.data.train
-    if isinstance(world, World):
-        entities = world.entities()
-        return lambda pictures: nearest_entities(pictures, entities)[0]
+    source, field = run.experiment.data.train, run.experiment.data.entity_field
+    if isinstance(source, Judge) and field in source.judged:
+        return lambda pictures: [each[field] for each in source.shown(pictures)]
     encoder, shown = run.encoder, shown_in_memory(run, split, names, JUDGED)
     if not shown:
         return None

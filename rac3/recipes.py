@@ -237,8 +237,26 @@ def _features(experiment: Experiment) -> list[Any]:
     return [file.name, file.stat().st_size]
 
 
-def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
-    """The evaluation of the model of `trained` with the retriever of `experiment`. CLIP picks and scores the images."""
+def best(trained: Experiment) -> Recipe:
+    """The choice among the kept checkpoints of a training."""
+    inputs = {"documents tuning": documents(trained, "tuning"), "train": train(trained)}
+    if trained.retrieves:
+        inputs["neighbors tuning"] = neighbors(trained, "tuning")
+    config = {
+        "checkpoint_every": trained.training.checkpoint_every,
+        "keep": trained.training.keep,
+        "documents": trained.evaluation.documents,
+        "num_retrieved": trained.evaluation.num_retrieved if trained.retrieves else 0,
+    }
+    return Recipe("best", config, inputs)
+
+
+def evaluation(experiment: Experiment, trained: Experiment, step: int | None = None) -> Recipe:
+    """The evaluation of the model of `trained` with the retriever of `experiment`. CLIP picks and scores the images.
+
+    Args:
+      step: of the model's checkpoint; None is the last.
+    """
     inputs = {"train": train(trained), "clip": clip(experiment)}
     for split in experiment.data.sources():
         if split in ("validation", "test"):
@@ -254,34 +272,40 @@ def evaluation(experiment: Experiment, trained: Experiment) -> Recipe:
         "clip_dtype": _dtype(experiment.clip),
         "entity_field": experiment.data.entity_field,
         "seed": experiment.seed,
+        **_at(step),
     }
     return Recipe("evaluation", config, inputs)
 
 
-def infilling(experiment: Experiment, trained: Experiment) -> Recipe:
+def _at(step: int | None) -> dict[str, Any]:
+    return {} if step is None else {"step": step}
+
+
+def infilling(experiment: Experiment, trained: Experiment, step: int | None = None) -> Recipe:
     """The evaluation of infilling and editing, judged by pictures of the memory."""
     settings = experiment.evaluation
     config = {
         "num_retrieved": settings.num_retrieved,
         "sampling": settings.image_sampling,
         **_compared(experiment),
+        **_at(step),
     }
     drawing = evaluation(experiment, trained).inputs
     inputs = {name: recipe for name, recipe in drawing.items() if recipe.stage != "reference"}
     return Recipe("infilling", config, {**inputs, **_memory(experiment)})
 
 
-def few_shot(experiment: Experiment, trained: Experiment) -> Recipe:
+def few_shot(experiment: Experiment, trained: Experiment, step: int | None = None) -> Recipe:
     """The evaluation of few-shot classification, whose demonstrations are documents of the memory."""
     held_out = [split for split in experiment.data.sources() if split in ("validation", "test")]
     inputs = {f"documents {split}": documents(experiment, split) for split in held_out}
     inputs |= {"train": train(trained), "clip": clip(experiment), **_memory(experiment)}
-    return Recipe("few_shot", _compared(experiment), inputs)
+    return Recipe("few_shot", {**_compared(experiment), **_at(step)}, inputs)
 
 
-def coco(experiment: Experiment, trained: Experiment) -> Recipe:
+def coco(experiment: Experiment, trained: Experiment, step: int | None = None) -> Recipe:
     """The evaluation on MS-COCO: what `evaluation` depends on, less the entities and splits of other sources."""
-    drawing = evaluation(experiment, trained)
+    drawing = evaluation(experiment, trained, step)
     config = {name: value for name, value in drawing.config.items() if name != "entity_field"}
     others = [split for split, source in experiment.data.sources().items() if not isinstance(source, Coco)]
     inputs = {name: recipe for name, recipe in drawing.inputs.items() if name.partition(" ")[2] not in others}

@@ -69,30 +69,34 @@ class Run:
     Args:
       trained: the experiment that the model was trained with, if it is another one: a retriever or takedowns that are
         named at inference are those of `experiment` alone.
+      step: of the model's checkpoint; None is the last.
 
     Raises:
       InputError: (of every member) the artifact is not made yet; the message has the command that makes it.
     """
 
-    def __init__(self, experiment: Experiment, workdir: Workdir, trained: Experiment | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, workdir: Workdir, trained: Experiment | None = None, step: int | None = None
+    ) -> None:
         self.experiment = experiment
         self.workdir = workdir
         self.trained = trained or experiment
+        self.step = step
         self._opened: dict[Any, Any] = {}  # by recipe; shared by runs that differ in how they retrieve
         self._recipes: dict[Any, Recipe] = {}
         self._lock = RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What is open stays where it is: another process opens it again."""
-        return type(self), (self.experiment, self.workdir, self.trained)
+        return type(self), (self.experiment, self.workdir, self.trained, self.step)
 
     def with_retriever(self: R, retriever: Retriever) -> R:
         """This run with another retriever at inference, its model unchanged. `rac3 index` makes what that needs."""
-        return self.variant(replace(self.experiment, retriever=retriever), self.trained)
+        return self.variant(replace(self.experiment, retriever=retriever), self.trained, self.step)
 
-    def variant(self: R, experiment: Experiment, trained: Experiment) -> R:
+    def variant(self: R, experiment: Experiment, trained: Experiment, step: int | None = None) -> R:
         """A run of other experiments in the same workdir; what both have in common is opened once."""
-        other = type(self)(experiment, self.workdir, trained)
+        other = type(self)(experiment, self.workdir, trained, step)
         other._opened, other._lock = self._opened, self._lock
         return other
 
@@ -267,13 +271,13 @@ class Run:
 
     @property
     def params(self) -> PyTree:
-        """The parameters that `train` ended with, laid out over this machine's mesh."""
-        return self._open(self.training_recipe, self._restore)
+        """The parameters of the checkpoint, laid out over this machine's mesh."""
+        return self._open(self.training_recipe, self._restore, self.step)
 
     def _restore(self, folder: Path) -> PyTree:
         like = self.experiment.mesh.build().abstract(jax.eval_shape(initializer(self.model), jax.random.key(0)))
         checkpoints = Checkpoints(folder / CHECKPOINTS)
-        params = checkpoints.restore_params(like)
+        params = checkpoints.restore_params(like, self.step)
         checkpoints.close()
         return params
 
@@ -291,7 +295,7 @@ class Run:
 
     @property
     def engine(self) -> Engine:
-        """Continues prompts with the model that `train` ended with, over this machine's mesh."""
+        """Continues prompts with the model of the checkpoint, over this machine's mesh."""
 
         def start(folder: Path) -> Engine:
             mesh, vocabulary, starts = self.experiment.mesh.build(), self.vocabulary, self.tokenizer.word_starts
@@ -301,7 +305,7 @@ class Run:
             # Not `self.params`, which would stay in memory next to the engine's own arrangement.
             return Engine(self.model, self._restore(folder), vocabulary, mesh, self.form.image_width, starts)
 
-        return self._open(self.training_recipe, start, "engine")
+        return self._open(self.training_recipe, start, "engine", self.step)
 
     @property
     def scorer(self) -> Scorer:
@@ -341,7 +345,19 @@ class Run:
     @property
     def evaluation_recipe(self) -> Recipe:
         """Of the evaluation of that model with this run's retriever."""
-        return recipes.evaluation(self.experiment, self.trained)
+        return recipes.evaluation(self.experiment, self.trained, self.step)
+
+    @property
+    def model_name(self) -> str:
+        """`ra_cm3` or `cm3`; with `_best` if the model is not that of its last step."""
+        return self.trained.model_name + ("" if self.step is None else "_best")
+
+    def kept_steps(self) -> list[int]:
+        """The steps of the model's checkpoints, ascending."""
+        checkpoints = Checkpoints(self.trained_model().folder / CHECKPOINTS)
+        steps = checkpoints.steps()
+        checkpoints.close()
+        return steps[::-1]
 
     def trained_model(self) -> Artifact:
         """The artifact of the model."""

@@ -105,13 +105,13 @@ class PlainCodec:
 
 
 def experiment_of(sources: Mapping[str, Sequence[Sequence[Document | Reject]]], **fields: Any) -> Experiment:
-    """The tiny config over these shards: train, validation, test, and parts of the memory. An id is a byte of text.
+    """The tiny config over these shards: train, those held out, and parts of the memory. An id is a byte of text.
 
     Its encoder and its image tokenizer are the plain ones.
     """
     SHARDS.update({name: list(map(list, shards)) for name, shards in sources.items()})
     splits = {name: Listed(name) for name in sources}
-    held_out = {name: splits.pop(name, None) for name in ("validation", "test")}
+    held_out = {name: splits.pop(name, None) for name in ("validation", "tuning", "test")}
     tiny = tiny_config.get_config()
     data = replace(tiny.data, train=splits.pop("train"), memory=splits, fit_on=("train",), **held_out)
     plain: dict[str, Any] = {"vqgan": PlainCodec(), "clip": PlainEncoder()}

@@ -286,7 +286,9 @@ def test_a_checkpoint_of_another_model_is_refused(refused: Refused, workdir: Pat
     folder = workdir / "train"
     trained = folder / recipes.train(experiment).fingerprint
     shutil.copytree(trained, folder / recipes.train(other).fingerprint)
-    assert "is that of another artifact" in refused("evaluate", TINY, "--model.mlp", "32", workdir=workdir)
+    assert "is that of another artifact" in refused(
+        "evaluate", TINY, "--model.mlp", "32", "--no-compare-with-cm3", workdir=workdir
+    )
     wide = replace(experiment, model=replace(experiment.model, mlp=48))
     shutil.copytree(trained / "checkpoints", folder / f"{recipes.train(wide).fingerprint}.partial" / "checkpoints")
     assert "is of another model" in refused("train", TINY, "--model.mlp", "48", workdir=workdir)
@@ -500,7 +502,7 @@ def test_the_memory_of_the_command_line_joins_that_of_the_config():
         "more": WebDataset("x"),
     }
     assert data.withdrawn == ("old", "memory")
-    assert list(data.sources()) == ["train", "news", "more", "validation", "test"]
+    assert list(data.sources()) == ["train", "news", "more", "validation", "tuning", "test"]
     assert parse("evaluate", configured, [])[0] == configured
 
 
@@ -569,15 +571,17 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Called:
     for module, names in CALLS.items():
         for name in names:
             monkeypatch.setattr(importlib.import_module(module), name, note(name))
+    monkeypatch.setattr("rac3.stages.evaluate.best_step", lambda run: 3)
     return calls
 
 
-ENCODERS, INGEST = ["fit_encoders", "describe"], ["ingest", "describe", *["counts_line"] * 4]
-RETRIEVE = ["retrieve", *["shortage_line"] * 3]
+CM3S = ["cm3_best", "cm3"]
+ENCODERS, INGEST = ["fit_encoders", "describe"], ["ingest", "describe", *["counts_line"] * 5]
+RETRIEVE = ["retrieve", *["shortage_line"] * 4]
 PREPARE = [*ENCODERS, *INGEST, "embed", "describe", "index", *RETRIEVE]
 TRAIN = ["train", "describe", "train"]
-# The model, CM3, and the control.
-EVALUATE = [*["index", "retrieve", "reference", "evaluate"] * 3, "collect", "summary"]
+# The model, both CM3s, and the control.
+EVALUATE = [*["index", "retrieve", "reference", "evaluate"] * 4, "collect", "summary"]
 
 
 @pytest.mark.parametrize(
@@ -594,8 +598,8 @@ EVALUATE = [*["index", "retrieve", "reference", "evaluate"] * 3, "collect", "sum
         ("train", [], TRAIN),
         ("train", ["--no-compare-with-cm3"], TRAIN[:2]),
         ("evaluate", [], EVALUATE),
-        ("evaluate", ["--no-compare-with-cm3"], EVALUATE[4:]),
-        ("evaluate", ["--no-compare-with-cm3", "--evaluation.no-control"], EVALUATE[8:]),
+        ("evaluate", ["--no-compare-with-cm3"], EVALUATE[8:]),
+        ("evaluate", ["--no-compare-with-cm3", "--evaluation.no-control"], EVALUATE[12:]),
         (
             "evaluate",
             ["--task", "retrieval", "--mesh.fsdp", "3"],  # a mesh that no model could use, and none is needed
@@ -604,14 +608,14 @@ EVALUATE = [*["index", "retrieve", "reference", "evaluate"] * 3, "collect", "sum
         (
             "evaluate",
             ["--task", "infilling"],
-            [*["index", "retrieve", "evaluate_infilling"] * 3, "infilling_summary", "infilling_report"],
+            [*["index", "retrieve", "evaluate_infilling"] * 4, "infilling_summary", "infilling_report"],
         ),
         (
             "evaluate",
             ["--task", "coco"],
-            ["coco_splits", *[*EVALUATE[:3], "evaluate_coco"] * 3, "coco_summary", "coco_report"],
+            ["coco_splits", *[*EVALUATE[:3], "evaluate_coco"] * 4, "coco_summary", "coco_report"],
         ),
-        ("evaluate", ["--task", "few-shot"], [*["evaluate_few_shot"] * 2, "few_shot_summary", "few_shot_report"]),
+        ("evaluate", ["--task", "few-shot"], [*["evaluate_few_shot"] * 3, "few_shot_summary", "few_shot_report"]),
         ("generate", ["--prompt", "a fox"], ["index", "generate"]),
         ("report", [], ["report"]),
         ("plan", ["--mesh.fsdp", "3"], ["plan", "training_plan"]),
@@ -630,7 +634,7 @@ def test_a_stage_does_its_own_work_and_no_other(
         assert runs or name.endswith("summary")
 
 
-@pytest.mark.parametrize(("task", "models"), [("infilling", 3), ("few-shot", 2), ("coco", 3)])
+@pytest.mark.parametrize(("task", "models"), [("infilling", 4), ("few-shot", 3), ("coco", 4)])
 def test_each_model_does_a_task_once(
     task: str, models: int, called: Called, rac3: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -639,10 +643,11 @@ def test_each_model_does_a_task_once(
     assert rac3("evaluate", TINY, "--task", task, *new, "retriever:exact") == 0
     own, name = replace(tiny(), workdir=str(tmp_path / "new")), task.replace("-", "_")
     ran = [given[0] for done, given in called if done == f"evaluate_{name}"]
-    trained = [own, own.vanilla(), own][:models]
+    trained = [own, own.vanilla(), own.vanilla(), own][:models]
     assert [run.trained for run in ran] == trained
     metrics = [given[0] for done, given in called if done == f"{name}_summary"]
-    labels = ["ra_cm3", "cm3"] if task == "few-shot" else ["ra_cm3_exact", "cm3", "ra_cm3_random"]
+    labels = ["ra_cm3", "cm3_best", "cm3"] if task == "few-shot" else ["ra_cm3_exact", *CM3S, "ra_cm3_random"]
+    assert [run.step for run in ran] == [None, 3, None, None][:models]
     assert metrics == [dict.fromkeys(labels, f"<evaluate_{name}>")]
     assert capsys.readouterr().out.splitlines()[-3:-1] == [f"<{name}_summary>", f"report: <{name}_report>"]
 
@@ -651,7 +656,7 @@ def test_the_model_is_evaluated_beside_cm3_and_with_random_documents(called: Cal
     """Each is indexed and searched for before it is evaluated; the last two take nothing from the command line."""
     assert rac3("evaluate", TINY, "--workdir", str(tmp_path / "new"), "retriever:exact") == 0
     work = [(name, given) for name, given in called if name in ("index", "retrieve", "evaluate")]
-    for first in (0, 3, 6):
+    for first in (0, 3, 6, 9):
         assert len({id(given[0]) for _, given in work[first : first + 3]}) == 1
         assert work[first + 1][1][1] == ("validation", "test")  # of train, neighbors are there since it was trained on
     own = replace(tiny(), workdir=str(tmp_path / "new"))
@@ -659,6 +664,7 @@ def test_the_model_is_evaluated_beside_cm3_and_with_random_documents(called: Cal
     runs = [given[0] for name, given in work if name == "evaluate"]
     assert [(run.experiment, run.trained) for run in runs] == [
         (exact, own),
+        (own.vanilla(), own.vanilla()),
         (own.vanilla(), own.vanilla()),
         (random, own),
     ]

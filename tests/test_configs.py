@@ -10,7 +10,6 @@ import pytest
 from rac3.cli import run
 from rac3.config import load_config_module, shipped_configs
 from rac3.documents.webdataset import WebDataset
-from rac3.documents.world import World
 from rac3.experiment import Experiment
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.scann import Scann
@@ -166,23 +165,31 @@ def test_the_shipped_configs_have_the_names_of_their_files():
 
 
 def test_the_quickstart_asks_for_entities_that_only_the_memory_shows(tmp_path: Path):
-    """Validation asks for the training entities. A seed draws all four splits from one other world."""
+    """Validation asks for the training entities, tuning for others than test. A seed draws all splits from one other
+    world."""
     module = load_config_module("quickstart")
     data = module.get_config().data
     shown = {}
     for split, source in data.sources().items():
         documents = (document for shard in source.shards(tmp_path) for document in source.read(tmp_path, shard))
         shown[split] = {document.metadata[data.entity_field] for document in documents}
-    assert shown["test"] == shown["memory"]
+    assert shown["test"] | shown["tuning"] == shown["memory"]
+    assert not shown["test"] & shown["tuning"]
     assert shown["validation"] == shown["train"]
     assert not shown["train"] & shown["memory"]
-    assert (len(shown["train"]), len(shown["memory"])) == (200, 40)
-    assert [data.role(split) for split in data.sources()] == ["train", "memory", "held out", "held out"]
+    assert {split: len(entities) for split, entities in shown.items()} == {
+        "train": 400,
+        "memory": 80,
+        "validation": 400,
+        "tuning": 40,
+        "test": 40,
+    }
+    assert [data.role(split) for split in data.sources()] == ["train", "memory", *["held out"] * 3]
     assert data.fit_on == ("train", "memory")
     other = module.get_config(seed=3)
     assert other.seed == 3
     assert {source.seed for source in other.data.sources().values()} == {3}
-    assert other.data.memory == {"memory": World("memory", 3)}
+    assert other.data.memory == {"memory": replace(other.data.train, split="memory")}
 
 
 def test_emoji_captions_asks_for_what_only_the_memory_shows():

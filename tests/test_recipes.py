@@ -6,6 +6,7 @@ The answers below are written from what each stage reads, never from the recipes
     documents           a source, text, vqgan                 embeddings, queries   documents, clip
     index               embeddings, the retriever             neighbors             indexes, queries, selection
     train               documents and neighbors of train      evaluation            train, neighbors, clip
+    best                train, documents and neighbors of tuning
     infilling           what an evaluation reads, and the documents of the memory
     few_shot            train, clip, held-out documents, those of the memory
     ... cm3             the same of the vanilla CM3, which retrieves nothing, so that its evaluation reads clip itself
@@ -61,10 +62,19 @@ class Halved:
 EVALUATION = frozenset({"evaluation", "evaluation cm3"})
 INFILLING = frozenset({"infilling", "infilling cm3"})
 FEW_SHOT = frozenset({"few_shot", "few_shot cm3"})
+BEST = frozenset({"best", "best cm3"})
 EVALUATIONS = EVALUATION | INFILLING | FEW_SHOT
-MODEL = EVALUATIONS | {"train", "train cm3"}
-TRAIN_NEIGHBORS = frozenset({"neighbors train", "retrieval", "train", "evaluation", "infilling", "few_shot"})
-HELD_OUT_NEIGHBORS = frozenset({"neighbors validation", "neighbors test", "retrieval", "evaluation", "infilling"})
+MODEL = EVALUATIONS | BEST | {"train", "train cm3"}
+TRAIN_NEIGHBORS = frozenset({"neighbors train", "retrieval", "train", "best", "evaluation", "infilling", "few_shot"})
+HELD_OUT_NEIGHBORS = frozenset(
+    {
+        *(f"neighbors {split}" for split in ("validation", "tuning", "test")),
+        "retrieval",
+        "best",
+        "evaluation",
+        "infilling",
+    }
+)
 NEIGHBORS = TRAIN_NEIGHBORS | HELD_OUT_NEIGHBORS
 INDEX = NEIGHBORS | {"index train", "index memory"}
 TRAIN_QUERIES = TRAIN_NEIGHBORS | {"queries train"}
@@ -73,9 +83,10 @@ VECTORS = INDEX | {
     "embeddings memory",
     "queries train",
     "queries validation",
+    "queries tuning",
     "queries test",
 }
-DOCUMENTS = (VECTORS | MODEL) | {f"documents {split}" for split in ("train", "memory", "validation", "test")}
+DOCUMENTS = (VECTORS | MODEL) | {f"documents {split}" for split in ("train", "memory", "validation", "tuning", "test")}
 TEXT = DOCUMENTS | {"text"}
 VQGAN = DOCUMENTS | {"vqgan"}
 CLIP_DTYPE = VECTORS | EVALUATIONS
@@ -91,9 +102,10 @@ VALIDATION_DOCUMENTS = EVALUATIONS | {
     "neighbors validation",
     "retrieval",
 }
+TUNING_DOCUMENTS = BEST | {"documents tuning", "queries tuning", "neighbors tuning", "retrieval"}
 TEST_DOCUMENTS = EVALUATIONS | {"documents test", "queries test", "neighbors test", "retrieval"}
 
-WORLD = World(seen=2, unseen=2, documents_per_entity=2)
+WORLD = World(seen=2, unseen=2, tuning=2, documents_per_entity=2)
 FIT = {"steps": 20, "batch": 4, "peak_lr": 0.5, "b1": 0.5, "b2": 0.5}
 
 # Encoders are fitted here on train and memory, so that what changes those changes all.
@@ -109,6 +121,7 @@ FITTED: dict[str, Row] = {
     "data.memory.memory.seed": (7, EVERYTHING),
     "data.memory.memory.seen": (3, EVERYTHING),
     "data.memory.memory.unseen": (3, EVERYTHING),
+    "data.memory.memory.tuning": (3, EVERYTHING),
     "data.memory.memory.documents_per_entity": (3, EVERYTHING),
     "data.memory.memory.questions_per_entity": (3, EVERYTHING),
     "data.memory.memory.documents_per_shard": (3, EVERYTHING),
@@ -124,9 +137,19 @@ FITTED: dict[str, Row] = {
     "data.test.seed": (7, TEST_DOCUMENTS),
     "data.test.seen": (3, TEST_DOCUMENTS),
     "data.test.unseen": (3, TEST_DOCUMENTS),
+    "data.test.tuning": (3, TEST_DOCUMENTS),
     "data.test.documents_per_entity": (3, TEST_DOCUMENTS),
     "data.test.questions_per_entity": (3, TEST_DOCUMENTS),
     "data.test.documents_per_shard": (3, TEST_DOCUMENTS),
+    "data.tuning.split": ("validation", TUNING_DOCUMENTS),
+    **{
+        f"data.tuning.{name}": (value, TUNING_DOCUMENTS)
+        for value, names in (
+            (7, ("seed",)),
+            (3, ("seen", "unseen", "tuning", "documents_per_entity", "questions_per_entity", "documents_per_shard")),
+        )
+        for name in names
+    },
     "data.fit_on": (("train",), EVERYTHING),
     "data.entity_field": ("concept", EVALUATIONS | {"retrieval"}),
     "seed": (1, VQGAN | CLIP),  # a BPE draws nothing
@@ -254,9 +277,9 @@ FITTED: dict[str, Row] = {
     "optimizer.weight_decay": (0.5, MODEL),
     "optimizer.clip_norm": (0.5, MODEL),
     "training.steps": (50, MODEL),
-    "training.checkpoint_every": (5, NOTHING),
+    "training.checkpoint_every": (5, BEST),
     "training.log_every": (5, NOTHING),
-    "training.keep": (5, NOTHING),
+    "training.keep": (5, BEST),
     "training.stall_minutes": (5.0, NOTHING),
     "training.loss_chunk": (5, NOTHING),
     "training.microbatches": (2, NOTHING),
@@ -266,8 +289,8 @@ FITTED: dict[str, Row] = {
     "mesh.fsdp": (2, NOTHING),
     "mesh.tensor": (2, NOTHING),
     "mesh.rules": ((("batch", ("data",)),), NOTHING),
-    "evaluation.num_retrieved": (1, EVALUATION | INFILLING),
-    "evaluation.documents": (5, EVALUATIONS | {"retrieval"}),
+    "evaluation.num_retrieved": (1, EVALUATION | INFILLING | {"best"}),
+    "evaluation.documents": (5, EVALUATIONS | BEST | {"retrieval"}),
     "evaluation.image_samples": (5, EVALUATION),
     "evaluation.caption_samples": (5, EVALUATION),
     "evaluation.image_sampling.temperature": (0.5, EVALUATION | INFILLING),
@@ -384,6 +407,7 @@ def fitted(folder: Path) -> Experiment:
             memory={"memory": replace(WORLD, split="memory")},
             validation=Tfds("coco_captions", "val"),
             test=replace(WORLD, split="test"),
+            tuning=replace(WORLD, split="tuning"),
             fit_on=("train", "memory"),
         ),
         data_dir="data",
@@ -429,15 +453,16 @@ def made(experiment: Experiment, trained: Experiment | None = None) -> dict[str,
     trained = trained or experiment
     found = {stage: getattr(recipes, stage)(experiment) for stage in ("text", "vqgan", "clip", "retrieval")}
     for stage, splits in (
-        ("documents", ("train", "memory", "validation", "test")),
+        ("documents", ("train", "memory", "validation", "tuning", "test")),
         ("embeddings", ("train", "memory")),
-        ("queries", ("train", "validation", "test")),
+        ("queries", ("train", "validation", "tuning", "test")),
         ("index", ("train", "memory")),
-        ("neighbors", ("train", "validation", "test")),
+        ("neighbors", ("train", "validation", "tuning", "test")),
     ):
         found |= {f"{stage} {split}": getattr(recipes, stage)(experiment, split) for split in splits}
     found |= {"train": recipes.train(trained), "evaluation": recipes.evaluation(experiment, trained)}
     plain = trained.vanilla()
+    found |= {"best": recipes.best(trained), "best cm3": recipes.best(plain)}
     found |= {"train cm3": recipes.train(plain), "evaluation cm3": recipes.evaluation(plain, plain)}
     for stage in ("infilling", "few_shot"):
         found |= {stage: getattr(recipes, stage)(experiment, trained)}
@@ -527,7 +552,7 @@ def test_another_retriever_makes_indexes_again_but_no_vectors(fitted: Experiment
 
 def test_a_retriever_at_inference_does_not_train_again(fitted: Experiment):
     exact = replace(fitted, retriever=Exact())
-    assert changes(made(fitted), made(exact, trained=fitted)) == INDEX - {"train", "few_shot"}
+    assert changes(made(fitted), made(exact, trained=fitted)) == INDEX - {"train", "best", "few_shot"}
     inputs = recipes.evaluation(exact, fitted).input_fingerprints
     assert inputs["train"] == recipes.train(fitted).fingerprint
     for split in ("validation", "test"):
@@ -536,7 +561,7 @@ def test_a_retriever_at_inference_does_not_train_again(fitted: Experiment):
 
 def test_withdrawn_documents_at_inference_do_not_train_again(fitted: Experiment):
     swapped = made(replace(fitted, takedowns="keys.txt"), trained=fitted)
-    assert changes(made(fitted), swapped) == NEIGHBORS - {"train"}
+    assert changes(made(fitted), swapped) == NEIGHBORS - {"train", "best"}
 
 
 def test_the_vanilla_cm3_reads_no_neighbors(fitted: Experiment):
@@ -549,6 +574,14 @@ def test_training_retrieves_from_the_training_documents_alone(fitted: Experiment
     assert fitted.data.memory_splits("validation") == fitted.data.memory_splits("test") == ["train", "memory"]
 
 
+def test_the_step_of_a_model_tells_its_evaluations_apart(fitted: Experiment):
+    """And the last step has no number: what was made before there were others is current."""
+    for make in (recipes.evaluation, recipes.infilling, recipes.few_shot):
+        steps = {make(fitted, fitted, step).fingerprint for step in (None, 3, 5)}
+        assert len(steps) == 3
+        assert make(fitted, fitted).fingerprint == make(fitted, fitted, None).fingerprint
+
+
 def test_a_split_that_is_not_there_is_not_evaluated(fitted: Experiment):
     alone = replace(fitted, data=replace(fitted.data, validation=None))
     inputs = recipes.evaluation(alone, alone).inputs
@@ -556,7 +589,7 @@ def test_a_split_that_is_not_there_is_not_evaluated(fitted: Experiment):
     memory = {"documents train", "documents memory"}
     assert set(recipes.infilling(alone, alone).inputs) == set(inputs) | memory
     assert set(recipes.few_shot(alone, alone).inputs) == {"train", "clip", "documents test"} | memory
-    assert set(recipes.retrieval(alone).inputs) == {"neighbors train", "neighbors test"}
+    assert set(recipes.retrieval(alone).inputs) == {"neighbors train", "neighbors tuning", "neighbors test"}
 
 
 @pytest.mark.parametrize(

@@ -300,9 +300,9 @@ def test_another_retriever_shares_all_that_is_open_but_the_indexes(
     restored = []
 
     class Counted(rac3.run.Checkpoints):
-        def restore_params(self, like):
+        def restore_params(self, like, step=None):
             restored.append(like)
-            return super().restore_params(like)
+            return super().restore_params(like, step)
 
     monkeypatch.setattr(rac3.run, "Checkpoints", Counted)
     run = Model(experiment, store)

@@ -16,6 +16,7 @@ def get_config() -> Experiment:
     full = quickstart()
     world = World(seen=12, unseen=4, documents_per_entity=3, questions_per_entity=1)
     splits = {split: replace(world, split=split) for split in ("train", "validation", "test")}
+    splits["tuning"] = replace(world, split="tuning", tuning=3)  # of which the memory shows none
     model = replace(full.vqgan.model, ch=4, z_channels=8, n_embed=16)
     clip_model = replace(
         full.clip.model,

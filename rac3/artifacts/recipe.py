@@ -12,6 +12,7 @@ COMMANDS = {
         ("text", "vqgan", "clip", "documents", "embeddings", "queries", "index", "neighbors"), "rac3 prepare"
     ),
     "train": "rac3 train",
+    "best": "rac3 evaluate",
     "retrieval": "rac3 evaluate --task retrieval",
     "reference": "rac3 evaluate",
     "evaluation": "rac3 evaluate",

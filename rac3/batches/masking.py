@@ -34,9 +34,9 @@ class Masking:
         image) or `none`.
       mean_spans: mean of the Poisson draw before clamping.
       max_spans: the largest number of spans in one document.
-      whole_segments: share of spans that grow to the whole text or image they are in. Uniformly drawn ends mask a whole
-        caption in a few percent of small documents, and almost never next to an image of 1,024 tokens; yet captioning
-        asks for a whole caption after its image. The papers use 0.
+      whole_segments: share of spans that are a whole text or image, each as likely as any other of its document,
+        however long. Uniformly drawn ends mask a whole caption in a few percent of small documents, and almost never
+        next to an image of 1,024 tokens; yet captioning asks for a whole caption after its image. The papers use 0.
     """
 
     preset: Literal["ra_cm3", "cm3", "cm3leon", "metaseq", "none"] = "ra_cm3"
@@ -141,8 +141,8 @@ def choose_spans(masking: Masking, document: Sequenced, draws: Float[np.ndarray,
     """Draw sorted, non-overlapping [start, end) spans, which never include the final `<eod>`.
 
     The ends of a span are two uniform draws over the document. For spans inside segments, the first end is drawn from
-    text and image ids, and its segment clips the second end. A third draw decides whether the span grows to the whole
-    segment. A span that would overlap an earlier one is dropped.
+    text and image ids, and its segment clips the second end. A third draw decides whether the span is a whole segment
+    instead, which the first one chooses. A span that would overlap an earlier one is dropped.
     """
     wanted = int(masking.num_spans(draws[None])[0])
     if wanted == 0:
@@ -152,11 +152,12 @@ def choose_spans(masking: Masking, document: Sequenced, draws: Float[np.ndarray,
     candidates = sum(high - low for low, high in segments)
     spans: list[tuple[int, int]] = []
     for first_draw, second_draw, whole_draw in draws[1 : 1 + 3 * wanted].reshape(-1, 3).tolist():
-        first, (low, high) = _nth(segments, int(first_draw * candidates))
-        second = min(max(int(second_draw * length), low), high - 1)
         if whole_draw < masking.whole_segments:
-            first, second = low, high - 1
-        start, end = min(first, second), max(first, second) + 1
+            start, end = segments[int(first_draw * len(segments))]
+        else:
+            first, (low, high) = _nth(segments, int(first_draw * candidates))
+            second = min(max(int(second_draw * length), low), high - 1)
+            start, end = min(first, second), max(first, second) + 1
         if all(end <= other_start or other_end <= start for other_start, other_end in spans):
             spans.append((start, end))
     return sorted(spans)

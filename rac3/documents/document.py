@@ -177,6 +177,26 @@ class Stored(Protocol):
         ...
 
 
+@runtime_checkable
+class Judge(Protocol):
+    """A source that can tell what a picture shows. Optional for your own source: without it, entities are judged by the
+    encoder, and nothing else is.
+    """
+
+    @property
+    def judged(self) -> Sequence[str]:
+        """The fields of its documents' metadata that `shown` tells."""
+        ...
+
+    def shown(self, pictures: UInt8[np.ndarray, "pictures height width 3"]) -> list[dict[str, str]]:
+        """What each picture shows: of each field, the value whose look is nearest to the picture.
+
+        Raises:
+          InputError: the pictures can't be judged, for their size, say.
+        """
+        ...
+
+
 def encode_png(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
     """A PNG file."""
     buffer = io.BytesIO()

@@ -57,8 +57,13 @@ class Setting:
     frame: str
 
     @property
+    def fields(self) -> dict[str, str]:
+        """As in the metadata of a document; its caption has these words."""
+        return {"ground": self.ground, "weather": self.weather, "frame": f"{self.frame} frame"}
+
+    @property
     def words(self) -> str:
-        return f"on {self.ground} in {self.weather} with {self.frame} frame"
+        return "on {ground} in {weather} with {frame}".format(**self.fields)
 
 
 def all_settings() -> list[Setting]:
@@ -71,20 +76,22 @@ class World:
     """A split of the world as a document source.
 
     Attributes:
-      split: `train` and `validation` show the seen entities, `memory` and `test` the unseen ones. An entity is never
-        in the same setting in two splits.
+      split: `train` and `validation` show the seen entities, `test` the unseen ones, `tuning` other unseen ones, and
+        `memory` both kinds of unseen ones. An entity is never in the same setting in two splits.
       seed: of the entities and their settings.
       seen: number of seen entities.
-      unseen: number of unseen entities.
+      unseen: number of unseen entities of `test`.
+      tuning: number of unseen entities of `tuning`; may be 0.
       documents_per_entity: images of each entity in `train` (seen) or `memory` (unseen).
-      questions_per_entity: images of each entity in `validation` (seen) or `test` (unseen).
+      questions_per_entity: images of each entity in `validation` (seen), `test` or `tuning` (unseen).
       documents_per_shard: documents in each shard but the last.
     """
 
-    split: Literal["train", "memory", "validation", "test"] = "train"
+    split: Literal["train", "memory", "validation", "tuning", "test"] = "train"
     seed: int = 0
     seen: int = 200
     unseen: int = 40
+    tuning: int = 0
     documents_per_entity: int = 6
     questions_per_entity: int = 2
     documents_per_shard: int = 512
@@ -97,6 +104,8 @@ class World:
         for name in ("seen", "unseen", "documents_per_entity", "questions_per_entity", "documents_per_shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"world: {name}={getattr(self, name)} is below 1; use at least 1")
+        if self.tuning < (self.split == "tuning"):
+            raise InputError(f"world: tuning={self.tuning} leaves no entity for the split tuning; use 40, say")
 
     def shards(self, data_dir: Path) -> Sequence[str]:
         return [f"{start:06d}" for start in range(0, len(self._plan()), self.documents_per_shard)]
@@ -107,16 +116,45 @@ class World:
             yield Document(
                 key=f"{self.split}/{index:06d}",
                 segments=(Text(f"{entity.name} {setting.words}"), Image(encode_png(draw(entity, setting)))),
-                metadata={"entity": entity.name, "seen": self.split in ("train", "validation")},
+                metadata={
+                    "entity": entity.name,
+                    "seen": self.split in ("train", "validation"),
+                    **setting.fields,
+                },
             )
 
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The entity, and what its setting consists of."""
+        return "entity", *all_settings()[0].fields
+
+    def shown(self, pictures: UInt8[np.ndarray, "pictures height width 3"]) -> list[dict[str, str]]:
+        """The entity whose emblem is nearest to each picture's middle, and the setting that is nearest around it.
+
+        Raises:
+          InputError: the pictures are not of the world's size.
+        """
+        names, _ = nearest_entities(pictures, self.entities())
+        return [
+            {"entity": name, **setting.fields} for name, setting in zip(names, nearest_settings(pictures), strict=True)
+        ]
+
     def entities(self) -> tuple[Entity, ...]:
-        """All entities, the seen ones first."""
-        return _entities(self.seed, self.seen + self.unseen)
+        """All entities: the seen ones, the unseen ones of `test`, and those of `tuning`."""
+        return _entities(self.seed, self.seen + self.unseen + self.tuning)
 
     def _plan(self) -> list[tuple[Entity, Setting]]:
         """The (entity, setting) of each document, shuffled."""
         rng = np.random.default_rng([self.seed, 1])
+        known, tested = self.seen, self.seen + self.unseen
+        every = tested + self.tuning
+        first, last = {
+            "train": (0, known),
+            "validation": (0, known),
+            "memory": (known, every),
+            "test": (known, tested),
+            "tuning": (tested, every),
+        }[self.split]
         settings = all_settings()
         shown = self.documents_per_entity
         plan = []
@@ -125,7 +163,7 @@ class World:
             group = (
                 order[:shown] if self.split in ("train", "memory") else order[shown : shown + self.questions_per_entity]
             )
-            if (index < self.seen) == (self.split in ("train", "validation")):
+            if first <= index < last:
                 plan += [(entity, setting) for setting in group]
         return [plan[i] for i in rng.permutation(len(plan))]
 

@@ -8,7 +8,7 @@ from rac3.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation on the validation and test splits.
+    """Evaluation on the validation and test splits; the tuning split chooses the step of CM3.
 
     Attributes:
       num_retrieved: documents in context for a model that retrieves; perplexity is measured with 0 to this many.

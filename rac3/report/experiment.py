@@ -12,12 +12,23 @@ import jax
 
 from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
-from rac3.documents.document import plain_json
+from rac3.documents.document import Judge, plain_json
 from rac3.report.page import Content, page
 from rac3.report.samples import Samples
-from rac3.report.table import ROWS, copied_line, left_out_lines, lookup, model_label, model_names, recall_rows
+from rac3.report.table import (
+    ROWS,
+    columns,
+    left_out_lines,
+    lookup,
+    model_label,
+    model_names,
+    peer,
+    ratio_line,
+    recall_rows,
+    unjudged_line,
+)
 from rac3.run import Run
-from rac3.stages.evaluate import SPLITS, comparisons, evaluate, evaluate_encoders
+from rac3.stages.evaluate import ACCURACIES, SPLITS, comparisons, evaluate, evaluate_encoders
 from rac3.stages.evaluate_retrieval import entity_recall
 from rac3.training.metrics import read_metrics
 
@@ -55,7 +66,7 @@ def collect(run: Run) -> dict[str, Any]:
     metrics = {
         **{name: _model_metrics(compared, values[name]) for name, compared in models.items()},
         "retrieval": {f"recall_at_{k}": recall["test"], "validation": {f"recall_at_{k}": recall["validation"]}},
-        "copied": _seen_and_unseen(next(iter(values.values())), "copied"),
+        "baselines": _baselines(next(iter(values.values()))),
         "encoders": evaluate_encoders(run),
         "documents": {
             split: run.artifact(recipes.documents, split).manifest["counts"] for split in experiment.data.sources()
@@ -64,6 +75,7 @@ def collect(run: Run) -> dict[str, Any]:
             "num_retrieved": k,
             "documents": {split: value["documents"] for split, value in next(iter(values.values())).items()},
             "entity_field": experiment.data.entity_field,
+            "judged": [*experiment.data.train.judged] if isinstance(experiment.data.train, Judge) else [],
             "with_entity": {
                 split: value.get("with_entity", value["documents"])
                 for split, value in next(iter(values.values())).items()
@@ -77,10 +89,10 @@ def collect(run: Run) -> dict[str, Any]:
 
 def summary(metrics: Mapping[str, Any]) -> str:
     """The models of `metrics.json` side by side as plain text for a terminal, then the recall of retrieval."""
-    names = model_names(metrics)
-    rows = [["", *(model_label(name) for name in names)]]
+    table = columns(metrics)
+    rows = [["", *table]]
     for row in ROWS:
-        values = [lookup(metrics[name], row.path) for name in names]
+        values = [lookup(column, row.path) for column in table.values()]
         if any(value is not None for value in values):
             rows.append([row.label, *("-" if value is None else row.show(value) for value in values)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -91,7 +103,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
     for split, k, recalls in recall_rows(metrics):
         parts = ", ".join(f"{share:.1%} by {part}" for part, share in recalls.items())
         lines.append(f"retrieval recall at {k}, {split}: {parts}")
-    lines += filter(None, [*left_out_lines(metrics), copied_line(metrics)])
+    lines += filter(None, [ratio_line(metrics), *left_out_lines(metrics), unjudged_line(metrics)])
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -105,16 +117,19 @@ def _model_metrics(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
         "pictures": {split: value.get("pictures", {}) for split, value in values.items()},
         "clip_score": {which: lookup(values, (split, "clip_score")) for which, split in SEEN.items()},
         "parameters": run.trained_model().manifest["counts"]["parameters"],
-        "steps": run.trained.training.steps,
+        "steps": run.step or run.trained.training.steps,
     }
 
 
 def _seen_and_unseen(values: Mapping[str, Any], *path: str) -> dict[str, dict[str, float | None]]:
     """The accuracies at a path of each split's values."""
-    return {
-        name: {which: lookup(values, (split, *path, name)) for which, split in SEEN.items()}
-        for name in ("entity_accuracy", "name_accuracy")
-    }
+    return {name: {which: lookup(values, (split, *path, name)) for which, split in SEEN.items()} for name in ACCURACIES}
+
+
+def _baselines(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracies of each baseline of any split."""
+    names = dict.fromkeys(name for value in values.values() for name in value.get("baselines", {}))
+    return {name: _seen_and_unseen(values, "baselines", name) for name in names}
 
 
 def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
@@ -141,7 +156,10 @@ def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
             if experiment.data.role(split) != "memory"
         ],
         **{f"train {each.trained.model_name}": [each.training_recipe] for each in models.values()},
-        "evaluate": [each.evaluation_recipe for each in models.values()],
+        "evaluate": [
+            *(each.recipe(recipes.best) for each in models.values() if each.step),
+            *(each.evaluation_recipe for each in models.values()),
+        ],
     }
     seconds = {}
     for stage, needed in made.items():
@@ -153,7 +171,7 @@ def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
 
 def _content(run: Run, models: Mapping[str, Run], metrics: Mapping[str, Any]) -> Content:
     own = next(iter(models))
-    shown = {name: compared for name, compared in models.items() if name in (own, "cm3")}  # not the control
+    shown = {name: models[name] for name in (own, peer([*models])) if name}  # not the control
     split = next((split for split in reversed(SPLITS) if split in run.experiment.data.sources()), None)
     samples = None if split is None else Samples.open(run, split, shown)
     encoders = [of for of in (recipes.vqgan, recipes.clip) if recipes.OWN not in run.recipe(of).config]

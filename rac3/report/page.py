@@ -16,19 +16,21 @@ from rac3.report.plots import Line, plot
 from rac3.report.table import (
     ROWS,
     Row,
-    copied_line,
+    columns,
     interval,
     left_out_lines,
     lookup,
     margin,
     model_label,
     model_names,
+    ratio_line,
     recall_rows,
+    unjudged_line,
     verdict,
 )
 from rac3.stages.ingest import noted_lines
 
-OWN_COLOR, CM3_COLOR, OTHER_COLOR = "#1f5fbf", "#c2601c", "#7a7f87"
+OWN_COLOR, CM3_COLOR, BEST_COLOR, OTHER_COLOR = "#1f5fbf", "#c2601c", "#8a4fa3", "#7a7f87"
 SHOWN_SIDE = 108  # CSS pixels of a picture's side
 
 ENCODER_ROWS = (
@@ -177,38 +179,43 @@ def sheet(name: str, sections: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _color(name: str) -> str:
-    return {"ra_cm3": OWN_COLOR, "cm3": CM3_COLOR}.get(name, OTHER_COLOR)
+    return {"ra_cm3": OWN_COLOR, "cm3": CM3_COLOR, "cm3_best": BEST_COLOR}.get(name, OTHER_COLOR)
 
 
 def _models(metrics: Mapping[str, Any]) -> str:
-    names = model_names(metrics)
+    names, compared = model_names(metrics), columns(metrics)
     held_out, named = metrics["evaluation"]["documents"], metrics["evaluation"]["with_entity"]
     body, shown = [], set()
     for row in ROWS:
-        values = [lookup(metrics[name], row.path) for name in names]
-        known = [value for value in values if value is not None]
+        values = [lookup(column, row.path) for column in compared.values()]
+        known = [value for value in values[: len(names)] if value is not None]
         if not known:
             continue
         shown.add(row.path[0])
         best = (min if row.lower_is_better else max)(known)
         bold = best if len(names) > 1 and known.count(best) == 1 else None
         cells = "".join(
-            _cell(row, value, bold, named, interval(metrics[name], row))
-            for name, value in zip(names, values, strict=True)
+            _cell(row, value, bold, named, interval(column, row), place >= len(names))
+            for place, (column, value) in enumerate(zip(compared.values(), values, strict=True))
         )
         arrow = "↓" if row.lower_is_better else "↑"
         body.append(f'<tr><td>{row.label} <span class="soft">{arrow}</span></td>{cells}</tr>')
     if not body:
         return ""
-    head = "".join(f"<th>{escape(model_label(name))}</th>" for name in names)
+    head = "".join(f"<th>{escape(label)}</th>" for label in compared)
     return (
         f'<p class="verdict">{escape(verdict(metrics))}</p><div class="split"><div class="scroll"><table class="wide">'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        f"{_legend(shown, held_out)}</div>"
+        f"{_legend(shown, held_out, len(compared) > len(names))}"
+        f"{_noted(ratio_line(metrics), unjudged_line(metrics))}</div>"
     )
 
 
-def _legend(shown: set[str], held_out: Mapping[str, int]) -> str:
+def _noted(*lines: str) -> str:
+    return "".join(f'<p class="note">{escape(line[0].upper() + line[1:])}.</p>' for line in lines if line)
+
+
+def _legend(shown: set[str], held_out: Mapping[str, int], baselines: bool) -> str:
     """What the rows of the comparison mean."""
     counts = " and ".join(f"{count} {split}" for split, count in held_out.items())
     words = [
@@ -232,8 +239,15 @@ def _legend(shown: set[str], held_out: Mapping[str, int]) -> str:
             "FID, FD, KID and CMMD are distances between the drawn pictures of the test split and its real ones, as "
             "sets; ± is half of the 95% interval. Only those of one network and as many pictures can be compared."
         )
+    if shown & {"joint_accuracy", "joint_name_accuracy"}:
+        words.append("Joint: all else that pictures are judged by is right too, in the picture or in the caption.")
     if shown & {"entity_accuracy", "name_accuracy"}:
         words.append("± is the 95% margin of a share of that many documents, in points.")
+    if baselines:
+        words.append(
+            "A copy is of the first retrieved document, a mean is of all in context, in pixels. The VQGAN draws the "
+            "documents' own codes: no model can draw better. The originals show how often the judge is right."
+        )
     return f'<p class="note">{" ".join(words)}</p>'
 
 
@@ -243,13 +257,14 @@ def _cell(
     best: float | None,
     named: Mapping[str, int],
     bounds: tuple[float, float] | None,
+    baseline: bool,
 ) -> str:
     if value is None:
-        return '<td class="soft">none</td>'
+        return f'<td class="soft">{"" if baseline else "none"}</td>'
     spread = f' <span class="soft">± {100 * margin(value, named[row.split]):.0f}</span>' if row.share else ""
     if bounds:
         spread = f' <span class="soft">± {row.show((bounds[1] - bounds[0]) / 2)}</span>'
-    return f"<td{' class=best' if value == best else ''}>{row.show(value)}{spread}</td>"
+    return f"<td{' class=best' if value == best and not baseline else ''}>{row.show(value)}{spread}</td>"
 
 
 def _strips(strips: Sequence[Strip], split: str) -> str:
@@ -266,8 +281,8 @@ def _strips(strips: Sequence[Strip], split: str) -> str:
     )
     if any(picture.mark for strip in strips for picture in strip.pictures):
         note += (
-            " Same: a document of the caption's entity. Wrong: a picture whose emblem is nearest to that of the entity "
-            "that is named instead."
+            " Same: a document of the caption's entity. Wrong: what a picture shows, as its source judges it, in place "
+            "of what its caption asks for."
         )
     return f'<p class="note">{note}</p><div class="cards">{cards}</div>'
 
@@ -280,7 +295,10 @@ def _captions(captions: Sequence[Captioned]) -> str:
             for who, (text, mark) in item.captions.items()
         )
         cards.append(f'<article class="caption">{figure(item.picture)}<dl>{lines}</dl></article>')
-    note = '<p class="note">The caption of lowest perplexity of each model. ✓ names the entity, ✗ does not.</p>'
+    note = (
+        '<p class="note">The caption of lowest perplexity of each model. ✓ names the entity, and all else that '
+        "pictures are judged by; ✗ does not.</p>"
+    )
     return f'{note}<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
@@ -322,8 +340,6 @@ def _retrieval(metrics: Mapping[str, Any]) -> str:
         shown = note = ""
     for line in left_out_lines(metrics):
         note += f'<p class="note">{escape(line)}.</p>'
-    if copied := copied_line(metrics):
-        note += f'<p class="note">{escape(copied[0].upper() + copied[1:])}.</p>'
     if short:
         note += f'<p class="note">Documents with fewer before them than asked for: {escape("; ".join(short))}.</p>'
     return (f'<div class="plots">{"".join(plots)}</div>' if plots else "") + shown + note

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from rac3.documents.document import Document, Image, prepare_image
+from rac3.documents.document import Document, Image, Judge, prepare_image
 from rac3.documents.store import TokenizedDocument
-from rac3.documents.world import World, nearest_entities
-from rac3.evaluation.entities import entity_of, name_accuracy
+from rac3.evaluation.entities import entity_of, names, values_of
 from rac3.experiment import Split
 from rac3.report.page import Captioned, Mark, Picture, Strip
 from rac3.report.table import model_label
@@ -69,9 +68,8 @@ class Samples:
             captions: dict[str, tuple[str, Mark | None]] = {"truth": (item.document.text, None)}
             for name, rows in self.rows.items():
                 caption = rows[number]["caption"]
-                entity = self._entity(item.document)
-                named = entity is not None and name_accuracy([caption], [entity]) == 1
-                mark = Mark(named, "") if entity is not None else None
+                wanted = self._wanted(item.document)
+                mark = Mark(all(names(caption, value) for value in wanted.values()), "") if wanted else None
                 captions[model_label(name)] = (caption, mark)
             made.append(Captioned(Picture("", self._pixels(item.document)), captions))
         return made
@@ -120,13 +118,20 @@ class Samples:
         raise IndexError(f"the memory ends {memory_id} documents before that")
 
     def _generated(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], number: int) -> Picture:
-        world, wanted = self.run.experiment.data.train, self._entity(self.items[number].document)
-        if not isinstance(world, World) or wanted is None:
+        source, wanted = self.run.experiment.data.train, self._wanted(self.items[number].document)
+        if not isinstance(source, Judge) or not wanted:
             return Picture(model_label(name), pixels)
-        shown = nearest_entities(pixels[None], world.entities())[0][0]
+        shown = source.shown(pixels[None])[0]
+        wrong = [shown[field] for field, value in wanted.items() if shown.get(field, value) != value]
         return Picture(
-            model_label(name), pixels, "", Mark(shown == wanted, "right" if shown == wanted else f"wrong: {shown}")
+            model_label(name), pixels, "", Mark(not wrong, f"wrong: {', '.join(wrong)}" if wrong else "right")
         )
+
+    def _wanted(self, document: Document) -> dict[str, str]:
+        """The entity that a document shows, and all else that its source judges; empty if it names no entity."""
+        data = self.run.experiment.data
+        judged = data.train.judged if isinstance(data.train, Judge) else ()
+        return values_of(document, dict.fromkeys([data.entity_field, *judged])) if self._entity(document) else {}
 
     def _entity(self, document: Document) -> str | None:
         """What a document shows; None if that is not known."""

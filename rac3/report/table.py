@@ -38,7 +38,9 @@ ROWS = (
     Row("text perplexity", ("perplexity", "text"), ",.2f", lower_is_better=True),
     Row("entity accuracy (seen)", ("entity_accuracy", "seen"), ".1%", split="validation"),
     Row("entity accuracy (unseen)", ("entity_accuracy", "unseen"), ".1%"),
+    Row("joint accuracy (unseen)", ("joint_accuracy", "unseen"), ".1%"),
     Row("name accuracy (unseen)", ("name_accuracy", "unseen"), ".1%"),
+    Row("joint name accuracy (unseen)", ("joint_name_accuracy", "unseen"), ".1%"),
     Row("CIDEr-D (unseen)", ("captions", "test", "cider_d", "value"), ".3f"),
     Row("BLEU-4 (unseen)", ("captions", "test", "bleu_4", "value"), ".3f"),
     Row("ROUGE-L (unseen)", ("captions", "test", "rouge_l", "value"), ".3f"),
@@ -51,6 +53,8 @@ ROWS = (
     Row("CMMD (unseen)", ("pictures", "test", "cmmd", "value"), ".3f", lower_is_better=True),
     Row("CLIP score", ("clip_score", "unseen"), ".3f"),
 )
+BASELINES = {"copied": "a copy", "mean": "a mean", "reconstructed": "VQGAN", "original": "original"}
+"""What is in the table besides models, and its label."""
 
 
 def model_names(metrics: Mapping[str, Any]) -> list[str]:
@@ -60,11 +64,29 @@ def model_names(metrics: Mapping[str, Any]) -> list[str]:
 
 def model_label(name: str) -> str:
     """`ra_cm3_random` for people to read."""
+    if name == "cm3_best":
+        return "CM3 at its best"
     model = "RA-CM3" if name.startswith("ra_cm3") else "CM3"
     swapped = name.removeprefix("ra_").removeprefix("cm3").removeprefix("_")
     if not swapped:
         return model
     return f"{model}, random documents" if swapped == "random" else f"{model}, {swapped} retriever"
+
+
+def columns(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """By label, the values of each column of the comparison: the models, then the baselines that have any."""
+    models = {model_label(name): metrics[name] for name in model_names(metrics)}
+    baselines = {label: metrics["baselines"].get(name, {}) for name, label in BASELINES.items()}
+    return models | {
+        label: values
+        for label, values in baselines.items()
+        if any(lookup(values, row.path) is not None for row in ROWS)
+    }
+
+
+def peer(names: Sequence[str]) -> str | None:
+    """The CM3 that the first model is compared with: at its best, if that is known; None if there is none."""
+    return next((name for name in ("cm3_best", "cm3") if name in names[1:]), None)
 
 
 def lookup(values: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -84,9 +106,10 @@ def interval(values: Mapping[str, Any], row: Row) -> tuple[float, float] | None:
 def verdict(metrics: Mapping[str, Any]) -> str:
     """What the table shows, in one or two sentences that follow from its numbers."""
     names = model_names(metrics)
-    if len(names) < 2 or "cm3" not in names[1:]:
+    other = peer(names)
+    if other is None:
         return "One model was evaluated; there is none to compare it with."
-    ours, theirs = metrics[names[0]], metrics["cm3"]
+    ours, theirs = metrics[names[0]], metrics[other]
     said: dict[str, list[str]] = {"better in": [], "worse in": [], "not clearly different in": []}
     for row in ROWS:
         left, right = lookup(ours, row.path), lookup(theirs, row.path)
@@ -96,11 +119,12 @@ def verdict(metrics: Mapping[str, Any]) -> str:
             kind = "better in" if ahead > noise else "worse in" if ahead < -noise else "not clearly different in"
             said[kind].append(row.label)
     same = all(ours[name] == theirs[name] for name in ("parameters", "steps"))
-    peer = "CM3 of the same size and as many steps" if same else "CM3"
+    best = other == "cm3_best" and ours["parameters"] == theirs["parameters"]
+    whom = "CM3 of the same size and as many steps" if same else "CM3 of the same size, at its best" if best else "CM3"
     clauses = [f"{kind} {_listed(labels)}" for kind, labels in said.items() if labels]
     if not clauses:
         return "Nothing was measured of both models."
-    return f"Against {peer}, {model_label(names[0])} is {'; '.join(clauses)}." + _control(metrics, names[0])
+    return f"Against {whom}, {model_label(names[0])} is {'; '.join(clauses)}." + _control(metrics, names[0])
 
 
 def _noise(row: Row, ours: Mapping[str, Any], theirs: Mapping[str, Any], metrics: Mapping[str, Any]) -> float:
@@ -129,14 +153,27 @@ def _listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def copied_line(metrics: Mapping[str, Any]) -> str:
-    """What copying the first retrieved document scores, which is the simplest use of retrieval; "" without any."""
-    said = []
-    for name in ("entity", "name"):
-        values = {which: lookup(metrics, ("copied", f"{name}_accuracy", which)) for which in ("seen", "unseen")}
-        shown = [f"{value:.1%} ({which})" for which, value in values.items() if value is not None]
-        said += [f"{name} {', '.join(shown)}"] if shown else []
-    return f"copying the first retrieved document: {', '.join(said)}" if said else ""
+def ratio_line(metrics: Mapping[str, Any]) -> str:
+    """The first model's perplexities over those of the CM3 that it is compared with; "" without both."""
+    names = model_names(metrics)
+    if not names or (other := peer(names)) is None:
+        return ""
+    ratios = []
+    for modality in ("image", "text"):
+        ours, theirs = (lookup(metrics, (name, "perplexity", modality)) for name in (names[0], other))
+        if ours is not None and theirs is not None:
+            ratios.append(f"{modality} {ours / theirs:.2f}")
+    if not ratios:
+        return ""
+    return f"perplexity of {model_label(names[0])} over that of {model_label(other)}: {', '.join(ratios)}"
+
+
+def unjudged_line(metrics: Mapping[str, Any]) -> str:
+    """Why there is no accuracy of images, nor any joint one; "" if there is."""
+    evaluation = metrics["evaluation"]
+    if not evaluation["entity_field"] or evaluation["entity_field"] in evaluation["judged"]:
+        return ""
+    return "no accuracy of images: the source of the training documents is no Judge of them (rac3.documents.document)"
 
 
 def recall_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:

@@ -1,6 +1,7 @@
 """Evaluate: a trained model on the held-out splits, with a retriever (its own, or another one) at inference."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, Group
+from rac3.documents.document import Image, Judge, prepare_image
 from rac3.documents.store import TokenizedDocument
-from rac3.documents.world import World
 from rac3.evaluation.captions import caption_metrics
-from rac3.evaluation.entities import emblem_accuracy, entity_of, name_accuracy
+from rac3.evaluation.entities import entity_of, named_accuracy, shown_accuracy, values_of
 from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
 from rac3.evaluation.pictures import clipscore, set_metrics
 from rac3.evaluation.recall import clip_metrics
@@ -24,6 +26,7 @@ from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
 from rac3.held_out import (
     SPLITS,
+    Pictures,
     best_captions,
     best_images,
     copied,
@@ -31,12 +34,14 @@ from rac3.held_out import (
     held_out_documents,
     real_pictures,
     retrieved,
+    segment_ids,
 )
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
 from rac3.tokens.html import Sequenced
 
 METRICS = "metrics.json"
+ACCURACIES = ("entity_accuracy", "joint_accuracy", "name_accuracy", "joint_name_accuracy")  # of images, of captions
 # What is scored, in the order of the `PARTS` that ask: a text asks for an image, an image for a text.
 MODALITIES = (("image", image_group, MAIN_IMAGE), ("text", text_group, MAIN_TEXT))
 
@@ -78,15 +83,46 @@ def evaluate(run: Run) -> dict[str, Any]:
     return json.loads((artifact.folder / METRICS).read_text(encoding="utf-8"))
 
 
+def best_step(run: Run) -> int:
+    """The step of the run's checkpoint that is best on the tuning documents, made or read.
+
+    Of all checkpoints that were kept, it has the lowest product of image and text perplexity, with as many documents in
+    context as an evaluation has at most. The artifact holds `metrics.json`, with both perplexities of each.
+
+    Raises:
+      InputError: the model is not trained yet.
+    """
+    recipe = run.recipe(recipes.best)
+    if run.workdir.find(recipe) is None:
+        steps, label = run.kept_steps(), f"best step of {run.model_name}"
+        with run.workdir.write(recipe) as draft, Progress(label, len(steps), "checkpoints") as bar:
+            items, neighbors = held_out(run, "tuning")
+            most = run.experiment.evaluation.num_retrieved if run.experiment.retrieves else 0
+            cross_entropy, found = make_token_cross_entropy(run.model), {}
+            for step in steps:
+                at_step = type(run)(run.experiment, run.workdir, run.trained, step)  # whose parameters are not kept
+                found[step] = _perplexities(at_step, cross_entropy, items, neighbors, most)
+                bar.update()
+            best = min(found, key=lambda step: sum(math.log(each) for each in found[step].values() if each is not None))
+            metrics = {"step": best, "perplexity": found, "documents": len(items)}
+            write_atomic(draft.folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+        print(f"{label}: {best}, of {', '.join(map(str, steps))}")
+    return json.loads((run.artifact(recipes.best).folder / METRICS).read_text(encoding="utf-8"))["step"]
+
+
 def comparisons(run: Run) -> dict[str, Run]:
-    """The runs to evaluate, by name: this one, the vanilla CM3, and the model with random documents."""
+    """The runs to evaluate, by name: this one, the vanilla CM3 at its best, if there are documents to tell, and at its
+    last step, and the model with random documents."""
     experiment, trained = run.experiment, run.trained
     name = trained.model_name
     swapped = type(experiment.retriever).__name__.lower()
     out = {name if experiment.retriever == trained.retriever else f"{name}_{swapped}": run}
     if name != "cm3":
         if experiment.compare_with_cm3:
-            out["cm3"] = run.variant(trained.vanilla(), trained.vanilla())
+            vanilla = run.variant(trained.vanilla(), trained.vanilla())
+            if experiment.data.tuning is not None:
+                out["cm3_best"] = vanilla.variant(vanilla.experiment, vanilla.trained, best_step(vanilla))
+            out["cm3"] = vanilla
         if experiment.evaluation.control and not isinstance(experiment.retriever, Random):
             out[f"{name}_random"] = run.with_retriever(Random(num_neighbors=max(1, experiment.retriever.num_neighbors)))
     return out
@@ -112,7 +148,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
     experiment, settings = run.experiment, run.experiment.evaluation
     items, neighbors = held_out(run, split)
     most = settings.num_retrieved if experiment.retrieves else 0
-    name = run.trained.model_name
+    name = run.model_name
     if experiment.retrieves and experiment.retriever != run.trained.retriever:
         name += f" with {type(experiment.retriever).__name__.lower()}"
     with Progress(f"evaluate {name} on {split}", most + 3, "parts") as bar:
@@ -152,7 +188,10 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         "captions": _caption_scores(items, captions),
         "pictures": _picture_scores(run, split, images, scores),
         **_accuracies(experiment, items, images, captions),
-        "copied": _accuracies(experiment, items, *_copied(run, neighbors)) if most else None,
+        "baselines": {
+            name: _accuracies(experiment, items, *made)
+            for name, made in _baselines(run, items, neighbors, most).items()
+        },
     }
 
 
@@ -225,34 +264,55 @@ def _picture_scores(
     return found
 
 
-def _copied(
-    run: Run, neighbors: Int[np.ndarray, "n parts depth"]
-) -> tuple[UInt8[np.ndarray, "n height width 3"], list[str]]:
-    """Of what each text retrieved, the picture of the first document; of what each image retrieved, the text ("" where
-    it retrieved nothing)."""
-    firsts = [retrieved(run, by_image, 1) for _, by_image in neighbors]
-    return copied(run, neighbors[:, 0]), [documents[0].document.text if documents else "" for documents in firsts]
+def _baselines(
+    run: Run, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n parts depth"], k: int
+) -> dict[str, tuple[Pictures, list[str]]]:
+    """Images and captions that no model makes; no captions where there are none to speak of.
+
+    copied         the image of the first document that each text retrieved, and the text of the first one that each
+                   image retrieved ("" where it retrieved nothing)
+    mean           the mean, in pixels, of the images of the k documents that each text retrieved
+    reconstructed  the image of each document's own codes
+    original       the documents themselves: what the judge says of the truth
+    """
+    made: dict[str, tuple[Pictures, list[str]]] = {}
+    if k:
+        firsts = [retrieved(run, by_image, 1) for _, by_image in neighbors]
+        texts = [documents[0].document.text if documents else "" for documents in firsts]
+        made["copied"] = copied(run, neighbors[:, 0], 1), texts
+        made["mean"] = copied(run, neighbors[:, 0], k), []
+    codes = [ids for item in items if (ids := segment_ids(item, Image)) is not None]
+    if len(codes) == len(items):
+        size = run.images.resolution
+        made["reconstructed"] = run.images.decode(np.stack(codes)), []
+        pixels = np.stack([prepare_image(item.document.images[0].pixels(), size) for item in items])
+        made["original"] = pixels, [item.document.text for item in items]
+    return made
 
 
 def _accuracies(
-    experiment: Experiment, items: list[TokenizedDocument], images: np.ndarray, captions: list[str]
+    experiment: Experiment, items: list[TokenizedDocument], images: Pictures, captions: list[str]
 ) -> dict[str, float | None]:
-    """Entity accuracy of images (procedural world only) and of captions; None where it has no meaning.
+    """Accuracy of images, as far as the training source can judge them, and of captions: of the entity alone, and
+    jointly with all else that the source judges. None where it has no meaning.
 
     Documents that name no entity do not count.
     """
-    names = [entity_of(item.document, experiment.data.entity_field) for item in items]
-    wanted = {row: name for row, name in enumerate(names) if name is not None}
-    world = experiment.data.train if wanted and len(images) == len(items) else None
-    right = list(wanted.values())
-    return {
-        "entity_accuracy": emblem_accuracy(images[[*wanted]], right, world.entities())
-        if isinstance(world, World)
-        else None,
-        "name_accuracy": name_accuracy([captions[row] for row in wanted], right)
-        if wanted and len(captions) == len(items)
-        else None,
-    }
+    field, source = experiment.data.entity_field, experiment.data.train
+    judged = list(source.judged) if isinstance(source, Judge) else []
+    rows = [row for row, item in enumerate(items) if entity_of(item.document, field) is not None]
+    alone, jointly = ([values_of(items[row].document, fields) for row in rows] for fields in ([field], judged))
+    joint = field in judged and all(right.keys() == set(judged) for right in jointly)
+    found: dict[str, float | None] = dict.fromkeys(ACCURACIES)
+    if rows and isinstance(source, Judge) and field in judged and len(images) == len(items):
+        shown = source.shown(images[rows])
+        found["entity_accuracy"] = shown_accuracy(shown, alone)
+        found["joint_accuracy"] = shown_accuracy(shown, jointly) if joint else None
+    if rows and len(captions) == len(items):
+        chosen = [captions[row] for row in rows]
+        found["name_accuracy"] = named_accuracy(chosen, alone)
+        found["joint_name_accuracy"] = named_accuracy(chosen, jointly) if joint else None
+    return found
 
 
 def _write_samples(

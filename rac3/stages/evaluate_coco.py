@@ -60,7 +60,7 @@ def evaluate_coco(run: Run) -> dict[str, Any]:
       InputError: the model is not trained yet, or no held-out source is a `Coco`.
     """
     splits = coco_splits(run)
-    recipe = recipes.coco(run.experiment, run.trained)
+    recipe = recipes.coco(run.experiment, run.trained, run.step)
     if run.workdir.find(recipe) is None:
         with run.workdir.write(recipe) as draft:
             metrics = {split: _evaluate_split(run, split, draft.folder) for split in splits}
@@ -70,7 +70,7 @@ def evaluate_coco(run: Run) -> dict[str, Any]:
 
 def shown(run: Run, split: Split, k: int) -> tuple[UInt8[np.ndarray, "n height width 3"], list[dict[str, Any]]]:
     """The pictures that were drawn for the first documents, and of each document its key, texts and caption."""
-    stem = _stem(run.workdir.require(recipes.coco(run.experiment, run.trained)).folder, split, k, 0)
+    stem = _stem(run.workdir.require(recipes.coco(run.experiment, run.trained, run.step)).folder, split, k, 0)
     rows = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     return np.load(stem.with_suffix(".npz"), allow_pickle=False)["pictures"], rows[:SHOWN]
 
@@ -79,7 +79,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
     """With the documents of the config's `num_retrieved`, and with none."""
     most = run.experiment.evaluation.num_retrieved if run.experiment.retrieves else 0
     count = min(len(run.documents(split)), run.experiment.evaluation.documents)
-    starts, name = range(0, count, PART_DOCUMENTS), run.trained.model_name
+    starts, name = range(0, count, PART_DOCUMENTS), run.model_name
     with Progress(f"coco: {name} on {split}", len(starts) * len({0, most}), "parts") as bar:
         for k in sorted({0, most}):
             for part, start in enumerate(starts):

@@ -52,7 +52,7 @@ def evaluate_few_shot(run: Run) -> dict[str, Any]:
     Raises:
       InputError: the model is not trained yet, or no documents name their entity (`data.entity_field`).
     """
-    recipe = recipes.few_shot(run.experiment, run.trained)
+    recipe = recipes.few_shot(run.experiment, run.trained, run.step)
     artifact = run.workdir.find(recipe)
     if artifact is None:
         if not run.experiment.data.entity_field:
@@ -94,7 +94,7 @@ def _evaluate_split(run: Run, split: Split) -> dict[str, Any]:
     metrics: dict[str, Any] = {"questions": len(asked), "shots": shots}
     if not asked:
         return metrics
-    with Progress(f"few-shot {run.trained.model_name} on {split}", len(SCORED) + 1, "parts") as bar:
+    with Progress(f"few-shot {run.model_name} on {split}", len(SCORED) + 1, "parts") as bar:
         for scored in SCORED:
             metrics[scored] = _accuracies(_probabilities(run, asked, scored), asked, shots)
             bar.update()

@@ -21,9 +21,9 @@ from jaxtyping import Bool, Int
 from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError
-from rac3.documents.document import Image, Text, prepare_image
+from rac3.documents.document import Image, Judge, Text, prepare_image
 from rac3.documents.store import TokenizedDocument
-from rac3.documents.world import World, nearest_settings
+from rac3.evaluation.entities import shown_accuracy, values_of
 from rac3.evaluation.reconstruction import psnr
 from rac3.execution.progress import Progress
 from rac3.experiment import Split
@@ -32,7 +32,7 @@ from rac3.generation.sampling import Contrast, Guidance, Sampling
 from rac3.generation.tasks import controlled, draw, edit, infill_image, score
 from rac3.held_out import (
     SPLITS,
-    Judge,
+    EntityJudge,
     Pictures,
     context,
     copied,
@@ -60,7 +60,7 @@ def evaluate_infilling(run: Run) -> dict[str, Any]:
     Raises:
       InputError: the model is not trained yet, or the codes of an image are no square.
     """
-    recipe = recipes.infilling(run.experiment, run.trained)
+    recipe = recipes.infilling(run.experiment, run.trained, run.step)
     if run.workdir.find(recipe) is None:
         with run.workdir.write(recipe) as draft:
             metrics = {}
@@ -81,7 +81,7 @@ def kept_pictures(run: Run, split: Split) -> dict[str, Pictures]:
 
 
 def _folder(run: Run) -> Path:
-    recipe = recipes.infilling(run.experiment, run.trained)
+    recipe = recipes.infilling(run.experiment, run.trained, run.step)
     return run.workdir.require(recipe).folder
 
 
@@ -170,7 +170,7 @@ class Infilling:
             "infilling": {},
         }
         most = self.run.experiment.evaluation.num_retrieved if self.run.experiment.retrieves else 0
-        with Progress(f"infilling {self.run.trained.model_name} on {self.split}", most + 2, "parts") as bar:
+        with Progress(f"infilling {self.run.model_name} on {self.split}", most + 2, "parts") as bar:
             for k in range(most + 1):
                 infilled = self._compared(kept(f"infilled {k}", self._infilled(k)))
                 metrics["infilling"][str(k)] = {"perplexity": self._perplexity(k), **infilled}
@@ -205,7 +205,7 @@ class Infilling:
         return np.stack([self._ids(row, Image) for row in range(len(self.items))])
 
     @cached_property
-    def _judge(self) -> Judge | None:
+    def _judge(self) -> EntityJudge | None:
         return judge(self.run, self.split, self.names)
 
     @property
@@ -293,11 +293,13 @@ class Infilling:
         return float(np.mean([shown == name for shown, name in zip(self._judge(images), names, strict=True)]))
 
     def _settings(self, images: Pictures) -> float | None:
-        """Share of the images in the setting that the text names; None outside the procedural world."""
-        if not isinstance(self.run.experiment.data.train, World):
+        """Share of the images that show all that the text names but the entity; None if the source judges no more."""
+        source, entity_field = self.run.experiment.data.train, self.run.experiment.data.entity_field
+        if not isinstance(source, Judge):
             return None
-        pairs = zip(nearest_settings(images), self.items, strict=True)
-        return float(np.mean([setting.words in item.document.text for setting, item in pairs]))
+        fields = [field for field in source.judged if field != entity_field]
+        wanted = [values_of(item.document, fields) for item in self.items]
+        return shown_accuracy(source.shown(images), wanted) if all(wanted) else None
 
 
 def nameless(text: str, name: str) -> str:

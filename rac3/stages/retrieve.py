@@ -36,7 +36,7 @@ def index(run: Run) -> None:
                 bar.update()
 
 
-def retrieve(run: Run, splits: Sequence[Split] = ("train", "validation", "test")) -> None:
+def retrieve(run: Run, splits: Sequence[Split] = ("train", "validation", "tuning", "test")) -> None:
     """Makes the neighbors of each split. The documents of other parts of the memory are never queries."""
     experiment, workdir = run.experiment, run.workdir
     if not experiment.retrieves:

@@ -91,7 +91,7 @@ class Checkpoints:
           InputError: the checkpoint is of a model of another shape, or all are damaged.
         """
         damaged: dict[int, str] = {}
-        steps = self._steps()
+        steps = self.steps()
         for step in steps:
             try:
                 state, record = self._read(step, like)
@@ -108,27 +108,33 @@ class Checkpoints:
             )
         return None
 
-    def restore_params(self, like: PyTree) -> PyTree:
-        """The parameters of the newest checkpoint, without the rest of the state.
+    def restore_params(self, like: PyTree, step: int | None = None) -> PyTree:
+        """The parameters of a checkpoint, without the rest of the state.
 
         Args:
           like: as for `restore`, of the parameters.
+          step: of the checkpoint; None is the newest.
 
         Raises:
-          InputError: there is no checkpoint, or it is damaged, or it is of a model of another shape.
+          InputError: there is no such checkpoint, or it is damaged, or it is of a model of another shape.
         """
-        steps = self._steps()
+        steps = self.steps()
         if not steps:
             raise InputError(f"{self.folder} holds no checkpoint; run `rac3 train` first")
+        if step is None:
+            step = steps[0]
+        elif step not in steps:
+            kept = ", ".join(map(str, sorted(steps)))
+            raise InputError(f"{self.folder} holds no checkpoint of step {step}, only of {kept}; put back a copy")
         try:
-            return self._read(steps[0], {"params": like})[0]["params"]
+            return self._read(step, {"params": like})[0]["params"]
         except DamagedError as error:
             raise InputError(
-                f"checkpoint {self.folder}/{steps[0]} is damaged ({error}); put back a copy, or delete "
+                f"checkpoint {self.folder}/{step} is damaged ({error}); put back a copy, or delete "
                 f"{self.folder.parent} and train again"
             ) from error
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
         """All checkpoints, the newest first, as the first process sees them: all processes look at the same ones."""
         steps = sorted(self.manager.all_steps(), reverse=True)
         if jax.process_count() == 1:

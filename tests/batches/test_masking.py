@@ -150,6 +150,13 @@ def test_a_share_of_the_spans_grows_to_the_whole_segment():
     assert share_of_wholes(1.0) == 1
 
 
+def test_a_short_caption_is_as_often_a_whole_span_as_a_long_image():
+    """Of some 400 spans; by their ids, a caption would be in one of 35."""
+    masking = Masking(whole_segments=1.0, mean_spans=0.5)
+    spans = [span for sequence, row in drawn(masking, (30, 1024), 800) for span in choose_spans(masking, sequence, row)]
+    assert np.mean([span == (1, 31) for span in spans]) == pytest.approx(0.5, abs=0.08)
+
+
 #  <img alt=" t t t t " src=" i i i i i i "> <eod>     13 ids and <eod>; 10 of them are text or image
 #  0          1 2 3 4 5       6 ...     11 12 13
 FIRST, PLACE = 1 / 10, 1 / 13  # one draw picks one of the 10, the next one of the 13
@@ -169,6 +176,12 @@ FIRST, PLACE = 1 / 10, 1 / 13  # one draw picks one of the 10, the next one of t
         (Masking("cm3"), [(11.5 * PLACE, 2.5 * PLACE, 0)], [(2, 12)]),  # over all 13 ids, markup included
         (Masking("cm3"), [(12.5 * PLACE, 0, 0)], [(0, 13)]),  # all but <eod>
         (Masking(whole_segments=0.5), [(1.5 * FIRST, 0, 0.4), (5.5 * FIRST, 0, 0.6)], [(1, 5), (6, 8)]),
+        (
+            Masking(whole_segments=0.5),
+            [(4.5 * FIRST, 0.9, 0.4)],
+            [(1, 5)],
+        ),  # by number, although this id is the image's
+        (Masking(whole_segments=0.5), [(5.5 * FIRST, 0, 0.4)], [(6, 12)]),
     ],
 )
 def test_spans_of_given_draws_by_hand(masking, spans, expected):

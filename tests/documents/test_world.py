@@ -24,12 +24,19 @@ from rac3.documents.world import (
     nearest_settings,
 )
 
-SPLITS = ("train", "memory", "validation", "test")
+SPLITS = ("train", "memory", "validation", "tuning", "test")
 SETTINGS = len(GROUNDS) * len(WEATHERS) * len(FRAMES)
 
 
 def world(split: str, **fields: int) -> World:
-    sizes = {"seen": 12, "unseen": 5, "documents_per_entity": 4, "questions_per_entity": 2, "documents_per_shard": 10}
+    sizes = {
+        "seen": 12,
+        "unseen": 5,
+        "tuning": 3,
+        "documents_per_entity": 4,
+        "questions_per_entity": 2,
+        "documents_per_shard": 10,
+    }
     return World(split=split, **sizes | fields)  # type: ignore[arg-type]
 
 
@@ -48,13 +55,15 @@ def test_seen_and_unseen_entities_are_apart():
     names = {split: {name for name, _ in settings_of(split)} for split in SPLITS}
     entities = [entity.name for entity in world("train").entities()]
     assert names["train"] == names["validation"] == set(entities[:12])
-    assert names["memory"] == names["test"] == set(entities[12:])
-    assert len(set(entities)) == 17
+    assert names["test"] == set(entities[12:17])
+    assert names["tuning"] == set(entities[17:])
+    assert names["memory"] == set(entities[12:])
+    assert len(set(entities)) == 20
 
 
 def test_no_picture_is_in_two_splits():
     each = [settings_of(split) for split in SPLITS]
-    assert [len(pairs) for pairs in each] == [12 * 4, 5 * 4, 12 * 2, 5 * 2]  # and no pair twice in a split
+    assert [len(pairs) for pairs in each] == [12 * 4, 8 * 4, 12 * 2, 3 * 2, 5 * 2]  # and no pair twice in a split
     assert len(set().union(*each)) == sum(map(len, each))
 
 
@@ -67,6 +76,8 @@ def test_documents_name_their_entity_and_keep_their_keys_apart():
             assert document.key.startswith(split)
             assert document.metadata["entity"] == document.text.split()[0]
             assert document.metadata["seen"] == (split in ("train", "validation"))
+            setting = Setting(*(document.metadata[key] for key in ("ground", "weather")), "").words.split(" with")[0]
+            assert document.text.split(" ", 1)[1] == f"{setting} with {document.metadata['frame']}"
 
 
 def test_the_world_is_a_function_of_its_fields():
@@ -143,6 +154,26 @@ def test_the_setting_is_told_by_what_is_around_the_emblem():
         nearest_settings(images[:, :32])
 
 
+def test_the_world_judges_its_own_pictures():
+    """By the metadata of its documents, of any split, with noise; and by no field that it can't see."""
+    source = world("test")
+    for split in ("tuning", "validation"):
+        found = documents(world(split))
+        images = np.stack([document.images[0].pixels() for document in found]).astype(int)
+        noisy = (images + np.random.default_rng(0).integers(-40, 41, images.shape)).clip(0, 255).astype(np.uint8)
+        assert source.shown(noisy) == [{key: each.metadata[key] for key in source.judged} for each in found]
+    assert source.judged == ("entity", "ground", "weather", "frame")
+    setting = Setting("grass", "rain", "a gold")
+    assert setting.fields == {"ground": "grass", "weather": "rain", "frame": "a gold frame"}
+    assert setting.words == "on grass in rain with a gold frame"
+
+
+def test_a_world_without_entities_to_tune_on_has_no_such_split():
+    with pytest.raises(InputError, match="tuning=0 leaves no entity for the split tuning"):
+        world("tuning", tuning=0)
+    assert len(world("test", tuning=0).entities()) == 17
+
+
 def test_a_name_says_nothing_of_the_emblem():
     """Names that start with the same letter have different colors."""
     one, other = world("train", seen=50).entities(), world("train", seen=51).entities()
@@ -163,6 +194,7 @@ def test_a_name_says_nothing_of_the_emblem():
         ),
         ({"seen": 0}, "seen=0"),
         ({"unseen": 0}, "unseen=0"),
+        ({"tuning": -1}, "tuning=-1"),
         ({"questions_per_entity": 0}, "questions_per_entity=0"),
         ({"documents_per_shard": 0}, "documents_per_shard=0"),
     ],

@@ -25,7 +25,7 @@ def test_report_of_the_image_tokenizer(finished_workdir, capsys):
     assert f"report: {page}" in capsys.readouterr().out
 
     metrics = json.loads((workdir / "report" / "encoders.json").read_text())
-    assert list(metrics) == ["train", "memory", "validation", "test"]
+    assert list(metrics) == ["train", "memory", "validation", "tuning", "test"]
     experiment = tiny_config.get_config()
     codec = Run(experiment, Workdir(workdir, "tiny")).images
     source = experiment.data.sources()["test"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ from rac3 import recipes
 from rac3.artifacts.arrays import read_array
 from rac3.artifacts.workdir import Workdir
 from rac3.cli import STAGES
-from rac3.config import load_config_module
+from rac3.config import InputError, load_config_module
 from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
-from rac3.documents.world import World, draw
+from rac3.documents.world import World, all_settings, draw
 from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.evaluation.settings import EvaluationConfig
@@ -39,13 +40,14 @@ from rac3.stages.evaluate import (
     MODALITIES,
     EvaluateOptions,
     _accuracies,
+    _baselines,
     _caption_scores,
-    _copied,
     _evaluate_split,
     _groups,
     _perplexities,
     _too_long,
     _write_samples,
+    best_step,
     comparisons,
     evaluate,
     evaluate_encoders,
@@ -272,34 +274,147 @@ def test_accuracies_compare_each_row_with_its_own_document(run: Run, items, expe
     assert len(set(names)) == 4
     pictures = np.stack([item.document.images[0].pixels() for item in items])
     captions = [f"the flag of {name}" for name in names]
-    assert _accuracies(experiment, items, pictures, captions) == {"entity_accuracy": 1, "name_accuracy": 1}
+    found = _accuracies(experiment, items, pictures, captions)
+    assert found == {"entity_accuracy": 1, "joint_accuracy": 1, "name_accuracy": 1, "joint_name_accuracy": 0}
     some = pictures.copy()
     some[[0, 2]] = pictures[[2, 0]]
     some[3] = draw(world.entities()[0], next(setting for _, setting in world._plan()))
     mixed = [captions[1], captions[0], *captions[2:]]
-    assert _accuracies(experiment, items, some, mixed) == {"entity_accuracy": 1 / 4, "name_accuracy": 2 / 4}
+    found = _accuracies(experiment, items, some, mixed)
+    assert (found["entity_accuracy"], found["name_accuracy"]) == (1 / 4, 2 / 4)
 
 
-def test_copying_takes_the_first_document_that_each_part_retrieved(run: Run, neighbors: np.ndarray, memory):
+def test_joint_accuracies_ask_for_the_setting_too(run: Run, items, experiment: Experiment):
+    """Of four pictures and captions, one of each has another setting, and another one another entity."""
+    entities = {entity.name: entity for entity in World(seen=12, unseen=4).entities()}
+    names = [str(item.document.metadata["entity"]) for item in items]
+    texts = [item.document.text for item in items]
+    settings = {setting.words: setting for setting in all_settings()}
+    own = [settings[text.split(" ", 1)[1]] for text in texts]
+    other = next(each for each in all_settings() if each.frame != own[0].frame and each.ground == own[0].ground)
+    drawn = [draw(entities[names[0]], other), draw(entities[names[2]], own[1])]
+    drawn += [draw(entities[name], setting) for name, setting in zip(names[2:], own[2:], strict=True)]
+    captions = [f"{names[0]} {other.words}", texts[1].replace(names[1], names[2]), *texts[2:]]
+    assert _accuracies(experiment, items, np.stack(drawn), captions) == {
+        "entity_accuracy": 3 / 4,
+        "joint_accuracy": 2 / 4,
+        "name_accuracy": 3 / 4,
+        "joint_name_accuracy": 2 / 4,
+    }
+    bare = [
+        replace(item, document=replace(item.document, metadata={"entity": names[i]})) for i, item in enumerate(items)
+    ]
+    unknown = _accuracies(experiment, bare, np.stack(drawn), captions)  # documents that do not say all that is judged
+    assert (unknown["entity_accuracy"], unknown["joint_accuracy"], unknown["joint_name_accuracy"]) == (
+        3 / 4,
+        None,
+        None,
+    )
+
+
+def test_copying_takes_the_first_document_that_each_part_retrieved(run: Run, items, neighbors: np.ndarray, memory):
     """The picture of what the text retrieved, as its codes have it, and the text of what the image retrieved."""
-    images, captions = _copied(run, neighbors)
+    images, captions = _baselines(run, items, neighbors, 2)["copied"]
     for row, image, caption in zip(neighbors, images, captions, strict=True):
         by_text, by_image = memory[row[TEXT, 0]], memory[row[IMAGE, 0]]
         assert same_picture(image, run.images.decode(by_text.ids[1][None])[0])
         assert caption == by_image.document.text
-    nothing = np.full_like(neighbors[:1], -1)
-    assert (_copied(run, nothing)[0].max(), _copied(run, nothing)[1]) == (0, [""])
+    images, captions = _baselines(run, items[:1], np.full_like(neighbors[:1], -1), 2)["copied"]
+    assert (images.max(), captions) == (0, [""])
 
 
-def test_what_copying_scores_is_in_the_metrics(
+def test_the_mean_is_of_the_documents_in_context(run: Run, items, neighbors: np.ndarray, memory):
+    """In pixels, of as many as there are: of the first row, only one."""
+    some = neighbors.copy()
+    some[0, TEXT, 1:] = -1
+    images, captions = _baselines(run, items, some, 2)["mean"]
+    assert captions == []
+    for number, (row, image) in enumerate(zip(some, images, strict=True)):
+        decoded = run.images.decode(np.stack([memory[i].ids[1] for i in row[TEXT, : 2 if number else 1]]))
+        assert np.abs(image - decoded.astype(float).mean(0)).max() <= 1.5  # rounding, twice
+
+
+def test_the_truth_and_its_codes_are_baselines(run: Run, items, neighbors: np.ndarray):
+    made = _baselines(run, items, neighbors, 2)
+    assert list(made) == ["copied", "mean", "reconstructed", "original"]
+    pictures = np.stack([item.document.images[0].pixels() for item in items])
+    np.testing.assert_array_equal(made["original"][0], pictures)
+    assert made["original"][1] == [item.document.text for item in items]
+    again = run.images.decode(np.stack([item.ids[1] for item in items]))
+    assert all(map(same_picture, made["reconstructed"][0], again))
+    assert list(_baselines(run, items, neighbors, 0)) == ["reconstructed", "original"]  # nothing is retrieved
+    text = replace(
+        items[0], document=replace(items[0].document, segments=items[0].document.segments[:1]), ids=items[0].ids[:1]
+    )
+    assert list(_baselines(run, [text, *items[1:]], neighbors, 2)) == ["copied", "mean"]
+
+
+def test_what_baselines_score_is_in_the_metrics(
     evaluated: Evaluated, run: Run, items, experiment: Experiment, neighbors
 ):
-    assert evaluated.metrics["copied"] == _accuracies(experiment, items, *_copied(run, neighbors))
+    made = _baselines(run, items, neighbors, 2)
+    assert evaluated.metrics["baselines"] == {
+        name: _accuracies(experiment, items, *each) for name, each in made.items()
+    }
+    truth = evaluated.metrics["baselines"]["original"]
+    assert truth == dict.fromkeys(truth, 1)
+    assert evaluated.metrics["baselines"]["copied"]["joint_accuracy"] == 0  # the setting is always another one
+
+
+BY_STEP = {3: {"image": 6.0, "text": 5.95}, 5: {"image": 7.0, "text": 5.0}, 6: {"image": 3.0, "text": 12.5}}
+
+
+def test_the_best_step_has_the_lowest_product_of_perplexities(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """35, against 35.7 (of a smaller sum) and 37.5, on the tuning documents, after as many as an evaluation has."""
+    asked: list[tuple[Any, ...]] = []
+
+    def by_step(run: Run, _: Any, items: Any, neighbors: np.ndarray, k: int) -> dict[str, float | None]:
+        asked.append((run.step, run.experiment, run.trained, [*items], k))
+        return BY_STEP[run.step]
+
+    monkeypatch.setattr(stage, "_perplexities", by_step)
+    monkeypatch.setattr(stage, "held_out", lambda run, split: ([split], np.zeros((1, 2, 3), int)))
+    monkeypatch.setattr(Run, "kept_steps", lambda run: [3, 5, 6])
+    monkeypatch.setattr(Run, "model", None)
+    monkeypatch.setattr(stage, "make_token_cross_entropy", lambda model: None)
+    for each, k in ((experiment, 2), (experiment.vanilla(), 0)):
+        run = Run(each, Workdir(tmp_path, "tiny"))
+        assert [best_step(run), best_step(run)] == [5, 5]
+        assert asked == [(step, each, each, ["tuning"], k) for step in (3, 5, 6)]  # once
+        assert capsys.readouterr().out == f"best step of {each.model_name}: 5, of 3, 5, 6\n"
+        asked.clear()
+        folder = run.artifact(recipes.best).folder
+        found = json.loads((folder / "metrics.json").read_text())
+        assert found["perplexity"] == {str(step): values for step, values in BY_STEP.items()}
+    monkeypatch.setitem(BY_STEP, 3, {"image": 4.0, "text": None})  # a modality that there is not
+    longer = replace(experiment, training=replace(experiment.training, keep=20))
+    assert best_step(Run(longer, Workdir(tmp_path, "tiny"))) == 3
+
+
+def test_a_step_has_its_own_parameters(experiment: Experiment, store: Workdir):
+    """Those of its checkpoint, whatever is open already; of the tiny run, steps 3 and 6 are kept."""
+    last = Run(experiment, store)
+    assert last.kept_steps() == [3, 6]
+    leaves = [
+        jax.tree.leaves(each.params)
+        for each in (last, last.variant(experiment, experiment, 3), last.variant(experiment, experiment, 6))
+    ]
+    same = [all(np.array_equal(a, b) for a, b in zip(leaves[0], each, strict=True)) for each in leaves[1:]]
+    assert same == [False, True]
+    third = last.variant(experiment, experiment, 3)
+    assert [each.step for each in (third, third.with_retriever(Exact()), pickle.loads(pickle.dumps(third)))] == [3] * 3
+    assert third.model_name == "ra_cm3_best"
+    assert third.engine is not last.engine
+    assert third.evaluation_recipe.fingerprint != last.evaluation_recipe.fingerprint
+    with pytest.raises(InputError, match="holds no checkpoint of step 4, only of 3, 6"):
+        _ = last.variant(experiment, experiment, 4).params
 
 
 def test_accuracies_without_meaning_are_none(items, experiment: Experiment):
     pictures, captions = np.zeros((4, 40, 40, 3), np.uint8), ["a"] * 4
-    none = {"entity_accuracy": None, "name_accuracy": None}
+    none = dict.fromkeys(("entity_accuracy", "joint_accuracy", "name_accuracy", "joint_name_accuracy"))
     assert _accuracies(experiment, items, pictures[1:], captions[1:]) == none  # a document lacks a text, or an image
     seen = replace(experiment, data=replace(experiment.data, entity_field="seen"))
     assert _accuracies(seen, items, pictures, ["it is false", *captions[1:]])["name_accuracy"] == 1 / 4
@@ -318,7 +433,7 @@ def test_accuracies_without_meaning_are_none(items, experiment: Experiment):
         shards = read = lambda *_: ()
 
     other = replace(experiment, data=replace(experiment.data, train=Other()))
-    assert _accuracies(other, items, pictures, captions) == {"entity_accuracy": None, "name_accuracy": 0}
+    assert _accuracies(other, items, pictures, captions) == none | {"name_accuracy": 0}
 
 
 def test_documents_that_name_no_entity_are_left_out(items, experiment: Experiment):
@@ -331,7 +446,7 @@ def test_documents_that_name_no_entity_are_left_out(items, experiment: Experimen
     ]
     pictures = np.stack([item.document.images[0].pixels() for item in items])
     found = _accuracies(experiment, some, pictures, [f"a {names[0]}", "a", "a", "a"])
-    assert found == {"entity_accuracy": 1, "name_accuracy": 1 / 2}
+    assert (found["entity_accuracy"], found["name_accuracy"]) == (1, 1 / 2)
 
 
 @pytest.mark.usefixtures("no_perplexity")
@@ -548,22 +663,28 @@ def test_each_comparison_is_of_the_right_model_and_retriever(experiment: Experim
     compared = comparisons(run)
     assert pairs(compared) == {
         "ra_cm3": (experiment, experiment),
+        "cm3_best": (cm3, cm3),
         "cm3": (cm3, cm3),
         "ra_cm3_random": (random, experiment),
     }
     assert compared["ra_cm3"] is run
+    best = best_step(run.variant(cm3, cm3))
+    assert {name: each.step for name, each in compared.items() if each.step is not None} == {"cm3_best": best}
+    untuned = replace(experiment, data=replace(experiment.data, tuning=None))
+    assert list(comparisons(Run(untuned, store))) == ["ra_cm3", "cm3", "ra_cm3_random"]
     exact = replace(experiment, retriever=Exact(num_neighbors=5))
     assert pairs(comparisons(Run(exact, store, experiment))) == {
         "ra_cm3_exact": (exact, experiment),
+        "cm3_best": (cm3, cm3),
         "cm3": (cm3, cm3),
         "ra_cm3_random": (replace(experiment, retriever=Random(num_neighbors=5)), experiment),
     }
     swapped = pairs(comparisons(Run(random, store, experiment)))
-    assert list(swapped) == ["ra_cm3_random", "cm3"]
+    assert list(swapped) == ["ra_cm3_random", "cm3_best", "cm3"]
     assert swapped["ra_cm3_random"] == (random, experiment)
     assert pairs(comparisons(Run(cm3, store))) == {"cm3": (cm3, cm3)}
     unretrieved = pairs(comparisons(Run(cm3, store, experiment)))
-    assert list(unretrieved) == ["ra_cm3_noretriever", "cm3", "ra_cm3_random"]
+    assert list(unretrieved) == ["ra_cm3_noretriever", "cm3_best", "cm3", "ra_cm3_random"]
     assert unretrieved["ra_cm3_random"] == (replace(experiment, retriever=Random(num_neighbors=1)), experiment)
     alone = replace(experiment, compare_with_cm3=False, evaluation=replace(SETTINGS, control=False))
     assert pairs(comparisons(Run(alone, store))) == {"ra_cm3": (alone, alone)}
@@ -577,6 +698,7 @@ def test_all_comparisons_are_retrieved_for_and_evaluated(
     # The report comes first: it imports `evaluate`, which would be what it is replaced with from then on.
     monkeypatch.setattr("rac3.report.experiment.collect", lambda run: (run.experiment, run.trained))
     monkeypatch.setattr("rac3.report.experiment.summary", lambda found: f"of {found == (exact, experiment)}")
+    monkeypatch.setattr(stage, "best_step", lambda run: 3)
     for module, name in (("retrieve", "index"), ("retrieve", "retrieve"), ("evaluate", "evaluate")):
         monkeypatch.setattr(
             f"rac3.stages.{module}.{name}",
@@ -586,7 +708,7 @@ def test_all_comparisons_are_retrieved_for_and_evaluated(
     run = Run(exact, Workdir(tmp_path, "tiny"), experiment)
     STAGES["evaluate"].work(run, EvaluateOptions())
     compared = pairs(comparisons(run))
-    assert len(compared) == 3
+    assert len(compared) == 4
     assert done == [
         step
         for pair in compared.values()

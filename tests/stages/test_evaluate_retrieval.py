@@ -285,9 +285,10 @@ def test_each_held_out_split_is_judged_by_its_own_vectors(
     store = Workdir(workdir, "tiny")
     monkeypatch.setattr(stage, "_search", lambda *_: {"points": []})
     metrics = evaluate_retrieval(Run(experiment, store))
-    assert list(metrics["splits"]) == ["validation", "test"]
-    assert list(metrics["selection"]) == ["train", "validation", "test"]
-    for split, values in metrics["splits"].items():
+    assert list(metrics["splits"]) == ["validation", "tuning", "test"]
+    assert list(metrics["selection"]) == ["train", "validation", "tuning", "test"]
+    for split in ("validation", "test"):
+        values = metrics["splits"][split]
         text, image = (query_vectors(experiment, store, split, part)[:4] for part in ("text", "image"))
         assert (values["documents"], values["pairs"]["pairs"]) == (4, 4)
         ranks = (text @ image.T > np.diag(text @ image.T)[:, None]).sum(1)

@@ -62,7 +62,7 @@ def test_a_part_joins_the_memory_of_a_trained_model_and_leaves_it(workdir: Path,
     added = ["--add-memory", f"news={tmp_path / 'shards'}"]
     assert rac3("prepare", TINY, *place, *added) == 0
     new = sorted(path.split("/")[0] for path in artifacts(workdir) - before)
-    assert new == ["documents", "embeddings", "index", "neighbors", "neighbors"]  # of validation and of test
+    assert new == ["documents", "embeddings", "index", *["neighbors"] * 3]  # of all that is held out
     assert rac3("evaluate", TINY, *place, *added, "--task", "retrieval") == 0
     more, _ = parse("evaluate", experiment, [*added, *place])
     assert list(more.data.memory) == ["memory", "news"]
