@@ -50,7 +50,7 @@ RETRIEVERS: dict[str, Callable[[], Retriever]] = {
     "none": NoRetriever,
 }
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
-MESSAGE = 300  # characters that are shown of an error in a config
+MESSAGE = 300  # characters that are shown of an error in a config or in arguments
 AT_INFERENCE = ("evaluate", "generate", "demo", "report")  # stages that leave the model as it is
 REFUSALS = {
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room",  # on a disk, in a quota, under a process's limit
@@ -327,7 +327,7 @@ def _one_line(text: str, stage: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     text = " ".join(re.sub(r"[│╭╮╰╯╷╵]+", " ", text).replace("─", "-").split())
     parts = [part.strip() for part in re.split(r"-{5,}", text) if part.strip()]
-    message = (parts[1:] or parts or ["bad arguments"])[0]
+    message = (parts[1:] or parts or ["bad arguments"])[0][:MESSAGE]
     meant = ""
     if unknown := re.match(r"Unrecognized options: ([^\s,=]+)", message):
         flags = re.findall(r"--(?!help)\w\S*", text.partition("Perhaps you meant:")[2])

@@ -1,10 +1,11 @@
 """Eight fake CPU devices for every test, jaxtyping shapes checked at run time, and what many tests start from."""
 
 import fcntl
+import gc
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -92,6 +93,16 @@ def store(finished_workdir: tuple[Path, Path]):
 def workdir(finished_workdir: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy of a finished run."""
     return shutil.copytree(finished_workdir[1], tmp_path / "tiny")
+
+
+@pytest.fixture
+def collects() -> Iterator[None]:
+    """For tests of damaged checkpoints, which expect `PytestUnraisableExceptionWarning`.
+
+    At the first part that fails, orbax leaves the others to fail later, where Python can only report it: in this test.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture

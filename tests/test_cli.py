@@ -397,6 +397,13 @@ def test_a_word_that_is_near_a_known_one_is_asked_after(arguments: list[str], me
     assert re.findall(r"; did you mean (.*)\?", line) == ([] if meant is None else [meant])
 
 
+@pytest.mark.parametrize("option", ["--" + "a" * 5000, "--seed", "--training.steps"])
+def test_a_long_argument_is_quoted_in_part(option: str):
+    with pytest.raises(InputError) as error:
+        parse("train", tiny(), [option, "b" * 5000])
+    assert len(str(error.value)) < 600
+
+
 def test_a_retriever_of_the_command_line_takes_its_options():
     options = ["--retriever.factory", "IVF16,PQ8", "--retriever.search", "nprobe=4"]
     experiment, _ = parse("evaluate", tiny(), ["retriever:faiss", *options])

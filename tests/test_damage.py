@@ -83,6 +83,8 @@ def test_a_manifest_is_named(stage: str, way: str, shared: Path, harm: Callable[
         READERS[stage](run)
 
 
+@pytest.mark.usefixtures("collects")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("way", ["cut", "missing", "empty"])  # for a flipped bit see tests/training/test_checkpoint.py
 def test_the_files_of_the_newest_checkpoint_are_named(way: str, shared: Path, harm: Callable[..., None]):
     """The message names the checkpoint, a folder whose files hold parts of many arrays each."""
@@ -103,7 +105,7 @@ def test_a_record_of_the_workdir_is_named(
     if (name, way) == ("workdir.json", "flipped"):  # in what it says
         (shared / name).write_text((finished_workdir[1] / name).read_text().replace("tiny", "tinx"))
     if (name, way) == ("workdir.json", "missing"):
-        with pytest.raises(InputError, match="holds files that rac3 did not write, such as clip; "):
+        with pytest.raises(InputError, match="holds files that rac3 did not write, such as best; "):
             package.load(shared)
         return
     says = {"workdir.json": "is damaged: .*of the config", "experiment.json": "is damaged|so it is no workdir"}
@@ -152,7 +154,7 @@ def test_the_audit_names_all_that_is_damaged(
 ):
     run = package.load(shared)
     assert re.fullmatch(
-        r"audit: \d+ files of 26 artifacts, [\d.]+ MB: all as they were written", audit_files(run.workdir)
+        r"audit: \d+ files of 31 artifacts, [\d.]+ MB: all as they were written", audit_files(run.workdir)
     )
     capsys.readouterr()
     checkpoint = next((folder_of(run, "train") / "checkpoints" / "3").rglob("ocdbt*/d/*"))

@@ -160,7 +160,7 @@ def test_the_shards_are_many(whole: Path):
     """Else nothing below would be interrupted in the middle of anything."""
     sizes = {stage: len(list((whole / stage).glob("*/document/c/*/0"))) for stage in ("embeddings",)}
     assert sizes == {"embeddings": 8 + 3}
-    assert len(list((whole / "documents").rglob("*.array_record"))) == 1 + 1 + 6 + 1
+    assert len(list((whole / "documents").rglob("*.array_record"))) == 1 + 1 + 6 + 1 + 1
     assert not list(whole.rglob("*.tmp"))
 
 

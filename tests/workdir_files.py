@@ -11,6 +11,7 @@ from rac3 import recipes
 from rac3.answering import Model
 from rac3.report.experiment import collect
 from rac3.retrieval.retriever import Queries
+from rac3.stages.evaluate import comparisons
 
 
 def _documents(run: Model) -> object:
@@ -35,6 +36,7 @@ READERS: dict[str, Callable[[Model], object]] = {
     "index": _index,
     "neighbors": lambda run: [np.asarray(run.neighbors("train", name)[:]) for name in ("ids", "scores")],
     "train": lambda run: run.training_metrics(),
+    "best": lambda run: comparisons(run)["cm3_best"].step,
     "evaluation": collect,
 }
 """What reads each artifact, as the stages do; what it gives, a changed file must not change."""
@@ -55,6 +57,7 @@ FILES = {
     "index": ("dataset.npy", "scann_assets.pbtxt", "scann_config.pb"),
     "neighbors": ("ids/c/0/0/0", "ids/zarr.json", "scores/c/0/0/0", "scores/zarr.json"),
     "train": ("metrics.jsonl",),
+    "best": ("metrics.json",),
     "evaluation": ("metrics.json", "test.json", "test.npy", "validation.json", "validation.npy"),
 }
 """Every file of each artifact, besides its manifest, checkpoints and logs."""
@@ -65,6 +68,8 @@ def recipe_of(run: Model, stage: str) -> recipes.Recipe:
         return run.training_recipe
     if stage == "evaluation":
         return run.evaluation_recipe
+    if stage == "best":
+        return recipes.best(run.experiment.vanilla())
     of = getattr(recipes, stage)
     return of(run.experiment) if stage in ("text", "vqgan", "clip") else of(run.experiment, "train")
 

@@ -44,7 +44,9 @@ def read_weights(file: Path, wanted: Wanted = everything) -> dict[str, np.ndarra
         here = {names[name] for name, place in places.items() if place == shard.name and wanted(names[name])}
         found = _read_file(shard, wanted, {name: names[name] for name, place in places.items() if place == shard.name})
         if missing := sorted(here - found.keys()):
-            raise InputError(f"{str(shard)!r} lacks {missing[0]!r}, which {file.name} says it has; download both again")
+            raise InputError(
+                f"{str(shard)!r} lacks {quoted(missing[0])}, which {file.name} says it has; download both again"
+            )
         weights |= {name: found[name] for name in here}
     return weights
 

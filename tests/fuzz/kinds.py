@@ -449,7 +449,7 @@ def workdir_file(folder: Path, finished: Path | None = None) -> Case:
         run(["run", tiny_config.__file__, "--workdir", str(finished), "--no-compare-with-cm3"])
     copy = linked(finished, folder / "copy")
     opened = package.load(copy)
-    stages = [stage for stage in FILES if stage not in ("evaluation", "index")]
+    stages = [stage for stage in FILES if stage not in ("evaluation", "best", "index")]
     before = {stage: jax.tree.map(np.asarray, READERS[stage](opened)) for stage in stages}
     files = [(stage, path) for stage in stages for path in folder_of(opened, stage).rglob("*") if path.is_file()]
     files = [

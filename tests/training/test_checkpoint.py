@@ -1,11 +1,10 @@
 """Checkpoints: exact, on any mesh, never of another model, and never a damaged one."""
 
-import gc
 import random
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -174,14 +173,6 @@ def restored(folder: Path) -> int:
 
 def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-# At the first part that fails, orbax leaves the others to fail later, where Python can only report it.
-# They are collected in the test that makes them, as the last ones would otherwise be errors when pytest ends.
-@pytest.fixture
-def collects() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 def leaves_errors_behind(test: Callable) -> Callable:

@@ -40,6 +40,9 @@ def test_a_weight_that_is_not_where_the_index_says(tmp_path: Path):
     ):
         read_weights(index)
     assert list(read_weights(index, lambda name: name == "x")) == ["x"]
+    with pytest.raises(InputError) as error:
+        read_weights(write_index(tmp_path, {"y" * 5000: "a.safetensors"}))
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
