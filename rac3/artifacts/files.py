@@ -28,6 +28,7 @@ CHECKED_BY_READERS = (".array_record", ".u2", ".u4")  # as are the chunks of arr
 READ_LATER = ("checkpoints", "tensorboard")  # subfolders: of files that have other checks, or that nothing reads
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a full or read-only disk answers
 LOGS = ("metrics.jsonl", "tensorboard")  # with times of the clock: they differ however equal the rest is
+LARGE = 2**33  # bytes: to hash more takes ten seconds and up, each time that an artifact is opened
 THREADS = 8  # that wait for a network file system; hashing takes a core each
 
 Files = Mapping[str, Sequence[Any]]
@@ -73,7 +74,8 @@ def damage(folder: Path, files: Files, everything: bool = False) -> Iterator[tup
     """Each file below `folder` that is not as `files` has it, and what is wrong with it.
 
     Args:
-      everything: also look at files that are checked when they are read, or that are read by nobody.
+      everything: also look at files that are checked when they are read, or that are read by nobody, and hash those of
+        more than `LARGE` bytes, of which else only the size is compared.
     """
 
     def problem(name: str) -> str:
@@ -83,7 +85,8 @@ def damage(folder: Path, files: Files, everything: bool = False) -> Iterator[tup
         found = path.stat().st_size
         if found != size:
             return f"is damaged: it has {found:,} bytes, not {size:,}"
-        return "is damaged: its SHA-256 is another" if digest and _sha256(path) != digest else ""
+        hashed = digest and (everything or size <= LARGE)
+        return "is damaged: its SHA-256 is another" if hashed and _sha256(path) != digest else ""
 
     names = [name for name in files if everything or name.split("/")[0] not in READ_LATER]
     with ThreadPoolExecutor(THREADS) as threads:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rac3.artifacts.files import damage
+from rac3.artifacts.files import damage, describe
 from rac3.artifacts.recipe import Recipe
 from rac3.artifacts.workdir import MANIFEST, OWNER, TEMPORARY, Workdir, temporary_path, write_atomic
 from rac3.config import InputError
@@ -467,6 +467,20 @@ def test_a_first_write_that_fails_leaves_a_workdir_that_can_be_used(workdir: Wor
     assert list(workdir.path.iterdir()) == []
     with Workdir(workdir.path, "quickstart").write(RECIPE):
         pass
+
+
+@pytest.mark.parametrize(("largest", "found"), [(2, []), (3, ["index"])])
+def test_very_large_files_are_hashed_by_the_audit_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, found: list[str]
+):
+    monkeypatch.setattr("rac3.artifacts.files.LARGE", largest)
+    (tmp_path / "index").write_bytes(b"abc")
+    files = describe(tmp_path)
+    (tmp_path / "index").write_bytes(b"abd")
+    assert [path.name for path, _ in damage(tmp_path, files)] == found
+    assert [path.name for path, _ in damage(tmp_path, files, everything=True)] == ["index"]
+    (tmp_path / "index").write_bytes(b"ab")
+    assert [path.name for path, _ in damage(tmp_path, files)] == ["index"]
 
 
 @pytest.mark.parametrize(
