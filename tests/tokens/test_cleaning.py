@@ -13,6 +13,7 @@ ODD = {
     "\ufb01re \ufb02ower": "fire flower",
     "\uff26\uff4f\uff58 \uff11\uff12": "fox 12",
     "salt &amp;amp; pepper &lt;b&gt;": "salt & pepper <b>",
+    "a < b &amp;amp; c": "a < b & c",  # beside a tag, ftfy leaves entities alone
     "caf\u00c3\u00a9": "caf\u00e9",  # UTF-8 that was read as Latin-1
     "  two \t\n spaces\u00a0here ": "two spaces here",
     "cafe\u0301": "caf\u00e9",
