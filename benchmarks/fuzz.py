@@ -36,7 +36,7 @@ SHARES = {  # of the cases: fewer of what takes longer
 }
 MEMORY = 2e9  # bytes that the peak may rise in a case
 EXAMPLES = 5  # faults of a kind that are listed
-STUCK = 180  # seconds without a case after which a process is ended
+STUCK = 180  # seconds after a case without another one, after which a process is ended
 
 
 def peak() -> int:
@@ -80,7 +80,7 @@ def run(name: str, cases: int, start: int) -> dict[str, Any]:
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
                 while process.poll() is None:
                     time.sleep(1)
-                    if time.time() - log.stat().st_mtime > STUCK:
+                    if log.stat().st_size and time.time() - log.stat().st_mtime > STUCK:
                         process.kill()
             found += map(json.loads, log.read_text().splitlines())
             if len(found) < cases:

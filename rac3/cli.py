@@ -22,7 +22,7 @@ import jax
 from rac3 import recipes
 from rac3.answering import Model
 from rac3.artifacts.workdir import Workdir
-from rac3.config import InputError, check_settings, load_config_module, shipped_configs
+from rac3.config import InputError, check_settings, load_config_module, quoted, shipped_configs
 from rac3.devices.cpu import keep_freed_memory
 from rac3.devices.processes import Distributed, Processes, leave
 from rac3.documents.webdataset import WebDataset
@@ -291,9 +291,11 @@ class MemoryOptions:
         for each in self.add_memory:
             name, _, folder = each.partition("=")
             if not name or not folder:
-                raise InputError(f"--add-memory {each!r} is not NAME=FOLDER; such as news=/data/news")
+                raise InputError(f"--add-memory {quoted(each)} is not NAME=FOLDER; such as news=/data/news")
             if name in memory:
-                raise InputError(f"--add-memory {each!r}: the memory has a part {name!r} already; use another name")
+                raise InputError(
+                    f"--add-memory {quoted(each)}: the memory has a part {quoted(name)} already; use another name"
+                )
             memory[name] = WebDataset(folder)
         return dataclasses.replace(data, memory=memory, withdrawn=data.withdrawn + self.withdraw_memory)
 

@@ -397,7 +397,7 @@ def test_a_word_that_is_near_a_known_one_is_asked_after(arguments: list[str], me
     assert re.findall(r"; did you mean (.*)\?", line) == ([] if meant is None else [meant])
 
 
-@pytest.mark.parametrize("option", ["--" + "a" * 5000, "--seed", "--training.steps"])
+@pytest.mark.parametrize("option", ["--" + "a" * 5000, "--seed", "--training.steps", "--add-memory"])
 def test_a_long_argument_is_quoted_in_part(option: str):
     with pytest.raises(InputError) as error:
         parse("train", tiny(), [option, "b" * 5000])
