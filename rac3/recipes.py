@@ -19,6 +19,7 @@ from rac3.tokens.text import tokenizer_identity
 from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.frozen import FrozenVQGAN
 from rac3.vqgan.published import checkpoint_files
+from rac3.weights.checkpoint_files import content_identity
 from rac3.weights.fitting import FitConfig
 
 OWN = "object"  # in the recipe of an encoder that the user's config defines; it has no artifact
@@ -74,7 +75,7 @@ def text_documents(experiment: Experiment) -> int:
 
 
 def vqgan(experiment: Experiment) -> Recipe:
-    """A checkpoint's recipe holds its path, its resolution, and the names and sizes of its files; no documents.
+    """A checkpoint's recipe holds its path, its resolution, and what its files are; no documents.
 
     Raises:
       InputError: the checkpoint, or a file of it, does not exist; or weights of the perceptual loss don't.
@@ -84,14 +85,12 @@ def vqgan(experiment: Experiment) -> Recipe:
         return Recipe("vqgan", {OWN: config})
     if config.checkpoint is not None:
         files = checkpoint_files(Path(config.checkpoint))
-        sizes = [
-            [path.name, path.stat().st_size] for path in (*files.configs, *filter(None, [files.index]), *files.weights)
-        ]
-        where = {"checkpoint": Path(config.checkpoint).resolve(), "resolution": config.resolution, "files": sizes}
+        content = content_identity([*files.configs, *filter(None, [files.index]), *files.weights])
+        where = {"checkpoint": Path(config.checkpoint).resolve(), "resolution": config.resolution, "files": content}
         return Recipe("vqgan", where)
     fitted: dict[str, Any] = {"vqgan": _fitted(config), "data": fitting_data(experiment), "seed": experiment.seed}
     if config.objective.perceptual.weights:
-        fitted["perceptual"] = [path.stat().st_size for path in config.objective.perceptual.files()]
+        fitted["perceptual"] = [content_identity([path]) for path in config.objective.perceptual.files()]
     return Recipe("vqgan", fitted)
 
 
@@ -224,17 +223,11 @@ def retrieval(experiment: Experiment) -> Recipe:
 def reference(experiment: Experiment, split: Split) -> Recipe:
     """The features of the real pictures of a split, by the network that `evaluation.features` names."""
     config = {
-        "features": _features(experiment),
+        "features": content_identity([weights_file(experiment.evaluation.features)]),
         "documents": experiment.evaluation.documents,
         "clip_dtype": _dtype(experiment.clip),
     }
     return Recipe("reference", config, {"documents": documents(experiment, split), "clip": clip(experiment)})
-
-
-def _features(experiment: Experiment) -> list[Any]:
-    """The file of a network: its name and its size."""
-    file = weights_file(experiment.evaluation.features)
-    return [file.name, file.stat().st_size]
 
 
 def best(trained: Experiment) -> Recipe:

@@ -605,10 +605,13 @@ def test_a_split_that_is_not_there_is_not_evaluated(fitted: Experiment):
         ("vqgan/README.md", NOTHING),
     ],
 )
-def test_a_checkpoint_is_known_by_the_sizes_of_its_files(file: str, stages: Stages, fitted: Experiment, folder: Path):
+@pytest.mark.parametrize("content", ["another checkpoint, of another size", "key 2\n"])
+def test_a_checkpoint_is_known_by_what_its_files_hold(
+    file: str, stages: Stages, content: str, fitted: Experiment, folder: Path
+):
     loaded = with_checkpoints(fitted)
     before = made(loaded)
-    (folder / file).write_text("another checkpoint, of another size")
+    (folder / file).write_text(content)
     assert changes(before, made(loaded)) == stages
 
 
@@ -626,15 +629,15 @@ def test_a_checkpoint_is_the_same_by_any_name_of_its_folder(fitted: Experiment, 
 def test_the_tokenizer_of_a_fitted_clip_is_known_by_its_files(fitted: Experiment, folder: Path):
     experiment = changed(fitted, "clip.tokenizer.checkpoint", "tokenizer")
     before = made(experiment)
-    (folder / "tokenizer" / "tokenizer.json").write_text("another one")
+    (folder / "tokenizer" / "tokenizer.json").write_text("key 2\n")  # of the same size
     assert changes(before, made(experiment)) == CLIP
 
 
-def test_weights_of_the_perceptual_loss_are_known_by_their_size(fitted: Experiment, folder: Path):
+def test_weights_of_the_perceptual_loss_are_known_by_what_they_hold(fitted: Experiment, folder: Path):
     objective = replace(fitted.vqgan.objective, perceptual=PerceptualConfig(("lpips.pth", "vgg.pth")))
     experiment = replace(fitted, vqgan=replace(fitted.vqgan, objective=objective))
     before = made(experiment)
-    (folder / "vgg.pth").write_text("other weights")
+    (folder / "vgg.pth").write_text("key 2\n")
     assert changes(before, made(experiment)) == VQGAN
 
 
@@ -652,7 +655,7 @@ def test_references_are_known_by_their_network_and_their_documents(fitted: Exper
     for other in ("evaluation.documents", 5), ("clip.dtype", "bfloat16"), ("evaluation.features", "lpips.pth"):
         assert not set(known) & set(references(changed(compared, *other)))
     assert references(changed(compared, "evaluation.image_samples", 5)) == known
-    (folder / "vgg.pth").write_text("other weights")
+    (folder / "vgg.pth").write_text("key 2\n")
     assert not set(known) & set(references(replace(compared)))
     assert changes(before, made(compared)) == EVALUATION
 

@@ -14,7 +14,7 @@ from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.families import huggingface, naflex, openclip, siglip
 from rac3.config import InputError, quoted
 from rac3.tokens.text import SENTENCEPIECE
-from rac3.weights.checkpoint_files import checkpoint_folder, first_file, one_line, read_json
+from rac3.weights.checkpoint_files import checkpoint_folder, content_identity, first_file, one_line, read_json
 from rac3.weights.hub import why_not
 from rac3.weights.weights_file import INDEX
 
@@ -53,16 +53,16 @@ def _unknown(folder: Path) -> str:
 
 
 def checkpoint_identity(source: str) -> dict[str, Any]:
-    """What an artifact made from a checkpoint depends on: its name; of a folder, also the sizes of its files.
+    """What an artifact made from a checkpoint depends on: its name; of a folder, also the content of its files.
 
-    The folder must be there whenever a stage asks whether it is current, but only `load_clip` reads from it.
+    The folder must be there whenever a stage asks whether it is current.
     """
     folder = checkpoint_folder("clip checkpoint", source)
     if folder is None:
         return {"name": source}
     weights = [pattern for family in FAMILIES for name in family.weights for pattern in _with_shards(name)]
     files = sorted({path for pattern in (*SETTINGS, *weights) for path in folder.glob(pattern)})
-    return {"folder": str(folder.resolve()), "files": {path.name: path.stat().st_size for path in files}}
+    return {"folder": str(folder.resolve()), "files": content_identity(files)}
 
 
 def _with_shards(weights: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Features of pictures, over which sets of them are compared: the protocol, and the networks that come with rac3."""
+"""Features of pictures, over which sets of them are compared, by networks that were trained on ImageNet."""
 
 import importlib.util
 import re
@@ -38,7 +38,7 @@ class Embedded(NamedTuple):
 
 @runtime_checkable
 class ImageFeatures(Protocol):
-    """Pictures to features. Your own object may stand in for the networks here.
+    """What the distances between sets of pictures ask of a network.
 
     Attributes:
       name: what the Fréchet distance over these features is called; "FID" is that of the Inception alone.

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from rac3.config import InputError
-from rac3.weights.checkpoint_files import checkpoint_folder, read_json
+from rac3.weights.checkpoint_files import checkpoint_folder, content_identity, read_json
 from rac3.weights.hub import why_not
 
 if TYPE_CHECKING:
@@ -226,12 +226,12 @@ def load_clip_tokenizer(folder: Path) -> Tokenizer:
 
 
 def tokenizer_identity(source: str) -> dict[str, Any]:
-    """What identifies a published tokenizer in a recipe: its name, or its folder with the sizes of its files."""
+    """What identifies a published tokenizer in a recipe: its name, or its folder with the content of its files."""
     folder = checkpoint_folder("tokenizer", source)
     if folder is None:
         return {"name": source}
     files = sorted({path for pattern in FILES for path in folder.glob(pattern)})
-    return {"folder": str(folder.resolve()), "files": {path.name: path.stat().st_size for path in files}}
+    return {"folder": str(folder.resolve()), "files": content_identity(files)}
 
 
 def load_siglip_tokenizer(folder: Path) -> Tokenizer:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +92,36 @@ def mistaken_for(head: bytes) -> str | None:
     return None
 
 
-BLOCKS, BLOCK_BYTES = 64, 4096  # of a file, which tell its content from another
+WHOLE = 2**22  # bytes of a file that is hashed whole
+BLOCKS, BLOCK_BYTES = 64, 4096  # of a larger one, which tell its content from another
 
 
 def content_identity(files: Iterable[Path]) -> dict[str, list[Any]]:
-    """The size of each file, and a hash of blocks all over it: training changes every weight, but no size.
+    """By name, the size of each file and a hash of its content; the names differ.
+
+    Of large files, blocks all over are hashed: training changes every weight, but no size.
 
     Raises:
       InputError: a file cannot be read.
     """
     found: dict[str, list[Any]] = {}
     for path in files:
-        digest = hashlib.sha256()
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                for block in range(BLOCKS):
-                    file.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
-                    digest.update(file.read(BLOCK_BYTES))
+            status = path.stat()
+            found[path.name] = [status.st_size, _digest(path.resolve(), status.st_size, status.st_mtime_ns)]
         except OSError as error:
             raise InputError(f"{str(path)!r} cannot be read ({error}); make it readable") from error
-        found[path.name] = [size, digest.hexdigest()[:16]]
     return found
+
+
+@cache
+def _digest(path: Path, size: int, mtime: int) -> str:
+    """Of a file that was changed last at `mtime`."""
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            return hashlib.sha256(file.read()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for block in range(BLOCKS):
+            file.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
