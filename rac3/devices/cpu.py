@@ -39,8 +39,8 @@ def keep_freed_memory() -> None:
     """Makes glibc keep what this process frees, for what it allocates next, if JAX has nothing but CPUs to run on.
 
     A step allocates its activations as one block and frees it at its end. By default the block goes back to the
-    system, so that each step has it mapped and cleared again, page by page: a sixth of the time of a small model's
-    step. To be called before JAX starts its threads; afterwards it has no effect.
+    system, so that each step has it mapped and cleared again, page by page. To be called before JAX starts its threads;
+    afterwards it has no effect.
     """
     if _may_have_accelerators():
         return
