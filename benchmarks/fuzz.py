@@ -4,7 +4,7 @@
     python benchmarks/fuzz.py --cases 2000 --only tar,image
     python benchmarks/fuzz.py --only tar --repeat 1234        # one case again, with its traceback
 
-`tests/fuzz` has the kinds of inputs and what is done to them. Each kind runs in a process of its own. A case that takes
+`tests/fuzz` has the kinds of inputs and what is done to them. Each kind runs in its own process. A case that takes
 more than 30 seconds of a processor, or 2 GB, is a fault, and so is every error but the two that the command turns into
 one line. Ends with exit code 1 if there are faults. Results go to `benchmarks/results/fuzz_cpu.json`.
 """
@@ -69,7 +69,7 @@ def work(name: str, seeds: Iterable[int], log: Path) -> None:
 
 
 def run(name: str, cases: int, start: int) -> dict[str, Any]:
-    """The cases of one kind, in processes of their own: one that ends one, or that hangs, is a fault too."""
+    """The cases of one kind, in their own processes: a case that ends its process, or hangs, is a fault too."""
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         while len(found) < cases:

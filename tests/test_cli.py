@@ -187,7 +187,7 @@ KINDS = {
 
 
 def test_a_setting_of_another_kind_is_one_line(tmp_path: Path):
-    """In a process of its own: in this one every call checks its types."""
+    """In its own process: in this one every call checks its types."""
     files = [write_config(tmp_path / f"c{n}.py", f"def get_config():\n    return {x}") for n, x in enumerate(KINDS)]
     script = (
         "import sys\nfrom rac3.cli import main\n"

@@ -115,7 +115,7 @@ def damaged(path: Path, what: str, command: str = "") -> InputError:
 
 
 def refusal(error: BaseException, folder: Path) -> OSError | None:
-    """What the operating system refused, if that is behind the error: libraries have their own types for it.
+    """What the operating system refused, if that caused the error: libraries have their own types for it.
 
     Args:
       folder: that was written to. If no byte is left on its disk, that is taken for the reason of a `RuntimeError`.
