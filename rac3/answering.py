@@ -31,7 +31,7 @@ from rac3.documents.document import (
     framed_place,
     prepare_image,
 )
-from rac3.generation.answers import Answer, Part
+from rac3.generation.answers import Answer, Classified, Likelihood, Part
 from rac3.generation.engine import Progress
 from rac3.generation.prompts import Asked, Context
 from rac3.generation.request import Sample
@@ -185,8 +185,8 @@ class Model(Run):
         labels: Mapping[str, Sequence[Picture]],
         shots: int | None = None,
         scored: classify.Scored = "text",
-    ) -> dict[str, float]:
-        """The probability of each label, the most probable first, by k-shot in-context learning (paper, section 5.4).
+    ) -> Classified:
+        """The probability of each label by k-shot in-context learning (paper, section 5.4).
 
         Of k runs, each has one demonstration of every label; their probabilities are averaged.
 
@@ -220,7 +220,7 @@ class Model(Run):
         log_probs = iter(self.scorer.log_probs([part for row in asked.parts for part in row]))
         probs = classify.answer([[next(log_probs) for _ in row] for row in asked.parts])
         order = np.argsort(-probs, kind="stable").tolist()
-        return {[*labels][number]: float(probs[number]) for number in order}
+        return Classified({[*labels][number]: float(probs[number]) for number in order}, asked.notes)
 
     def score(
         self,
@@ -231,8 +231,8 @@ class Model(Run):
         documents: Sequence[Document] = (),
         retrieve: int = 0,
         ensemble: bool = False,
-    ) -> Float[np.ndarray, " ids"]:
-        """The log probability of each id of a segment, in nats, given the documents and the rest of `document`.
+    ) -> Likelihood:
+        """The log probability of each id of a segment, given the documents and the rest of `document`.
 
         Args:
           segment: its number.
@@ -246,13 +246,25 @@ class Model(Run):
         rest = [each for number, each in enumerate(document.segments) if number != segment]
         text = " ".join(each.text for each in rest if isinstance(each, Text))
         image = next((each.pixels() for each in rest if isinstance(each, Image)), None)
-        found = self.tokenize(documents)
-        if retrieve and (text or image is not None):
-            found += [each.tokens for each in self.retrieve(text, None if text else image, retrieve)]
+        if retrieve and not rest:
+            raise InputError(
+                f"retrieve={retrieve}, but the document has nothing besides the segment to retrieve by; use 0"
+            )
+        given = zip(documents, self.tokenize(documents), strict=True)
+        found = [Found(each, None, tokens) for each, tokens in given]
+        if retrieve:
+            found += self.retrieve(text, None if text else image, retrieve)
         (own,) = self.tokenize([document])
-        context = Context([each.tokens for each in found], ensemble)
+        context = Context([each.tokens.tokens for each in found], ensemble)
         asked = score.request(self.form, own.tokens, segment, context, infill=infill)
-        return score.answer(self.scorer.log_probs(asked.parts))
+        kept = [each for number, each in enumerate(found) if number not in asked.dropped]
+        return Likelihood(
+            log_probs=score.answer(self.scorer.log_probs(asked.parts)),
+            documents=[each.document for each in kept],
+            similarities=[each.score for each in kept],
+            dropped=[found[number].document for number in asked.dropped],
+            notes=asked.notes,
+        )
 
     def answer(self, prompt: Prompt, on_progress: Callable[[Progress], None] | None = None) -> Answer:
         """The answer to one prompt; `on_progress` as in `answers`."""

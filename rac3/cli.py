@@ -645,7 +645,7 @@ STAGES = {
         _evaluate_options,
     ),
     "generate": Stage(
-        "draw, caption, infill, edit or continue what you give; --prompts FILE for many",
+        "draw, caption, infill, edit, continue, classify or score what you give; --prompts FILE for many",
         _generate,
         _generate_options,
         False,

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from decoding_spy import Call, watch_decoding
+from scoring_spy import Told, watch_scoring
 from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
 
 from rac3.answering import Model, Prompt, _unframed, mask_of, pixels_of, scaled_mask
@@ -18,7 +18,6 @@ from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text
 from rac3.experiment import Experiment
 from rac3.generation.answers import Answer
-from rac3.generation.tasks.score import Part, Scorer
 
 PROMPT = "a fox on water in night"
 
@@ -99,29 +98,14 @@ def test_a_document_is_continued_in_the_order_that_is_asked_for(model: Model, ca
     assert text == model.tokenizer.decode((calls[0].out[0][0].runs[0] - FIRST_TEXT).tolist())
 
 
-class Told:
-    """In place of the model's log probabilities: -(number of the part), spread over its ids."""
-
-    def __init__(self) -> None:
-        self.parts: list[Part] = []
-
-    def __call__(self, scorer: Scorer, parts: Sequence[Part]) -> list[np.ndarray]:
-        self.parts = [*parts]
-        return [
-            np.full(part.end - part.start, -number / (part.end - part.start)) for number, part in enumerate(self.parts)
-        ]
-
-
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    told = Told()
-    monkeypatch.setattr(Scorer, "log_probs", lambda self, parts: told(self, parts))
-    return told
+    return watch_scoring(monkeypatch)
 
 
 def test_labels_are_scored_after_one_demonstration_of_each_a_run(model: Model, told: Told, pictures):
     labels = {"dax": [pictures[1], pictures[2]], "blick": [pictures[3], pictures[4]]}
-    probs = model.classify(pictures[0], labels)
+    probs = model.classify(pictures[0], labels).probabilities
     # Parts 0 and 1 are the labels of the first run, 2 and 3 those of the second: each time the first is e times better.
     assert probs == pytest.approx({"dax": 1 / (1 + np.exp(-1)), "blick": 1 / (1 + np.exp(1))})
     assert [*probs] == ["dax", "blick"]
@@ -135,7 +119,7 @@ def test_labels_are_scored_after_one_demonstration_of_each_a_run(model: Model, t
             whole = [*before, 2, FIRST_MASK, 3, *target, 4, FIRST_MASK, *ids, 5]
             assert part.group.tokens.tolist() == whole
             assert part.group.targets[part.start : part.end].tolist() == [*ids, 5]
-    assert len(model.classify(pictures[0], labels, shots=1)) == 2
+    assert len(model.classify(pictures[0], labels, shots=1).probabilities) == 2
     assert len(told.parts) == 2
     model.classify(pictures[0], labels, shots=1, scored="image")
     assert told.parts[1].group.targets[told.parts[1].start : told.parts[1].end].tolist() == target.tolist()
@@ -172,7 +156,11 @@ def test_a_segment_is_scored_after_what_the_rest_retrieves(model: Model, told: T
     (item,) = model.documents("test").many([0])
     text, image = item.document.text, item.document.images[0].pixels()
     for segment, found in ((1, model.retrieve(text, k=2)), (0, model.retrieve(image=image, k=2))):
-        assert len(model.score(item.document, segment, retrieve=2)) == len(item.ids[segment])
+        scored = model.score(item.document, segment, retrieve=2)
+        assert len(scored.log_probs) == len(item.ids[segment])
+        assert [each.key for each in scored.documents] == [each.document.key for each in found]
+        assert scored.similarities == [each.score for each in found]
+        assert scored.dropped == []
         before = [1, *(id for each in found for id in spelled(each.tokens))]
         (part,) = told.parts
         assert part.group.tokens.tolist() == [*before, *spelled(item)][:-1]
@@ -180,6 +168,12 @@ def test_a_segment_is_scored_after_what_the_rest_retrieves(model: Model, told: T
         assert part.group.targets[part.start : part.end].tolist() == (first + item.ids[segment]).tolist()
     with pytest.raises(InputError, match="segment 2 is not among the document's 2"):
         model.score(item.document, 2)
+    with pytest.raises(InputError, match="retrieve=1, but the document has nothing besides the segment"):
+        model.score(Document("k", (Text("a fox"),), {}), retrieve=1)
+    given = [each.document for each in model.retrieve(text, k=6)]
+    scored = model.score(item.document, documents=given)
+    assert [each.key for each in scored.documents + scored.dropped] == [each.key for each in given]
+    assert scored.notes[0].startswith(f"{len(scored.dropped)} of 6 documents do not fit")
 
 
 def test_an_answer_shows_itself_and_is_plain_data(model: Model, calls: list[Call], pictures, tmp_path: Path):

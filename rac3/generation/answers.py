@@ -1,4 +1,4 @@
-"""What a model made of one prompt: pictures or texts, best first, and the documents that it had in context."""
+"""What a model made of one prompt: pictures or texts, best first, or probabilities; and what it had in context."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from rac3.artifacts.workdir import write_atomic
 from rac3.documents.document import Document, Text, encode_png
@@ -64,17 +64,13 @@ class Answer:
             [{"text": part} if isinstance(part, str) else {"image": next(names)} for part in sample]
             for sample in self.samples
         ]
-        documents = [
-            {"key": document.key, "text": document.text, "similarity": None if value is None else round(value, 6)}
-            for document, value in zip(self.documents, self.similarities, strict=True)
-        ]
         plain = {
             "task": self.task,
             "prompt": self.prompt,
             "samples": samples,
             "scores": [round(score, 6) for score in self.scores],
             "score": self.score,
-            "documents": documents,
+            "documents": plain_documents(self.documents, self.similarities),
             "dropped": [document.key for document in self.dropped],
             "notes": self.notes,
             "settings": self.settings,
@@ -98,6 +94,43 @@ class Answer:
         notes = [f"{document.key} did not fit into the context" for document in self.dropped] + self.notes
         strips = [*([_strip("in context", shown)] if shown else []), _strip(self.task, made)]
         return "".join([*strips, *(f"<p>{html.escape(note)}</p>" for note in notes)])
+
+
+@dataclass(frozen=True)
+class Classified:
+    """How probable each label of an image is.
+
+    Attributes:
+      probabilities: of each label, the most probable first.
+      notes: as of `Answer`.
+    """
+
+    probabilities: dict[str, float]
+    notes: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """The log-likelihood of a segment of a document.
+
+    Attributes:
+      log_probs: of each id, in nats.
+      documents, similarities, dropped, notes: as of `Answer`.
+    """
+
+    log_probs: Float[np.ndarray, " ids"]
+    documents: list[Document]
+    similarities: list[float | None]
+    dropped: list[Document]
+    notes: list[str]
+
+
+def plain_documents(documents: Sequence[Document], similarities: Sequence[float | None]) -> list[dict[str, Any]]:
+    """The documents of a context as plain data."""
+    return [
+        {"key": document.key, "text": document.text, "similarity": None if value is None else round(value, 6)}
+        for document, value in zip(documents, similarities, strict=True)
+    ]
 
 
 def _document(document: Document, similarity: float | None) -> str:

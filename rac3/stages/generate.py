@@ -1,25 +1,29 @@
 """Generate: your prompts -> pictures and texts, with what they retrieve; one prompt, or a file of them."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from rac3 import recipes
 from rac3.answering import AT_ONCE, Model, Prompt, Task, mask_of, pixels_of
 from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError, fingerprint
-from rac3.documents.document import Document, captioned
+from rac3.documents.document import Document, Text, captioned
 from rac3.execution.progress import Progress
-from rac3.generation.answers import Answer
+from rac3.generation.answers import Answer, Likelihood, plain_documents
 from rac3.generation.engine import Progress as Drawing
-from rac3.generation.sampling import Guidance, Sampling
+from rac3.generation.sampling import Guidance, Sampling, Without
+from rac3.generation.tasks.classify import Scored
 from rac3.generation.tasks.continuation import Kind
 from rac3.retrieval.retriever import Chosen
 
+Judging = Literal["classify", "score"]  # tasks that draw nothing
+TASKS = (*get_args(Task), *get_args(Judging))
 ANSWERS = "answers.jsonl"  # of a file of prompts: a line for each
 
 
@@ -30,15 +34,20 @@ class GenerateOptions:
     Attributes:
       task: `draw` a prompt, as `controlled` does in the manner of the given documents; `caption` an image;
         `infill_image` under a mask, as `edit` does by the given documents; `infill_text` where the prompt says <mask>;
-        `continue` a prompt, an image, or both. Without one, a prompt is drawn, and an image alone captioned.
+        `continue` a prompt, an image, or both. `classify` an image by the given labels, and `score` how probable its
+        text is, make numbers. Without a task, a prompt is drawn, and an image alone captioned.
       prompt: a text.
       image: a picture: a png, jpeg or webp file.
       mask: what is drawn of the image: a picture of its size, white there; or LEFT,TOP,RIGHT,BOTTOM in pixels.
       documents: given to the model besides what is retrieved, each a picture with its caption, as FILE=CAPTION.
       follow: what `continue` makes, in order: text and image.
+      labels: of `classify`, each a picture that it describes, as FILE=LABEL; of k pictures of each label, k runs have
+        one each, and their probabilities are averaged.
+      scored: of `classify` and `score`, what is scored: the text given the image, or the image given the text.
       prompts: a file with a prompt in each line instead: JSON objects of these options, with files relative to it. The
         command can be killed, and goes on where it was.
-      retrieve: documents to retrieve; None is 2, all that retriever:fixed names, or 0 for `edit` and `controlled`.
+      retrieve: documents to retrieve; None is 2, all that retriever:fixed names, or 0 for `edit`, `controlled`,
+        `classify`, and the score of a text or image alone.
       ensemble: average over prompts that have some of the documents each, if they are more than in training.
       samples: for each prompt; the best are first.
       seed: of the drawing; another one draws other samples.
@@ -51,12 +60,14 @@ class GenerateOptions:
       out: the folder for the answers; "" is WORKDIR/generated.
     """
 
-    task: Task | Literal[""] = ""
+    task: Task | Judging | Literal[""] = ""
     prompt: str = ""
     image: str = ""
     mask: str = ""
     documents: tuple[str, ...] = ()
     follow: tuple[Kind, ...] = ()
+    labels: tuple[str, ...] = ()
+    scored: Scored = "text"
     prompts: str = ""
     retrieve: int | None = None
     ensemble: bool = False
@@ -66,7 +77,7 @@ class GenerateOptions:
     top_p: float | None = None
     top_k: int | None = None
     guidance: float | None = None
-    guidance_without: Literal["text", "documents"] = "text"
+    guidance_without: Without = "text"
     copying: float | None = None
     out: str = ""
 
@@ -86,6 +97,13 @@ class GenerateOptions:
         return replace(configured, **own)
 
 
+class Judged(NamedTuple):
+    """What `classify` or `score` finds: a record of plain data, and lines for the terminal."""
+
+    record: dict[str, Any]
+    lines: list[str]
+
+
 def generate(run: Model, options: GenerateOptions) -> str:
     """Answers one prompt, or a file of prompts; the report for the terminal.
 
@@ -95,32 +113,39 @@ def generate(run: Model, options: GenerateOptions) -> str:
     folder = Path(options.out) if options.out else run.workdir.path / "generated"
     if options.prompts:
         return _generate_all(run, options, folder)
+    if options.task in get_args(Judging):
+        return _judge_one(run, options, folder)
     with Progress("opening", 1, "models", shown=sys.stderr.isatty()) as bar:  # the first thing that is seen
         prompt = _prompt(run, options, Path())
         run.engine  # noqa: B018  # opens it
         bar.update()
     with _Bar() as drawing:
         answer = run.answer(prompt, drawing)
-    name = _file_name(prompt, options)
+    name = _file_name(prompt.task, options)
     files = answer.save(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{name}.json", answer.to_json(files) + "\n")
     return "\n".join(_report(answer, folder, files))
 
 
-def _file_name(prompt: Prompt, options: GenerateOptions) -> str:
+def _file_name(task: str, options: GenerateOptions) -> str:
     """Of the text, or of the given picture, which no answer of another task replaces."""
-    name = "".join(c if c.isalnum() else "-" for c in (prompt.text.strip() or Path(options.image).stem).lower())[:60]
-    return name if prompt.task == "draw" else f"{name}-{prompt.task.replace('_', '-')}"
+    asked = options.prompt.strip() or Path(options.image).stem
+    name = "".join(c if c.isalnum() else "-" for c in asked.lower())[:60]
+    return name if task == "draw" else f"{name}-{task.replace('_', '-')}"
 
 
-def _report(answer: Answer, folder: Path, files: Sequence[str]) -> list[str]:
+def _context_lines(answer: Answer | Likelihood) -> list[str]:
     lines = []
     for document, similarity in zip(answer.documents, answer.similarities, strict=True):
         how = "given" if similarity is None else f"retrieved {document.key} ({similarity:.2f})"
         lines.append(f"{how}: {document.text}")
     lines += [f"does not fit into the context: {document.key}" for document in answer.dropped]
-    lines += answer.notes
+    return lines + answer.notes
+
+
+def _report(answer: Answer, folder: Path, files: Sequence[str]) -> list[str]:
+    lines = _context_lines(answer)
     names = iter(files)
     for rank, (sample, score) in enumerate(zip(answer.samples, answer.scores, strict=True)):
         parts = [_printable(part) if isinstance(part, str) else str(folder / next(names)) for part in sample]
@@ -171,6 +196,8 @@ def _generate_all(run: Model, options: GenerateOptions, folder: Path) -> str:
             if isinstance(answer, InputError):
                 failed += 1
                 record["error"] = str(answer)
+            elif isinstance(answer, Judged):
+                record |= answer.record
             else:
                 record |= json.loads(answer.to_json(answer.save(folder, f"{number:06d}")))
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
@@ -184,18 +211,20 @@ def _generate_all(run: Model, options: GenerateOptions, folder: Path) -> str:
 
 def _each(
     run: Model, options: GenerateOptions, files: Path, lines: Sequence[dict[str, Any]], start: int
-) -> Iterator[tuple[int, Answer | InputError]]:
+) -> Iterator[tuple[int, Answer | Judged | InputError]]:
     """The answers to the lines from number `start` on, in order; a few prompts are in memory at a time."""
     for begin in range(start, len(lines), AT_ONCE):
-        prompts: list[Prompt | InputError] = []
+        prompts: list[Prompt | Judged | InputError] = []
         for number in range(begin, min(begin + AT_ONCE, len(lines))):
             try:
-                prompts.append(_prompt(run, _with(options, lines[number], number), files))
+                own = _with(options, lines[number], number)
+                judging = own.task in get_args(Judging)
+                prompts.append(_judge(run, own, files) if judging else _prompt(run, own, files))
             except InputError as error:
                 prompts.append(error)
         answers = run.answers([prompt for prompt in prompts if isinstance(prompt, Prompt)])
         for number, prompt in enumerate(prompts, begin):
-            yield number, prompt if isinstance(prompt, InputError) else next(answers)[1]
+            yield number, next(answers)[1] if isinstance(prompt, Prompt) else prompt
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -234,8 +263,10 @@ def _with(options: GenerateOptions, line: dict[str, Any], number: int) -> Genera
             good = isinstance(value, type(default))
         if not good:
             raise InputError(f"prompt {number}: {name} cannot be {value!r}; see `rac3 generate CONFIG --help`")
-    if line.get("task", "draw") not in get_args(Task):
-        raise InputError(f"prompt {number}: task {line['task']!r} is unknown; use {', '.join(get_args(Task))}")
+    choices = {"task": TASKS, "scored": get_args(Scored), "guidance_without": get_args(Without)}
+    for name, known_values in choices.items():
+        if name in line and line[name] not in known_values:
+            raise InputError(f"prompt {number}: {name} {line[name]!r} is unknown; use {', '.join(known_values)}")
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in line.items()}
     return replace(options, **values)
 
@@ -270,9 +301,12 @@ def _prompt(run: Model, options: GenerateOptions, files: Path) -> Prompt:
     """
     if not (options.prompt.strip() or options.image):
         raise InputError("the prompt has no text and no image; give --prompt TEXT or --image FILE")
-    task = options.task or ("draw" if options.prompt.strip() else "caption")
+    asked: Any = options.task  # none of `Judging`
+    task: Task = asked or ("draw" if options.prompt.strip() else "caption")
     if not options.task and options.prompt.strip() and options.image:
         raise InputError("the prompt has a text and an image; say what to do: --task continue, infill_image or edit")
+    if options.labels:
+        raise InputError(f"the task {task} has no use for labels; give --task classify, or leave them out")
     retriever, retrieve = run.experiment.retriever, options.retrieve
     if retrieve is None and task in ("edit", "controlled"):
         retrieve = 0  # they follow what is given by hand
@@ -296,6 +330,79 @@ def _prompt(run: Model, options: GenerateOptions, files: Path) -> Prompt:
     )
 
 
+def _judge_one(run: Model, options: GenerateOptions, folder: Path) -> str:
+    with Progress("opening", 1, "models", shown=sys.stderr.isatty()) as bar:
+        run.scorer  # noqa: B018  # opens it
+        bar.update()
+    judged = _judge(run, options, Path())
+    folder.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(judged.record, ensure_ascii=False, allow_nan=False)
+    write_atomic(folder / f"{_file_name(options.task, options)}.json", line + "\n")
+    return "\n".join(judged.lines)
+
+
+def _judge(run: Model, options: GenerateOptions, files: Path) -> Judged:
+    """Classifies or scores.
+
+    Raises:
+      InputError: something that the task needs is not given, or something is that it can't use.
+    """
+    unused = ["mask", "follow", *(["prompt", "documents"] if options.task == "classify" else [])]
+    if given := [name for name in unused if getattr(options, name)]:
+        raise InputError(f"the task {options.task} has no use for {', '.join(given)}; leave that out")
+    return (_classify if options.task == "classify" else _score)(run, options, files)
+
+
+def _classify(run: Model, options: GenerateOptions, files: Path) -> Judged:
+    if not options.image:
+        raise InputError("the task classify needs an image; give --image FILE")
+    if options.retrieve:
+        raise InputError(f"retrieve={options.retrieve}: the task classify retrieves nothing; use 0")
+    labels: dict[str, list[Path]] = {}
+    for each in options.labels:
+        name, _, label = each.partition("=")
+        labels.setdefault(label.strip(), []).append(files / name)
+    found = run.classify(files / options.image, labels, scored=options.scored)
+    record = {
+        "task": "classify",
+        "prompt": {"image": options.image, "labels": list(options.labels)},
+        "probabilities": {label: round(value, 6) for label, value in found.probabilities.items()},
+        "notes": found.notes,
+        "settings": {"scored": options.scored},
+    }
+    return Judged(record, [*found.notes, *(f"{label}: {value:.3f}" for label, value in found.probabilities.items())])
+
+
+def _score(run: Model, options: GenerateOptions, files: Path) -> Judged:
+    text, image = options.prompt.strip(), options.image
+    if not (text if options.scored == "text" else image):
+        raise InputError(f"there is no {options.scored} to score; give --prompt TEXT, or --image FILE --scored image")
+    document = captioned(image, text, _image_file(files / image)) if image else Document("", (Text(text),), {})
+    rest = bool(text and image)
+    retrieve = (2 if rest else 0) if options.retrieve is None else options.retrieve
+    found = run.score(
+        document,
+        int(rest and options.scored == "image"),
+        infill=rest and options.scored == "text",
+        documents=[_document(files, each) for each in options.documents],
+        retrieve=retrieve,
+        ensemble=options.ensemble,
+    )
+    total, count = float(found.log_probs.sum()), len(found.log_probs)
+    record = {
+        "task": "score",
+        "prompt": {"text": text, "image": image},
+        "log_prob": round(total, 6),
+        "log_probs": [round(value, 6) for value in found.log_probs.tolist()],
+        "documents": plain_documents(found.documents, found.similarities),
+        "dropped": [each.key for each in found.dropped],
+        "notes": found.notes,
+        "settings": {"scored": options.scored, "retrieve": retrieve, "ensemble": options.ensemble},
+    }
+    line = f"{options.scored}: log p {total:.3f} nats, {count} ids, perplexity {math.exp(-total / count):.3f}"
+    return Judged(record, [*_context_lines(found), line])
+
+
 def _mask(files: Path, text: str) -> Any:
     """LEFT,TOP,RIGHT,BOTTOM, or a file."""
     numbers = text.split(",")
@@ -307,6 +414,9 @@ def _mask(files: Path, text: str) -> Any:
 def _document(files: Path, text: str) -> Document:
     """FILE=CAPTION as a document."""
     name, _, caption = text.partition("=")
-    path = files / name
+    return captioned(name, caption, _image_file(files / name))
+
+
+def _image_file(path: Path) -> bytes:
     pixels_of(path)  # refuses what is no image
-    return captioned(name, caption, path.read_bytes())
+    return path.read_bytes()

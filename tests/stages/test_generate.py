@@ -13,6 +13,7 @@ import pytest
 import tiny_config
 from decoding_spy import Call, watch_decoding
 from replaced import with_members
+from scoring_spy import Told, watch_scoring
 from tiny_prompts import FIRST_CODE, FIRST_TEXT, caption_prompt, image_prompt
 
 import rac3.retrieval.open_memory
@@ -276,6 +277,16 @@ def test_a_caption_without_room_for_an_image_is_refused_and_nothing_is_written(r
         ({"image": "none.png"}, "does not exist; give a png, jpeg or webp file"),
         ({"image": "text.png"}, "cannot be read"),
         ({"prompt": "a fox", "documents": ("none.png=a fox",)}, "does not exist; give a png, jpeg or webp file"),
+        ({"prompt": "a fox", "labels": ("mine.png=fox",)}, "the task draw has no use for labels"),
+        ({"task": "classify", "labels": ("mine.png=fox",)}, "the task classify needs an image"),
+        ({"task": "classify", "image": "mine.png", "labels": ("mine.png=fox",)}, "1 labels leave no choice"),
+        ({"task": "classify", "image": "mine.png", "prompt": "a fox"}, "the task classify has no use for prompt"),
+        ({"task": "classify", "image": "mine.png", "retrieve": 1}, "retrieve=1: the task classify retrieves nothing"),
+        ({"task": "classify", "image": "none.png", "labels": ("mine.png=a", "mine.png=b")}, "does not exist"),
+        ({"task": "score", "image": "mine.png"}, "there is no text to score"),
+        ({"task": "score", "prompt": "a fox", "scored": "image"}, "there is no image to score"),
+        ({"task": "score", "prompt": "a fox", "mask": "0,0,9,9"}, "the task score has no use for mask"),
+        ({"task": "score", "prompt": "a fox", "retrieve": 1}, "nothing besides the segment to retrieve by"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(
@@ -348,11 +359,64 @@ def test_given_documents_come_before_retrieved_ones(run: Model, calls: list[Call
     assert [each["similarity"] is None for each in answer_in(tmp_path / "out")["documents"]] == [True, False]
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    return watch_scoring(monkeypatch)
+
+
+def own_ids(run: Model, text: str) -> list[int]:
+    return [FIRST_TEXT + number for number in run.tokenizer.encode(text)]
+
+
+def test_labels_get_probabilities(run: Model, told: Told, picture: Path, tmp_path: Path):
+    """Parts 0 and 1 are the labels of the first run, 2 and 3 of the second: each time the first is e times better."""
+    labels = tuple(f"{picture}={label}" for label in ("a dax", "a blick", "a dax", "a blick"))
+    options = GenerateOptions(task="classify", image=str(picture), labels=labels, out=str(tmp_path / "out"))
+    said = generate(run, options).splitlines()
+    assert said[-2:] == ["a dax: 0.731", "a blick: 0.269"]  # 1 / (1 + exp(-1)), and the rest
+    assert [ids[:-1] for ids in told.targets] == [own_ids(run, "a dax"), own_ids(run, "a blick")] * 2
+    assert all(told.parts[0].group.tokens.tolist().count(own_ids(run, label)[-1]) for label in ("a dax", "a blick"))
+    record = json.loads((tmp_path / "out" / "mine-classify.json").read_text())
+    assert record["probabilities"] == {"a dax": 0.731059, "a blick": 0.268941}
+    assert record["settings"] == {"scored": "text"}
+    generate(run, replace(options, scored="image"))
+    (codes,) = run.images.encode([np.asarray(PIL.Image.open(picture))])
+    assert told.targets == [(FIRST_CODE + codes).tolist()] * 4
+
+
+def test_a_text_or_an_image_is_scored_given_the_other(run: Model, told: Told, picture: Path, pixels, tmp_path: Path):
+    (codes,) = run.images.encode([pixels])
+    own, image = own_ids(run, PROMPT), (FIRST_CODE + codes).tolist()
+    both = GenerateOptions(task="score", prompt=PROMPT, image=str(picture), out=str(tmp_path / "out"))
+    said = generate(run, both).splitlines()
+    found = run.retrieve(image=pixels, k=2)
+    assert said[:2] == lines_of(found)
+    assert said[-1] == f"text: log p 0.000 nats, {len(own) + 1} ids, perplexity 1.000"
+    assert told.targets == [[*own, 5]]  # and <eoi>: it is infilled, after its picture
+    generate(run, replace(both, scored="image", retrieve=0))
+    assert told.targets == [image]
+    assert told.parts[0].group.tokens.tolist()[: 3 + len(own)] == [1, 2, *own, 3]  # after its text
+    generate(run, replace(both, image="", documents=(f"{picture}=an owl",)))
+    assert told.targets == [own]
+    assert told.parts[0].group.tokens.tolist()[1 : 2 + len(own_ids(run, "an owl"))] == [2, *own_ids(run, "an owl")]
+
+
+def test_log_likelihoods_are_sums_over_ids(run: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("rac3.generation.tasks.score.Scorer.log_probs", lambda self, parts: [np.log([0.5, 0.125])])
+    options = GenerateOptions(task="score", prompt=PROMPT, out=str(tmp_path))
+    assert generate(run, options) == "text: log p -2.773 nats, 2 ids, perplexity 4.000"
+    record = answer_in(tmp_path)
+    assert record["log_prob"] == -2.772589
+    assert record["log_probs"] == [-0.693147, -2.079442]
+
+
 LINES = [
     {"prompt": f"{PROMPT}\u2028", "seed": 3},  # a line separator, which JSON may hold as it is
     {"image": "mine.png", "samples": 1},
     {"prompt": "a fox " * 100},
     {"prompt": "an owl", "task": "continue", "follow": ["image"]},
+    {"image": "mine.png", "task": "classify", "labels": ["mine.png=a fox", "mine.png=an owl"], "retrieve": 0},
+    {"prompt": "an owl", "task": "score", "retrieve": 0},
 ]
 
 
@@ -363,17 +427,19 @@ def written(folder: Path) -> dict[str, bytes]:
 def test_a_file_of_prompts_goes_on_where_it_was_killed(
     run: Model, calls: list[Call], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of four prompts one is too long, which is said. The line that a kill has left half written is written again."""
+    """Of six prompts one is too long, which is said. The line that a kill has left half written is written again."""
     prompts = picture.parent / "prompts.jsonl"
     lines = [json.dumps(line, ensure_ascii=False) for line in LINES]
     prompts.write_text("\n\n".join(lines) + "\n\n", encoding="utf-8")
     options = GenerateOptions(prompts=str(prompts), samples=2, retrieve=1, out=str(tmp_path / "whole"))
-    with pytest.raises(InputError, match="1 of 4 prompts of"):
+    with pytest.raises(InputError, match="1 of 6 prompts of"):
         generate(run, options)
     whole = written(tmp_path / "whole")
     records = [json.loads(line) for line in whole["answers.jsonl"].splitlines()]
-    assert [record["number"] for record in records] == [0, 1, 2, 3]
-    assert [len(record.get("samples", [])) for record in records] == [2, 1, 0, 2]
+    assert [record["number"] for record in records] == [*range(6)]
+    assert [len(record.get("samples", [])) for record in records] == [2, 1, 0, 2, 0, 0]
+    assert sorted(records[4]["probabilities"]) == ["a fox", "an owl"]
+    assert records[5]["log_prob"] < 0
     assert "exceed" in records[2]["error"]
     assert records[0]["settings"]["seed"] == 3
     pictures = [f"{number:06d}-{rank}.png" for number in (0, 3) for rank in (0, 1)]
@@ -386,12 +452,12 @@ def test_a_file_of_prompts_goes_on_where_it_was_killed(
     for name in pictures[:2]:
         (part / name).write_bytes(whole[name])
     calls.clear()
-    with pytest.raises(InputError, match="1 of 4 prompts of"):
+    with pytest.raises(InputError, match="1 of 6 prompts of"):
         generate(run, replace(options, out=str(part)))
     assert written(part) == whole
     assert [len(call.requests) for call in calls] == [2]  # the first is not drawn again
     calls.clear()
-    with pytest.raises(InputError, match="1 of 4"):
+    with pytest.raises(InputError, match="1 of 6"):
         generate(run, replace(options, out=str(part)))  # all is done
     assert not calls
     exact = run.with_retriever(Exact(num_neighbors=16))
@@ -428,6 +494,8 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(run: Model, tmp_path: Path
         ({"prompt": "a fox", "task": "paint"}, "task 'paint' is unknown"),
         ({"prompt": "a fox", "follow": "image"}, "follow cannot be 'image'"),
         ({"prompt": "a fox", "samples": 0}, "samples=0"),
+        ({"prompt": "a fox", "task": "score", "scored": "sound"}, "scored 'sound' is unknown; use text, image"),
+        ({"prompt": "a fox", "guidance_without": "image"}, "guidance_without 'image' is unknown"),
     ],
 )
 def test_a_line_that_asks_nothing_is_named(run: Model, tmp_path: Path, line: dict[str, Any], said: str):
