@@ -22,6 +22,7 @@ long as that whole run. Exit code 0: all killed; 1: some survived; 2: a mistake 
 
 import argparse
 import ast
+import functools
 import multiprocessing
 import os
 import queue
@@ -55,6 +56,11 @@ class MistakeError(Exception):
     """A mistake that cannot be planted, or tests that cannot judge it."""
 
 
+@functools.cache  # a file has many mistakes
+def _syntax(text: str) -> str:
+    return ast.dump(ast.parse(text))
+
+
 @dataclass(frozen=True)
 class Mistake:
     """One entry of `benchmarks/mistakes/AREA.toml`."""
@@ -78,7 +84,7 @@ class Mistake:
             raise MistakeError(f"{self.area}: {self.name!r}: its text occurs {count} times in {self.file}, not once")
         changed = text.replace(self.find, self.replace)
         try:
-            same = ast.dump(ast.parse(changed)) == ast.dump(ast.parse(text))
+            same = ast.dump(ast.parse(changed)) == _syntax(text)
         except SyntaxError as error:
             raise MistakeError(f"{self.area}: {self.name!r} is not valid Python: {error}") from error
         if same:

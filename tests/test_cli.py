@@ -343,6 +343,8 @@ OWN_FLAGS = {
             "--mask",
             "--documents",
             "--follow",
+            "--labels",
+            "--scored",
             "--prompts",
             "--retrieve",
             "--ensemble",

@@ -296,6 +296,7 @@ def test_a_poisoned_shard_is_named_and_then_alone_made(config: Path, traps: Path
     assert_same(workdir, whole)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_ray_makes_what_local_makes_though_a_worker_is_killed(
     config: Path, traps: Path, whole: Path, workdir: Path, tmp_path: Path

@@ -300,6 +300,7 @@ def test_emoji_captions_corrupt(shared_data):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_emoji_captions(shared_data):
     source, folder = WebDataset(folder="train"), shared_data / "emoji-captions"

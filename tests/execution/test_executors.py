@@ -31,7 +31,8 @@ needs_ray = pytest.mark.skipif(not HAS_RAY, reason="ray is not installed")
 # Ray leaves its sockets and files to the garbage collector.
 untidy = pytest.mark.filterwarnings("ignore::ResourceWarning")
 RAY = Ray(workers=2, threads=2)
-EXECUTORS = [pytest.param(Local(threads=3), id="local"), pytest.param(RAY, id="ray", marks=[needs_ray, untidy])]
+LOCAL, IN_RAY = pytest.param(Local(threads=3), id="local"), pytest.param(RAY, id="ray", marks=[needs_ray, untidy])
+MOSTLY_LOCAL = [LOCAL, pytest.param(RAY, id="ray", marks=[needs_ray, untidy, pytest.mark.slow])]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def assert_made(shards: list[Shard], but: tuple[int, ...] = ()) -> None:
             assert (shard.folder / f"{shard.number}.txt").read_text() == str(shard.number**2)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", [LOCAL, IN_RAY])
 def test_every_shard_is_made_once(executor: Local | Ray, job: Squares, shards: list[Shard]):
     (shards[0].folder / "left.json.0123.tmp").write_text("of a killed write")
     (shards[0].folder / "c").mkdir()
@@ -114,7 +115,7 @@ def test_every_shard_is_made_once(executor: Local | Ray, job: Squares, shards: l
     assert not list(shards[0].folder.glob("*.json"))
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", [LOCAL, IN_RAY])
 def test_a_poisoned_shard_is_named_and_the_others_are_made(executor: Local | Ray, job: Squares, shards: list[Shard]):
     for number in (2, 7):
         (job.traps / f"raise {number}").touch()
@@ -136,7 +137,7 @@ def test_a_poisoned_shard_is_named_and_the_others_are_made(executor: Local | Ray
     assert {line for line in job.made() - before if line != "open"} == {"make 2", "make 7"}
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", MOSTLY_LOCAL)
 def test_bad_input_stops_at_once(executor: Local | Ray, job: Squares, tmp_path: Path, shards: list[Shard]):
     (job.traps / "refuse 0").touch()
     many = [Shard("train", number, f"number {number}", shards[0].folder) for number in range(300)]
@@ -146,7 +147,7 @@ def test_bad_input_stops_at_once(executor: Local | Ray, job: Squares, tmp_path: 
     assert len(job.made()) < 150
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("executor", MOSTLY_LOCAL)
 def test_a_full_disk_stops_at_once(executor: Local | Ray, job: Squares, shards: list[Shard]):
     """As what it is, whatever a library made of it, and not as bad shards; the same run goes on later."""
     (job.traps / "full 2").touch()
@@ -362,6 +363,7 @@ class Together:
         return {"process": os.getpid()}
 
 
+@pytest.mark.slow
 @untidy
 @needs_ray
 def test_the_first_worker_leaves_their_share_to_the_others(shards: list[Shard]):
@@ -383,6 +385,7 @@ class Unopened:
         raise InputError("no models; fit them") if self.how == "refuse" else OSError("no space left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "says"),
     [
@@ -425,7 +428,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("name", ["local", pytest.param("ray", marks=needs_ray)])
+@pytest.mark.parametrize("name", ["local", pytest.param("ray", marks=[needs_ray, pytest.mark.slow])])
 def test_an_interrupt_ends_the_run(name: str, tmp_path: Path):
     """Ctrl-C does not wait for a shard that takes a minute."""
     root = str(Path(__file__).parents[2])

@@ -67,6 +67,7 @@ def test_the_stream_is_that_of_the_experiment(finished_workdir: tuple[Path, Path
     assert set(groups.main.tolist()) == set(range(len(stream.documents))) - {3}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_without_a_new_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its state alone is 18 bytes a parameter, of which there is room for one."""
     training = replace(TINY.training, checkpoint_every=1)

@@ -251,6 +251,7 @@ def test_codebook_update_by_hand():
     np.testing.assert_allclose(kept.cluster_size[2], 0.05)
 
 
+@pytest.mark.slow
 def test_fitting_raises_psnr():
     config = VQGANConfig(
         ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(), resolution=16, z_channels=16, embed_dim=8,

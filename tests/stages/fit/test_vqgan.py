@@ -232,6 +232,7 @@ def test_every_image_of_a_document_is_a_row(documents):
         np.testing.assert_array_equal(task.batch(np.array([row]))[0], document.images[0].pixels())
 
 
+@pytest.mark.slow
 def test_many_devices_as_one(documents, whole):
     state, _ = whole[-1]
     assert len(state.extra.discriminator.params["conv_0"]["kernel"].sharding.device_set) == 8
@@ -253,6 +254,7 @@ def test_a_new_state_is_as_its_abstract_form_says(run: Run):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_makes_no_new_state(run: Run, documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def no_new_state() -> TrainState:
         raise AssertionError("a resumed fit makes a new state")
@@ -295,6 +297,7 @@ def test_the_average_and_the_codebook_are_kept(run: Run, documents, tmp_path: Pa
     assert 0 < np.abs(fitted["decoder"]["conv_out"]["kernel"] - kernel).max() < 1e-2
 
 
+@pytest.mark.slow
 def test_the_perceptual_loss_reads_the_users_weights(documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
