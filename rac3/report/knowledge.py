@@ -10,7 +10,7 @@ from rac3.documents.document import Document, prepare_image
 from rac3.experiment import Split
 from rac3.held_out import held_out, retrieved
 from rac3.report.page import Mark, Picture, figure, sheet, table
-from rac3.report.table import LITE0, model_label
+from rac3.report.table import LITE0, model_label, peer
 from rac3.run import Run
 from rac3.stages.evaluate_knowledge import ENCODER, FIRST, KEPT, NETWORK, SOURCE, drawings, told
 
@@ -90,11 +90,11 @@ def knowledge_notes(values: Mapping[str, Any]) -> list[str]:
         notes.append("± is half of the 95% interval over entities; a guess is among those that are asked about")
     left = values["left_out"]
     if left["documents"]:
-        notes.append(f"{left['documents']:,} documents are left out: they lack a text, an image, or a name")
+        notes.append(f"Left out: {left['documents']:,} of the documents, for lack of a text, an image or a name")
     if left["entities"]:
         notes.append(
-            f"{left['entities']:,} entities, with {left['questions']:,} questions, are left out: there is no other "
-            "picture of them to judge by"
+            f"Left out: {left['entities']:,} of the entities ({left['questions']:,} of the questions), as there is no "
+            "other picture to judge them by"
         )
     return notes
 
@@ -109,25 +109,26 @@ def _cell(share: Mapping[str, float]) -> str:
 
 
 def _cards(models: Mapping[str, Run], split: Split) -> str:
-    """Of the first questions: the real picture, what each model drew, and the documents that the first model had."""
+    """Of the first questions: the real picture, the documents that the first model had, what it and its peer drew."""
     run, answers = next(iter(models.values())), told(models, split)[:SHOWN]
     items, neighbors = held_out(run, split)
     places = {item.document.key: place for place, item in enumerate(items)}
     rows = [answer["row"] for answer in answers]
-    drawn = {name: drawings(model, split, rows)[KEPT] for name, model in models.items()}
+    shown = filter(None, [next(iter(models)), peer([*models])])
+    drawn = {name: drawings(models[name], split, rows)[KEPT] for name in shown}
     cards = []
     for number, answer in enumerate(answers):
         place = places[answer["key"]]
         document = items[place].document
+        given = retrieved(run, neighbors[place, 0], run.experiment.evaluation.num_retrieved)
         pictures = [_true(run, "real", document, answer["entity"])]
+        pictures += [_true(run, "document", item.document, item.document.text) for item in given]
         for name, kept in drawn.items():
             shows = answer["shows"][name]
             right = shows == answer["entity"]
             pictures.append(Picture(model_label(name), kept[number], "", Mark(right, shows or "undecided")))
-        given = retrieved(run, neighbors[place, 0], run.experiment.evaluation.num_retrieved)
-        pictures += [_true(run, "document", item.document, item.document.text) for item in given]
-        shown = "".join(map(figure, pictures))
-        cards.append(f'<article><h3>{escape(document.text)}</h3><div class="pictures">{shown}</div></article>')
+        figures = "".join(map(figure, pictures))
+        cards.append(f'<article><h3>{escape(document.text)}</h3><div class="pictures">{figures}</div></article>')
     return f'<div class="cards">{"".join(cards)}</div>'
 
 

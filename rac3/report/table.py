@@ -196,7 +196,10 @@ def unjudged_line(metrics: Mapping[str, Any]) -> str:
     evaluation = metrics["evaluation"]
     if not evaluation["entity_field"] or evaluation["entity_field"] in evaluation["judged"]:
         return ""
-    return "no accuracy of images: the source of the training documents is no Judge of them (rac3.documents.document)"
+    return (
+        "no accuracy of images: the source of the training documents is no Judge of them (rac3.documents.document); "
+        "rac3 evaluate CONFIG --task knowledge judges by true pictures"
+    )
 
 
 def recall_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
