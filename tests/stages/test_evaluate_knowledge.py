@@ -172,12 +172,17 @@ def run(prepared: Run) -> Iterator[Run]:
 
 
 @pytest.fixture
-def drawn(run: Run) -> list[Drawn]:
-    """What is drawn, where nothing was before."""
+def drawn(run: Run) -> Iterator[list[Drawn]]:
+    """What is drawn, where nothing was before; other tests draw again."""
+    clear(run)
+    yield DRAWN
+    clear(run)
+
+
+def clear(run: Run) -> None:
     for made in ("drawings", "knowledge"):
         shutil.rmtree(run.workdir.path / made, ignore_errors=True)
     DRAWN.clear()
-    return DRAWN
 
 
 def images(run: Run, split: str, items: Sequence[Any], neighbors: np.ndarray, k: int) -> tuple[Any, Any, Any]:
