@@ -488,6 +488,9 @@ def _evaluate(run: Run, options: Any) -> None:
     if task == "few-shot":  # needs no neighbors
         _evaluate_few_shot(run, models)
         return
+    if task == "knowledge":  # judges all models together
+        _evaluate_knowledge(models)
+        return
     works = {"generation": evaluate, "infilling": evaluate_infilling, "coco": evaluate_coco}
     metrics = {}
     for name, compared in models.items():
@@ -525,6 +528,20 @@ def _evaluate_few_shot(run: Run, models: dict[str, Run]) -> None:
     metrics = {name: evaluate_few_shot(each) for name, each in by_model.items()}
     print(few_shot_summary(metrics))
     print(f"report: {few_shot_report(run, metrics)}")
+
+
+def _evaluate_knowledge(models: dict[str, Run]) -> None:
+    from rac3.held_out import SPLITS
+    from rac3.report.knowledge import knowledge_report, knowledge_summary
+    from rac3.stages.evaluate_knowledge import evaluate_knowledge
+    from rac3.stages.retrieve import index, retrieve
+
+    for each in models.values():
+        index(each)
+        retrieve(each, SPLITS)
+    metrics = evaluate_knowledge(models)
+    print(knowledge_summary(metrics))
+    print(f"report: {knowledge_report(models, metrics)}")
 
 
 def _report(run: Run, options: Any) -> None:
@@ -640,7 +657,7 @@ STAGES = {
     ),
     "train": Stage("train the model, and the vanilla CM3 to compare it with", _train, lambda: TrainOptions),
     "evaluate": Stage(
-        "evaluate on the held-out documents; --task infilling, few-shot, coco, or retrieval, which needs no model",
+        "evaluate on the held-out documents; --task infilling, few-shot, knowledge, coco, or retrieval (no model)",
         _evaluate,
         _evaluate_options,
     ),

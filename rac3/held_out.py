@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from rac3 import recipes
-from rac3.documents.document import Image, Judge, Text
+from rac3.documents.document import Image, Judge, Text, prepare_image
 from rac3.documents.store import TokenizedDocument
+from rac3.evaluation.entities import entity_of
 from rac3.evaluation.features import Embedded
 from rac3.experiment import Split
 from rac3.generation.prompts import Asked, Context
@@ -82,15 +83,29 @@ def sampled(run: Run, what: str, asked: Sequence[Asked], sampling: Sampling) -> 
     return [out[number] for number in range(len(requests))]
 
 
+def part_rows(count: int, size: int) -> list[range]:
+    """The rows of each part of an evaluation that goes on after a kill."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def best_images(
     run: Run, split: Split, items: Sequence[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
 ) -> tuple[UInt8[np.ndarray, "images height width 3"], np.ndarray]:
     """For each document with a text, the image that CLIP scores best, and its score."""
+    pixels, best, scores = drawn_images(run, split, items, neighbors, k)
+    return pixels[np.arange(len(pixels)), best], scores
+
+
+def drawn_images(
+    run: Run, split: Split, items: Sequence[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
+) -> tuple[UInt8[np.ndarray, "images samples height width 3"], Int[np.ndarray, " images"], np.ndarray]:
+    """For each document with a text: all images as they came, the number of CLIP's favorite, and its score."""
     settings, codec = run.experiment.evaluation, run.images
     captions = {row: ids for row, item in enumerate(items) if (ids := segment_ids(item, Text)) is not None}
     chosen = list(captions)
     if not chosen:
-        return np.zeros((0, codec.resolution, codec.resolution, 3), np.uint8), np.zeros(0)
+        none = np.zeros((0, settings.image_samples, codec.resolution, codec.resolution, 3), np.uint8)
+        return none, np.zeros(0, int), np.zeros(0)
     form = run.form
     asked = [
         draw.request(
@@ -104,7 +119,7 @@ def best_images(
     image_vectors = run.encoder.embed_images(list(pixels)).reshape(len(chosen), settings.image_samples, -1)
     text_vectors = run.encoder.embed_texts([items[row].document.text for row in chosen])
     best, scores = best_by_clip(text_vectors, image_vectors)
-    return pixels.reshape(len(chosen), settings.image_samples, *pixels.shape[1:])[np.arange(len(chosen)), best], scores
+    return pixels.reshape(len(chosen), settings.image_samples, *pixels.shape[1:]), best, scores
 
 
 def best_captions(
@@ -137,8 +152,7 @@ def segment_ids(item: TokenizedDocument, kind: type[Text] | type[Image]) -> np.n
 
 def entity(run: Run, item: TokenizedDocument) -> str:
     """What a document shows by its metadata; "" if they do not say."""
-    found = item.document.metadata.get(run.experiment.data.entity_field)
-    return "" if found is None else str(found)
+    return entity_of(item.document, run.experiment.data.entity_field) or ""
 
 
 def copied(run: Run, neighbors: Int[np.ndarray, "n depth"], k: int = 1) -> Pictures:
@@ -154,6 +168,34 @@ def copied(run: Run, neighbors: Int[np.ndarray, "n depth"], k: int = 1) -> Pictu
             if of_row:
                 pictures[row] = np.round(np.mean([next(decoded) for _ in of_row], axis=0))
     return pictures
+
+
+def baseline_pictures(
+    run: Run, items: Sequence[TokenizedDocument], neighbors: Int[np.ndarray, "n depth"], k: int
+) -> dict[str, Pictures]:
+    """Pictures that no model draws, one for each document.
+
+    copied         that of the first document that its text retrieved
+    mean           the mean, in pixels, of those of the k documents that its text retrieved
+    reconstructed  that of its own codes
+    original       its own: what the judge says of the truth
+
+    Args:
+      neighbors: of the text of each.
+      k: documents in context; without any there is nothing to copy.
+    """
+    made = {"copied": copied(run, neighbors, 1), "mean": copied(run, neighbors, k)} if k else {}
+    codes = [ids for item in items if (ids := segment_ids(item, Image)) is not None]
+    if len(codes) == len(items):
+        made["reconstructed"] = run.images.decode(np.stack(codes))
+        made["original"] = true_pictures(run, items)
+    return made
+
+
+def true_pictures(run: Run, items: Sequence[TokenizedDocument]) -> Pictures:
+    """The first picture of each document, as the models see it."""
+    size = run.images.resolution
+    return np.stack([prepare_image(item.document.images[0].pixels(), size) for item in items])
 
 
 def shown_in_memory(run: Run, split: Split, names: Collection[str], most: int) -> dict[str, list[TokenizedDocument]]:
@@ -175,15 +217,22 @@ def shown_in_memory(run: Run, split: Split, names: Collection[str], most: int) -
     return {name: items for name, items in found.items() if items}
 
 
+def source_judge(run: Run) -> EntityJudge | None:
+    """The source of the training documents, if it can tell entities by their looks."""
+    source, field = run.experiment.data.train, run.experiment.data.entity_field
+    if not isinstance(source, Judge) or field not in source.judged:
+        return None
+    return lambda pictures: [each[field] for each in source.shown(pictures)]
+
+
 def judge(run: Run, split: Split, names: Collection[str]) -> EntityJudge | None:
     """Tells which entity a picture shows; None if the memory shows none of `names`.
 
     The source of the training documents judges if it can. Elsewhere it is the one of `names` whose pictures in the
     memory are most similar to it for the encoder, on average.
     """
-    source, field = run.experiment.data.train, run.experiment.data.entity_field
-    if isinstance(source, Judge) and field in source.judged:
-        return lambda pictures: [each[field] for each in source.shown(pictures)]
+    if (by_source := source_judge(run)) is not None:
+        return by_source
     encoder, shown = run.encoder, shown_in_memory(run, split, names, JUDGED)
     if not shown:
         return None

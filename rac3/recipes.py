@@ -1,5 +1,6 @@
 """The recipe of each artifact: the part of the config and the inputs that determine its content."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +224,16 @@ def retrieval(experiment: Experiment) -> Recipe:
 def reference(experiment: Experiment, split: Split) -> Recipe:
     """The features of the real pictures of a split, by the network that `evaluation.features` names."""
     config = {
-        "features": content_identity([weights_file(experiment.evaluation.features)]),
+        "features": _network(experiment),
         "documents": experiment.evaluation.documents,
         "clip_dtype": _dtype(experiment.clip),
     }
     return Recipe("reference", config, {"documents": documents(experiment, split), "clip": clip(experiment)})
+
+
+def _network(experiment: Experiment) -> Any:
+    """The network that `evaluation.features` names, by its weights."""
+    return content_identity([weights_file(experiment.evaluation.features)])
 
 
 def best(trained: Experiment) -> Recipe:
@@ -276,16 +282,49 @@ def _at(step: int | None) -> dict[str, Any]:
 
 def infilling(experiment: Experiment, trained: Experiment, step: int | None = None) -> Recipe:
     """The evaluation of infilling and editing, judged by pictures of the memory."""
-    settings = experiment.evaluation
+    config = {**_drawn(experiment), **_compared(experiment), **_at(step)}
+    return Recipe("infilling", config, {**_drawn_from(experiment, trained), **_memory(experiment)})
+
+
+def drawings(experiment: Experiment, trained: Experiment, step: int | None = None) -> Recipe:
+    """The pictures of held-out entities, whoever judges them. CLIP picks among the samples."""
     config = {
-        "num_retrieved": settings.num_retrieved,
-        "sampling": settings.image_sampling,
-        **_compared(experiment),
+        **_drawn(experiment),
+        "samples": experiment.evaluation.image_samples,
+        "documents": experiment.evaluation.documents,
+        "clip_dtype": _dtype(experiment.clip),
+        "entity_field": experiment.data.entity_field,
+        "seed": experiment.seed,
         **_at(step),
     }
-    drawing = evaluation(experiment, trained).inputs
-    inputs = {name: recipe for name, recipe in drawing.items() if recipe.stage != "reference"}
-    return Recipe("infilling", config, {**inputs, **_memory(experiment)})
+    return Recipe("drawings", config, _drawn_from(experiment, trained))
+
+
+def knowledge(experiment: Experiment, drawn: Mapping[str, Recipe]) -> Recipe:
+    """The judgement of these drawings, and of what is compared with them, by pictures of the memory or by the source.
+
+    Args:
+      drawn: by the name of the model.
+    """
+    config = {"num_retrieved": experiment.evaluation.num_retrieved, **_compared(experiment)}
+    if experiment.evaluation.features:
+        config["features"] = _network(experiment)
+    inputs = {f"drawings {name}": recipe for name, recipe in drawn.items()}
+    return Recipe("knowledge", config, {**inputs, **_memory(experiment)})
+
+
+def _drawn(experiment: Experiment) -> dict[str, Any]:
+    """How pictures are drawn."""
+    return {
+        "num_retrieved": experiment.evaluation.num_retrieved,
+        "sampling": experiment.evaluation.image_sampling,
+    }
+
+
+def _drawn_from(experiment: Experiment, trained: Experiment) -> dict[str, Recipe]:
+    """What an evaluation reads, but no real pictures to compare with."""
+    inputs = evaluation(experiment, trained).inputs
+    return {name: recipe for name, recipe in inputs.items() if recipe.stage != "reference"}
 
 
 def few_shot(experiment: Experiment, trained: Experiment, step: int | None = None) -> Recipe:

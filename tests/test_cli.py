@@ -552,6 +552,7 @@ CALLS = {
     "rac3.stages.evaluate_coco": ("coco_splits", "evaluate_coco"),
     "rac3.stages.evaluate_few_shot": ("evaluate_few_shot",),
     "rac3.stages.evaluate_infilling": ("evaluate_infilling",),
+    "rac3.stages.evaluate_knowledge": ("evaluate_knowledge",),
     "rac3.stages.evaluate_retrieval": ("evaluate_retrieval",),
     "rac3.stages.reference": ("reference",),
     "rac3.stages.generate": ("generate",),
@@ -562,6 +563,7 @@ CALLS = {
     "rac3.report.encoders": ("encoders_report",),
     "rac3.report.few_shot": ("few_shot_report", "few_shot_summary"),
     "rac3.report.infilling": ("infilling_report", "infilling_summary"),
+    "rac3.report.knowledge": ("knowledge_report", "knowledge_summary"),
     "rac3.report.retrieval": ("retrieval_report", "retrieval_summary"),
     "rac3.vqgan.published": ("require_decoder",),
     "rac3.cli": ("describe",),
@@ -624,6 +626,11 @@ EVALUATE = [*["index", "retrieve", "reference", "evaluate"] * 4, "collect", "sum
             ["--task", "coco"],
             ["coco_splits", *[*EVALUATE[:3], "evaluate_coco"] * 4, "coco_summary", "coco_report"],
         ),
+        (
+            "evaluate",
+            ["--task", "knowledge"],
+            [*["index", "retrieve"] * 4, "evaluate_knowledge", "knowledge_summary", "knowledge_report"],
+        ),
         ("evaluate", ["--task", "few-shot"], [*["evaluate_few_shot"] * 3, "few_shot_summary", "few_shot_report"]),
         ("generate", ["--prompt", "a fox"], ["index", "generate"]),
         ("report", [], ["report"]),
@@ -637,7 +644,8 @@ def test_a_stage_does_its_own_work_and_no_other(
     assert rac3(stage, TINY, "--workdir", str(tmp_path / "new"), "--batches.rows", "4", *arguments) == 0
     assert [name for name, _ in called] == expected
     for name, given in called:
-        runs = [each for each in given if isinstance(each, Run)]
+        values = [value for each in given for value in (each.values() if isinstance(each, dict) else [each])]
+        runs = [each for each in values if isinstance(each, Run)]
         assert all((run.experiment.batches.rows, run.trained.batches.rows) == (4, 4) for run in runs), name
         assert all(run.workdir.path == tmp_path / "new" for run in runs), name
         assert runs or name.endswith("summary")
@@ -659,6 +667,19 @@ def test_each_model_does_a_task_once(
     assert [run.step for run in ran] == [None, 3, None, None][:models]
     assert metrics == [dict.fromkeys(labels, f"<evaluate_{name}>")]
     assert capsys.readouterr().out.splitlines()[-3:-1] == [f"<{name}_summary>", f"report: <{name}_report>"]
+
+
+def test_all_models_are_judged_together(called: Called, rac3: Command, tmp_path: Path):
+    """After each has its neighbors on the held-out splits."""
+    assert rac3("evaluate", TINY, "--task", "knowledge", "--workdir", str(tmp_path / "new"), "retriever:exact") == 0
+    models = next(given[0] for name, given in called if name == "evaluate_knowledge")
+    assert list(models) == ["ra_cm3_exact", *CM3S, "ra_cm3_random"]
+    searched = [given for name, given in called if name == "retrieve"]
+    assert [(id(run), splits) for run, splits in searched] == [
+        (id(run), ("validation", "test")) for run in models.values()
+    ]
+    (shown,) = [given for name, given in called if name == "knowledge_report"]
+    assert shown == (models, "<evaluate_knowledge>")
 
 
 def test_the_model_is_evaluated_beside_cm3_and_with_random_documents(called: Called, rac3: Command, tmp_path: Path):

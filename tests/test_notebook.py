@@ -6,15 +6,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from workdir_files import linked
 
 ROOT = Path(__file__).parents[1]
-PICTURES = {"tour": 4, "generate": 0, "infill_and_edit": 0, "few_shot": 1}  # drawn by Matplotlib
-ANSWERS = {"tour": 0, "generate": 5, "infill_and_edit": 4, "few_shot": 0}  # that show themselves
+PICTURES = {"tour": 4, "generate": 0, "infill_and_edit": 0, "few_shot": 1, "evaluate": 6}  # drawn by Matplotlib
+ANSWERS = {"tour": 0, "generate": 5, "infill_and_edit": 4, "few_shot": 0, "evaluate": 0}  # that show themselves
 PRINTED = {
     "tour": ["36 documents", "2 documents: ", "truth: "],
     "generate": ["4 pictures of (40, 40)", "CLIP score ", "copied: ", "truth: "],
     "infill_and_edit": ["same outside the mask: True", "filled: "],
     "few_shot": ["questions about", "2 shots: ", " right", "2 documents: -"],
+    "evaluate": ["other, best: ", "other, worst: "],
 }
 
 
@@ -61,18 +63,22 @@ def test_it_needs_nothing_of_rac3_but_the_package(notebook: nbformat.NotebookNod
     ]
     own = [each for each in imported if each.split(".")[0] == "rac3"]
     assert own[0] == "rac3"
-    assert set(own[1:]) <= {"rac3.answering", "rac3.generation.copying", "rac3.generation.sampling"}
+    shows = {"rac3.report.page", "rac3.report.samples", "rac3.report.table", "rac3.stages.evaluate"}
+    assert set(own[1:]) <= {"rac3.answering", "rac3.generation.copying", "rac3.generation.sampling", *shows}
 
 
 def test_it_runs(
     name: str,
     notebook: nbformat.NotebookNode,
     finished_workdir: tuple[Path, Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("RAC3_WORKDIR", str(finished_workdir[1]))
+    if name == "evaluate":
+        monkeypatch.setenv("RAC3_OTHER_WORKDIR", str(linked(finished_workdir[1], tmp_path / "other")))
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     monkeypatch.setenv("XLA_FLAGS", " ".join(flags))  # one device, as a reader of it has
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
@@ -82,3 +88,21 @@ def test_it_runs(
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     for words in PRINTED[name]:
         assert words in printed
+
+
+def test_one_of_two_workdirs_is_enough(
+    finished_workdir: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("RAC3_WORKDIR", str(finished_workdir[1]))
+    monkeypatch.setenv("RAC3_OTHER_WORKDIR", str(tmp_path / "other"))
+    names: dict[str, object] = {}
+    for cell in code_cells(nbformat.read(ROOT / "notebooks" / "evaluate.ipynb", as_version=4))[:2]:
+        exec(cell.source, names)
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 'other'} is no folder, so that one run is shown; make it, or name another workdir\n"
+    )
+    assert names["head"][:2] == ["", f"RA-CM3 ({finished_workdir[1]})"]

@@ -9,6 +9,7 @@ The answers below are written from what each stage reads, never from the recipes
     best                train, documents and neighbors of tuning
     infilling           what an evaluation reads, and the documents of the memory
     few_shot            train, clip, held-out documents, those of the memory
+    drawings            what an evaluation reads              knowledge           drawings, documents of the memory
     ... cm3             the same of the vanilla CM3, which retrieves nothing, so that its evaluation reads clip itself
 """
 
@@ -62,10 +63,13 @@ class Halved:
 EVALUATION = frozenset({"evaluation", "evaluation cm3"})
 INFILLING = frozenset({"infilling", "infilling cm3"})
 FEW_SHOT = frozenset({"few_shot", "few_shot cm3"})
+KNOWLEDGE = frozenset({"knowledge", "knowledge cm3"})
+DRAWINGS = KNOWLEDGE | {"drawings", "drawings cm3"}
 BEST = frozenset({"best", "best cm3"})
-EVALUATIONS = EVALUATION | INFILLING | FEW_SHOT
+EVALUATIONS = EVALUATION | INFILLING | FEW_SHOT | DRAWINGS
 MODEL = EVALUATIONS | BEST | {"train", "train cm3"}
-TRAIN_NEIGHBORS = frozenset({"neighbors train", "retrieval", "train", "best", "evaluation", "infilling", "few_shot"})
+JUDGED = frozenset({"drawings", "knowledge"})  # of the model that retrieves
+TRAIN_NEIGHBORS = JUDGED | {"neighbors train", "retrieval", "train", "best", "evaluation", "infilling", "few_shot"}
 HELD_OUT_NEIGHBORS = frozenset(
     {
         *(f"neighbors {split}" for split in ("validation", "tuning", "test")),
@@ -73,6 +77,7 @@ HELD_OUT_NEIGHBORS = frozenset(
         "best",
         "evaluation",
         "infilling",
+        *JUDGED,
     }
 )
 NEIGHBORS = TRAIN_NEIGHBORS | HELD_OUT_NEIGHBORS
@@ -94,7 +99,7 @@ CLIP = CLIP_DTYPE | {"clip"}
 EVERYTHING = TEXT | VQGAN | CLIP
 
 TRAIN_DOCUMENTS = (NEIGHBORS | MODEL) | {"documents train", "embeddings train", "queries train", "index train"}
-MEMORY = HELD_OUT_NEIGHBORS | INFILLING | FEW_SHOT
+MEMORY = HELD_OUT_NEIGHBORS | INFILLING | FEW_SHOT | KNOWLEDGE
 MEMORY_DOCUMENTS = MEMORY | {"documents memory", "embeddings memory", "index memory"}
 VALIDATION_DOCUMENTS = EVALUATIONS | {
     "documents validation",
@@ -289,21 +294,21 @@ FITTED: dict[str, Row] = {
     "mesh.fsdp": (2, NOTHING),
     "mesh.tensor": (2, NOTHING),
     "mesh.rules": ((("batch", ("data",)),), NOTHING),
-    "evaluation.num_retrieved": (1, EVALUATION | INFILLING | {"best"}),
+    "evaluation.num_retrieved": (1, EVALUATION | INFILLING | DRAWINGS | {"best"}),
     "evaluation.documents": (5, EVALUATIONS | BEST | {"retrieval"}),
-    "evaluation.image_samples": (5, EVALUATION),
+    "evaluation.image_samples": (5, EVALUATION | DRAWINGS),
     "evaluation.caption_samples": (5, EVALUATION),
-    "evaluation.image_sampling.temperature": (0.5, EVALUATION | INFILLING),
-    "evaluation.image_sampling.top_p": (0.5, EVALUATION | INFILLING),
-    "evaluation.image_sampling.top_k": (5, EVALUATION | INFILLING),
-    "evaluation.image_sampling.guidance.scale": (2.0, EVALUATION | INFILLING),
-    "evaluation.image_sampling.guidance.without": ("documents", EVALUATION | INFILLING),
-    "evaluation.image_sampling.contrast.k": (4, EVALUATION | INFILLING),
-    "evaluation.image_sampling.contrast.alpha": (0.5, EVALUATION | INFILLING),
-    "evaluation.image_sampling.contrast.without": ("documents", EVALUATION | INFILLING),
-    "evaluation.image_sampling.copying.weight": (0.5, EVALUATION | INFILLING),
-    "evaluation.image_sampling.copying.sharpness": (2.0, EVALUATION | INFILLING),
-    "evaluation.image_sampling.processors": ((Halved(),), EVALUATION | INFILLING),
+    "evaluation.image_sampling.temperature": (0.5, EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.top_p": (0.5, EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.top_k": (5, EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.guidance.scale": (2.0, EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.guidance.without": ("documents", EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.contrast.k": (4, EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.contrast.alpha": (0.5, EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.contrast.without": ("documents", EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.copying.weight": (0.5, EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.copying.sharpness": (2.0, EVALUATION | INFILLING | DRAWINGS),
+    "evaluation.image_sampling.processors": ((Halved(),), EVALUATION | INFILLING | DRAWINGS),
     "evaluation.caption_sampling.temperature": (0.5, EVALUATION),
     "evaluation.caption_sampling.top_p": (0.5, EVALUATION),
     "evaluation.caption_sampling.top_k": (5, EVALUATION),
@@ -316,7 +321,7 @@ FITTED: dict[str, Row] = {
     "evaluation.caption_sampling.copying.sharpness": (2.0, EVALUATION),
     "evaluation.caption_sampling.processors": ((Halved(),), EVALUATION),
     "evaluation.max_caption_tokens": (5, EVALUATION),
-    "evaluation.features": ("vgg.pth", EVALUATION),
+    "evaluation.features": ("vgg.pth", EVALUATION | KNOWLEDGE),
     "evaluation.control": (False, NOTHING),  # one evaluation more or less, and this one as it is
     **{
         f"cluster.{name}": (value, NOTHING)
@@ -467,6 +472,9 @@ def made(experiment: Experiment, trained: Experiment | None = None) -> dict[str,
     for stage in ("infilling", "few_shot"):
         found |= {stage: getattr(recipes, stage)(experiment, trained)}
         found |= {f"{stage} cm3": getattr(recipes, stage)(plain, plain)}
+    for model, pair in (("", (experiment, trained)), (" cm3", (plain, plain))):
+        drawings = recipes.drawings(*pair)
+        found |= {f"drawings{model}": drawings, f"knowledge{model}": recipes.knowledge(pair[0], {"it": drawings})}
     return {stage: recipe.fingerprint for stage, recipe in found.items()}
 
 
@@ -576,7 +584,7 @@ def test_training_retrieves_from_the_training_documents_alone(fitted: Experiment
 
 def test_the_step_of_a_model_tells_its_evaluations_apart(fitted: Experiment):
     """And the last step has no number: what was made before there were others is current."""
-    for make in (recipes.evaluation, recipes.infilling, recipes.few_shot):
+    for make in (recipes.evaluation, recipes.infilling, recipes.few_shot, recipes.drawings):
         steps = {make(fitted, fitted, step).fingerprint for step in (None, 3, 5)}
         assert len(steps) == 3
         assert make(fitted, fitted).fingerprint == make(fitted, fitted, None).fingerprint
@@ -649,7 +657,7 @@ def test_references_are_known_by_their_network_and_their_documents(fitted: Exper
 
     compared = changed(fitted, "evaluation.features", "vgg.pth")
     before, known = made(compared), references(compared)
-    assert changes(made(fitted), before) == EVALUATION
+    assert changes(made(fitted), before) == EVALUATION | KNOWLEDGE
     moved = changed(compared, "data.test.seed", 7)
     assert [a == b for a, b in zip(known, references(moved), strict=True)] == [True, False]
     for other in ("evaluation.documents", 5), ("clip.dtype", "bfloat16"), ("evaluation.features", "lpips.pth"):
@@ -657,7 +665,7 @@ def test_references_are_known_by_their_network_and_their_documents(fitted: Exper
     assert references(changed(compared, "evaluation.image_samples", 5)) == known
     (folder / "vgg.pth").write_text("key 2\n")
     assert not set(known) & set(references(replace(compared)))
-    assert changes(before, made(compared)) == EVALUATION
+    assert changes(before, made(compared)) == EVALUATION | KNOWLEDGE
 
 
 def test_an_artifact_that_is_open_is_no_input_of_what_does_not_name_it(tmp_path: Path):

@@ -8,8 +8,9 @@ chunks ||||||||||||||||   ||||||||||||||||||||    |||||         128 KiB: the cos
 """
 
 import contextlib
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rac3.artifacts.files import damaged, refusal
+from rac3.artifacts.workdir import write_atomic
 
 CHUNK_BYTES = 128 * 2**10  # sequential reads want larger ones, random rows smaller ones
 _ROWS_AT_ONCE = 256  # of scattered rows, each perhaps in its own chunk: 32 MB
@@ -145,6 +147,13 @@ class Vectors(Rows):
     def __getitem__(self, rows: slice | np.ndarray) -> Float[np.ndarray, "rows embed"]:
         stored = np.asarray(_read(self._array, rows), np.float32)
         return stored if self._scales is None else stored * _read(self._scales, rows)[:, None]
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a few named arrays as one .npz file, for `np.load`; it appears whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # of its stub: one of them might be called allow_pickle
+    write_atomic(path, buffer.getvalue())
 
 
 def _scales(path: Path) -> Path:

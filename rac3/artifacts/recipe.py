@@ -19,6 +19,8 @@ COMMANDS = {
     "infilling": "rac3 evaluate --task infilling",
     "few_shot": "rac3 evaluate --task few-shot",
     "coco": "rac3 evaluate --task coco",
+    "drawings": "rac3 evaluate --task knowledge",
+    "knowledge": "rac3 evaluate --task knowledge",
 }
 """What makes an artifact, by the stage of its recipe."""
 WHOLE = "rac3 run"  # what makes everything

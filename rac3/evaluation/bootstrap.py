@@ -1,11 +1,11 @@
 """How far a figure would move on other documents of the same kind: the bootstrap (Efron 1979), and its relatives."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -50,6 +50,28 @@ def bootstrap(
 def mean_of(values: Float[np.ndarray, " rows"]) -> Figure:
     """The mean of some values."""
     return bootstrap(lambda rows: [values[rows].mean()], len(values))[0]
+
+
+def share_of(right: Bool[np.ndarray, " rows"], groups: Sequence[Hashable]) -> Figure:
+    """The share of some rows that are right.
+
+    Whole groups are drawn: rows about one entity, say, are right or wrong together, and count as less evidence.
+
+    Args:
+      groups: the group of each row.
+    """
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    members = np.array([numbers[group] for group in groups])
+    counts, sums = np.bincount(members), np.bincount(members, right)
+    figure = bootstrap(lambda drawn: [sums[drawn].sum() / counts[drawn].sum()], len(numbers))[0]
+    return as_wide_as_margin(figure, len(numbers))
+
+
+def as_wide_as_margin(share: Figure, count: int) -> Figure:
+    """A share whose interval is at least the `margin` of `count` documents: near 0 and 1, all that is drawn agrees."""
+    least = margin(share["value"], count)
+    low, high = min(share["low"], share["value"] - least), max(share["high"], share["value"] + least)
+    return {"value": share["value"], "low": low, "high": high}
 
 
 def half_samples(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from rac3.evaluation.bootstrap import half_samples, margin
+from rac3.evaluation.bootstrap import as_wide_as_margin, half_samples
 from rac3.evaluation.features import Embedded
 
 NEIGHBORS = 3  # whose farthest is the radius of a ball
@@ -182,10 +182,8 @@ def distribution_metrics(name: str, drawn: Embedded, real: Embedded) -> dict[str
         return [frechet_of(ours, theirs), kid(ours, theirs), *precision_recall(ours, theirs)]
 
     found = dict(zip(figures, half_samples(statistic, counts), strict=True))
-    for share, count in zip(("precision", "recall"), counts, strict=True):  # near 0 and 1, all halves agree
-        value, least = found[share]["value"], margin(found[share]["value"], count)
-        found[share]["low"] = min(found[share]["low"], value - least)
-        found[share]["high"] = max(found[share]["high"], value + least)
+    for share, count in zip(("precision", "recall"), counts, strict=True):
+        found[share] = as_wide_as_margin(found[share], count)
     metrics |= found
     logits = drawn.logits
     score = None if logits is None else half_samples(lambda rows: [inception_score(logits[rows[0]])], counts[:1])[0]

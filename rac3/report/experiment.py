@@ -16,7 +16,6 @@ from rac3.documents.document import Judge, plain_json
 from rac3.report.page import Content, page
 from rac3.report.samples import Samples
 from rac3.report.table import (
-    ROWS,
     columns,
     left_out_lines,
     lookup,
@@ -26,6 +25,7 @@ from rac3.report.table import (
     ratio_line,
     recall_rows,
     unjudged_line,
+    value_rows,
 )
 from rac3.run import Run
 from rac3.stages.evaluate import ACCURACIES, SPLITS, comparisons, evaluate, evaluate_encoders
@@ -89,12 +89,7 @@ def collect(run: Run) -> dict[str, Any]:
 
 def summary(metrics: Mapping[str, Any]) -> str:
     """The models of `metrics.json` side by side as plain text for a terminal, then the recall of retrieval."""
-    table = columns(metrics)
-    rows = [["", *table]]
-    for row in ROWS:
-        values = [lookup(column, row.path) for column in table.values()]
-        if any(value is not None for value in values):
-            rows.append([row.label, *("-" if value is None else row.show(value) for value in values)])
+    rows = value_rows(columns(metrics))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([label.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(cells, widths[1:], strict=True))])

@@ -1,4 +1,4 @@
-"""What the report shows of a held-out split: the first documents, and what each model made of them."""
+"""What the report shows of a held-out split: a few documents, and what each model made of them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,12 @@ SHOWN = 8  # documents
 
 @dataclass(frozen=True)
 class Samples:
-    """The first documents of a held-out split, with what each model made of them.
+    """Some documents of a held-out split, with what each model made of them.
 
     Attributes:
       rows: of the evaluation of each model: text, caption, what was retrieved.
       images: the generated images by model; one for each of `rows` with a text, in order.
+      numbers: of the documents, in the split.
     """
 
     run: Run
@@ -33,24 +34,30 @@ class Samples:
     items: Sequence[TokenizedDocument]
     rows: Mapping[str, Sequence[Mapping[str, Any]]]
     images: Mapping[str, UInt8[np.ndarray, "n height width 3"]]
+    numbers: Sequence[int] = range(SHOWN)
 
     @classmethod
-    def open(cls, run: Run, split: Split, models: Mapping[str, Run]) -> "Samples":
-        """Opens the first documents of `split`, and of the evaluation of each model what was made of them."""
+    def open(cls, run: Run, split: Split, models: Mapping[str, Run], numbers: Sequence[int] | None = None) -> "Samples":
+        """Opens documents of `split`, and of the evaluation of each model what was made of them.
+
+        Args:
+          numbers: of the documents; None is the first ones.
+        """
         documents = run.documents(split)
-        items = documents.many(range(min(len(documents), run.experiment.evaluation.documents, SHOWN)))
+        if numbers is None:
+            numbers = range(min(len(documents), run.experiment.evaluation.documents, SHOWN))
         rows, images = {}, {}
         for name, model in models.items():
-            folder = model.evaluation().folder
-            rows[name] = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))[: len(items)]
-            images[name] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-        return cls(run, split, items, rows, images)
+            made, drawn = _evaluated(model, split)
+            places = {number: place for place, number in enumerate(_prompted(made))}
+            rows[name] = [made[number] for number in numbers]
+            images[name] = drawn[[places[number] for number in numbers if number in places]]
+        return cls(run, split, documents.many(numbers), rows, images, numbers)
 
     def strips(self) -> list[Strip]:
         strips = []
         first = next(iter(self.rows.values()))
-        prompted = [number for number, row in enumerate(first) if row["text"]]
-        for rank, number in enumerate(prompted):
+        for rank, number in enumerate(_prompted(first)):
             pictures = self._retrieved(number)
             pictures += [
                 self._generated(name, np.asarray(images[rank]), number) for name, images in self.images.items()
@@ -98,7 +105,8 @@ class Samples:
         found = found[: self.run.experiment.evaluation.num_retrieved]
         if not found:
             return []
-        scores = self.run.neighbors(self.split, "scores")[number : number + 1][0, PARTS.index("text"), : len(found)]
+        row = self.numbers[number]
+        scores = self.run.neighbors(self.split, "scores")[row : row + 1][0, PARTS.index("text"), : len(found)]
         wanted = self._entity(self.items[number].document)
         pictures = []
         for memory_id, score in zip(found, scores, strict=True):
@@ -142,3 +150,26 @@ class Samples:
         if not document.images:
             return None
         return prepare_image(document.images[0].pixels(), self.run.images.resolution)
+
+
+def by_similarity(run: Run, split: Split) -> list[int]:
+    """The numbers of the evaluated documents with a text: first what the encoder finds drawn most like its text."""
+    made, drawn = _evaluated(run, split)
+    prompted = _prompted(made)
+    if not prompted:
+        return []
+    texts = run.encoder.embed_texts([made[number]["text"] for number in prompted])
+    similarities = np.einsum("pe,pe->p", texts, run.encoder.embed_images([*np.asarray(drawn)]))
+    return [prompted[place] for place in np.argsort(-similarities, kind="stable").tolist()]
+
+
+def _evaluated(run: Run, split: Split) -> tuple[list[dict[str, Any]], UInt8[np.ndarray, "n height width 3"]]:
+    """What an evaluation has of each document, and the pictures of those with a text, on disk."""
+    folder = run.evaluation().folder
+    rows = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+    return rows, np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def _prompted(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The places of the rows with a text, of which there are pictures."""
+    return [place for place, row in enumerate(rows) if row["text"]]

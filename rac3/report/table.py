@@ -84,6 +84,29 @@ def columns(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     }
 
 
+def value_rows(values: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A table of plain text with its head: a column for each of these, and the rows that any of them has a value of."""
+    rows = [["", *values]]
+    for row in ROWS:
+        found = [lookup(column, row.path) for column in values.values()]
+        if any(value is not None for value in found):
+            rows.append([row.label, *("-" if value is None else row.show(value) for value in found)])
+    return rows
+
+
+def side_by_side(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The `columns` of several runs: each label for one run after the other, then the next label.
+
+    Args:
+      metrics: the `metrics.json` of each run, by the name that its columns get.
+    """
+    of_runs = {name: columns(each) for name, each in metrics.items()}
+    labels = dict.fromkeys(label for of_run in of_runs.values() for label in of_run)
+    return {
+        f"{label} ({name})": of_run[label] for label in labels for name, of_run in of_runs.items() if label in of_run
+    }
+
+
 def peer(names: Sequence[str]) -> str | None:
     """The CM3 that the first model is compared with: at its best, if that is known; None if there is none."""
     return next((name for name in ("cm3_best", "cm3") if name in names[1:]), None)
@@ -173,7 +196,10 @@ def unjudged_line(metrics: Mapping[str, Any]) -> str:
     evaluation = metrics["evaluation"]
     if not evaluation["entity_field"] or evaluation["entity_field"] in evaluation["judged"]:
         return ""
-    return "no accuracy of images: the source of the training documents is no Judge of them (rac3.documents.document)"
+    return (
+        "no accuracy of images: the source of the training documents is no Judge of them (rac3.documents.document); "
+        "rac3 evaluate CONFIG --task knowledge judges by true pictures"
+    )
 
 
 def recall_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:

@@ -14,7 +14,7 @@ from rac3 import recipes
 from rac3.artifacts.workdir import write_atomic
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT, Group
-from rac3.documents.document import Image, Judge, prepare_image
+from rac3.documents.document import Judge
 from rac3.documents.store import TokenizedDocument
 from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.entities import entity_of, named_accuracy, shown_accuracy, values_of
@@ -27,14 +27,13 @@ from rac3.experiment import Experiment, Split
 from rac3.held_out import (
     SPLITS,
     Pictures,
+    baseline_pictures,
     best_captions,
     best_images,
-    copied,
     held_out,
     held_out_documents,
     real_pictures,
     retrieved,
-    segment_ids,
 )
 from rac3.retrieval.baselines import Random
 from rac3.run import PARTS, Run
@@ -53,12 +52,12 @@ class EvaluateOptions:
     Attributes:
       task: generation, of images and captions of the held-out documents; infilling, of the middle of their images, with
         edits by documents given by hand (paper, sections 5.2 and 5.3); few-shot, classification by demonstrations
-        (5.4); coco, images and captions of MS-COCO with and without retrieval (4.2); or retrieval, which needs no
-        model: recall, what approximate search costs, what selection drops, and a page of queries with what they
-        retrieved.
+        (5.4); knowledge, whether images that name an entity show it (5.1); coco, images and captions of MS-COCO with
+        and without retrieval (4.2); or retrieval, which needs no model: recall, what approximate search costs, what
+        selection drops, and a page of queries with what they retrieved.
     """
 
-    task: Literal["generation", "infilling", "few-shot", "coco", "retrieval"] = "generation"
+    task: Literal["generation", "infilling", "few-shot", "knowledge", "coco", "retrieval"] = "generation"
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -267,27 +266,17 @@ def _picture_scores(
 def _baselines(
     run: Run, items: list[TokenizedDocument], neighbors: Int[np.ndarray, "n parts depth"], k: int
 ) -> dict[str, tuple[Pictures, list[str]]]:
-    """Images and captions that no model makes; no captions where there are none to speak of.
+    """The pictures of `baseline_pictures`, and captions where there are any.
 
-    copied         the image of the first document that each text retrieved, and the text of the first one that each
-                   image retrieved ("" where it retrieved nothing)
-    mean           the mean, in pixels, of the images of the k documents that each text retrieved
-    reconstructed  the image of each document's own codes
-    original       the documents themselves: what the judge says of the truth
+    Those of `copied` are the text of the first document that each image retrieved ("" where it retrieved nothing),
+    those of `original` the documents' own.
     """
-    made: dict[str, tuple[Pictures, list[str]]] = {}
+    captions = {"original": [item.document.text for item in items]}
     if k:
         firsts = [retrieved(run, by_image, 1) for _, by_image in neighbors]
-        texts = [documents[0].document.text if documents else "" for documents in firsts]
-        made["copied"] = copied(run, neighbors[:, 0], 1), texts
-        made["mean"] = copied(run, neighbors[:, 0], k), []
-    codes = [ids for item in items if (ids := segment_ids(item, Image)) is not None]
-    if len(codes) == len(items):
-        size = run.images.resolution
-        made["reconstructed"] = run.images.decode(np.stack(codes)), []
-        pixels = np.stack([prepare_image(item.document.images[0].pixels(), size) for item in items])
-        made["original"] = pixels, [item.document.text for item in items]
-    return made
+        captions["copied"] = [documents[0].document.text if documents else "" for documents in firsts]
+    pictures = baseline_pictures(run, items, neighbors[:, 0], k)
+    return {name: (made, captions.get(name, [])) for name, made in pictures.items()}
 
 
 def _accuracies(

@@ -9,7 +9,6 @@ Nothing is trained on COCO. The documents go in parts; what is done of them stay
     SPLIT-K-00000.json  their similarities to the captions, the captions written, and the references
 """
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from rac3 import recipes
+from rac3.artifacts.arrays import write_arrays
 from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError
 from rac3.documents.coco import CAPTIONS, Coco
@@ -29,7 +29,7 @@ from rac3.evaluation.features import Embedded
 from rac3.evaluation.pictures import clipscore
 from rac3.execution.progress import Progress
 from rac3.experiment import Split
-from rac3.held_out import PART_DOCUMENTS, SPLITS, best_captions, best_images, real_pictures
+from rac3.held_out import PART_DOCUMENTS, SPLITS, best_captions, best_images, part_rows, real_pictures
 from rac3.run import PARTS, Run
 
 METRICS = "metrics.json"
@@ -79,18 +79,18 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
     """With the documents of the config's `num_retrieved`, and with none."""
     most = run.experiment.evaluation.num_retrieved if run.experiment.retrieves else 0
     count = min(len(run.documents(split)), run.experiment.evaluation.documents)
-    starts, name = range(0, count, PART_DOCUMENTS), run.model_name
-    with Progress(f"coco: {name} on {split}", len(starts) * len({0, most}), "parts") as bar:
+    parts, name = part_rows(count, PART_DOCUMENTS), run.model_name
+    with Progress(f"coco: {name} on {split}", len(parts) * len({0, most}), "parts") as bar:
         for k in sorted({0, most}):
-            for part, start in enumerate(starts):
+            for part, rows in enumerate(parts):
                 stem = _stem(folder, split, k, part)
                 if not stem.with_suffix(".json").is_file():
-                    _write_part(run, split, range(start, min(start + PART_DOCUMENTS, count)), k, stem)
+                    _write_part(run, split, rows, k, stem)
                 bar.update()
     return {
         "documents": count,
         "by_k": {
-            str(k): _metrics(run, split, [_stem(folder, split, k, part) for part in range(len(starts))])
+            str(k): _metrics(run, split, [_stem(folder, split, k, part) for part in range(len(parts))])
             for k in sorted({0, most})
         },
     }
@@ -111,9 +111,7 @@ def _write_part(run: Run, split: Split, rows: range, k: int, stem: Path) -> None
         embedded = run.features.embed([*pictures])
         arrays |= {"vectors": run.encoder.embed_images([*pictures]), "features": embedded.features}
         arrays |= {} if embedded.logits is None else {"logits": embedded.logits}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomic(stem.with_suffix(".npz"), buffer.getvalue())
+    write_arrays(stem.with_suffix(".npz"), arrays)
     made = [
         {
             "key": item.document.key,

@@ -13,7 +13,7 @@ from rac3.artifacts.workdir import write_atomic
 from rac3.documents.document import Image, prepare_image
 from rac3.execution.progress import Progress
 from rac3.experiment import Split
-from rac3.held_out import PART_DOCUMENTS, SPLITS
+from rac3.held_out import PART_DOCUMENTS, SPLITS, part_rows
 from rac3.run import Run
 
 
@@ -34,13 +34,12 @@ def reference(run: Run, splits: Sequence[Split] = SPLITS) -> None:
         with run.workdir.write(recipe) as draft:
             documents = run.documents(split)
             count = min(len(documents), run.experiment.evaluation.documents)
-            starts = range(0, count, PART_DOCUMENTS)
-            pictures = 0
-            with Progress(f"reference of {split}", len(starts), "parts") as bar:
-                for part, start in enumerate(starts):
+            parts, pictures = part_rows(count, PART_DOCUMENTS), 0
+            with Progress(f"reference of {split}", len(parts), "parts") as bar:
+                for part, rows in enumerate(parts):
                     file = draft.folder / f"vectors-{part:05}.npy"
                     if not file.is_file():
-                        items = documents.many(range(start, min(start + PART_DOCUMENTS, count)))
+                        items = documents.many(rows)
                         images: list[Image] = [item.document.images[0] for item in items if item.document.images]
                         real = [prepare_image(image.pixels(), size) for image in images]
                         vectors = run.encoder.embed_images(real) if real else np.zeros((0, run.encoder.width))

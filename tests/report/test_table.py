@@ -13,6 +13,8 @@ from rac3.report.table import (
     peer,
     ratio_line,
     recall_rows,
+    side_by_side,
+    value_rows,
     verdict,
 )
 
@@ -159,3 +161,15 @@ def test_documents_without_an_entity_are_named_in_a_line_of_their_split():
     (line,) = left_out_lines({"evaluation": evaluation | {"entity_field": "concept"}})
     assert line == "test: no document has 'concept' in its metadata, so there is no accuracy or recall of entities"
     assert left_out_lines({"evaluation": evaluation | {"entity_field": ""}}) == []  # nobody asks for it
+
+
+def test_runs_stand_side_by_side_by_model():
+    """The first has no CM3, the second no copy; rows that neither has are left out."""
+    first = metrics_of(ra_cm3=perplexities(1.5)) | {"baselines": {"copied": unseen("entity_accuracy", 0.96)}}
+    second = metrics_of(ra_cm3=perplexities(1.4, 2.0), cm3=perplexities(2.5)) | {"baselines": {}}
+    assert value_rows(side_by_side({"a": first, "b": second})) == [
+        ["", "RA-CM3 (a)", "RA-CM3 (b)", "a copy (a)", "CM3 (b)"],
+        ["image perplexity", "1.50", "1.40", "-", "2.50"],
+        ["text perplexity", "-", "2.00", "-", "-"],
+        ["entity accuracy (unseen)", "-", "-", "96.0%", "-"],
+    ]
