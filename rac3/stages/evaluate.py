@@ -100,7 +100,7 @@ def best_step(run: Run) -> int:
             cross_entropy, found = make_token_cross_entropy(run.model), {}
             for step in steps:
                 at_step = type(run)(run.experiment, run.workdir, run.trained, step)  # whose parameters are not kept
-                found[step] = _perplexities(at_step, cross_entropy, items, neighbors, most)
+                found[step] = perplexities(at_step, cross_entropy, items, neighbors, most)
                 bar.update()
             best = min(found, key=lambda step: sum(math.log(each) for each in found[step].values() if each is not None))
             metrics = {"step": best, "perplexity": found, "documents": len(items)}
@@ -155,7 +155,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         fewer: dict[str, dict[str, int]] = {"image": {}, "text": {}}
         cross_entropy = make_token_cross_entropy(run.model)
         for k in range(most + 1):
-            for modality, value in _perplexities(run, cross_entropy, items, neighbors, k).items():
+            for modality, value in perplexities(run, cross_entropy, items, neighbors, k).items():
                 by_k[modality][str(k)] = value
             for number, (modality, build, _) in enumerate(MODALITIES):
                 fewer[modality][str(k)] = _groups(run, build, items, neighbors[:, number], k)[1]
@@ -194,7 +194,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
     }
 
 
-def _perplexities(
+def perplexities(
     run: Run,
     cross_entropy: Any,
     items: list[TokenizedDocument],

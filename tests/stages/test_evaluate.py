@@ -44,13 +44,13 @@ from rac3.stages.evaluate import (
     _caption_scores,
     _evaluate_split,
     _groups,
-    _perplexities,
     _too_long,
     _write_samples,
     best_step,
     comparisons,
     evaluate,
     evaluate_encoders,
+    perplexities,
 )
 
 TEXT, IMAGE = 0, 1  # the parts of a query
@@ -101,7 +101,7 @@ def memory(run: Run) -> list[TokenizedDocument]:
 
 @pytest.fixture
 def no_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "_perplexities", no_perplexities)
+    monkeypatch.setattr(stage, "perplexities", no_perplexities)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ class Evaluated(NamedTuple):
 
 
 def no_perplexities(_: Any, __: Any, items: Any, neighbors: np.ndarray, k: int) -> dict[str, float]:
-    """In place of `_perplexities`: by what they are asked for, which takes no time."""
+    """In place of `perplexities`: by what they are asked for, which takes no time."""
     return {"image": 100.0 + k, "text": 200.0 + 10 * len(items) + k + float(neighbors[0, TEXT, 0]) / 100}
 
 
@@ -175,7 +175,7 @@ def evaluated(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     folder = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as patch:
         calls = watch_decoding(patch, real=False)
-        patch.setattr(stage, "_perplexities", no_perplexities)
+        patch.setattr(stage, "perplexities", no_perplexities)
         metrics = _evaluate_split(run, "test", folder)
     rows, pictures = json.loads((folder / "test.json").read_text()), np.load(folder / "test.npy")
     assert len(calls) == 2
@@ -193,7 +193,7 @@ def test_perplexity_is_that_of_the_plain_model_after_what_the_prompt_retrieved(
     values = [*expected, other]
     assert min(abs(a / b - 1) for n, a in enumerate(values) for b in values[:n]) > 1e-3  # all can be told apart
     cross_entropy = make_token_cross_entropy(run.model)
-    found = [_perplexities(run, cross_entropy, items, neighbors, k)[modality] for k in range(3)]
+    found = [perplexities(run, cross_entropy, items, neighbors, k)[modality] for k in range(3)]
     assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of some 100 terms
 
 
@@ -374,7 +374,7 @@ def test_the_best_step_has_the_lowest_product_of_perplexities(
         asked.append((run.step, run.experiment, run.trained, [*items], k))
         return BY_STEP[run.step]
 
-    monkeypatch.setattr(stage, "_perplexities", by_step)
+    monkeypatch.setattr(stage, "perplexities", by_step)
     monkeypatch.setattr(stage, "held_out", lambda run, split: ([split], np.zeros((1, 2, 3), int)))
     monkeypatch.setattr(Run, "kept_steps", lambda run: [3, 5, 6])
     monkeypatch.setattr(Run, "model", None)
@@ -609,7 +609,7 @@ def test_perplexity_drops_the_last_documents_that_do_not_fit(run: Run, items, ne
         fitting = [
             documents[: 2 if length <= positions else 1] for documents, length in zip(found, lengths, strict=True)
         ]
-        value = _perplexities(small, make_token_cross_entropy(small.model), items, neighbors, 2)["image"]
+        value = perplexities(small, make_token_cross_entropy(small.model), items, neighbors, 2)["image"]
         assert value == pytest.approx(by_hand(small, items, fitting, TEXT), rel=1e-5)
 
 
@@ -623,7 +623,7 @@ def test_perplexity_packs_no_more_groups_than_a_row_may_have(run: Run, items, ne
         most.append(int(batch.segments.max()))
         return np.zeros(batch.tokens.shape)
 
-    _perplexities(limited, cross_entropy, items, neighbors, 0)
+    perplexities(limited, cross_entropy, items, neighbors, 0)
     assert max(most) == 2
 
 
@@ -636,7 +636,7 @@ def test_a_document_longer_than_the_context_has_no_perplexity(
     small = in_context(run, max(lengths) - 1)
     fitting = [item for item, length in zip(items, lengths, strict=True) if length < max(lengths)]
     assert 0 < len(fitting) < 4
-    value = _perplexities(small, make_token_cross_entropy(small.model), items, neighbors, 2)[modality]
+    value = perplexities(small, make_token_cross_entropy(small.model), items, neighbors, 2)[modality]
     assert value == pytest.approx(by_hand(small, fitting, [[]] * len(fitting), part), rel=1e-5)
     assert _groups(small, MODALITIES[part][1], items, neighbors[:, part], 2)[1] == len(fitting)  # none has room
     assert _groups(small, MODALITIES[part][1], items, neighbors[:, part], 0)[1] == 0
@@ -644,7 +644,7 @@ def test_a_document_longer_than_the_context_has_no_perplexity(
     assert _too_long(in_context(run, max(lengths)), items)[modality] == 0
     tiny = in_context(run, min(lengths) - masks - 1)
     assert _too_long(tiny, items) == {"image": 4, "text": 4}
-    assert _perplexities(tiny, make_token_cross_entropy(tiny.model), items, neighbors, 2) == {
+    assert perplexities(tiny, make_token_cross_entropy(tiny.model), items, neighbors, 2) == {
         "image": None,
         "text": None,
     }
