@@ -28,6 +28,7 @@ from variants import (
     Figures,
     Settings,
     accuracies,
+    command,
     common,
     held_out_perplexities,
     interval,
@@ -204,10 +205,8 @@ def main() -> None:
     found = orderings(seeds)
     print(f"{table(seeds)}\n\n{verdicts(found)}")
     if arguments.out:
-        command = f"python benchmarks/ablations.py {arguments.config} --seeds {' '.join(map(str, arguments.seeds))}"
-        command += "" if arguments.steps is None else f" --steps {arguments.steps}"
         results = {"settings": chosen, "orderings": found, "seeds": seeds}
-        arguments.out.write_text(record(command, PACKAGES, results), encoding="utf-8")
+        arguments.out.write_text(record(command(), PACKAGES, results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from measure import record
-from variants import PACKAGES, Figures, Settings, common, held_out_perplexities, measured, parser, run_main
+from variants import PACKAGES, Figures, Settings, command, common, held_out_perplexities, measured, parser, run_main
 
 from rac3.batches.loader import StreamState
 from rac3.cli import load_experiment
@@ -207,13 +207,11 @@ def main() -> None:
     if arguments.plot:
         plot(found, arguments.sizes, arguments.steps, arguments.plot)
     if arguments.out:
-        command = f"python benchmarks/scaling.py {arguments.config} --sizes {' '.join(arguments.sizes)}"
-        command += f" --steps {' '.join(map(str, arguments.steps))} --seeds {' '.join(map(str, arguments.seeds))}"
         plain = {
             split: {part: {name: law and law._asdict() for name, law in each.items()} for part, each in parts.items()}
             for split, parts in laws.items()
         }
-        arguments.out.write_text(record(command, PACKAGES, {"laws": plain, "seeds": seeds}), encoding="utf-8")
+        arguments.out.write_text(record(command(), PACKAGES, {"laws": plain, "seeds": seeds}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ that only what a variant changes is made again; and a run that was killed goes o
 import argparse
 import inspect
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ from rac3.stages.evaluate import MODALITIES, evaluate, perplexities
 from rac3.training.preemption import RUN_AGAIN, PreemptedError
 
 PACKAGES = ("rac3", "jax", "jaxlib", "flax", "numpy", "scann")
+LOCAL = ("--workdir", "--out", "--plot")  # options that say where files go
 SEEDED = """from dataclasses import replace
 
 from rac3.config import load_config_module
@@ -54,6 +56,17 @@ def parser(doc: str, out: str) -> argparse.ArgumentParser:
     made.add_argument("--documents", type=int, help="evaluated of each held-out split; the config's unless given")
     made.add_argument("--out", type=Path, help=f"as benchmarks/results/{out}")
     return made
+
+
+def command() -> str:
+    """This command, without where its files go."""
+    kept, words = [], iter(sys.argv[1:])
+    for word in words:
+        if word in LOCAL:
+            next(words, None)
+        elif word.partition("=")[0] not in LOCAL:
+            kept.append(word)
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
 
 
 def common(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What the ablations and the scaling laws share: settings that reach the experiment, seeds, and intervals."""
 
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +52,12 @@ def test_variants_of_a_seed_share_a_workdir_and_other_seeds_have_others(variants
 def test_an_unknown_setting_is_refused(variants: ModuleType, tmp_path: Path):
     with pytest.raises(InputError, match=r"Unrecognized options: --batches\.alpha"):
         variants.open_variant(variants.seeded(str(TINY), 0, tmp_path), [], {"batches.alpha": "1"})
+
+
+def test_a_record_names_the_command_without_its_files(variants: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    arguments = ["my.py", "--workdir", "/here", "--steps", "6", "--out=/there.json", "--only", "full", "alpha 0"]
+    monkeypatch.setattr(sys, "argv", ["/home/me/rac3/benchmarks/ablations.py", *arguments])
+    assert variants.command() == "python benchmarks/ablations.py my.py --steps 6 --only full 'alpha 0'"
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 3.0], [4.0, -1.0], [0.1, 0.2, 0.4, 0.1, 0.3, 0.2, 0.5, 0.4, 0.1, 0.2]])
