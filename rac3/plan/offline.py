@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from rac3 import recipes
-from rac3.clip.frozen import FrozenCLIP
-from rac3.clip.model import CLIP
+from rac3.clip.checkpoint import towers
+from rac3.clip.frozen import FrozenCLIP, LinearCLIP
+from rac3.clip.model import CLIPConfig
 from rac3.config import InputError
 from rac3.documents.world import World
 from rac3.experiment import Experiment, Split
@@ -116,10 +117,13 @@ def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
     """Training documents go through CLIP as documents, and for each view as queries with dropout."""
     clip, documents, queries = experiment.clip, sum(sizes.values()), experiment.num_views * sizes["train"]
     flops = None
-    if isinstance(clip, FrozenCLIP):
-        model, vision, text = CLIP(clip.model, clip.dtype), clip.model.vision_config, clip.model.text_config
-        pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32)
-        ids = jax.ShapeDtypeStruct((1, min(TEXT_TOKENS, text.max_position_embeddings)), jnp.int32)
+    if isinstance(clip, FrozenCLIP | LinearCLIP):
+        config = clip.model if isinstance(clip, FrozenCLIP) else clip.model(clip.tokenizer.vocab_size)
+        model, channels = towers(config, clip.dtype), 3
+        if isinstance(config, CLIPConfig):
+            channels = config.vision_config.num_channels
+        pixels = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, channels), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, min(TEXT_TOKENS, config.text_config.max_position_embeddings)), jnp.int32)
         both = ids, jax.ShapeDtypeStruct(ids.shape, bool), pixels
         each = _flops(model, "encode_image", pixels, *both) + _flops(model, "encode_text", ids, *both)
         flops = each * (documents + queries)
@@ -131,6 +135,8 @@ def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
 def _width(experiment: Experiment) -> int:
     """Of the encoder's vectors."""
     clip = experiment.clip
+    if isinstance(clip, LinearCLIP):
+        return clip.projection_dim
     return clip.model.projection_dim if isinstance(clip, FrozenCLIP) else clip.width
 
 
