@@ -9,7 +9,7 @@ from typing import Literal
 from rac3.artifacts.arrays import VectorDtype
 from rac3.batches.loader import BatchConfig
 from rac3.clip.encoder import Encoder
-from rac3.clip.frozen import FrozenCLIP, LinearCLIP
+from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, check_settings
 from rac3.devices.cluster import Cluster
 from rac3.devices.mesh import MeshConfig
@@ -143,7 +143,7 @@ class Experiment:
     filter: LaionFilter = field(default_factory=LaionFilter)
     text: TextTokenizer = field(default_factory=TextTokenizer)
     vqgan: FrozenVQGAN | ImageTokenizer = field(default_factory=FrozenVQGAN)
-    clip: FrozenCLIP | LinearCLIP | Encoder = field(default_factory=FrozenCLIP)
+    clip: FrozenCLIP | Encoder = field(default_factory=FrozenCLIP)
     retriever: Retriever = field(default_factory=Scann)
     selection: Selection = field(default_factory=Selection)
     batches: BatchConfig = field(default_factory=BatchConfig)
@@ -155,8 +155,8 @@ class Experiment:
     cluster: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
-        check_own_part("vqgan", self.vqgan, (FrozenVQGAN,), ImageTokenizer)
-        check_own_part("clip", self.clip, (FrozenCLIP, LinearCLIP), Encoder)
+        check_own_part("vqgan", self.vqgan, FrozenVQGAN, ImageTokenizer)
+        check_own_part("clip", self.clip, FrozenCLIP, Encoder)
         check_settings(self)
         if self.max_text_tokens < 1:
             raise InputError(f"max_text_tokens={self.max_text_tokens} leaves no text; use at least 1")
@@ -204,22 +204,21 @@ class Experiment:
         return replace(self, retriever=NoRetriever())
 
 
-def check_own_part(name: str, value: object, built_in: tuple[type, ...], protocol: type) -> None:
+def check_own_part(name: str, value: object, built_in: type, protocol: type) -> None:
     """Refuses an object that can't replace the built-in encoder.
 
     Raises:
       InputError: it lacks a member of the protocol, or is no dataclass, whose fields tell one encoder from another.
     """
-    if isinstance(value, (*built_in, type)):  # for a class see `check_settings`
+    if isinstance(value, built_in | type):  # for a class see `check_settings`
         return
     kind = type(value)
     members = [each for each in vars(protocol) if not each.startswith("_")]
     fields = getattr(kind, "__dataclass_fields__", {})
     lacking = [each for each in members if not hasattr(kind, each) and each not in fields]  # no property is called
     if lacking:
-        known = " or ".join(each.__name__ for each in built_in)
         raise InputError(
-            f"{name}={kind.__name__} lacks {' and '.join(lacking)}; give a {known}, or an object that has "
+            f"{name}={kind.__name__} lacks {' and '.join(lacking)}; give a {built_in.__name__}, or an object that has "
             f"{', '.join(members)} ({protocol.__module__}.{protocol.__name__})"
         )
     if not is_dataclass(value):

@@ -5,7 +5,8 @@ from typing import Any
 
 from rac3.artifacts.recipe import Recipe
 from rac3.clip.encoder import Encoder
-from rac3.clip.frozen import FrozenCLIP, LinearCLIP
+from rac3.clip.frozen import FrozenCLIP
+from rac3.clip.linear import LinearConfig
 from rac3.clip.published import checkpoint_identity
 from rac3.config import InputError, canonical
 from rac3.documents.coco import Coco
@@ -70,9 +71,7 @@ def text(experiment: Experiment) -> Recipe:
 
 def text_documents(experiment: Experiment) -> int:
     """The text tokenizer is fitted on at most this many documents: as many as the encoder that reads more of them."""
-    fitted = (
-        each for each in (experiment.vqgan, experiment.clip) if isinstance(each, FrozenVQGAN | FrozenCLIP | LinearCLIP)
-    )
+    fitted = (each for each in (experiment.vqgan, experiment.clip) if isinstance(each, FrozenVQGAN | FrozenCLIP))
     return max((each.fit.max_documents for each in fitted), default=FitConfig().max_documents)
 
 
@@ -98,7 +97,7 @@ def vqgan(experiment: Experiment) -> Recipe:
 
 def clip(experiment: Experiment) -> Recipe:
     config = experiment.clip
-    if not isinstance(config, FrozenCLIP | LinearCLIP):
+    if not isinstance(config, FrozenCLIP):
         return Recipe("clip", {OWN: config})
     if config.checkpoint is not None:
         return Recipe("clip", {"checkpoint": checkpoint_identity(config.checkpoint)})
@@ -108,14 +107,15 @@ def clip(experiment: Experiment) -> Recipe:
     return Recipe("clip", fitted)
 
 
-def _fitted(config: FrozenVQGAN | FrozenCLIP | LinearCLIP) -> dict[str, Any]:
+def _fitted(config: FrozenVQGAN | FrozenCLIP) -> dict[str, Any]:
     """What decides the parameters of a fitted encoder: everything but how it is run later."""
-    return {name: value for name, value in canonical(config).items() if name != "dtype"}
+    idle = {"dtype"} | ({"image_crop"} if isinstance(config.model, LinearConfig) else set())
+    return {name: value for name, value in canonical(config).items() if name not in idle}
 
 
-def _dtype(config: FrozenVQGAN | FrozenCLIP | LinearCLIP | ImageTokenizer | Encoder) -> str | None:
+def _dtype(config: FrozenVQGAN | FrozenCLIP | ImageTokenizer | Encoder) -> str | None:
     """The compute dtype of a built-in encoder; one that the user's config defines keeps such settings in its fields."""
-    return config.dtype if isinstance(config, FrozenVQGAN | FrozenCLIP | LinearCLIP) else None
+    return config.dtype if isinstance(config, FrozenVQGAN | FrozenCLIP) else None
 
 
 def documents(experiment: Experiment, split: Split) -> Recipe:

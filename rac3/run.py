@@ -26,7 +26,7 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.loader import BatchStream
 from rac3.batches.masking import Masking
 from rac3.clip.encoder import Encoder
-from rac3.clip.frozen import FrozenCLIP, LinearCLIP
+from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, fingerprint
 from rac3.documents.document import Document, Image, framed
 from rac3.documents.store import DocumentStore, Keys, Texts, TokenizedDocument, hash64
@@ -148,7 +148,7 @@ class Run:
     def encoder(self) -> Encoder:
         """Texts and pictures to vectors of one space."""
         clip = self.experiment.clip
-        if not isinstance(clip, FrozenCLIP | LinearCLIP):
+        if not isinstance(clip, FrozenCLIP):
             return clip
         return self._open(self.recipe(recipes.clip), clip.open, clip.dtype)
 

@@ -1,8 +1,10 @@
-"""The configs of the frozen CLIP, loaded or fitted here, and how it is opened from its artifact."""
+"""The config of the frozen CLIP, and how it is opened from its artifact."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
+
+import tyro
 
 from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.encoder import Encoder
@@ -17,7 +19,8 @@ from rac3.weights.fitting import ComputeDtype, FitConfig
 class FrozenCLIP:
     """CLIP: a published CLIP or SigLIP if `checkpoint` is given, with its own model, tokenizer and image preprocessing.
 
-    Otherwise one that is fitted here as the other fields say; the text tower has the vocabulary of its tokenizer.
+    Otherwise one that is fitted here as the other fields say; the text tower has the vocabulary of its tokenizer. A
+    `LinearConfig` as `model` needs far less data and time than Transformers do, and the extra `features`.
 
     Attributes:
       checkpoint: a folder that Hugging Face's `CLIPModel`, `SiglipModel`, `Siglip2Model` or OpenCLIP wrote, or a name
@@ -26,16 +29,21 @@ class FrozenCLIP:
       max_logit_scale: bound of the inverse temperature during the fit, 100 in CLIP; with a low one (3), the vectors of
         a small data set separate subjects rather than surroundings.
       text_crop: share of the captions that are truncated to a random length during the fit.
-      image_crop: the smallest side of a random square crop during the fit, as a share of the image; 1 for none.
+      image_crop: the smallest side of a random square crop during the fit, as a share of the image; 1 for none. Linear
+        towers see whole images, whose features are computed once.
+      subject_field: the metadata field that names what a document shows, such as `Data.entity_field`. Documents of one
+        subject are then positives of each other: text and image, text and text, image and image. "": only the text
+        and the image of one document are.
     """
 
     checkpoint: str | None = None
     dtype: ComputeDtype = "float32"
-    model: CLIPConfig = field(default_factory=CLIPConfig)
+    model: Annotated[CLIPConfig | LinearConfig, tyro.conf.AvoidSubcommands] = field(default_factory=CLIPConfig)
     tokenizer: TextTokenizer = field(default_factory=TextTokenizer)
     max_logit_scale: float = 100.0
     text_crop: float = 0.0
     image_crop: float = 0.7
+    subject_field: str = ""
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
@@ -44,43 +52,6 @@ class FrozenCLIP:
                 f"clip: text_crop={self.text_crop} must lie in 0 to 1, image_crop={self.image_crop} above 0 up to 1, "
                 f"and max_logit_scale={self.max_logit_scale} above 0; 0, 0.7 and 100 are the defaults"
             )
-
-    def open(self, folder: Path) -> Encoder:
-        """What `ClipCheckpoint.save` wrote into `folder`."""
-        return ClipCheckpoint.open(folder).encoder(self.dtype)
-
-
-@dataclass(frozen=True)
-class LinearCLIP:
-    """CLIP with two linear towers, fitted here: where data is too small or time too short for Transformers.
-
-    A text is the sum of its tokens' vectors; a picture, a projection of the features of EfficientNet-Lite0, which was
-    trained on ImageNet and is in the package of the extra `features`. The artifact holds its weights.
-
-    Attributes:
-      dtype: of the layers but EfficientNet's when documents are embedded; the vectors are float32.
-      projection_dim: width of the vectors.
-      image_size: to which pictures are scaled, a multiple of 16. EfficientNet-Lite0 was trained at 224.
-      subject_field: the metadata field that names what a document shows, such as `Data.entity_field`. Documents of one
-        subject are then positives of each other: text and image, text and text, image and image. "": only the two
-        parts of one document are.
-    """
-
-    checkpoint: ClassVar[None] = None  # there are none
-
-    dtype: ComputeDtype = "float32"
-    projection_dim: int = 128
-    image_size: int = 224
-    tokenizer: TextTokenizer = field(default_factory=TextTokenizer)
-    subject_field: str = ""
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    def __post_init__(self) -> None:
-        self.model(self.tokenizer.vocab_size)
-
-    def model(self, tokens: int) -> LinearConfig:
-        """The towers for a tokenizer of so many ids, and `<bos>` and `<eos>` after them."""
-        return LinearConfig(tokens + 2, self.projection_dim, self.image_size)
 
     def open(self, folder: Path) -> Encoder:
         """What `ClipCheckpoint.save` wrote into `folder`."""

@@ -24,11 +24,20 @@ IMAGES = ClipImages(mean=(MEAN / 255,) * 3, std=(DEVIATION / 255,) * 3, steps="c
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """The sizes of the towers; the last id of the vocabulary ends a text, as in CLIP."""
+    """CLIP with two linear towers: a text is the sum of its tokens' vectors, an image a projection of its features.
 
-    vocab_size: int
+    The features are those of EfficientNet-Lite0, trained on ImageNet and frozen. A fit takes its weights from the
+    package of the extra `features`; the artifact holds them.
+
+    Attributes:
+      vocab_size: of the text tower, whose last id ends a text.
+      projection_dim: width of the vectors.
+      image_size: to which images are scaled, a multiple of 16. EfficientNet-Lite0 was trained at 224.
+    """
+
+    vocab_size: int = 49408
     projection_dim: int = 128
-    image_size: int = 128
+    image_size: int = 224
 
     def __post_init__(self) -> None:
         if self.image_size < SMALLEST or self.image_size % PATCH:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from rac3 import recipes
 from rac3.clip.checkpoint import towers
-from rac3.clip.frozen import FrozenCLIP, LinearCLIP
+from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.model import CLIPConfig
 from rac3.config import InputError
 from rac3.documents.world import World
@@ -117,8 +117,8 @@ def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
     """Training documents go through CLIP as documents, and for each view as queries with dropout."""
     clip, documents, queries = experiment.clip, sum(sizes.values()), experiment.num_views * sizes["train"]
     flops = None
-    if isinstance(clip, FrozenCLIP | LinearCLIP):
-        config = clip.model if isinstance(clip, FrozenCLIP) else clip.model(clip.tokenizer.vocab_size)
+    if isinstance(clip, FrozenCLIP):
+        config = clip.model
         model, channels = towers(config, clip.dtype), 3
         if isinstance(config, CLIPConfig):
             channels = config.vision_config.num_channels
@@ -135,8 +135,6 @@ def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
 def _width(experiment: Experiment) -> int:
     """Of the encoder's vectors."""
     clip = experiment.clip
-    if isinstance(clip, LinearCLIP):
-        return clip.projection_dim
     return clip.model.projection_dim if isinstance(clip, FrozenCLIP) else clip.width
 
 

