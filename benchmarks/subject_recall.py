@@ -4,8 +4,9 @@
 
 DIR is that of `configs/emoji_captions.py`. Two documents of each of 140 training subjects, drawn by a hash, leave the
 memory and ask by their text or by their image; the rest is fitted on and searched, exactly. What counts is another
-document of the subject among the first two. With `--test`, the documents of `unseen-test` ask, and `train` and `unseen-memory`
-are fitted on and searched: for figures, not for choices. EfficientNet's features are computed once for all ways.
+document of the subject among the first two. With `--test`, the documents of `unseen-test` ask, and `train` and
+`unseen-memory` are fitted on and searched: for figures, not for choices. EfficientNet's features are computed once for
+all ways.
 """
 
 import argparse
@@ -165,8 +166,10 @@ def fitted(
             config, seed, MeshConfig().build(), [task.memory[row] for row in rows], Path(folder)
         )
     seconds = time.process_time() - started
-    model, params = LinearTowers(checkpoint.config), checkpoint.params
-    ids, mask = ClipText.fitted(checkpoint.tokenizer, checkpoint.config.text_config)(
+    architecture, params = checkpoint.config, checkpoint.params
+    assert isinstance(architecture, LinearConfig)
+    model = LinearTowers(architecture)
+    ids, mask = ClipText.fitted(checkpoint.tokenizer, architecture.text_config)(
         [document.text for document in [*task.memory, *task.asked]]
     )
     standard = params["standard"]
