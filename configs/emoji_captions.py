@@ -1,16 +1,18 @@
 """rac3 run configs/emoji_captions.py --data-dir DIR
 
 The whole chain on img2dataset shards of 64x64 image-caption pairs: DIR holds the folders `train`, `unseen-memory`,
-`validation` and `unseen-test`. Any captioned images in this layout work. Sized for two CPU cores and a short training.
+`validation` and `unseen-test`. Any captioned images in this layout work; if their metadata names no `concept`, add
+`--clip.subject-field ""`. The retriever needs `pip install 'rac3[features]'`. Sized for two CPU cores and a short
+training.
 For one GPU: `--model.num-layers 12 --model.embed 768 --model.num-heads 12 --model.mlp 3072 --model.dtype bfloat16
 --batches.rows 64 --training.steps 20000 --optimizer.peak-lr 6e-4 --optimizer.warmup-steps 500`, a VQGAN of
-`--vqgan.model.ch 64 --vqgan.model.n-embed 1024 --vqgan.fit.steps 20000` and `--clip.fit.steps 5000`.
+`--vqgan.model.ch 64 --vqgan.model.n-embed 1024 --vqgan.fit.steps 20000`.
 An image is 64 tokens, 256 with `--vqgan.model.ch-mult 1 2 4 --batches.context-length 1024 --batches.row-length 1024`.
 """
 
 from rac3.batches.loader import BatchConfig
 from rac3.clip.frozen import FrozenCLIP
-from rac3.clip.model import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from rac3.clip.linear import LinearConfig
 from rac3.documents.webdataset import WebDataset
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Data, Experiment
@@ -27,7 +29,6 @@ from rac3.weights.fitting import FitConfig
 
 
 def get_config() -> Experiment:
-    tower = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4)
     return Experiment(
         name="emoji_captions",
         data=Data(
@@ -56,17 +57,13 @@ def get_config() -> Experiment:
             fit=FitConfig(steps=1000, batch=16, peak_lr=2e-3),
         ),
         clip=FrozenCLIP(
-            model=CLIPConfig(
-                text_config=CLIPTextConfig(**tower, max_position_embeddings=48),
-                vision_config=CLIPVisionConfig(**tower, image_size=64, patch_size=16),
-                projection_dim=128,
-            ),
+            model=LinearConfig(image_size=128),
             tokenizer=TextTokenizer(vocab_size=4096),
-            text_crop=0.5,
-            fit=FitConfig(steps=800, batch=128, peak_lr=1e-3),
+            subject_field="concept",
+            fit=FitConfig(steps=400, batch=256, peak_lr=2e-3),
         ),
         retriever=Scann(num_neighbors=32),
-        selection=Selection(max_similarity=0.98),  # to this CLIP, most images of one subject are above 0.9
+        selection=Selection(max_similarity=0.98),  # to this CLIP, documents of one subject are above 0.9
         batches=BatchConfig(context_length=448, row_length=512, rows=8, candidates=4, read_threads=1),
         model=TransformerConfig(
             num_layers=4, embed=192, num_heads=6, mlp=768, dtype="float32", remat="none", init_std=0.02

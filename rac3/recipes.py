@@ -7,6 +7,7 @@ from typing import Any
 from rac3.artifacts.recipe import Recipe
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
+from rac3.clip.linear import LinearConfig
 from rac3.clip.published import checkpoint_identity
 from rac3.config import InputError, canonical
 from rac3.documents.coco import Coco
@@ -109,7 +110,8 @@ def clip(experiment: Experiment) -> Recipe:
 
 def _fitted(config: FrozenVQGAN | FrozenCLIP) -> dict[str, Any]:
     """What decides the parameters of a fitted encoder: everything but how it is run later."""
-    return {name: value for name, value in canonical(config).items() if name != "dtype"}
+    idle = {"dtype"} | ({"image_crop"} if isinstance(config.model, LinearConfig) else set())
+    return {name: value for name, value in canonical(config).items() if name not in idle}
 
 
 def _dtype(config: FrozenVQGAN | FrozenCLIP | ImageTokenizer | Encoder) -> str | None:

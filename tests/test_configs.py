@@ -202,6 +202,7 @@ def test_emoji_captions_asks_for_what_only_the_memory_shows():
     }
     assert experiment.data.role("unseen") == "memory"
     assert experiment.data.entity_field == "concept"
+    assert experiment.clip.subject_field == "concept"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "emoji_captions"])

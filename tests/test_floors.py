@@ -67,6 +67,8 @@ ORDER = {
         "contrastive",
         "siglip",
         "images",
+        "efficientnet",
+        "linear",
         "encoder",
         "checkpoint",
         "frozen",

@@ -16,7 +16,7 @@ The answers below are written from what each stage reads, never from the recipes
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from handmade import experiment_of, workdir_of
 from rac3 import recipes
 from rac3.cli import EXECUTORS, RETRIEVERS
 from rac3.clip.frozen import FrozenCLIP
+from rac3.clip.linear import LinearConfig
 from rac3.config import InputError
 from rac3.documents.tfds import Tfds
 from rac3.documents.webdataset import WebDataset
@@ -238,6 +239,7 @@ FITTED: dict[str, Row] = {
     "clip.max_logit_scale": (3.0, CLIP),
     "clip.text_crop": (0.5, CLIP),
     "clip.image_crop": (0.5, CLIP),
+    "clip.subject_field": ("concept", CLIP),
     **{f"clip.fit.{name}": (value, CLIP) for name, value in FIT.items()},
     "clip.fit.max_documents": (70_000, CLIP | TEXT),
     "retriever.num_neighbors": (20, NEIGHBORS),
@@ -680,6 +682,23 @@ def test_an_artifact_that_is_open_is_no_input_of_what_does_not_name_it(tmp_path:
     assert run.workdir.find(recipes.clip(fitted)) is None
     with run.workdir.write(recipes.documents(experiment, "test")):
         assert run.tokenizer.size == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stages"),
+    [
+        ("model.projection_dim", 64, CLIP),
+        ("model.image_size", 128, CLIP),
+        ("model.vocab_size", 300, CLIP),
+        ("image_crop", 0.5, NOTHING),  # linear towers see whole images
+        ("text_crop", 0.5, CLIP),
+        ("dtype", "bfloat16", CLIP_DTYPE),
+    ],
+)
+def test_what_a_linear_clip_depends_on(name: str, value: Any, stages: Stages, fitted: Experiment):
+    linear = replace(fitted, clip=replace(fitted.clip, model=LinearConfig()))
+    assert {each.name for each in fields(LinearConfig)} == {"projection_dim", "image_size", "vocab_size"}
+    assert changes(made(linear), made(changed(linear, f"clip.{name}", value))) == stages
 
 
 def test_new_shards_of_a_source_make_its_documents_again(fitted: Experiment, folder: Path):

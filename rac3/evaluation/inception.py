@@ -7,16 +7,15 @@ modules are those of its weights.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from rac3.clip.efficientnet import BatchNorm, Maps
+
 SIDE = 299
 WIDTH, CLASSES = 2048, 1008
-EPSILON = 1e-3  # of the batch norms
 
-Maps = Float[Array, "batch _ _ _"]
 Pair = tuple[int, int]
 
 
@@ -60,17 +59,6 @@ class Conv(nn.Module):
         strides = (self.stride, self.stride)
         x = nn.Conv(self.features, self.kernel, strides, around, use_bias=False, precision="highest", name="conv")(x)
         return nn.relu(BatchNorm(name="bn")(x))
-
-
-class BatchNorm(nn.Module):
-    """Batch norm by the statistics of the training, which stand among the weights."""
-
-    @nn.compact
-    def __call__(self, x: Maps) -> Maps:
-        shape = x.shape[-1:]
-        weight, variance = (self.param(name, nn.initializers.ones, shape) for name in ("weight", "running_var"))
-        bias, mean = (self.param(name, nn.initializers.zeros, shape) for name in ("bias", "running_mean"))
-        return (x - mean) * (weight * jax.lax.rsqrt(variance + EPSILON)) + bias
 
 
 class BlockA(nn.Module):

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from rac3 import recipes
+from rac3.clip.checkpoint import towers
 from rac3.clip.frozen import FrozenCLIP
-from rac3.clip.model import CLIP
+from rac3.clip.model import CLIPConfig
 from rac3.config import InputError
 from rac3.documents.world import World
 from rac3.experiment import Experiment, Split
@@ -117,9 +118,12 @@ def _embed(experiment: Experiment, sizes: Mapping[Split, int]) -> Line:
     clip, documents, queries = experiment.clip, sum(sizes.values()), experiment.num_views * sizes["train"]
     flops = None
     if isinstance(clip, FrozenCLIP):
-        model, vision, text = CLIP(clip.model, clip.dtype), clip.model.vision_config, clip.model.text_config
-        pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, vision.num_channels), jnp.float32)
-        ids = jax.ShapeDtypeStruct((1, min(TEXT_TOKENS, text.max_position_embeddings)), jnp.int32)
+        config = clip.model
+        model, channels = towers(config, clip.dtype), 3
+        if isinstance(config, CLIPConfig):
+            channels = config.vision_config.num_channels
+        pixels = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, channels), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, min(TEXT_TOKENS, config.text_config.max_position_embeddings)), jnp.int32)
         both = ids, jax.ShapeDtypeStruct(ids.shape, bool), pixels
         each = _flops(model, "encode_image", pixels, *both) + _flops(model, "encode_text", ids, *both)
         flops = each * (documents + queries)

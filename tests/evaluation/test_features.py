@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rac3.clip.efficientnet import Depthwise, EfficientNetLite0
 from rac3.config import InputError
 from rac3.documents.document import Image, encode_png
-from rac3.evaluation.efficientnet import Depthwise, EfficientNetLite0
 from rac3.evaluation.features import Network, weights_file
 from rac3.evaluation.inception import BatchNorm, Inception, resize_like_tensorflow_1
 
