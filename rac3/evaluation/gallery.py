@@ -53,4 +53,4 @@ def nearest(
     best = of[similarities.argmax(1)]
     highest = similarities.max(1)
     others = np.max(similarities, axis=1, where=of != best[:, None], initial=-np.inf)
-    return np.where(np.isfinite(highest) & (others < highest - TIE), best, UNDECIDED)
+    return np.where(others < highest - TIE, best, UNDECIDED)
