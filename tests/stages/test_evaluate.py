@@ -252,6 +252,7 @@ def test_the_image_nearest_to_its_caption_is_kept(evaluated: Evaluated, run: Run
 def test_the_most_probable_caption_is_kept(evaluated: Evaluated, run: Run):
     best = [int(np.argmax(means)) for _, _, means in evaluated.captions]
     assert len(set(best)) > 1
+    assert {len(samples) for _, samples, _ in evaluated.captions} == {5}
     wanted = [
         run.tokenizer.decode([id - FIRST_TEXT for id in samples[choice]])
         for choice, (_, samples, _) in zip(best, evaluated.captions, strict=True)
