@@ -12,6 +12,8 @@ all ways.
 import argparse
 import hashlib
 import re
+import shlex
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -239,7 +241,8 @@ def main() -> None:
             )
             print(f"{name}, seed {seed}: {shares}", flush=True)
             if arguments.json:
-                command = f"python benchmarks/subject_recall.py --data-dir DIR{' --test' if arguments.test else ''}"
+                given = shlex.join(sys.argv[1:]).replace(str(arguments.data_dir), "DIR")
+                command = f"python benchmarks/subject_recall.py {given}"
                 more = {"memory": len(memory), "asked": len(asked), "features_cpu_seconds": round(task.seconds, 1)}
                 arguments.json.write_text(record(command, ("jax", "flax", "optax"), results, **more), encoding="utf-8")
 
