@@ -30,3 +30,8 @@ def ablations(path: None) -> ModuleType:
 @pytest.fixture(scope="session")
 def scaling(path: None) -> ModuleType:
     return importlib.import_module("scaling")
+
+
+@pytest.fixture(scope="session")
+def emoji_data(path: None) -> ModuleType:
+    return importlib.import_module("emoji_data")
