@@ -129,6 +129,11 @@ def test_missing_tokenizers_are_one_clear_line(tmp_path):
     for config, folder, message in [
         (TextTokenizer(checkpoint=str(tmp_path / "nowhere")), None, "nowhere' is not a folder"),
         (TextTokenizer(checkpoint="./nowhere"), None, "'./nowhere' is not a folder"),
+        (
+            TextTokenizer(checkpoint=str(tmp_path / "nowhere" / "deeper")),
+            None,
+            "nowhere/deeper' is not a folder; give one",
+        ),
         (TextTokenizer(), tmp_path, "needs tokenizer.json"),
         (TextTokenizer(), None, r"text\.checkpoint is not set"),
     ]:
