@@ -1,4 +1,4 @@
-"""The ablations of the paper (appendix C.3), each a model of its own, and which of its five orderings hold.
+"""The ablations of the paper (appendix C.3), each a separate model, and which of its five orderings hold.
 
     python benchmarks/ablations.py --workdir DIR [CONFIG] [--seeds 0 1 2] [--steps 600] [--out FILE.json] [--help]
 

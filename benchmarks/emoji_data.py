@@ -31,7 +31,7 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -374,13 +374,13 @@ def make(out: Path, seed: int, registry: str) -> dict[str, int]:
     return {name: len(drawn) for name, drawn in splits.items()}
 
 
-def main(arguments: Iterable[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument("--seed", type=int, default=0, help="of the splits and captions")
     registry = os.environ.get("npm_config_registry") or REGISTRY  # noqa: SIM112  # as npm writes it
     parser.add_argument("--registry", default=registry, help="of npm packages; by default npm_config_registry")
-    options = parser.parse_args(None if arguments is None else list(arguments))
+    options = parser.parse_args()
     try:
         counts = make(options.out, options.seed, options.registry)
     except InputError as error:

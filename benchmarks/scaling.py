@@ -5,7 +5,7 @@
 
 Options of `rac3` that follow hold for all models, such as `--data-dir DIR`. Each size (layers x width; the MLP is four
 times as wide, and a head has the config's width) is trained with each number of steps, with and without retrieval. A
-training is a model of its own, since its learning rate falls to zero at its end.
+training gives a separate model, since its learning rate falls to zero at its end.
 
 Loss: nats per image code, or per text token, in the main documents of a held-out split after their retrieved ones.
 Compute: FLOPs of the Transformer's training, forward and backward, without padding (`rac3/training/flops.py`). What the

@@ -227,11 +227,12 @@ def drawings(run: Run, split: Split, rows: Sequence[int]) -> dict[str, Pictures]
     folder, start = run.workdir.require(_drawings_recipe(run)).folder, 0
     found: dict[str, dict[int, UInt8[np.ndarray, "_ _ 3"]]] = {KEPT: {}, FIRST: {}}
     for path in sorted(folder.glob(f"{split}-*.npz")):
-        with np.load(path, allow_pickle=False) as part:
-            inside = [row for row in rows if start <= row < start + len(part[KEPT])]
-            for which in found:
-                found[which] |= {row: part[which][row - start] for row in inside}
-            start += len(part[KEPT])
+        with np.load(path, allow_pickle=False) as file:
+            part = {which: file[which] for which in found}  # each access reads all of an array
+        count = len(part[KEPT])
+        for which, pictures in part.items():
+            found[which] |= {row: pictures[row - start] for row in rows if start <= row < start + count}
+        start += count
     return {which: np.stack([pictures[row] for row in rows]) for which, pictures in found.items()}
 
 

@@ -43,7 +43,7 @@ def code(number: int) -> str:
 
 @pytest.fixture
 def made(emoji_data: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the packages in it. Set c is without code points; set d has names of its own for them."""
+    """A folder with the packages in it. Set c is without code points; set d has other names for them."""
     names = [
         {"hexcode": f"{code(n)}-FE0F", "label": f"Thing {n}", "tags": ["toy"], "group": 0} for n in range(COUNT + 1)
     ]

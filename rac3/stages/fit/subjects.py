@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from rac3.config import InputError
 from rac3.documents.document import Document
+from rac3.evaluation.entities import entity_of
 
 DRAWS = 2**16  # of the other document: far more than a subject has, so that each is as likely as the others
 
@@ -38,7 +39,7 @@ class Subjects:
         Raises:
           InputError: no document has it.
         """
-        names = [str(document.metadata.get(field) or "").strip() for document in documents]
+        names = [entity_of(document, field) for document in documents]
         if not any(names):
             raise InputError(
                 f"clip.subject_field={field!r} is in the metadata of none of the {len(documents)} documents; name "

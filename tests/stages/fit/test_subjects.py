@@ -73,6 +73,8 @@ def test_subjects_are_told_by_their_field() -> None:
     subjects = Subjects.of(given, "concept")
     assert subjects.numbers.tolist() == [0, 1, 0, 2, 1, 0, 3, 2, 4, 5]
     assert [each.tolist() for each in subjects.members] == [[0, 2, 5], [1, 4], [3, 7], [6], [8], [9]]
+    numbered = [Document(str(row), (Text("?"),), {"class": number}) for row, number in enumerate((0, 1, 0))]
+    assert Subjects.of(numbered, "class").numbers.tolist() == [0, 1, 0]  # 0 is a class like others
     with pytest.raises(InputError, match=r"clip.subject_field='kind' is in the metadata of none of the 10 documents"):
         Subjects.of(given, "kind")
 
