@@ -6,17 +6,9 @@ Runs `rac3 run` once per seed in a new process, prints a table, and writes all f
 the versions. Exit code 1 if a claim fails for any seed. Takes 11 minutes of CPU time per seed.
 """
 
-import argparse
-import datetime
-import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
-from measure import hardware
+from seeds import COSTS, conclude, failed, lookup, parser, run
 
 CONFIG = """from rac3.configs.quickstart import get_config as quickstart
 
@@ -72,65 +64,19 @@ FIGURES = [
 ]
 
 
-def run(seed: int, workdir: Path) -> dict[str, Any]:
-    """The figures of one seed; wall time and memory only if the run starts from scratch."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    config, folder = workdir / f"seed_{seed}.py", workdir / f"seed_{seed}"
-    fresh = not folder.exists()
-    config.write_text(CONFIG.format(seed=seed), encoding="utf-8")
-    command = [str(Path(sys.executable).with_name("rac3")), "run", str(config), "--workdir", str(folder)]
-    started = time.monotonic()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"seed {seed}: the run failed with status {os.waitstatus_to_exitcode(status)}")
-    wall = time.monotonic() - started
-    metrics = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
+def figures_of(metrics: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
     figures = {name: lookup(metrics, name) for name in FIGURES}
-    figures["encoders"] = metrics["encoders"]
-    figures["stages"] = metrics["stages"]
-    figures["wall_seconds"] = round(wall, 1) if fresh else None
-    figures["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1) if fresh else None
-    figures["peak_gb"] = round(usage.ru_maxrss / 1e6, 2) if fresh else None
-    figures["failed_claims"] = [claim for claim, holds in CLAIMS.items() if not holds(figures)]
-    return figures
-
-
-def lookup(metrics: dict[str, Any], name: str) -> Any:
-    value: Any = metrics
-    for part in name.split("."):
-        value = value[part]
-    return value
+    figures |= {"encoders": metrics["encoders"], "stages": metrics["stages"], **cost}
+    return figures | {"failed_claims": failed(CLAIMS, figures)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    results = {str(seed): run(seed, arguments.workdir) for seed in arguments.seeds}
-    shown = [*FIGURES, "wall_seconds", "peak_gb"]
-    print(f"{'':36}" + "".join(f"{'seed ' + seed:>10}" for seed in results))
-    for name in shown:
-        cells = [figures[name] for figures in results.values()]
-        print(f"{name:36}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>10}" for cell in cells))
-    for seed, figures in results.items():
-        for claim in figures["failed_claims"]:
-            print(f"seed {seed} FAILS: {claim}")
-    if arguments.out:
-        versions = json.loads(
-            (arguments.workdir / f"seed_{arguments.seeds[0]}" / "report" / "metrics.json").read_text(encoding="utf-8")
-        )["versions"]
-        record = {
-            "command": "python benchmarks/quickstart_seeds.py",
-            "date": datetime.date.today().isoformat(),
-            "hardware": hardware(),
-            "versions": versions,
-            "seeds": results,
-        }
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    sys.exit(any(figures["failed_claims"] for figures in results.values()))
+    arguments = parser(__doc__, seeds=range(4)).parse_args()
+    results = {
+        str(seed): figures_of(*run(CONFIG.format(seed=seed), seed, arguments.workdir)) for seed in arguments.seeds
+    }
+    command = f"python benchmarks/quickstart_seeds.py --workdir DIR --seeds {' '.join(results)}"
+    conclude(command, results, [*FIGURES, *COSTS], arguments.out)
 
 
 if __name__ == "__main__":

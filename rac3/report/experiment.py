@@ -108,8 +108,7 @@ def _model_metrics(run: Run, values: Mapping[str, Any]) -> dict[str, Any]:
         "perplexity_by_k": {split: value["perplexity_by_k"] for split, value in values.items()},
         "fewer_than_k": {split: value.get("fewer_than_k", {}) for split, value in values.items()},
         **_seen_and_unseen(values),
-        "captions": {split: value.get("captions", {}) for split, value in values.items()},
-        "pictures": {split: value.get("pictures", {}) for split, value in values.items()},
+        **_scores(values),
         "clip_score": {which: lookup(values, (split, "clip_score")) for which, split in SEEN.items()},
         "parameters": run.trained_model().manifest["counts"]["parameters"],
         "steps": run.step or run.trained.training.steps,
@@ -121,10 +120,20 @@ def _seen_and_unseen(values: Mapping[str, Any], *path: str) -> dict[str, dict[st
     return {name: {which: lookup(values, (split, *path, name)) for which, split in SEEN.items()} for name in ACCURACIES}
 
 
+def _scores(values: Mapping[str, Any], *path: str) -> dict[str, Any]:
+    """The scores of captions and pictures at a path of each split's values."""
+    return {
+        kind: {split: lookup(value, (*path, kind)) or {} for split, value in values.items()}
+        for kind in ("captions", "pictures")
+    }
+
+
 def _baselines(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The accuracies of each baseline of any split."""
+    """The accuracies and scores of each baseline of any split."""
     names = dict.fromkeys(name for value in values.values() for name in value.get("baselines", {}))
-    return {name: _seen_and_unseen(values, "baselines", name) for name in names}
+    return {
+        name: {**_seen_and_unseen(values, "baselines", name), **_scores(values, "baselines", name)} for name in names
+    }
 
 
 def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:

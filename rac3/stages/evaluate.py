@@ -188,7 +188,7 @@ def _evaluate_split(run: Run, split: Split, folder: Path) -> dict[str, Any]:
         "pictures": _picture_scores(run, split, images, scores),
         **_accuracies(experiment, items, images, captions),
         "baselines": {
-            name: _accuracies(experiment, items, *made)
+            name: _baseline_scores(run, split, items, *made)
             for name, made in _baselines(run, items, neighbors, most).items()
         },
     }
@@ -256,11 +256,15 @@ def _picture_scores(
     run: Run, split: Split, images: UInt8[np.ndarray, "n height width 3"], similarities: Float[np.ndarray, " n"]
 ) -> dict[str, Any]:
     """CLIPScore, and against the real pictures of the split what `evaluation.features` asks for."""
-    found: dict[str, Any] = {"clipscore": clipscore(similarities)}
-    if run.experiment.evaluation.features:
-        real, vectors = real_pictures(run, split)
-        found |= set_metrics(run.encoder, run.features, [*images], real, vectors)
-    return found
+    return {"clipscore": clipscore(similarities), **_distances(run, split, images)}
+
+
+def _distances(run: Run, split: Split, images: Pictures) -> dict[str, Any]:
+    """Of pictures from the real ones of the split; empty if `evaluation.features` names no network."""
+    if not run.experiment.evaluation.features:
+        return {}
+    real, vectors = real_pictures(run, split)
+    return set_metrics(run.encoder, run.features, [*images], real, vectors)
 
 
 def _baselines(
@@ -277,6 +281,18 @@ def _baselines(
         captions["copied"] = [documents[0].document.text if documents else "" for documents in firsts]
     pictures = baseline_pictures(run, items, neighbors[:, 0], k)
     return {name: (made, captions.get(name, [])) for name, made in pictures.items()}
+
+
+def _baseline_scores(
+    run: Run, split: Split, items: list[TokenizedDocument], images: Pictures, captions: list[str]
+) -> dict[str, Any]:
+    """What a model's pictures and captions are scored by too; `captions` is empty where there are none."""
+    illustrated = bool(captions) and all(item.document.images for item in items)
+    return {
+        **_accuracies(run.experiment, items, images, captions),
+        "captions": _caption_scores(items, captions) if illustrated else {},
+        "pictures": _distances(run, split, images),
+    }
 
 
 def _accuracies(

@@ -35,3 +35,18 @@ def scaling(path: None) -> ModuleType:
 @pytest.fixture(scope="session")
 def emoji_data(path: None) -> ModuleType:
     return importlib.import_module("emoji_data")
+
+
+@pytest.fixture(scope="session")
+def seeds(path: None) -> ModuleType:
+    return importlib.import_module("seeds")
+
+
+@pytest.fixture(scope="session")
+def emoji_seeds(path: None) -> ModuleType:
+    return importlib.import_module("emoji_seeds")
+
+
+@pytest.fixture(scope="session")
+def quickstart_seeds(path: None) -> ModuleType:
+    return importlib.import_module("quickstart_seeds")

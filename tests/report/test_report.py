@@ -111,7 +111,8 @@ def test_metrics_have_the_keys_that_people_script_against(metrics: dict[str, Any
     assert set(metrics["retrieval"]["recall_at_2"]) == {"text", "image"}
     assert list(metrics["baselines"]) == ["copied", "mean", "reconstructed", "original"]
     for values in metrics["baselines"].values():
-        assert set(values) == set(ACCURACIES)
+        assert set(values) == {*ACCURACIES, "captions", "pictures"}
+        assert set(values["captions"]) == set(values["pictures"]) == {"validation", "test"}
     assert metrics["evaluation"]["judged"] == ["entity", "ground", "weather", "frame"]
     assert set(metrics["encoders"]) == {"validation", "test"}
     assert metrics["documents"]["test"]["documents"] == metrics["evaluation"]["documents"]["test"] == 4
@@ -141,7 +142,12 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
                 "joint_accuracy": hundreds + number + 7.5,
                 "joint_name_accuracy": None,
                 "baselines": {
-                    "copied": {"entity_accuracy": hundreds + number + 8.0, "name_accuracy": hundreds + number + 9.0}
+                    "copied": {
+                        "entity_accuracy": hundreds + number + 8.0,
+                        "name_accuracy": hundreds + number + 9.0,
+                        "captions": {"cider_d": hundreds + number + 9.2},
+                        "pictures": {"cmmd": hundreds + number + 9.5},
+                    }
                 },
             }
             for split, hundreds in (("validation", 100), ("test", 200))
@@ -177,6 +183,8 @@ def test_metrics_stand_under_their_model_and_split(experiment: Experiment, run: 
         "name_accuracy": {"seen": 119, "unseen": 219},
         "joint_accuracy": nothing,
         "joint_name_accuracy": nothing,
+        "captions": {"validation": {"cider_d": 119.2}, "test": {"cider_d": 219.2}},
+        "pictures": {"validation": {"cmmd": 119.5}, "test": {"cmmd": 219.5}},
     }
     assert found["evaluation"] == {
         "num_retrieved": 2,

@@ -25,6 +25,7 @@ from rac3.documents.document import Image, Text
 from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, all_settings, draw
 from rac3.evaluation.captions import caption_metrics
+from rac3.evaluation.features import Embedded
 from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Experiment, Split
@@ -40,6 +41,7 @@ from rac3.stages.evaluate import (
     MODALITIES,
     EvaluateOptions,
     _accuracies,
+    _baseline_scores,
     _baselines,
     _caption_scores,
     _evaluate_split,
@@ -353,13 +355,50 @@ def test_the_truth_and_its_codes_are_baselines(run: Run, items, neighbors: np.nd
 def test_what_baselines_score_is_in_the_metrics(
     evaluated: Evaluated, run: Run, items, experiment: Experiment, neighbors
 ):
-    made = _baselines(run, items, neighbors, 2)
-    assert evaluated.metrics["baselines"] == {
-        name: _accuracies(experiment, items, *each) for name, each in made.items()
-    }
-    truth = evaluated.metrics["baselines"]["original"]
-    assert truth == dict.fromkeys(truth, 1)
-    assert evaluated.metrics["baselines"]["copied"]["joint_accuracy"] == 0  # the setting is always another one
+    made, found = _baselines(run, items, neighbors, 2), evaluated.metrics["baselines"]
+    texts = [[item.document.text] for item in items]
+    for name, (images, captions) in made.items():
+        accuracies = _accuracies(experiment, items, images, captions)
+        scores = caption_metrics(captions, texts) if captions else {}
+        assert found[name] == {**accuracies, "captions": scores, "pictures": {}}  # no network is named
+    truth = found["original"]
+    assert [truth[name] for name in accuracies] == [1] * len(accuracies)
+    assert truth["captions"]["rouge_l"]["value"] == pytest.approx(1)
+    assert found["copied"]["joint_accuracy"] == 0  # the setting is always another one
+
+
+class Mean:
+    """A network of one feature."""
+
+    name = "FID"
+
+    def embed(self, pictures: Sequence[Any]) -> Embedded:
+        return Embedded(np.array([[np.mean(picture)] for picture in pictures], np.float32), None)
+
+
+def test_copies_are_compared_with_the_real_pictures(
+    run: Run, items, neighbors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+):
+    """Of one feature, the Frechet distance is (m - m')^2 + (s - s')^2, with the deviations of n - 1."""
+    means = [float(np.mean(item.document.images[0].pixels())) for item in items]
+    real = Embedded(np.array(means, np.float32)[:, None], None)
+    vectors = run.encoder.embed_images([item.document.images[0] for item in items])
+    monkeypatch.setattr(stage, "real_pictures", lambda run, split: {"test": (real, vectors)}[split])
+    settings = replace(run.experiment.evaluation, features="net.pth")
+    named = with_members(run, replace(run.experiment, evaluation=settings), features=Mean())
+    images, captions = _baselines(run, items, neighbors, 2)["copied"]
+    found = _baseline_scores(named, "test", items, images, captions)["pictures"]
+    copied = images.mean((1, 2, 3))
+    distance = (copied.mean() - np.mean(means)) ** 2 + (copied.std(ddof=1) - np.std(means, ddof=1)) ** 2
+    assert found["FID"]["frechet"]["value"] == pytest.approx(distance, rel=1e-3)
+    assert found["FID"]["images"] == found["FID"]["real_images"] == len(items)
+
+
+def test_captions_are_not_scored_where_a_document_has_no_picture(run: Run, items, neighbors: np.ndarray):
+    """They are asked for by pictures, so rows would not be those of the documents."""
+    images, captions = _baselines(run, items, neighbors, 2)["copied"]
+    bare = replace(items[0], document=replace(items[0].document, segments=items[0].document.segments[:1]))
+    assert _baseline_scores(run, "test", [bare, *items[1:]], images, captions)["captions"] == {}
 
 
 BY_STEP = {3: {"image": 6.0, "text": 5.95}, 5: {"image": 7.0, "text": 5.0}, 6: {"image": 3.0, "text": 12.5}}
