@@ -13,9 +13,9 @@ that is checked by its SHA-512, and draws every icon at 64 x 64 pixels on white.
     DIR/unseen-tuning    half of these subjects in the two styles that are left: to choose settings with
     DIR/unseen-test      the other half likewise
 
-A caption has the subject's name, in some of them with its tags or the style. The metadata of a picture says its
-`concept` (the name), `hexcode`, `group`, `style`, `license` and where it is from. A drawing has no size in pixels:
-`original_width` and `original_height` are 512, so that a filter of small pictures keeps it.
+A caption names the subject and the style ("swan in glossy style"). The metadata of a picture says its `concept` (the
+name), `hexcode`, `group`, `style`, `license` and where it is from. A drawing has no size in pixels: `original_width` and
+`original_height` are 512, so that a filter of small pictures keeps it.
 
 A split has its final name only when it is complete; the same command goes on after a kill.
 """
@@ -46,6 +46,7 @@ LEAST_STYLES = 4  # of a subject
 UNSEEN, HELD_OUT = 0.18, 0.04  # shares: of the subjects; of the pictures of those that are trained on
 SAMPLES = 2000  # of a shard
 LARGEST = 2**28  # bytes of a file in a package
+CAPTION = "{concept} in {style} style"
 SOURCES = "sources.json"
 
 
@@ -201,12 +202,11 @@ def read_json(archive: Path, *names: str) -> list[Any]:
 
 
 def subjects(names: list[dict[str, Any]], groups: Mapping[int, str]) -> dict[str, dict[str, Any]]:
-    """By code points, the name, tags and group of each emoji; other skins are the same subject."""
+    """By code points, the name and group of each emoji; other skins are the same subject."""
     return {
         _plain(each["hexcode"]): {
             "concept": each["label"].lower(),
             "hexcode": each["hexcode"],
-            "tags": [tag.lower() for tag in each.get("tags", [])],
             "group": groups[each["group"]],
         }
         for each in names
@@ -296,17 +296,12 @@ def uniform(seed: int, *of: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def caption(icon: Icon, seed: int) -> str:
-    """The name of the subject, alone or with what else is known of the picture."""
-    name, style = icon.subject["concept"], icon.package.style
-    other = [tag for tag in icon.subject["tags"] if tag not in name]
-    tags = sorted(other, key=lambda tag: uniform(seed, icon.place, tag))[:2]
-    forms = [name, f"{style} {name}", f"{name} in {style} style"]
-    forms += [f"{name}, {', '.join(tags)}", f"{' and '.join(tags)}: {name}"] if tags else []
-    return forms[int(uniform(seed, icon.place, "caption") * len(forms))]
+def caption(icon: Icon) -> str:
+    """The name of the subject, and the style: together they ask for this picture and no other."""
+    return CAPTION.format(concept=icon.subject["concept"], style=icon.package.style)
 
 
-def write_split(folder: Path, drawn: list[Icon], seed: int, update: Callable[[], None]) -> None:
+def write_split(folder: Path, drawn: list[Icon], update: Callable[[], None]) -> None:
     """Shards of tar, parquet and counts; the folder has its name when all of them are whole."""
     import pyarrow
     import pyarrow.parquet
@@ -321,7 +316,7 @@ def write_split(folder: Path, drawn: list[Icon], seed: int, update: Callable[[],
                 row = {
                     "key": f"{shard:05d}{number:04d}",
                     "url": icon.place,
-                    "caption": caption(icon, seed),
+                    "caption": caption(icon),
                     **{name: icon.subject[name] for name in ("concept", "hexcode", "group")},
                     "style": icon.package.style,
                     "license": icon.package.license,
@@ -344,7 +339,7 @@ def write_split(folder: Path, drawn: list[Icon], seed: int, update: Callable[[],
 def record(seed: int) -> str:
     """What a folder is made of, by which another seed or version is refused."""
     packages = [{"name": each.name, "version": each.version, "license": each.license} for each in (NAMES, *SETS)]
-    return json.dumps({"seed": seed, "packages": packages}, indent=2) + "\n"
+    return json.dumps({"seed": seed, "caption": CAPTION, "packages": packages}, indent=2) + "\n"
 
 
 def make(out: Path, seed: int, registry: str) -> dict[str, int]:
@@ -355,7 +350,7 @@ def make(out: Path, seed: int, registry: str) -> dict[str, int]:
     """
     wanted, sources = record(seed), out / SOURCES
     if sources.is_file() and sources.read_text(encoding="utf-8") != wanted:
-        raise InputError(f"{out} holds pictures of another seed, or of other packages; use another --out")
+        raise InputError(f"{out} holds pictures of another seed, with other captions, or of other packages; use another --out")
     if not sources.is_file() and out.is_dir() and any(each.name != "packages" for each in out.iterdir()):
         raise InputError(f"{out} holds other files; use a new --out")
     with Progress("packages", 1 + len(SETS), "packages") as bar:
@@ -370,14 +365,14 @@ def make(out: Path, seed: int, registry: str) -> dict[str, int]:
     missing = {name: drawn for name, drawn in splits.items() if not (out / name).is_dir()}
     with Progress("pictures", sum(map(len, missing.values())), "pictures") as bar:
         for name, drawn in missing.items():
-            write_split(out / name, drawn, seed, bar.update)
+            write_split(out / name, drawn, bar.update)
     return {name: len(drawn) for name, drawn in splits.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the splits and captions")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits")
     registry = os.environ.get("npm_config_registry") or REGISTRY  # noqa: SIM112  # as npm writes it
     parser.add_argument("--registry", default=registry, help="of npm packages; by default npm_config_registry")
     options = parser.parse_args()
