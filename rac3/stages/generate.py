@@ -24,6 +24,7 @@ from rac3.retrieval.retriever import Chosen
 
 Judging = Literal["classify", "score"]  # tasks that draw nothing
 TASKS = (*get_args(Task), *get_args(Judging))
+SAMPLING = ("samples", "seed", "temperature", "top_p", "top_k", "guidance", "guidance_without", "copying")
 ANSWERS = "answers.jsonl"  # of a file of prompts: a line for each
 
 
@@ -35,7 +36,7 @@ class GenerateOptions:
       task: `draw` a prompt, as `controlled` does in the manner of the given documents; `caption` an image;
         `infill_image` under a mask, as `edit` does by the given documents; `infill_text` where the prompt says <mask>;
         `continue` a prompt, an image, or both. `classify` an image by the given labels, and `score` how probable its
-        text is, make numbers. Without a task, a prompt is drawn, and an image alone captioned.
+        text is, make numbers and sample nothing. Without a task, a prompt is drawn, and an image alone captioned.
       prompt: a text.
       image: a picture: a png, jpeg or webp file.
       mask: what is drawn of the image: a picture of its size, white there; or LEFT,TOP,RIGHT,BOTTOM in pixels.
@@ -219,7 +220,7 @@ def _each(
             try:
                 own = _with(options, lines[number], number)
                 judging = own.task in get_args(Judging)
-                prompts.append(_judge(run, own, files) if judging else _prompt(run, own, files))
+                prompts.append(_judge(run, own, files, options) if judging else _prompt(run, own, files))
             except InputError as error:
                 prompts.append(error)
         answers = run.answers([prompt for prompt in prompts if isinstance(prompt, Prompt)])
@@ -334,21 +335,26 @@ def _judge_one(run: Model, options: GenerateOptions, folder: Path) -> str:
     with Progress("opening", 1, "models", shown=sys.stderr.isatty()) as bar:
         run.scorer  # noqa: B018  # opens it
         bar.update()
-    judged = _judge(run, options, Path())
+    judged = _judge(run, options, Path(), GenerateOptions())
     folder.mkdir(parents=True, exist_ok=True)
     line = json.dumps(judged.record, ensure_ascii=False, allow_nan=False)
     write_atomic(folder / f"{_file_name(options.task, options)}.json", line + "\n")
     return "\n".join(judged.lines)
 
 
-def _judge(run: Model, options: GenerateOptions, files: Path) -> Judged:
+def _judge(run: Model, options: GenerateOptions, files: Path, common: GenerateOptions) -> Judged:
     """Classifies or scores.
+
+    Args:
+      common: the options of all prompts, whose sampling is for those that draw.
 
     Raises:
       InputError: something that the task needs is not given, or something is that it can't use.
     """
     unused = ["mask", "follow", *(["prompt", "documents"] if options.task == "classify" else [])]
-    if given := [name for name in unused if getattr(options, name)]:
+    given = [name for name in unused if getattr(options, name)]
+    given += [name for name in SAMPLING if getattr(options, name) != getattr(common, name)]
+    if given:
         raise InputError(f"the task {options.task} has no use for {', '.join(given)}; leave that out")
     return (_classify if options.task == "classify" else _score)(run, options, files)
 

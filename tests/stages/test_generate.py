@@ -286,6 +286,8 @@ def test_a_caption_without_room_for_an_image_is_refused_and_nothing_is_written(r
         ({"task": "score", "image": "mine.png"}, "there is no text to score"),
         ({"task": "score", "prompt": "a fox", "scored": "image"}, "there is no image to score"),
         ({"task": "score", "prompt": "a fox", "mask": "0,0,9,9"}, "the task score has no use for mask"),
+        ({"task": "score", "prompt": "a fox", "temperature": 0.5, "seed": 1}, "has no use for seed, temperature; leave"),
+        ({"task": "classify", "image": "mine.png", "samples": 2}, "the task classify has no use for samples"),
         ({"task": "score", "prompt": "a fox", "retrieve": 1}, "nothing besides the segment to retrieve by"),
     ],
 )
@@ -496,6 +498,7 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(run: Model, tmp_path: Path
         ({"prompt": "a fox", "samples": 0}, "samples=0"),
         ({"prompt": "a fox", "task": "score", "scored": "sound"}, "scored 'sound' is unknown; use text, image"),
         ({"prompt": "a fox", "guidance_without": "image"}, "guidance_without 'image' is unknown"),
+        ({"prompt": "a fox", "task": "score", "top_k": 3}, "the task score has no use for top_k"),
     ],
 )
 def test_a_line_that_asks_nothing_is_named(run: Model, tmp_path: Path, line: dict[str, Any], said: str):
