@@ -350,7 +350,9 @@ def make(out: Path, seed: int, registry: str) -> dict[str, int]:
     """
     wanted, sources = record(seed), out / SOURCES
     if sources.is_file() and sources.read_text(encoding="utf-8") != wanted:
-        raise InputError(f"{out} holds pictures of another seed, with other captions, or of other packages; use another --out")
+        raise InputError(
+            f"{out} holds pictures of another seed, with other captions, or of other packages; use another --out"
+        )
     if not sources.is_file() and out.is_dir() and any(each.name != "packages" for each in out.iterdir()):
         raise InputError(f"{out} holds other files; use a new --out")
     with Progress("packages", 1 + len(SETS), "packages") as bar:

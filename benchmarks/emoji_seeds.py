@@ -111,7 +111,16 @@ def main() -> None:
         )
         for seed in chosen.seeds
     }
-    words = ["--data-dir", "DIR", "--workdir", "WORKDIR", "--seeds", *results, *(["--tuning"] * chosen.tuning), *options]
+    words = [
+        "--data-dir",
+        "DIR",
+        "--workdir",
+        "WORKDIR",
+        "--seeds",
+        *results,
+        *(["--tuning"] * chosen.tuning),
+        *options,
+    ]
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     names = [
         *(f"ratio.{name}" for name in RATIOS),

@@ -60,7 +60,7 @@ def run(config: str, seed: int, workdir: Path, options: Sequence[str] = ()) -> t
 
 
 def lookup(metrics: Mapping[str, Any], name: str) -> Any:
-    """"ra_cm3.perplexity.image" of nested mappings; None where there is no such thing."""
+    """The value at `ra_cm3.perplexity.image` of nested mappings; None where there is no such thing."""
     value: Any = metrics
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -286,7 +286,7 @@ def test_a_caption_without_room_for_an_image_is_refused_and_nothing_is_written(r
         ({"task": "score", "image": "mine.png"}, "there is no text to score"),
         ({"task": "score", "prompt": "a fox", "scored": "image"}, "there is no image to score"),
         ({"task": "score", "prompt": "a fox", "mask": "0,0,9,9"}, "the task score has no use for mask"),
-        ({"task": "score", "prompt": "a fox", "temperature": 0.5, "seed": 1}, "has no use for seed, temperature; leave"),
+        ({"task": "score", "prompt": "a fox", "temperature": 0.5, "seed": 1}, "no use for seed, temperature"),
         ({"task": "classify", "image": "mine.png", "samples": 2}, "the task classify has no use for samples"),
         ({"task": "score", "prompt": "a fox", "retrieve": 1}, "nothing besides the segment to retrieve by"),
     ],
