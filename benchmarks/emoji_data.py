@@ -14,8 +14,8 @@ that is checked by its SHA-512, and draws every icon at 64 x 64 pixels on white.
     DIR/unseen-test      the other half likewise
 
 A caption names the subject and the style ("swan in glossy style"). The metadata of a picture says its `concept` (the
-name), `hexcode`, `group`, `style`, `license` and where it is from. A drawing has no size in pixels: `original_width` and
-`original_height` are 512, so that a filter of small pictures keeps it.
+name), `hexcode`, `group`, `style`, `license` and where it is from. A drawing has no size in pixels: `original_width`
+and `original_height` are 512, so that a filter of small pictures keeps it.
 
 A split has its final name only when it is complete; the same command goes on after a kill.
 """

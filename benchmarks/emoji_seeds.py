@@ -7,8 +7,8 @@
 Runs `rac3 run` with `configs/emoji_captions.py` once per seed in a new process, prints a table, and writes all figures
 with the date, the hardware and the versions. Exit code 1 if a claim fails for any seed. A run that was killed goes on.
 
-CM3 is taken at its best by the documents of `unseen-tuning`, or by those of `validation` in a folder that has none. With
-`--tuning`, those are measured, and `unseen-test` is not read. Further options go to `rac3 run`.
+CM3 is taken at its best by the documents of `unseen-tuning`, or by those of `validation` in a folder that has none.
+With `--tuning`, those are measured, and `unseen-test` is not read. Further options go to `rac3 run`.
 """
 
 import shlex
@@ -79,7 +79,7 @@ def config_of(seed: int, data_dir: Path, tuning: bool) -> str:
 
 
 def figures_of(metrics: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
-    """By name, those of each column; those of RA-CM3 over those of the CM3 that it is compared with; and the recalls."""
+    """By name, those of each column; the ratios of RA-CM3 to the CM3 that it is compared with; and the recalls."""
     figures: dict[str, Any] = {
         f"{column}.{name}": lookup(metrics, f"{place}.{path}")
         for column, place in COLUMNS.items()

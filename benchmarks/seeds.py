@@ -1,4 +1,4 @@
-"""Shared by the benchmarks that check claims with several seeds: runs a config once per seed, in a process of its own."""
+"""Shared by the benchmarks that check claims with several seeds: runs a config once per seed, in its own process."""
 
 import argparse
 import json
