@@ -32,7 +32,7 @@ from rac3.weights.fitting import FitConfig
 def get_config() -> Experiment:
     return Experiment(
         name="emoji_captions",
-        query_dropout=0.0,  # with a fifth of its patches, a picture this small finds its subject half as often
+        query_dropout=0.0,  # with a fifth of their patches dropped, pictures find their subject half as often
         data=Data(
             train=WebDataset("train"),
             memory={"unseen": WebDataset("unseen-memory")},
