@@ -37,7 +37,11 @@ def run(config: str, seed: int, workdir: Path, options: Sequence[str] = ()) -> t
       options: further ones of `rac3 run`.
 
     Returns:
-      The cost is that of the process that did all of the work; None where several shared it.
+      The cost is that of the process that did all of the work, of the same config and options; None where several
+      processes shared it.
+
+    Raises:
+      SystemExit: the run failed, with code 2.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path, folder, costs = (workdir / f"seed_{seed}{end}" for end in (".py", "", "_cost.json"))
@@ -49,14 +53,16 @@ def run(config: str, seed: int, workdir: Path, options: Sequence[str] = ()) -> t
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"seed {seed}: the run failed with status {process.returncode}")
+        print(f"seed {seed}: the run failed with status {process.returncode}", file=sys.stderr)
+        sys.exit(2)
+    whose = [config, *options]
     if fresh:
         spent = (time.monotonic() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6)
         cost = {name: round(value, 2) for name, value in zip(COSTS, spent, strict=True)}
-        costs.write_text(json.dumps(cost), encoding="utf-8")
+        costs.write_text(json.dumps({"whose": whose, "cost": cost}), encoding="utf-8")
     metrics = json.loads((folder / "report" / "metrics.json").read_text(encoding="utf-8"))
-    kept = json.loads(costs.read_text(encoding="utf-8")) if costs.exists() else dict.fromkeys(COSTS)
-    return metrics, kept
+    kept = json.loads(costs.read_text(encoding="utf-8")) if costs.exists() else {}
+    return metrics, kept["cost"] if kept.get("whose") == whose else dict.fromkeys(COSTS)
 
 
 def lookup(metrics: Mapping[str, Any], name: str) -> Any:

@@ -61,13 +61,16 @@ def test_a_run_says_what_it_took_only_if_one_process_did_all_of_it(
     assert metrics == written
     assert (tmp_path / "seed_7.py").read_text(encoding="utf-8") == text
     kept = dict(zip(seeds.COSTS, (100.5, 150.25, 2.0), strict=True))
-    (tmp_path / "seed_7_cost.json").write_text(json.dumps(kept), encoding="utf-8")
+    (tmp_path / "seed_7_cost.json").write_text(json.dumps({"whose": [text], "cost": kept}), encoding="utf-8")
     assert seeds.run(text, 7, tmp_path)[1] == kept
+    assert seeds.run(f"{text}\n", 7, tmp_path)[1] == dict.fromkeys(seeds.COSTS)  # of another config
 
 
-def test_a_run_that_fails_ends_the_benchmark(seeds: ModuleType, tmp_path: Path):
-    with pytest.raises(SystemExit, match="seed 3: the run failed with status 2"):
+def test_a_run_that_fails_ends_the_benchmark(seeds: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
         seeds.run("def get_config():\n    return None\n", 3, tmp_path)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "seed 3: the run failed with status 2\n"
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,33 @@ def test_naming_nothing_is_not_five_times_nothing(emoji_seeds: ModuleType):
     found = emoji_seeds.figures_of(emoji_metrics(**none), {})
     assert found["ratio.name_accuracy"] is None
     assert [claim.split()[0] for claim in found["failed_claims"]] == ["captions"]
+
+
+JUST = {
+    "ra_cm3.joint_accuracy.unseen": 0.75,
+    "ra_cm3.joint_name_accuracy.unseen": 0.6,
+    "baselines.copied.joint_accuracy.unseen": 0.1,
+    "baselines.copied.joint_name_accuracy.unseen": 0.1,
+    "baselines.mean.joint_accuracy.unseen": 0.1,
+    "cm3_best.entity_accuracy.unseen": 0.1,
+    "cm3_best.name_accuracy.unseen": 0.1,
+    "ra_cm3.perplexity.image": 1.3,
+    "ra_cm3.perplexity.text": 2.4,
+    "retrieval.recall_at_2.text": 0.8,
+    "retrieval.recall_at_2.image": 0.8,
+    "ra_cm3_random.entity_accuracy.unseen": 0.1,
+    "peak_gb": 5.99,
+}
+"""Where each claim of the quickstart just holds, next to a CM3 whose perplexities are 2 and 4."""
+
+
+@pytest.mark.parametrize("name", JUST)
+def test_each_claim_of_the_quickstart_fails_alone(seeds: ModuleType, quickstart_seeds: ModuleType, name: str):
+    claims, figures = quickstart_seeds.CLAIMS, {**JUST, "cm3_best.perplexity.image": 2, "cm3_best.perplexity.text": 4}
+    assert (len(JUST), seeds.failed(claims, figures)) == (len(claims), [])
+    at_least = name.startswith(("ra_cm3.joint", "retrieval"))
+    (failed,) = seeds.failed(claims, {**figures, name: JUST[name] + (-0.02 if at_least else 0.02)})
+    assert failed == [*claims][[*JUST].index(name)]
 
 
 def test_the_quickstart_claims_what_its_table_shows(quickstart_seeds: ModuleType):
