@@ -1,10 +1,11 @@
 """rac3 plan configs/ra_cm3_2_7b.py
 
-The paper's setting (section 4.1): 2.7B parameters, 4,096 tokens, 150M documents of LAION, CLIP ViT-L/14, 256 GPUs of
-80 GB with 16 sequences each. Here a step has as many tokens in 1,024 rows of 16,384: 97% of them are real, where three
-documents fill 78% of 4,096. By the plan's arithmetic four microbatches with `remat` of `dots` take 43.5 GB of each GPU
-on this mesh, 38.7 on data/fsdp/tensor of 8/8/4 and 50.6 on 64/1/4. `--data-dir` holds img2dataset shards; the VQGAN is
-taming's Gumbel f8 with 1,024 tokens per image. Nothing of this size has been run with this code.
+The paper's setting (section 4.1): 2.7B parameters, 4,096 tokens, 150M documents of LAION, CLIP ViT-L/14, 256 GPUs of 80
+GB with 16 sequences each. Here a step has as many tokens in 1,024 rows of 16,384: 97% of them are real, where three
+documents fill 78% of 4,096. By the plan's arithmetic, with four microbatches and `remat` of `dots`, 256 A100s of 80 GB
+use 43.5 GB each, and take 9.04 s a step and 10.5 days in all; 38.7 GB on data/fsdp/tensor of 8/8/4, and 50.6 GB on
+64/1/4. `--data-dir` holds img2dataset shards; the VQGAN is taming's Gumbel f8 with 1,024 tokens per image. Nothing of
+this size has been run with this code.
 """
 
 from rac3.batches.loader import BatchConfig

@@ -2,9 +2,9 @@
 
 The recipe of the paper's 2.7B model at the size of OPT-350M. The paper's are the data, the masking, K, alpha, the batch
 and the warm-up (`ra_cm3_2_7b.py`). Ours is the choice of the size: its widths and its learning rate are those of OPT
-(arXiv 2205.01068, table 1). One GPU holds the state of such a model, so the mesh shards
-the batch alone. The published OPT-350M has another architecture (LayerNorms after the residuals), so
-`--model.init-from` refuses it.
+(arXiv 2205.01068, table 1). One GPU holds the state of such a model, so the mesh shards the batch alone. The published
+OPT-350M has another architecture (LayerNorms after the residuals), so `--model.init-from` refuses it. By the plan's
+arithmetic 256 A100s of 80 GB use 18.8 GB each, and take 1.33 s a step and 1.54 days in all.
 """
 
 from dataclasses import replace

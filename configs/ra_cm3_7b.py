@@ -2,7 +2,8 @@
 
 The recipe of the paper's 2.7B model at the size of OPT-6.7B. The paper's are the data, the masking, K, alpha, the batch
 and the warm-up (`ra_cm3_2_7b.py`). Ours is the choice of the size: its widths and its learning rate are those of OPT
-(arXiv 2205.01068, table 1).
+(arXiv 2205.01068, table 1). By the plan's arithmetic 256 A100s of 80 GB use 67.4 GB each, and take 22.1 s a step and
+25.6 days in all.
 """
 
 from dataclasses import replace

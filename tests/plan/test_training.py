@@ -411,6 +411,17 @@ def test_the_plan_in_the_docs_is_the_one_that_is_printed():
         assert not line or f"    {line}\n" in text, line
 
 
+@pytest.mark.parametrize("size", ["125m", "350m", "1_3b", "2_7b", "7b"])
+def test_a_config_says_what_its_plan_says(size: str):
+    module = load_config_module(str(ROOT / "configs" / f"ra_cm3_{size}.py"))
+    experiment = module.get_config()
+    plan = TrainingPlan(experiment)
+    estimate = plan.estimate(plan.chosen())
+    days = estimate.seconds * experiment.training.steps / 86_400
+    figures = f"use {amount(estimate.bytes)} each, and take {duration(estimate.seconds)} a step and {days:.3g} days"
+    assert f"256 A100s of 80 GB {figures} in all" in " ".join(module.__doc__.split())
+
+
 def test_the_growth_in_the_docs_is_the_planned_one():
     table = (ROOT / "docs" / "cluster.md").read_text().split("| GPUs |")[1].split("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
