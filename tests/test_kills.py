@@ -312,6 +312,7 @@ def test_ray_makes_what_local_makes_though_a_worker_is_killed(
     assert_same(workdir, whole)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_what_ray_has_begun_is_ended_by_local(config: Path, traps: Path, whole: Path, workdir: Path, tmp_path: Path):
     """The command is killed, so that its workers are orphans for a moment, which may still write."""
