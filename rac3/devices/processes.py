@@ -32,6 +32,7 @@ from rac3.config import InputError
 STALLED = 76  # the exit code of a process that has not got on for too long: run the same command again
 FAILED = "rac3/failed"  # key of the coordination service
 COMPILING = "compilation"
+SPARE = 60  # seconds that JAX has for the start after our own time is over: it would abort without a line
 LONGEST = 7 * 24 * 3600 * 1000  # milliseconds at a barrier; the watchdog ends a process that waits there for too long
 PARTING = 15.0  # seconds that the first process stays after a failure, so that all others hear of it
 LISTENING = 1.0  # seconds between two looks for failures
@@ -80,15 +81,20 @@ class Distributed:
     ) -> "Processes":
         """Connects this process with the others, before JAX looks for devices.
 
+        Ends the process, with one line and exit code 2, if they don't all come in time.
+
         Args:
           stall_minutes, orderly: as of `Processes`.
 
         Raises:
-          InputError: they don't all come in time.
+          InputError: JAX can't start, since something else listens on the port, say.
         """
         place = Place(self.coordinator, self.processes, self.process) if self.coordinator else from_slurm(environ)
         if place is None or place.processes == 1:
             return Processes(stall_minutes=stall_minutes, orderly=orderly)
+        late = threading.Timer(self.start_seconds, self._too_late, (place,))
+        late.daemon = True
+        late.start()
         try:
             jax.distributed.initialize(
                 place.coordinator,
@@ -96,18 +102,27 @@ class Distributed:
                 place.process,
                 list(place.devices) or None,
                 cluster_detection_method="deactivate",
-                initialization_timeout=self.start_seconds,
+                initialization_timeout=self.start_seconds + SPARE,
                 heartbeat_timeout_seconds=self.heartbeat_seconds,
             )
         except jax.errors.JaxRuntimeError as error:
             raise InputError(
-                f"process {place.process} of {place.processes} did not meet the others at {place.coordinator} within "
-                f"{self.start_seconds} s ({str(error).splitlines()[0]}); start all of them, with that address and "
-                "their own numbers, or raise --distributed.start-seconds"
+                f"process {place.process} of {place.processes} can't start at {place.coordinator} "
+                f"({str(error).splitlines()[0]}); start all of them, with one address and their own numbers"
             ) from error
+        finally:
+            late.cancel()
         return Processes(
             place.processes, place.process, global_state.client, stall_minutes=stall_minutes, orderly=orderly
         )
+
+    def _too_late(self, place: "Place") -> NoReturn:
+        _say(
+            f"process {place.process} of {place.processes} did not meet the others at {place.coordinator} within "
+            f"{self.start_seconds} s; start all of them, with that address and their own numbers, or raise "
+            "--distributed.start-seconds"
+        )
+        os._exit(2)
 
 
 @dataclass(frozen=True)

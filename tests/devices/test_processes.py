@@ -1,5 +1,6 @@
 """How processes find each other, what they compare, and the watchdog."""
 
+import inspect
 import os
 import re
 import shutil
@@ -8,8 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
+from commands import free_port
 
 import rac3
 from rac3.config import InputError
@@ -104,6 +108,57 @@ def test_one_process_alone_waits_for_nobody(environ: dict[str, str]):
         alone.meet("here")
         alone.compare("all", {"code": "1"})
         assert alone.from_first("value", [1]) == [1]
+
+
+def test_the_nodes_of_a_cold_cluster_have_time_to_boot(monkeypatch: pytest.MonkeyPatch):
+    """JAX itself would give them 300 s. When our time is over, it has another minute."""
+    asked, signature = [], inspect.signature(jax.distributed.initialize)
+
+    def initialize(*given: Any, **named: Any) -> None:
+        asked.append(signature.bind(*given, **named).arguments)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    Distributed().start(environ={**STEP, "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "5"})
+    Distributed("host1:8476", 3, 2, start_seconds=7, heartbeat_seconds=9).start(environ=STEP)
+    names = "coordinator_address", "num_processes", "process_id", "local_device_ids"
+    assert [tuple(each[name] for name in names) for each in asked] == [
+        ("gpu03:61443", 16, 1, [5]),
+        ("host1:8476", 3, 2, None),
+    ]
+    times = [(each["initialization_timeout"], each["heartbeat_timeout_seconds"]) for each in asked]
+    assert times == [(1860, 100), (67, 9)]
+
+
+def test_processes_that_do_not_come_are_one_line():
+    """Of two, the first waits for the other, and the other for the first."""
+    code = "from rac3.devices.processes import Distributed; Distributed('localhost:{}', 2, {}, start_seconds=1).start()"
+    ports = [free_port(), free_port()]
+    alone = [
+        subprocess.Popen([sys.executable, "-c", code.format(*place)], stderr=subprocess.PIPE, text=True)
+        for place in zip(ports, (0, 1), strict=True)
+    ]
+    for number, process in enumerate(alone):
+        _, err = process.communicate()
+        assert process.returncode == 2, err
+        (line,) = (line for line in err.splitlines() if line.startswith("rac3: "))
+        assert line == (
+            f"rac3: process {number} of 2 did not meet the others at localhost:{ports[number]} within 1 s; start all "
+            "of them, with that address and their own numbers, or raise --distributed.start-seconds"
+        )
+
+
+def test_a_start_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    def initialize(*given: Any, **named: Any) -> None:
+        raise jax.errors.JaxRuntimeError("UNKNOWN: no such port\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError) as refused:
+        Distributed("host1:8476", 3, 2, start_seconds=1).start(environ={})
+    assert str(refused.value) == (
+        "process 2 of 3 can't start at host1:8476 (UNKNOWN: no such port); "
+        "start all of them, with one address and their own numbers"
+    )
+    time.sleep(1.5)  # the timer has been stopped, or it would end this process
 
 
 def found(*digests: dict[str, str]) -> dict[int, dict]:
