@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import threading
+from contextlib import closing
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -145,6 +147,41 @@ def test_a_block_has_at_least_four_batches(store):
     """So that the next one is planned in time, however large a batch."""
     made = stream(store, None, dataclasses.replace(PLAIN, rows=2000))
     assert BatchStream(made.config, 0, store, None, made.builder).block_batches == 4
+
+
+def test_the_next_block_is_planned_while_one_is_read(store, neighbors, monkeypatch: pytest.MonkeyPatch):
+    """Its plan is begun with the first batch. All batches of the block before come while it is not done."""
+    expected = take(stream(store, neighbors), 11)
+    made = stream(store, neighbors)
+    plan, begun, may_end = made.plan, threading.Event(), threading.Event()
+
+    def planned(first: int):
+        if first:
+            begun.set()
+            assert may_end.wait(10)
+        return plan(first)
+
+    monkeypatch.setattr(made, "plan", planned)
+    with closing(made.batches(StreamState())) as batches:
+        found = [next(batches)]
+        assert begun.wait(10)
+        found += islice(batches, 9)
+        assert not may_end.is_set()
+        may_end.set()
+        found.append(next(batches))
+    for (batch, state), (other, other_state) in zip(found, expected, strict=True):
+        assert equal(batch, other)
+        assert state == other_state
+
+
+def test_batches_are_read_by_threads_that_are_there(store, neighbors, monkeypatch: pytest.MonkeyPatch):
+    started, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread) or start(thread))
+    with closing(stream(store, neighbors).batches(StreamState())) as batches:
+        list(islice(batches, 3))
+        before = len(started)
+        list(islice(batches, 20))
+    assert len(started) - before < CONFIG.read_threads
 
 
 def test_rows_hold_at_most_max_groups(store, neighbors):
