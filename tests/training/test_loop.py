@@ -1,5 +1,6 @@
 """The loop: a run that is killed and resumed ends as one that is not."""
 
+import contextlib
 import dataclasses
 import gc
 import gzip
@@ -370,6 +371,28 @@ def test_no_figure_is_invented(uninterrupted):
     for line in uninterrupted[1]:
         assert line["real_tokens"] == 1
         assert not {name for name in line if name.startswith(("mfu", "flops", "device"))}
+
+
+@pytest.mark.parametrize(
+    ("stats", "most"),
+    [
+        ([{"peak_bytes_in_use": 5, "bytes_in_use": 9}, None, {"peak_bytes_in_use": 7, "bytes_in_use": 2}, {}], 7),
+        ([None, {}, {"bytes_in_use": 3}], None),
+    ],
+)
+def test_the_memory_is_the_peak_of_the_fullest_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stats: list[dict[str, int] | None], most: int | None
+):
+    state = initial().create()
+    devices = [types.SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    with contextlib.closing(MetricsWriter(tmp_path, 0)) as writer:
+        window = metrics.Window(writer)
+        window.add({"skipped_steps": (jnp.zeros(()), jnp.ones(()))}, 0.0)
+        window.close(1, state)
+        window.flush()
+    (line,) = read_metrics(tmp_path)
+    assert line.get("device_memory_bytes") == most
 
 
 @pytest.mark.parametrize("profile", ["3", "4:3", "0:2", "a:b", "1:2:3"])
