@@ -1,11 +1,15 @@
 """What an experiment says reaches the stream, the model, the optimizer and the loop; and what is left is restored."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 import tiny_config
@@ -17,6 +21,7 @@ from rac3.batches.loader import StreamState
 from rac3.batches.masking import Masking
 from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
+from rac3.devices.processes import Processes
 from rac3.retrieval.baselines import NoRetriever
 from rac3.retrieval.exact import Exact
 from rac3.run import Run
@@ -24,7 +29,7 @@ from rac3.stages import train as stage
 from rac3.stages.embed import embed
 from rac3.stages.ingest import ingest
 from rac3.stages.retrieve import index, retrieve
-from rac3.stages.train import train
+from rac3.stages.train import compared, train
 from rac3.tokens.vocabulary import Vocabulary
 from rac3.training.optimizer import OptimizerConfig
 from rac3.training.state import NewState, TrainState
@@ -104,7 +109,9 @@ def test_a_killed_run_resumes_without_a_new_state(tmp_path: Path, monkeypatch: p
     assert run.workdir.find(run.recipe(recipes.train)) is not None
 
 
-def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_training_is_that_of_the_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     calls: dict[str, tuple[Any, ...]] = {}
     results: dict[str, Any] = {}
 
@@ -125,7 +132,13 @@ def test_training_is_that_of_the_experiment(tmp_path: Path, monkeypatch: pytest.
     run = Run(experiment, workdir_of(experiment, tmp_path / "workdir"))
     for prepare in (ingest, embed, index, retrieve):
         prepare(run)
+    capsys.readouterr()
     train(run)
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"train ra_cm3: rac3 {metadata.version('rac3')}, jax {jax.__version__}, jaxlib {jaxlib.__version__}; "
+        "mesh of data 8 x fsdp 1 x tensor 1 on 8 cpu, 1 processes; "
+        f"XLA_FLAGS: {os.environ['XLA_FLAGS'].strip()}; attention: plain"
+    )
 
     model = calls["make_train_step"][0]
     assert model == run.model
@@ -170,3 +183,66 @@ def test_microbatches_that_do_not_divide_the_rows_are_refused(tmp_path: Path):
     message = "training.microbatches=4 can't divide the 2 rows of each of the 8 shards .*; use a divisor of 2, or other"
     with pytest.raises(InputError, match=message):
         train(run)
+
+
+class LeftError(Exception):
+    pass
+
+
+class Board:
+    """Stands in for JAX's coordination service of two processes that come one after the other.
+
+    What the first to come says stays; it leaves where it would wait for the other.
+    """
+
+    def __init__(self) -> None:
+        self.said: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str) -> None:
+        self.said[key] = value
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        return [(path, value) for path, value in self.said.items() if path.startswith(f"{key}/")]
+
+    def wait_at_barrier(self, name: str, milliseconds: int) -> None:
+        if len(self.said) < 2:
+            raise LeftError
+
+
+@pytest.mark.parametrize("package", ["jax", "jax.lib"])
+def test_a_process_with_another_jax_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    experiment = experiment_of(DOCUMENTS, retriever=NoRetriever())
+    run, board = Run(experiment, workdir_of(experiment, tmp_path / "workdir")), Board()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{package}.__version__", "0.0.1")
+        with pytest.raises(LeftError):
+            train(run, Processes(2, 1, board))
+    with pytest.raises(InputError, match=r"^process 1 \(\S+\) has another jax than the others; start all"):
+        train(run, Processes(2, 0, board))
+
+
+@pytest.mark.parametrize("other", ["+", "-"])
+def test_a_process_with_another_program_is_named_before_the_first_step(other: str):
+    """The shapes are the same, and only one operation differs."""
+    ran: list[int] = []
+    state, batch = TrainState(jnp.int32(3), {}, ()), jnp.int32(4)
+
+    def program(operation: str) -> Any:
+        def step(state: TrainState, batch: jax.Array) -> jax.Array:
+            result = state.step + batch if operation == "+" else state.step - batch
+            jax.debug.callback(lambda each: ran.append(int(each)), result)
+            return result
+
+        return jax.jit(step)
+
+    board = Board()
+    with pytest.raises(LeftError):
+        compared(program(other), Processes(2, 1, board))(state, batch)
+    step = compared(program("+"), Processes(2, 0, board))
+    if other == "+":
+        assert [int(step(state, batch)) for _ in range(2)] == [7, 7]
+    else:
+        with pytest.raises(InputError, match=r"^process 1 \(\S+\) has another program than the others; start all"):
+            step(state, batch)
+    jax.effects_barrier()
+    assert ran == ([7, 7] if other == "+" else [])
