@@ -2,21 +2,26 @@
 
 import contextlib
 import os
+import random
 import resource
 import shutil
 import signal
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny_config
 from commands import Command, many_started, started, wait_until
 
 from rac3 import recipes
 from rac3.artifacts.workdir import Workdir
+from rac3.batches.loader import StreamState
 from rac3.run import Run
 from rac3.training.checkpoint import CHECKPOINTS
 from rac3.training.metrics import read_metrics
@@ -87,9 +92,9 @@ def uninterrupted(finished_workdir: tuple[Path, Path], tmp_path_factory: pytest.
     return trained(command)
 
 
-def trained(command: tuple[str, ...]) -> list[np.ndarray]:
+def trained(command: tuple[str, ...], steps: int = STEPS) -> list[np.ndarray]:
     tiny = tiny_config.get_config()
-    run = Run(replace(tiny, training=replace(tiny.training, steps=STEPS)), Workdir(Path(command[3]), "tiny"))
+    run = Run(replace(tiny, training=replace(tiny.training, steps=steps)), Workdir(Path(command[3]), "tiny"))
     assert run.workdir.find(run.recipe(recipes.train)) is not None
     return jax.tree.leaves(jax.device_get(run.params))
 
@@ -120,6 +125,68 @@ def test_a_full_disk_ends_a_run_after_its_last_checkpoint(
     assert last.startswith(f"rac3: the checkpoint of step {saved[-1] + 5} can't be written to ")
     assert last.endswith(f": File too large; once that is fixed, run the same command to go on from step {saved[-1]}")
     assert all(line.startswith("train ra_cm3: ") for line in progress)
+
+
+def last_step(command: tuple[str, ...]) -> int:
+    """The last step that the metrics have, of a run that has not ended."""
+    folders = (Path(command[3]) / "train").glob("*.partial")
+    return max((line["step"] for folder in folders for line in read_metrics(folder)), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "kills"), [(1, 20), (2, 8)])
+def test_a_run_that_is_killed_at_random_ends_bit_for_bit(
+    command: tuple[str, ...], tmp_path: Path, count: int, kills: int
+):
+    """Each kill comes at any moment of up to ten steps more, of which every third is saved; some in the start."""
+    steps = 10 * kills
+    command = (*command, "--training.steps", str(steps), "--training.checkpoint-every", "3")
+    whole = (*command[:3], str(shutil.copytree(command[3], tmp_path / "whole")), *command[4:])
+    begun = time.monotonic()
+    with many_started(tmp_path, count, *whole) as processes:
+        wait_until(lambda: last_step(whole) > 0, processes[0])
+        start = time.monotonic() - begun
+        assert [process.wait() for process in processes] == [0] * count, [process.err() for process in processes]
+    one_step = (time.monotonic() - begun - start) / steps
+    rng, reached = random.Random(count), [0]
+    for _ in range(kills):
+        more, share = rng.randrange(10), rng.random()
+        with many_started(tmp_path, count, *command) as processes:
+            wait_until(lambda: last_step(command) >= reached[-1] + more, processes[0])  # noqa: B023
+            time.sleep(share * (one_step if more else start))
+            for process in rng.sample(processes, count):
+                process.process.kill()
+            assert 0 not in [process.wait() for process in processes], "it had ended already"
+        reached.append(last_step(command))
+    assert len(set(reached)) > kills / 2, reached
+    with many_started(tmp_path, count, *command) as processes:
+        assert [process.wait() for process in processes] == [0] * count, [process.err() for process in processes]
+    for one, other in zip(trained(command, steps), trained(whole, steps), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # it restores onto the mesh that it was saved from
+def test_a_run_that_diverges_ends_in_one_line_and_keeps_finite_parameters(
+    command: tuple[str, ...], rac3: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    """The learning rate is 0 in step 1 and 5e29 in step 2, so no loss is finite from step 3 on."""
+    saves = "--training.steps", "20", "--training.checkpoint-every", "1", "--training.max-skipped", "2"
+    assert rac3(*command, *saves, "--optimizer.peak-lr", "1e30") == 2
+    folder = run_folder(command)
+    keys = Run(tiny_config.get_config(), Workdir(Path(command[3]), "tiny")).training_stream().keys(StreamState(0, 3))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("rac3: "))
+    assert line.startswith(
+        "rac3: train ra_cm3: loss or gradient is not finite for training.max_skipped=2 batches in a row, the last that "
+        f"of step 4, of documents {keys[0]}, {keys[1]}, {keys[2]}, ... ({len(keys)}, all in {folder / 'batch-4.txt'}); "
+    )
+    assert (folder / "batch-4.txt").read_text().splitlines() == keys
+    assert [line["skipped_steps"] for line in read_metrics(folder)] == [0, 0, 1, 1]
+    newest = max((folder / CHECKPOINTS).iterdir(), key=lambda path: int(path.name))
+    assert newest.name == "3"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.restore((newest / "state").absolute())
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(state["params"])) > 1e20  # those of step 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
 
 
 @pytest.mark.slow
