@@ -1,0 +1,31 @@
+"""Every contestant trains at the size that CPUs can do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+pytest.importorskip("torch")
+
+
+@pytest.mark.slow
+def test_every_contestant_has_a_rate(tmp_path: Path):
+    out = tmp_path / "out.json"
+    sizes = ["--size", "tiny", "--groups", "4", "--steps", "2", "--minutes", "60"]
+    script = [sys.executable, "benchmarks/train_gpu.py", *sizes, "--json", str(out)]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert {(row["who"], row["rows"], row["remat"]) for row in results} == {
+        *(("rac3", "packed", remat) for remat in ("dots", "none", "attention", "full")),
+        ("rac3", "one group a row", "dots"),
+        ("torch", "one group a row", "none"),
+    }
+    for row in results:
+        assert "error" not in row, row
+        assert row["tokens_per_second"] > 0
+        assert row["real_tokens"] == results[0]["real_tokens"] > 0
+        assert row["loss"] == pytest.approx(results[0]["loss"], abs=1e-2)
