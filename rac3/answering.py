@@ -5,17 +5,18 @@ model.generate("a red fox", retrieve=2, samples=4, seed=1).images[0]
 """
 
 import dataclasses
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import PIL.Image
 from jaxtyping import Bool, Float, Shaped, UInt8
 
-from rac3.config import InputError, to_plain
+from rac3.config import InputError, quoted, to_plain
 from rac3.documents.document import (
     PADDED_SIDE,
     Document,
@@ -31,6 +32,7 @@ from rac3.documents.document import (
     framed_place,
     prepare_image,
 )
+from rac3.documents.store import TokenizedDocument
 from rac3.generation.answers import Answer, Classified, Likelihood, Part
 from rac3.generation.engine import Progress
 from rac3.generation.prompts import Asked, Context
@@ -81,6 +83,9 @@ class Prompt:
       samples: how many to draw; the answer has them best first.
       seed: another one draws other samples.
       sampling: None is what the experiment evaluates with.
+
+    Raises:
+      InputError: an unknown task, a value of another type or out of its range, or a mask of another size.
     """
 
     task: Task = "draw"
@@ -96,10 +101,20 @@ class Prompt:
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        if self.retrieve < 0:
-            raise InputError(f"retrieve={self.retrieve} is below 0; use 0 to retrieve nothing")
-        if self.samples < 1:
-            raise InputError(f"samples={self.samples} is below 1; use at least 1")
+        if self.task not in get_args(Task):
+            raise InputError(f"task={quoted(self.task)} is unknown; use {', '.join(get_args(Task))}")
+        if not isinstance(self.text, str):
+            raise InputError(f"text={quoted(self.text)} is no text; give a str")
+        for name, least in (("retrieve", 0), ("samples", 1), ("seed", 0)):
+            _check_int(name, getattr(self, name), least)
+        if not isinstance(self.sampling, Sampling | None):
+            raise InputError(f"sampling={quoted(self.sampling)} is no Sampling; give such as Sampling(temperature=0.5)")
+        if self.image is not None:
+            _check_pixels(self.image)
+        if self.mask is not None and not (isinstance(self.mask, np.ndarray) and self.mask.dtype == bool):
+            raise InputError(f"the mask is {quoted(self.mask)}; give a bool array of shape (height, width)")
+        if self.mask is not None and self.mask.ndim != 2:
+            raise InputError(f"the mask has the shape {self.mask.shape}; give one of shape (height, width)")
         if self.mask is not None and self.image is not None and self.mask.shape != self.image.shape[:2]:
             size, wanted = (f"{x.shape[1]} x {x.shape[0]}" for x in (self.mask, self.image))
             raise InputError(f"the mask has {size} pixels, but the image {wanted}; give one of the same size")
@@ -205,7 +220,8 @@ class Model(Run):
             )
         most = max(counts, default=0)
         shots = most if shots is None else shots
-        if not 0 <= shots <= most:
+        _check_int("shots", shots)
+        if shots > most:
             raise InputError(f"shots={shots} is not among the 0 to {most} demonstrations of each label")
         documents = [
             captioned(label, label, encode_png(pixels_of(pictures[run])))
@@ -243,6 +259,7 @@ class Model(Run):
         if not 0 <= segment < len(document.segments):
             raise InputError(f"segment {segment} is not among the document's {len(document.segments)}; the first is 0")
         document = framed(document, self.experiment.framing)
+        own = self._tokenized(document)
         rest = [each for number, each in enumerate(document.segments) if number != segment]
         text = " ".join(each.text for each in rest if isinstance(each, Text))
         image = next((each.pixels() for each in rest if isinstance(each, Image)), None)
@@ -250,11 +267,9 @@ class Model(Run):
             raise InputError(
                 f"retrieve={retrieve}, but the document has nothing besides the segment to retrieve by; use 0"
             )
-        given = zip(documents, self.tokenize(documents), strict=True)
-        found = [Found(each, None, tokens) for each, tokens in given]
+        found = self._given(documents)
         if retrieve:
             found += self.retrieve(text, None if text else image, retrieve)
-        (own,) = self.tokenize([document])
         context = Context([each.tokens.tokens for each in found], ensemble)
         asked = score.request(self.form, own.tokens, segment, context, infill=infill)
         kept = [each for number, each in enumerate(found) if number not in asked.dropped]
@@ -280,7 +295,14 @@ class Model(Run):
 
         Args:
           on_progress: called every few steps of the engine.
+
+        Raises:
+          InputError: no prompts, or something else among them.
         """
+        if not prompts or not all(isinstance(prompt, Prompt) for prompt in prompts):
+            raise InputError(
+                f"prompts={quoted(prompts)} is no list of Prompts; give at least one, as Prompt('draw', ...)"
+            )
         for start in range(0, len(prompts), AT_ONCE):
             chunk = [self._framed(prompt) for prompt in prompts[start : start + AT_ONCE]]
             work = self._prepare(chunk)
@@ -304,28 +326,40 @@ class Model(Run):
 
     def _prepare(self, prompts: Sequence[Prompt]) -> list[_Work | InputError]:
         """Retrieves for each prompt, and makes its requests."""
-        found = self._found(prompts)
         work: list[_Work | InputError] = []
-        for prompt, own in zip(prompts, found, strict=True):
+        for prompt, retrieved in zip(prompts, self._retrieved(prompts), strict=True):
             try:
-                work.append(self._work(prompt, own))
+                work.append(self._work(prompt, self._given(prompt.documents) + retrieved))
             except InputError as error:
                 work.append(error)
         return work
 
-    def _found(self, prompts: Sequence[Prompt]) -> list[list[Found]]:
-        """Given documents, then retrieved ones."""
-        given = [each for prompt in prompts for each in prompt.documents]
-        tokenized = iter(self.tokenize(given))
+    def _given(self, documents: Sequence[Document]) -> list[Found]:
+        """Documents that are given by hand.
+
+        Raises:
+          InputError: something else, or an image that can't be decoded.
+        """
+        if not isinstance(documents, Sequence) or not all(isinstance(each, Document) for each in documents):
+            raise InputError(f"documents={quoted(documents)} is no list of Documents; give one, as [Document(...)]")
+        return [Found(each, None, self._tokenized(each)) for each in documents]
+
+    def _tokenized(self, document: Document) -> TokenizedDocument:
+        """One document. Raises InputError if an image of it can't be decoded."""
+        try:
+            return self.tokenize([document])[0]
+        except ImageError as error:
+            raise InputError(
+                f"document {quoted(document.key)} has an image that cannot be read: {error}; give a png, jpeg or webp"
+            ) from error
+
+    def _retrieved(self, prompts: Sequence[Prompt]) -> list[list[Found]]:
+        """The documents that each prompt retrieves."""
         queries = [prompt.query if prompt.retrieve and self.experiment.retrieves else None for prompt in prompts]
         asking = [number for number, query in enumerate(queries) if query is not None]
         most = max((prompts[number].retrieve for number in asking), default=0)
         retrieved = dict(zip(asking, self.retrieve_many([queries[n] for n in asking], most), strict=True))  # type: ignore[misc]
-        return [
-            [Found(document, None, next(tokenized)) for document in prompt.documents]
-            + retrieved.get(number, [])[: prompt.retrieve]
-            for number, prompt in enumerate(prompts)
-        ]
+        return [retrieved.get(number, [])[: prompt.retrieve] for number, prompt in enumerate(prompts)]
 
     def _samples(self, work: Sequence[_Work], on_progress: Callable[[Progress], None] | None) -> Iterator[list[Any]]:
         """The samples of each request of each prompt."""
@@ -504,12 +538,13 @@ def pixels_of(picture: Picture) -> Pixels:
     """RGB in 0..255 of a picture, or of a file.
 
     Raises:
-      InputError: the file does not exist, or is no image.
+      InputError: the file does not exist or is no image, or pixels of another type or shape.
     """
-    if isinstance(picture, np.ndarray):
-        return picture
     if isinstance(picture, PIL.Image.Image):
-        return np.asarray(picture.convert("RGB"))
+        picture = np.asarray(picture.convert("RGB"))
+    if not isinstance(picture, str | os.PathLike):
+        _check_pixels(picture)
+        return picture
     path = Path(picture)
     if not path.is_file():
         raise InputError(f"image {path} does not exist; give a png, jpeg or webp file")
@@ -519,18 +554,37 @@ def pixels_of(picture: Picture) -> Pixels:
         raise InputError(f"image {path} cannot be read: {error}") from error
 
 
+def _check_pixels(pixels: object) -> None:
+    """Raises InputError unless these are RGB in 0..255 of at least one pixel."""
+    what = quoted(pixels)
+    if isinstance(pixels, np.ndarray):
+        if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size:
+            return
+        what = f"{pixels.dtype} of shape {pixels.shape}"
+    raise InputError(f"the image is {what}; give uint8 of shape (height, width, 3) in 0..255, or a file")
+
+
+def _check_int(name: str, value: object, least: int = 0) -> None:
+    """Raises InputError unless this is an int of 64 bits from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        raise InputError(f"{name}={quoted(value)} is no int from {least} to 2**63 - 1; give one")
+
+
 def mask_of(mask: Mask, image: Pixels) -> PixelMask:
     """True at the pixels to draw: those that are white in a mask, or inside a rectangle.
 
     Raises:
-      InputError: the rectangle is empty, or not inside the image.
+      InputError: something else, or a rectangle that is empty or not inside the image.
     """
     height, width, _ = image.shape
     if isinstance(mask, np.ndarray):
         return mask.astype(bool)
     if isinstance(mask, PIL.Image.Image):
         return np.asarray(mask.convert("L")) > 127
-    left, top, right, bottom = mask
+    try:
+        left, top, right, bottom = map(operator.index, mask)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the mask is {quoted(mask)}; give an array, a picture, or left,top,right,bottom") from error
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
             f"the rectangle {left},{top},{right},{bottom} is empty or not inside the image of {width} x {height} "

@@ -2,9 +2,12 @@
 
 import io
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import PIL.Image
 import pytest
@@ -15,7 +18,7 @@ from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
 from rac3.answering import Model, Prompt, _unframed, mask_of, pixels_of, scaled_mask
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError
-from rac3.documents.document import Document, Image, Text
+from rac3.documents.document import Document, Image, Text, captioned, encode_png
 from rac3.experiment import Experiment
 from rac3.generation.answers import Answer
 
@@ -57,6 +60,66 @@ def test_many_prompts_are_answered_in_their_order_in_one_batch(model: Model, cal
     assert first.to_json() == alone.to_json()
     assert [len(answer.documents) for answer in (first, caption, last)] == [2, 1, 0]
     assert caption.documents == [found.document for found in model.retrieve(image=pictures[0], k=1)]
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the checks of types that tests have and users have not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def test_a_damaged_document_stops_its_own_prompt_alone(model: Model, calls: list[Call], pictures, unchecked):
+    document, damaged = _document("an owl", pictures[0]), captioned("mine", "a fox", encode_png(pictures[1])[:60])
+    prompts = [
+        Prompt("draw", "a fox", documents=given, retrieve=0, samples=1)
+        for given in ([document], [document, damaged], damaged, [])
+    ]
+    (_, first), (_, refused), (_, alone), (_, last) = model.answers(prompts)
+    assert re.match("document 'mine' has an image that cannot be read: .+; give a png", str(refused))
+    assert re.match("documents=.+ is no list of Documents", str(alone))
+    assert isinstance(refused, InputError)
+    assert ([each.key for each in first.documents], last.documents) == (["an owl"], [])
+    with pytest.raises(InputError, match="document 'mine' has an image that cannot be read"):
+        model.score(damaged)
+
+
+WRONG: list[tuple[Callable[[Model, np.ndarray], object], str]] = [
+    (lambda model, image: model.caption(image / 255.0), "the image is float64 of shape (40, 40, 3); give uint8"),
+    (lambda model, image: model.caption(image[:0]), "the image is uint8 of shape (0, 40, 3); give uint8 of shape"),
+    (lambda model, image: model.caption(image[..., 0]), "the image is uint8 of shape (40, 40); give"),
+    (lambda model, image: model.infill(image[..., 0], (0, 0, 9, 9)), "the image is uint8 of shape (40, 40); give"),
+    (lambda model, image: model.caption(PIL.Image.new("L", (0, 0))), "the image is uint8 of shape (0, 0, 3)"),
+    (lambda model, image: model.caption(image.tolist()), "the image is [[["),
+    (lambda model, image: model.caption(None), "the image is None; give uint8"),
+    (lambda model, image: Prompt("caption", image="fox.png"), "the image is 'fox.png'; give uint8"),
+    (lambda model, image: model.infill(image, image), "the mask has the shape (40, 40, 3); give one of shape (height"),
+    (lambda model, image: model.infill(image, image[:20, :, 0]), "the mask has 40 x 20 pixels, but the image 40 x 40"),
+    (lambda model, image: model.infill(image, (0, 0, 9)), "the mask is (0, 0, 9); give an array"),
+    (lambda model, image: model.infill(image, (0, 0, 9, 9.5)), "the mask is (0, 0, 9, 9.5); give an array"),
+    (
+        lambda model, image: Prompt("infill_image", image=image, mask=image[..., 0]),
+        "give a bool array of shape (height",
+    ),
+    (lambda model, image: Prompt("paint", "a fox"), "task='paint' is unknown; use draw, caption,"),
+    (lambda model, image: model.resume(["sound"], "a fox"), "follow='sound' is unknown; use text, image"),
+    (lambda model, image: model.generate(None), "text=None is no text; give a str"),
+    (lambda model, image: model.generate("a fox", samples=1.5), "samples=1.5 is no int from 1"),
+    (lambda model, image: model.generate("a fox", samples=0), "samples=0 is no int from 1"),
+    (lambda model, image: model.generate("a fox", retrieve=True), "retrieve=True is no int from 0"),
+    (lambda model, image: model.generate("a fox", seed=2**70), "is no int from 0 to 2**63 - 1"),
+    (lambda model, image: model.generate("a fox", sampling="hot"), "sampling='hot' is no Sampling"),
+    (lambda model, image: [*model.answers([])], "prompts=[] is no list of Prompts; give at least one"),
+    (lambda model, image: [*model.answers(["a fox"])], "prompts=['a fox'] is no list of Prompts"),
+    (lambda model, image: model.classify(image, {"a": [image], "b": [image]}, scored="sound"), "scored='sound' is unk"),
+    (lambda model, image: model.classify(image, {"a": [image], "b": [image]}, 0.5), "shots=0.5 is no int"),
+]
+
+
+@pytest.mark.parametrize(("asked", "said"), WRONG, ids=[said for _, said in WRONG])
+def test_what_no_prompt_may_be_is_one_line(model: Model, pictures, unchecked, asked, said: str):
+    with pytest.raises(InputError, match=re.escape(said)) as refused:
+        asked(model, pictures[0])
+    assert "\n" not in str(refused.value)
 
 
 def test_what_is_masked_does_not_retrieve(model: Model, pictures):

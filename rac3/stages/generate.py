@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from rac3 import recipes
 from rac3.answering import AT_ONCE, Model, Prompt, Task, mask_of, pixels_of
 from rac3.artifacts.workdir import write_atomic
-from rac3.config import InputError, fingerprint
+from rac3.config import InputError, fingerprint, quoted
 from rac3.documents.document import Document, Text, captioned
 from rac3.execution.progress import Progress
 from rac3.generation.answers import Answer, Likelihood, plain_documents
@@ -367,6 +367,8 @@ def _classify(run: Model, options: GenerateOptions, files: Path) -> Judged:
     labels: dict[str, list[Path]] = {}
     for each in options.labels:
         name, _, label = each.partition("=")
+        if not name or not label.strip():
+            raise InputError(f"--labels {quoted(each)} is not FILE=LABEL; such as fox1.png=fox")
         labels.setdefault(label.strip(), []).append(files / name)
     found = run.classify(files / options.image, labels, scored=options.scored)
     record = {

@@ -280,6 +280,7 @@ def test_a_caption_without_room_for_an_image_is_refused_and_nothing_is_written(r
         ({"prompt": "a fox", "labels": ("mine.png=fox",)}, "the task draw has no use for labels"),
         ({"task": "classify", "labels": ("mine.png=fox",)}, "the task classify needs an image"),
         ({"task": "classify", "image": "mine.png", "labels": ("mine.png=fox",)}, "1 labels leave no choice"),
+        ({"task": "classify", "image": "mine.png", "labels": ("mine.png",)}, "--labels 'mine.png' is not FILE=LABEL"),
         ({"task": "classify", "image": "mine.png", "prompt": "a fox"}, "the task classify has no use for prompt"),
         ({"task": "classify", "image": "mine.png", "retrieve": 1}, "retrieve=1: the task classify retrieves nothing"),
         ({"task": "classify", "image": "none.png", "labels": ("mine.png=a", "mine.png=b")}, "does not exist"),

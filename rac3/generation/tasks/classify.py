@@ -12,12 +12,12 @@ shows better than they name what an image shows.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.documents.store import Tokens
 from rac3.generation.prompts import Context, Form, TextIds
 from rac3.generation.tasks import score
@@ -51,9 +51,11 @@ def request(
       scored: the caption given the image, or the image given the caption.
 
     Raises:
-      InputError: fewer than two labels, equal or empty ones, or demonstrations that do not fit.
+      InputError: another `scored`, fewer than two labels, equal or empty ones, or demonstrations that do not fit.
     """
     form.check_image(codes)
+    if scored not in get_args(Scored):
+        raise InputError(f"scored={quoted(scored)} is unknown; use {', '.join(get_args(Scored))}")
     if len(labels) < 2:
         raise InputError(f"{len(labels)} labels leave no choice; give at least 2")
     if not all(len(label) for label in labels) or len({tuple(label) for label in labels}) < len(labels):

@@ -7,9 +7,9 @@ grammar draw text until " src=" | draw an image | given "> | draw text until <eo
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
-from rac3.config import InputError
+from rac3.config import InputError, quoted
 from rac3.documents.store import Tokens
 from rac3.generation.prompts import Asked, Context, Form, Piece, ask, given
 from rac3.generation.request import Draw, Given, Sample
@@ -36,10 +36,12 @@ def request(
       max_tokens: ids that are drawn of each text.
 
     Raises:
-      InputError: nothing is to follow, two texts in a row, an image of another size, or no room.
+      InputError: nothing or something else is to follow, two texts in a row, an image of another size, or no room.
     """
     if not follow:
         raise InputError("nothing is to follow the document; give an order, such as text image")
+    if unknown := [kind for kind in follow if kind not in get_args(Kind)]:
+        raise InputError(f"follow={quoted(unknown[0])} is unknown; use {', '.join(get_args(Kind))}")
     kinds: list[Kind] = ["image" if is_image else "text" for is_image, _ in document]
     if ("text", "text") in pairwise(kinds) or ("text", "text") in pairwise(follow):
         raise InputError("two texts in a row are one text; join them, or put an image between them")
