@@ -35,8 +35,8 @@ from rac3.documents.document import (
 from rac3.documents.store import TokenizedDocument
 from rac3.generation.answers import Answer, Classified, Likelihood, Part
 from rac3.generation.engine import Progress
-from rac3.generation.prompts import Asked, Context
-from rac3.generation.request import Sample
+from rac3.generation.prompts import Asked, Context, each_alone
+from rac3.generation.request import Request, Sample
 from rac3.generation.sampling import Sampling
 from rac3.generation.tasks import (
     caption,
@@ -54,6 +54,7 @@ from rac3.run import Found, Run
 from rac3.tokens.html import Segment
 
 Task = Literal["draw", "caption", "infill_image", "infill_text", "edit", "controlled", "continue"]
+Ensemble = Literal["", "mean", "best"]
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 PixelMask = Bool[np.ndarray, "_ _"]
 Picture = Pixels | PIL.Image.Image | str | os.PathLike[str]  # pixels, or a file
@@ -77,8 +78,9 @@ class Prompt:
       text, image, mask: what the task starts from. The mask is True at the pixels to draw, and has the image's size.
       documents: given by hand, in context before those that are retrieved; they need not be in the memory.
       retrieve: the number of documents to retrieve.
-      ensemble: if there are more documents than in training, averages over prompts with some of them each (paper,
-        section 5.4).
+      ensemble: what to do with more documents than in training, which go into several prompts with some of them each
+        (paper, section 5.4): `mean` averages the distributions of each id over the prompts; `best` answers each prompt
+        apart, `samples` times, and keeps the best answers of all. "" has all documents in one prompt.
       follow: kinds of segments, in order.
       samples: how many to draw; the answer has them best first.
       seed: another one draws other samples.
@@ -94,7 +96,7 @@ class Prompt:
     mask: PixelMask | None = None
     documents: Sequence[Document] = ()
     retrieve: int = 2
-    ensemble: bool = False
+    ensemble: Ensemble = ""
     follow: Sequence[Kind] = ()
     samples: int = 4
     seed: int = 0
@@ -103,6 +105,8 @@ class Prompt:
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
             raise InputError(f"task={quoted(self.task)} is unknown; use {', '.join(get_args(Task))}")
+        if self.ensemble not in get_args(Ensemble):
+            raise InputError(f"ensemble={quoted(self.ensemble)} is unknown; use mean, best, or '' for none")
         if not isinstance(self.text, str):
             raise InputError(f"text={quoted(self.text)} is no text; give a str")
         for name, least in (("retrieve", 0), ("samples", 1), ("seed", 0)):
@@ -139,7 +143,7 @@ class Ranked(NamedTuple):
     score: str
 
 
-Finish = Callable[[list[list[Sample]]], Ranked]  # of the samples of each request
+Finish = Callable[[list[Sample]], Ranked]  # of the samples of all requests
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +152,7 @@ class _Work:
 
     Attributes:
       found: the documents for its context.
-      asked: the requests to run.
+      asked: what is asked of the engine.
       finish: makes the answer of their samples.
     """
 
@@ -157,6 +161,12 @@ class _Work:
     sampling: Sampling
     asked: list[Asked]
     finish: Finish
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests to run."""
+        apart = self.prompt.ensemble == "best"
+        return [request for asked in self.asked for request in (each_alone(asked) if apart else [asked.request])]
 
 
 class Model(Run):
@@ -246,7 +256,7 @@ class Model(Run):
         infill: bool = False,
         documents: Sequence[Document] = (),
         retrieve: int = 0,
-        ensemble: bool = False,
+        ensemble: Ensemble = "",
     ) -> Likelihood:
         """The log probability of each id of a segment, given the documents and the rest of `document`.
 
@@ -270,7 +280,9 @@ class Model(Run):
         found = self._given(documents)
         if retrieve:
             found += self.retrieve(text, None if text else image, retrieve)
-        context = Context([each.tokens.tokens for each in found], ensemble)
+        if ensemble not in ("", "mean"):
+            raise InputError(f"ensemble={quoted(ensemble)}: a score has no samples to rank; use mean, or '' for none")
+        context = Context([each.tokens.tokens for each in found], ensemble == "mean")
         asked = score.request(self.form, own.tokens, segment, context, infill=infill)
         kept = [each for number, each in enumerate(found) if number not in asked.dropped]
         return Likelihood(
@@ -361,20 +373,17 @@ class Model(Run):
         retrieved = dict(zip(asking, self.retrieve_many([queries[n] for n in asking], most), strict=True))  # type: ignore[misc]
         return [retrieved.get(number, [])[: prompt.retrieve] for number, prompt in enumerate(prompts)]
 
-    def _samples(self, work: Sequence[_Work], on_progress: Callable[[Progress], None] | None) -> Iterator[list[Any]]:
-        """The samples of each request of each prompt."""
-        requests = [asked.request for each in work for asked in each.asked]
-        samplings = [each.sampling for each in work for _ in each.asked]
-        seeds = [each.prompt.seed for each in work for _ in each.asked]
-        out: list[Any] = [None] * len(requests)
-        for number, samples in self.engine.run(requests, samplings, seeds, on_progress):
-            out[number] = samples
-        start = 0
-        for each in work:
-            yield out[start : start + len(each.asked)]
-            start += len(each.asked)
+    def _samples(self, work: Sequence[_Work], on_progress: Callable[[Progress], None] | None) -> Iterator[list[Sample]]:
+        """The samples of all requests of each prompt."""
+        requests = [each.requests for each in work]
+        samplings = [each.sampling for each, own in zip(work, requests, strict=True) for _ in own]
+        seeds = [each.prompt.seed for each, own in zip(work, requests, strict=True) for _ in own]
+        out = dict(self.engine.run([request for own in requests for request in own], samplings, seeds, on_progress))
+        found = (out[number] for number in range(len(out)))
+        for own in requests:
+            yield [sample for _ in own for sample in next(found)]
 
-    def _answer(self, work: _Work, samples: list[list[Sample]]) -> Answer:
+    def _answer(self, work: _Work, samples: list[Sample]) -> Answer:
         prompt, asked = work.prompt, work.asked[0]
         ranked = work.finish(samples)
         dropped = set(asked.dropped)
@@ -382,8 +391,8 @@ class Model(Run):
         return Answer(
             task=prompt.task,
             prompt={"text": prompt.text, **({"follow": list(prompt.follow)} if prompt.follow else {})},
-            samples=ranked.samples,
-            scores=ranked.scores,
+            samples=ranked.samples[: prompt.samples],
+            scores=ranked.scores[: prompt.samples],
             score=ranked.score,
             documents=[found.document for found in kept],
             similarities=[found.score for found in kept],
@@ -404,7 +413,7 @@ class Model(Run):
         settings = self.experiment.evaluation
         draws = prompt.task not in ("caption", "infill_text")
         sampling = prompt.sampling or (settings.image_sampling if draws else settings.caption_sampling)
-        context = Context([each.tokens.tokens for each in found], prompt.ensemble, sampling.without)
+        context = Context([each.tokens.tokens for each in found], prompt.ensemble != "", sampling.without)
         asked, finish = {
             "draw": self._draw,
             "controlled": self._draw,
@@ -421,9 +430,9 @@ class Model(Run):
         task = controlled if prompt.task == "controlled" else draw
         asked = task.request(form, self.tokenizer.encode(text), context, prompt.samples)
 
-        def finish(samples: list[list[Sample]]) -> Ranked:
-            codes = [draw.answer(form, sample) for sample in samples[0]]
-            return self._by_clip([*self.images.decode(np.stack(codes))], text, samples[0])
+        def finish(samples: list[Sample]) -> Ranked:
+            codes = [draw.answer(form, sample) for sample in samples]
+            return self._by_clip([*self.images.decode(np.stack(codes))], text, samples)
 
         return [asked], finish
 
@@ -442,12 +451,12 @@ class Model(Run):
         task = edit if prompt.task == "edit" else infill_image
         asked = task.request(form, codes, masked, context, self.tokenizer.encode(text), prompt.samples)
 
-        def finish(samples: list[list[Sample]]) -> Ranked:
-            filled = [infill_image.answer(form, sample, codes, masked) for sample in samples[0]]
+        def finish(samples: list[Sample]) -> Ranked:
+            filled = [infill_image.answer(form, sample, codes, masked) for sample in samples]
             pictures = [image.copy() for _ in filled]
             for picture, drawn in zip(pictures, self.images.decode(np.stack(filled)), strict=True):
                 picture[square] = infill_image.plug(image[square], prepare_image(drawn, len(inside)), inside)
-            return self._by_clip(pictures, text, samples[0])
+            return self._by_clip(pictures, text, samples)
 
         return [asked], finish
 
@@ -455,9 +464,9 @@ class Model(Run):
         form, codes = self.form, self.images.encode([_given_image(prompt)])[0]
         asked = caption.request(form, codes, context, self.experiment.evaluation.max_caption_tokens, prompt.samples)
 
-        def finish(samples: list[list[Sample]]) -> Ranked:
-            texts = [self.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in samples[0]]
-            return by_log_prob([(text,) for text in texts], samples[0])
+        def finish(samples: list[Sample]) -> Ranked:
+            texts = [self.tokenizer.decode(caption.answer(form, sample).tolist()) for sample in samples]
+            return by_log_prob([(text,) for text in texts], samples)
 
         return [asked], finish
 
@@ -472,13 +481,12 @@ class Model(Run):
             for tokens in lengths
         ]
 
-        def finish(samples: list[list[Sample]]) -> Ranked:
-            every = [sample for one in samples for sample in one]
+        def finish(samples: list[Sample]) -> Ranked:
             texts = []
-            for sample in every:
+            for sample in samples:
                 filled = [self.tokenizer.decode(ids.tolist()).strip() for ids in infill_text.answer(sample)]
                 texts.append("".join(piece for pair in zip(parts, [*filled, ""], strict=True) for piece in pair))
-            return by_log_prob([(text,) for text in texts], every, prompt.samples)
+            return by_log_prob([(text,) for text in texts], samples)
 
         return asked, finish
 
@@ -490,9 +498,9 @@ class Model(Run):
         most = self.experiment.evaluation.max_caption_tokens
         asked = continuation.request(form, tuple(document), prompt.follow, context, most, prompt.samples)
 
-        def finish(samples: list[list[Sample]]) -> Ranked:
-            made = [continuation.answer(form, prompt.follow, sample) for sample in samples[0]]
-            return by_log_prob([tuple(map(self._part, segments)) for segments in made], samples[0])
+        def finish(samples: list[Sample]) -> Ranked:
+            made = [continuation.answer(form, prompt.follow, sample) for sample in samples]
+            return by_log_prob([tuple(map(self._part, segments)) for segments in made], samples)
 
         return [asked], finish
 
@@ -523,10 +531,9 @@ def _unframed(answer: Answer, asked: Prompt, prompt: Prompt) -> Answer:
     return dataclasses.replace(answer, samples=samples)
 
 
-def by_log_prob(parts: list[tuple[Part, ...]], samples: list[Sample], most: int | None = None) -> Ranked:
-    """The lowest perplexity first (paper, section 4.2); at most this many."""
-    ranked = _ranked(parts, np.array([sample.mean_log_prob for sample in samples]), LOG_PROB)
-    return Ranked(ranked.samples[:most], ranked.scores[:most], ranked.score)
+def by_log_prob(parts: list[tuple[Part, ...]], samples: list[Sample]) -> Ranked:
+    """The lowest perplexity first (paper, section 4.2)."""
+    return _ranked(parts, np.array([sample.mean_log_prob for sample in samples]), LOG_PROB)
 
 
 def _ranked(parts: list[tuple[Part, ...]], scores: Float[np.ndarray, " samples"], unit: str) -> Ranked:

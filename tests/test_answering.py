@@ -3,9 +3,11 @@
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import numpy as np
@@ -15,12 +17,13 @@ from decoding_spy import Call, watch_decoding
 from scoring_spy import Told, watch_scoring
 from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
 
-from rac3.answering import Model, Prompt, _unframed, mask_of, pixels_of, scaled_mask
+from rac3.answering import Model, Prompt, Task, _unframed, mask_of, pixels_of, scaled_mask
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text, captioned, encode_png
 from rac3.experiment import Experiment
 from rac3.generation.answers import Answer
+from rac3.generation.sampling import Guidance, Sampling, Without
 
 PROMPT = "a fox on water in night"
 
@@ -107,6 +110,11 @@ WRONG: list[tuple[Callable[[Model, np.ndarray], object], str]] = [
     (lambda model, image: model.generate("a fox", samples=0), "samples=0 is no int from 1"),
     (lambda model, image: model.generate("a fox", retrieve=True), "retrieve=True is no int from 0"),
     (lambda model, image: model.generate("a fox", seed=2**70), "is no int from 0 to 2**63 - 1"),
+    (lambda model, image: model.generate("a fox", ensemble=True), "ensemble=True is unknown; use mean, best"),
+    (
+        lambda model, image: model.score(_document("a", image), ensemble="best"),
+        "ensemble='best': a score has no samples",
+    ),
     (lambda model, image: model.generate("a fox", sampling="hot"), "sampling='hot' is no Sampling"),
     (lambda model, image: [*model.answers([])], "prompts=[] is no list of Prompts; give at least one"),
     (lambda model, image: [*model.answers(["a fox"])], "prompts=['a fox'] is no list of Prompts"),
@@ -149,6 +157,45 @@ def test_a_masked_text_is_filled_in(model: Model, calls: list[Call]):
     assert answer.scores == pytest.approx([sample.mean_log_prob for sample in best])
     (document,) = answer.documents
     assert document == model.retrieve("a on water", k=1)[0].document
+
+
+@pytest.mark.parametrize(
+    ("task", "without"),
+    [("draw", None), ("draw", "text"), ("draw", "documents"), ("caption", "documents"), ("infill_text", None)],
+)
+def test_the_best_of_an_ensemble_are_those_of_its_prompts_alone(
+    model: Model, calls: list[Call], pictures, task: Task, without: Without | None
+):
+    """Two documents to a prompt, as in training: of four, two prompts, and the samples that each has alone."""
+    documents = [
+        _document(text, picture) for text, picture in zip(("fox", "owl", "cat", "elk"), pictures, strict=False)
+    ]
+    given: dict[str, Any] = {
+        "draw": {"text": PROMPT},
+        "caption": {"image": pictures[4]},
+        "infill_text": {"text": "a <mask> on water"},
+    }[task]
+    sampling = Sampling(guidance=Guidance(2.0, without) if without else Guidance())
+    prompt = Prompt(
+        task, **given, documents=documents, retrieve=0, ensemble="best", samples=3, seed=5, sampling=sampling
+    )
+    together = model.answer(prompt)
+    apart = [model.answer(replace(prompt, documents=two, ensemble="")) for two in (documents[:2], documents[2:])]
+    best, *others = [
+        Counter((*(prompt.ids.tobytes() for prompt in request.prompts), str(request.grammar)) for request in asked)
+        for asked in ([each for call in some for each in call.requests] for some in (calls[:1], calls[1:]))
+    ]
+    assert [best] == others
+    pairs = [pair for each in apart for pair in zip(each.scores, each.samples, strict=True)]
+    wanted = sorted(pairs, key=lambda pair: -pair[0])[:3]
+    assert together.scores == pytest.approx([score for score, _ in wanted], abs=1e-5)
+    for (part,), (_, (other,)) in zip(together.samples, wanted, strict=True):
+        if isinstance(part, str):
+            assert part == other
+        else:
+            assert np.abs(np.asarray(part).astype(int) - np.asarray(other)).max() <= 1
+    assert [each.key for each in together.documents] == ["fox", "owl", "cat", "elk"]
+    assert together.notes == []
 
 
 def test_a_document_is_continued_in_the_order_that_is_asked_for(model: Model, calls: list[Call], pictures):

@@ -104,7 +104,7 @@ def test_a_caption_of_ones_own():
 def test_what_is_listed_is_the_context_and_nothing_is_retrieved_besides():
     prompt = FORM.prompt(Context((Listed(found("b").document, 0.9), Listed(MINE))), Sampling())
     assert [each.key for each in prompt.documents] == ["b", "yours"]
-    assert (prompt.task, prompt.text, prompt.retrieve, prompt.ensemble) == ("draw", "a fox", 0, True)
+    assert (prompt.task, prompt.text, prompt.retrieve, prompt.ensemble) == ("draw", "a fox", 0, "mean")
     assert (prompt.samples, prompt.seed) == (3, 5)
 
 

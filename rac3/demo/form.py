@@ -109,7 +109,7 @@ class Form:
             mask=mask if self.task in MASKED else None,
             documents=[each.document for each in context.listed],
             retrieve=0,
-            ensemble=True,
+            ensemble="mean",
             samples=int(self.samples),
             seed=int(self.seed),
             sampling=replace(

@@ -179,6 +179,17 @@ def ask(
     return Asked(Request(prompts, grammar, samples, first), fitted.contexts, fitted.dropped, notes)
 
 
+def each_alone(asked: Asked) -> list[Request]:
+    """A request for each prompt of an ensemble, in place of the one that averages over them."""
+    count = len(asked.contexts)
+    prompts, lacking = asked.request.prompts[:count], asked.request.prompts[count:]
+    if len(lacking) == 1:  # the prompt without documents is the same for all
+        lacking = [*lacking] * count
+    return [
+        replace(asked.request, prompts=[prompt, *lacking[number : number + 1]]) for number, prompt in enumerate(prompts)
+    ]
+
+
 class Fitted(NamedTuple):
     """The documents of a context that fit; the other fields are as in `Asked`.
 

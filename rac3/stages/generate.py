@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from rac3 import recipes
-from rac3.answering import AT_ONCE, Model, Prompt, Task, mask_of, pixels_of
+from rac3.answering import AT_ONCE, Ensemble, Model, Prompt, Task, mask_of, pixels_of
 from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError, fingerprint, quoted
 from rac3.documents.document import Document, Text, captioned
@@ -49,7 +49,8 @@ class GenerateOptions:
         command can be killed, and goes on where it was.
       retrieve: documents to retrieve; None is 2, all that retriever:fixed names, or 0 for `edit`, `controlled`,
         `classify`, and the score of a text or image alone.
-      ensemble: average over prompts that have some of the documents each, if they are more than in training.
+      ensemble: of more documents than in training, what to do with several prompts that have some of them each: average
+        over them for each id (mean), or answer each and keep the best answers (best).
       samples: for each prompt; the best are first.
       seed: of the drawing; another one draws other samples.
       temperature: of sampling, 0 for the most probable ids; None is what the config evaluates with.
@@ -71,7 +72,7 @@ class GenerateOptions:
     scored: Scored = "text"
     prompts: str = ""
     retrieve: int | None = None
-    ensemble: bool = False
+    ensemble: Ensemble = ""
     samples: int = 4
     seed: int = 0
     temperature: float | None = None
@@ -264,7 +265,12 @@ def _with(options: GenerateOptions, line: dict[str, Any], number: int) -> Genera
             good = isinstance(value, type(default))
         if not good:
             raise InputError(f"prompt {number}: {name} cannot be {value!r}; see `rac3 generate CONFIG --help`")
-    choices = {"task": TASKS, "scored": get_args(Scored), "guidance_without": get_args(Without)}
+    choices = {
+        "task": TASKS,
+        "scored": get_args(Scored),
+        "ensemble": get_args(Ensemble)[1:],
+        "guidance_without": get_args(Without),
+    }
     for name, known_values in choices.items():
         if name in line and line[name] not in known_values:
             raise InputError(f"prompt {number}: {name} {line[name]!r} is unknown; use {', '.join(known_values)}")
