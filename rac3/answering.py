@@ -4,9 +4,11 @@ model = rac3.load("runs/quickstart")
 model.generate("a red fox", retrieve=2, samples=4, seed=1).images[0]
 """
 
+import contextlib
 import dataclasses
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ from rac3.documents.document import (
     framed_place,
     prepare_image,
 )
-from rac3.documents.store import TokenizedDocument
+from rac3.documents.store import TokenizedDocument, Tokens
 from rac3.generation.answers import Answer, Classified, Likelihood, Part
 from rac3.generation.engine import Progress
 from rac3.generation.prompts import Asked, Context, each_alone
@@ -50,7 +52,7 @@ from rac3.generation.tasks import (
     score,
 )
 from rac3.generation.tasks.continuation import Kind
-from rac3.run import Found, Run
+from rac3.run import Found, Run, tokenize
 from rac3.tokens.html import Segment
 
 Task = Literal["draw", "caption", "infill_image", "infill_text", "edit", "controlled", "continue"]
@@ -74,13 +76,14 @@ class Prompt:
     Attributes:
       task: `draw` an image of the text, as `controlled` does in the manner of the given documents; `caption` the image;
         `infill_image` under the mask, as `edit` does by what the given documents show; `infill_text` where the text
-        says <mask>; `continue` with `follow` after text and image.
+        says <mask>; `continue` with `follow` after text and image, or after a document.
       text, image, mask: what the task starts from. The mask is True at the pixels to draw, and has the image's size.
       documents: given by hand, in context before those that are retrieved; they need not be in the memory.
       retrieve: the number of documents to retrieve.
       ensemble: what to do with more documents than in training, which go into several prompts with some of them each
         (paper, section 5.4): `mean` averages the distributions of each id over the prompts; `best` answers each prompt
         apart, `samples` times, and keeps the best answers of all. "" has all documents in one prompt.
+      document: of `continue`, what it starts from in place of text and image: texts and images in any order.
       follow: kinds of segments, in order.
       samples: how many to draw; the answer has them best first.
       seed: another one draws other samples.
@@ -97,6 +100,7 @@ class Prompt:
     documents: Sequence[Document] = ()
     retrieve: int = 2
     ensemble: Ensemble = ""
+    document: Document | None = None
     follow: Sequence[Kind] = ()
     samples: int = 4
     seed: int = 0
@@ -122,12 +126,23 @@ class Prompt:
         if self.mask is not None and self.image is not None and self.mask.shape != self.image.shape[:2]:
             size, wanted = (f"{x.shape[1]} x {x.shape[0]}" for x in (self.mask, self.image))
             raise InputError(f"the mask has {size} pixels, but the image {wanted}; give one of the same size")
+        if self.document is not None:
+            if not isinstance(self.document, Document):
+                raise InputError(f"document={quoted(self.document)} is no Document; give such as rac3.Document(...)")
+            if self.task != "continue" or self.text or self.image is not None:
+                raise InputError("a document is for the task continue, in place of a text and an image; give only one")
         if self.task in ("draw", "controlled", "infill_text") and not self.text.strip():
             raise InputError(f"the task {self.task} needs a text; give one, such as 'a red fox'")
 
     @property
     def query(self) -> str | Pixels | None:
-        """What retrieves: the text, or else the image, whose masked pixels get the mean color of the others."""
+        """What retrieves: the text, or else the image, whose masked pixels get the mean color of the others.
+
+        Raises:
+          ImageError: the image of the document can't be decoded.
+        """
+        if self.document is not None:
+            return self.document.text or self.document.images[0].pixels()
         text = " ".join(self.text.replace(MASK, " ").split())
         if text or self.image is None or self.mask is None or self.mask.all():
             return text or self.image
@@ -200,7 +215,7 @@ class Model(Run):
         return self.answer(Prompt("infill_text", text, None if image is None else pixels_of(image), **options))
 
     def resume(self, follow: Sequence[Kind], text: str = "", image: Picture | None = None, **options: Any) -> Answer:
-        """What follows a text, an image, or both: `follow` names the kinds, in order."""
+        """What follows a text, an image, or both, or a whole `document`: `follow` names the kinds, in order."""
         pixels = None if image is None else pixels_of(image)
         return self.answer(Prompt("continue", text, pixels, follow=follow, **options))
 
@@ -328,6 +343,8 @@ class Model(Run):
     def _framed(self, prompt: Prompt) -> Prompt:
         """The prompt with its image and mask as the frozen models get them."""
         framing = self.experiment.framing
+        if prompt.document is not None:
+            return dataclasses.replace(prompt, document=framed(prompt.document, framing))
         if prompt.image is None or framing == "crop":
             return prompt
         image, mask = frame(prompt.image, framing), prompt.mask
@@ -354,12 +371,17 @@ class Model(Run):
         """
         if not isinstance(documents, Sequence) or not all(isinstance(each, Document) for each in documents):
             raise InputError(f"documents={quoted(documents)} is no list of Documents; give one, as [Document(...)]")
-        return [Found(each, None, self._tokenized(each)) for each in documents]
+        most = self.experiment.max_text_tokens  # as of all documents in the memory
+        return [Found(each, None, self._tokenized(each, most)) for each in documents]
 
-    def _tokenized(self, document: Document) -> TokenizedDocument:
-        """One document. Raises InputError if an image of it can't be decoded."""
+    def _tokenized(self, document: Document, most: int = sys.maxsize) -> TokenizedDocument:
+        """One document, with at most this many ids of each text.
+
+        Raises:
+          InputError: an image of it can't be decoded.
+        """
         try:
-            return self.tokenize([document])[0]
+            return tokenize([framed(document, self.experiment.framing)], self.tokenizer, self.images, most)[0]
         except ImageError as error:
             raise InputError(
                 f"document {quoted(document.key)} has an image that cannot be read: {error}; give a png, jpeg or webp"
@@ -367,11 +389,17 @@ class Model(Run):
 
     def _retrieved(self, prompts: Sequence[Prompt]) -> list[list[Found]]:
         """The documents that each prompt retrieves."""
-        queries = [prompt.query if prompt.retrieve and self.experiment.retrieves else None for prompt in prompts]
+        queries = [self._query(prompt) for prompt in prompts]
         asking = [number for number, query in enumerate(queries) if query is not None]
         most = max((prompts[number].retrieve for number in asking), default=0)
         retrieved = dict(zip(asking, self.retrieve_many([queries[n] for n in asking], most), strict=True))  # type: ignore[misc]
         return [retrieved.get(number, [])[: prompt.retrieve] for number, prompt in enumerate(prompts)]
+
+    def _query(self, prompt: Prompt) -> str | Pixels | None:
+        """None: nothing is retrieved; as for a document whose image can't be decoded, which is refused later."""
+        with contextlib.suppress(ImageError):
+            return prompt.query if prompt.retrieve and self.experiment.retrieves else None
+        return None
 
     def _samples(self, work: Sequence[_Work], on_progress: Callable[[Progress], None] | None) -> Iterator[list[Sample]]:
         """The samples of all requests of each prompt."""
@@ -390,7 +418,10 @@ class Model(Run):
         kept = [found for number, found in enumerate(work.found) if number not in dropped]
         return Answer(
             task=prompt.task,
-            prompt={"text": prompt.text, **({"follow": list(prompt.follow)} if prompt.follow else {})},
+            prompt={
+                "text": (prompt.document or prompt).text,
+                **({"follow": list(prompt.follow)} if prompt.follow else {}),
+            },
             samples=ranked.samples[: prompt.samples],
             scores=ranked.scores[: prompt.samples],
             score=ranked.score,
@@ -492,11 +523,13 @@ class Model(Run):
 
     def _continue(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
         form, ids = self.form, np.array(self.tokenizer.encode(prompt.text.strip()), np.int32)
-        document = [(False, ids)] if len(ids) else []
+        document: Tokens = ((False, ids),) if len(ids) else ()
         if prompt.image is not None:
-            document.append((True, self.images.encode([prompt.image])[0]))
+            document = (*document, (True, self.images.encode([prompt.image])[0]))
+        if prompt.document is not None:
+            document = self._tokenized(prompt.document).tokens
         most = self.experiment.evaluation.max_caption_tokens
-        asked = continuation.request(form, tuple(document), prompt.follow, context, most, prompt.samples)
+        asked = continuation.request(form, document, prompt.follow, context, most, prompt.samples)
 
         def finish(samples: list[Sample]) -> Ranked:
             made = [continuation.answer(form, prompt.follow, sample) for sample in samples]

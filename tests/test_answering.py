@@ -77,7 +77,10 @@ def test_a_damaged_document_stops_its_own_prompt_alone(model: Model, calls: list
         Prompt("draw", "a fox", documents=given, retrieve=0, samples=1)
         for given in ([document], [document, damaged], damaged, [])
     ]
-    (_, first), (_, refused), (_, alone), (_, last) = model.answers(prompts)
+    started = Document("start", (Image(damaged.images[0].data),), {})
+    prompts.append(Prompt("continue", document=started, follow=["text"]))
+    (_, first), (_, refused), (_, alone), (_, last), (_, continued) = model.answers(prompts)
+    assert re.match("document 'start' has an image that cannot be read", str(continued))
     assert re.match("document 'mine' has an image that cannot be read: .+; give a png", str(refused))
     assert re.match("documents=.+ is no list of Documents", str(alone))
     assert isinstance(refused, InputError)
@@ -105,6 +108,11 @@ WRONG: list[tuple[Callable[[Model, np.ndarray], object], str]] = [
     ),
     (lambda model, image: Prompt("paint", "a fox"), "task='paint' is unknown; use draw, caption,"),
     (lambda model, image: model.resume(["sound"], "a fox"), "follow='sound' is unknown; use text, image"),
+    (lambda model, image: model.resume(["text"], document="a fox"), "document='a fox' is no Document; give"),
+    (
+        lambda model, image: model.resume(["text"], "a", document=_document("a", image)),
+        "a document is for the task con",
+    ),
     (lambda model, image: model.generate(None), "text=None is no text; give a str"),
     (lambda model, image: model.generate("a fox", samples=1.5), "samples=1.5 is no int from 1"),
     (lambda model, image: model.generate("a fox", samples=0), "samples=0 is no int from 1"),
@@ -206,6 +214,27 @@ def test_a_document_is_continued_in_the_order_that_is_asked_for(model: Model, ca
     codes = (calls[0].out[0][0].runs[1] - FIRST_CODE)[None]
     assert np.abs(np.asarray(image).astype(int) - model.images.decode(codes)[0]).max() <= 1
     assert text == model.tokenizer.decode((calls[0].out[0][0].runs[0] - FIRST_TEXT).tolist())
+
+
+def test_an_interleaved_document_is_continued(model: Model, calls: list[Call], pictures):
+    """Texts and images in any order, each image with the text before it as its alt text (see `continuation`)."""
+    first, second = map(pixels_as_image, pictures[:2])
+    codes = [(FIRST_CODE + each).tolist() for each in model.images.encode(pictures[:2])]
+    fox, owl = ((FIRST_TEXT + np.array(model.tokenizer.encode(text))).tolist() for text in ("a fox", "an owl"))
+    for segments, follow, wanted in (
+        ((Text("a fox"), first, Text("an owl")), ["image"], [2, *fox, 3, *codes[0], 4, 2, *owl, 3]),
+        ((first, Text("an owl"), second), ["text"], [2, 3, *codes[0], 4, 2, *owl, 3, *codes[1], 4]),
+        ((first, second, Text("a fox")), ["text"], [2, 3, *codes[0], 4, 2, 3, *codes[1], 4, *fox]),
+    ):
+        document = Document("mine", segments, {})
+        answer = model.resume(follow, document=document, samples=1, retrieve=1)
+        (found,) = model.retrieve(document.text, k=1)
+        assert calls[-1].prompts == [[1, *spelled(found.tokens), *wanted]]
+        assert answer.prompt == {"text": document.text, "follow": follow}
+    (found,) = model.resume(["text"], document=Document("mine", (second,), {}), samples=1, retrieve=1).documents
+    assert found == model.retrieve(image=pictures[1], k=1)[0].document
+    with pytest.raises(InputError, match=r"exceeds the \d+ that the model was trained for"):
+        model.resume(["text"], document=Document("mine", (Text("a fox " * 100),), {}))
 
 
 @pytest.fixture
