@@ -13,11 +13,14 @@ import tiny_config
 
 import rac3 as package
 from rac3 import recipes
+from rac3.artifacts.workdir import Workdir
 from rac3.clip.encoder import Encoder
 from rac3.clip.frozen import FrozenCLIP
 from rac3.config import InputError, load_config_module
 from rac3.documents.document import prepare_image
 from rac3.experiment import check_own_part
+from rac3.experiment_file import describe
+from rac3.run import Run
 from rac3.vqgan.codec import ImageTokenizer
 from rac3.vqgan.frozen import FrozenVQGAN
 
@@ -102,6 +105,32 @@ def get_config():
 '''
 
 
+# Of all ids, only image code 3 may be drawn.
+OWN_PROCESSOR = '''
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import tiny_config
+from rac3.generation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Only:
+    """Forbids all ids but that of one image code."""
+
+    code: int
+
+    def __call__(self, log_probs, step):
+        kept = jnp.arange(log_probs.shape[-1]) == step.vocabulary.image_start + self.code
+        return jnp.where(kept, log_probs, -jnp.inf)
+
+
+def get_config():
+    tiny = tiny_config.get_config()
+    return replace(tiny, evaluation=replace(tiny.evaluation, image_sampling=Sampling(processors=(Only(3),))))
+'''
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[[str], Path]:
     def write(body: str) -> Path:
@@ -152,6 +181,21 @@ def test_an_image_tokenizer_of_the_config_goes_through_the_whole_chain(
     assert drawn.shape == (40, 40, 3)
     np.testing.assert_array_equal(drawn, drawn[::8, ::8].repeat(8, axis=0).repeat(8, axis=1))
     assert "Mosaic of the config" in _encoders_page(rac3, path, where)
+
+
+@pytest.mark.slow
+def test_a_processor_of_the_config_decides_what_is_drawn(config: Callable[[str], Path], rac3: Command, workdir: Path):
+    """From the command and from Python, of a model that was trained without it."""
+    path = config(OWN_PROCESSOR)
+    experiment = load_config_module(str(path)).get_config()
+    describe(Run(experiment, Workdir(workdir, experiment.name, str(path))))
+    model = package.load(workdir, config=path)
+    wanted = model.images.decode(np.full((1, model.images.tokens_per_image), 3, np.int32))[0].astype(int)
+    answer = model.generate("a fox", samples=1)
+    assert rac3("generate", str(path), "--workdir", str(workdir), "--prompt", "a fox", "--samples", "1") == 0
+    drawn = PIL.Image.open(workdir / "generated" / "a-fox-0.png")
+    for picture in (answer.images[0], drawn):
+        assert np.abs(np.asarray(picture).astype(int) - wanted).max() <= 1
 
 
 def _encoders_page(rac3: Command, path: Path, where: tuple[str, str]) -> str:
