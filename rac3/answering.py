@@ -52,6 +52,7 @@ from rac3.generation.tasks import (
     score,
 )
 from rac3.generation.tasks.continuation import Kind
+from rac3.generation.tasks.score import Parts
 from rac3.run import Found, Run, tokenize
 from rac3.tokens.html import Segment
 
@@ -148,6 +149,29 @@ class Prompt:
             return text or self.image
         known = self.image[~self.mask].mean(0).round().astype(np.uint8)
         return np.where(self.mask[..., None], known, self.image)
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """A part of a document to be scored.
+
+    Attributes:
+      segment: its number.
+      start, end: of the segment, the ids [start, end): of `Model.tokenizer` for a text, `Model.images` for an image.
+        None is its end.
+      infill: given also what follows the part; else only what is before it.
+      documents, retrieve, ensemble: the context, as in `Prompt`, of which `best` has nothing to rank. What retrieves is
+        the rest of the document, without the segment: its text, or else its image.
+    """
+
+    document: Document
+    segment: int = 0
+    start: int = 0
+    end: int | None = None
+    infill: bool = False
+    documents: Sequence[Document] = ()
+    retrieve: int = 0
+    ensemble: Ensemble = ""
 
 
 class Ranked(NamedTuple):
@@ -263,50 +287,53 @@ class Model(Run):
         order = np.argsort(-probs, kind="stable").tolist()
         return Classified({[*labels][number]: float(probs[number]) for number in order}, asked.notes)
 
-    def score(
-        self,
-        document: Document,
-        segment: int = 0,
-        *,
-        infill: bool = False,
-        documents: Sequence[Document] = (),
-        retrieve: int = 0,
-        ensemble: Ensemble = "",
-    ) -> Likelihood:
-        """The log probability of each id of a segment, given the documents and the rest of `document`.
+    def score(self, document: Document, segment: int = 0, **options: Any) -> Likelihood:
+        """The log probability of each id of a segment, or of a part of it; the options are those of `Passage`."""
+        (found,) = self.scores([Passage(document, segment, **options)])
+        if isinstance(found, InputError):
+            raise found
+        return found
 
-        Args:
-          segment: its number.
-          infill: given also what follows the segment; else only what is before it.
-          documents, retrieve, ensemble: the context, as in `Prompt`. What retrieves is the rest of the document: its
-            text, or else its image.
-        """
+    def scores(self, passages: Sequence[Passage]) -> list[Likelihood | InputError]:
+        """What `score` has of each passage, all in one batch; for one that can't be scored, the reason."""
+        asked: list[tuple[Parts, list[Found]] | InputError] = []
+        for passage in passages:
+            try:
+                asked.append(self._parts(passage))
+            except InputError as error:
+                asked.append(error)
+        parts = [part for each in asked if not isinstance(each, InputError) for part in each[0].parts]
+        log_probs = iter(self.scorer.log_probs(parts) if parts else [])
+        return [
+            each if isinstance(each, InputError) else _likelihood(*each, [next(log_probs) for _ in each[0].parts])
+            for each in asked
+        ]
+
+    def _parts(self, passage: Passage) -> tuple[Parts, list[Found]]:
+        """What is to be scored, and the documents for its context."""
+        if passage.ensemble not in ("", "mean"):
+            raise InputError(
+                f"ensemble={quoted(passage.ensemble)}: a score has no samples to rank; use mean, or '' for none"
+            )
+        document, segment = framed(passage.document, self.experiment.framing), passage.segment
         if not 0 <= segment < len(document.segments):
             raise InputError(f"segment {segment} is not among the document's {len(document.segments)}; the first is 0")
-        document = framed(document, self.experiment.framing)
         own = self._tokenized(document)
         rest = [each for number, each in enumerate(document.segments) if number != segment]
         text = " ".join(each.text for each in rest if isinstance(each, Text))
         image = next((each.pixels() for each in rest if isinstance(each, Image)), None)
-        if retrieve and not rest:
+        if passage.retrieve and not rest:
             raise InputError(
-                f"retrieve={retrieve}, but the document has nothing besides the segment to retrieve by; use 0"
+                f"retrieve={passage.retrieve}, but the document has nothing besides the segment to retrieve by; use 0"
             )
-        found = self._given(documents)
-        if retrieve:
-            found += self.retrieve(text, None if text else image, retrieve)
-        if ensemble not in ("", "mean"):
-            raise InputError(f"ensemble={quoted(ensemble)}: a score has no samples to rank; use mean, or '' for none")
-        context = Context([each.tokens.tokens for each in found], ensemble == "mean")
-        asked = score.request(self.form, own.tokens, segment, context, infill=infill)
-        kept = [each for number, each in enumerate(found) if number not in asked.dropped]
-        return Likelihood(
-            log_probs=score.answer(self.scorer.log_probs(asked.parts)),
-            documents=[each.document for each in kept],
-            similarities=[each.score for each in kept],
-            dropped=[found[number].document for number in asked.dropped],
-            notes=asked.notes,
+        found = self._given(passage.documents)
+        if passage.retrieve:
+            found += self.retrieve(text, None if text else image, passage.retrieve)
+        context = Context([each.tokens.tokens for each in found], passage.ensemble == "mean")
+        asked = score.request(
+            self.form, own.tokens, segment, context, passage.start, passage.end, infill=passage.infill
         )
+        return asked, found
 
     def answer(self, prompt: Prompt, on_progress: Callable[[Progress], None] | None = None) -> Answer:
         """The answer to one prompt; `on_progress` as in `answers`."""
@@ -549,6 +576,18 @@ class Model(Run):
             return by_log_prob(parts, samples)
         scores = self.encoder.embed_images(pictures) @ self.encoder.embed_texts([text])[0]
         return _ranked(parts, scores, CLIP_SCORE)
+
+
+def _likelihood(asked: Parts, found: list[Found], log_probs: list[Float[np.ndarray, " _"]]) -> Likelihood:
+    """The score of a passage, of the log probabilities after each prompt of its context."""
+    kept = [each for number, each in enumerate(found) if number not in asked.dropped]
+    return Likelihood(
+        log_probs=score.answer(log_probs),
+        documents=[each.document for each in kept],
+        similarities=[each.score for each in kept],
+        dropped=[found[number].document for number in asked.dropped],
+        notes=asked.notes,
+    )
 
 
 def _unframed(answer: Answer, asked: Prompt, prompt: Prompt) -> Answer:

@@ -17,7 +17,7 @@ from decoding_spy import Call, watch_decoding
 from scoring_spy import Told, watch_scoring
 from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
 
-from rac3.answering import Model, Prompt, Task, _unframed, mask_of, pixels_of, scaled_mask
+from rac3.answering import Model, Passage, Prompt, Task, _unframed, mask_of, pixels_of, scaled_mask
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text, captioned, encode_png
@@ -313,6 +313,31 @@ def test_a_segment_is_scored_after_what_the_rest_retrieves(model: Model, told: T
     scored = model.score(item.document, documents=given)
     assert [each.key for each in scored.documents + scored.dropped] == [each.key for each in given]
     assert scored.notes[0].startswith(f"{len(scored.dropped)} of 6 documents do not fit")
+
+
+def test_passages_are_scored_in_one_batch(model: Model, told: Told, pictures):
+    """Part i has the log probability -i, spread over its ids; an ensemble of two has two parts, and their mean."""
+    fox, damaged = _document("a fox on water", pictures[0]), Document("mine", (Image(b"no picture"),), {})
+    four = [_document(text, picture) for text, picture in zip(("fox", "owl", "cat", "elk"), pictures, strict=False)]
+    passages = [
+        Passage(fox),
+        Passage(damaged),
+        Passage(fox, 0, 1, 3, infill=True),
+        Passage(fox, 1, documents=four, ensemble="mean"),
+        Passage(fox, 0, 2, 9),
+    ]
+    whole, refused, part, image, outside = model.scores(passages)
+    ids = (FIRST_TEXT + np.array(model.tokenizer.encode("a fox on water"))).tolist()
+    codes = (FIRST_CODE + model.images.encode(pictures[:1])[0]).tolist()
+    assert told.targets == [ids, [*ids[1:3], 5], codes, codes]
+    np.testing.assert_allclose(whole.log_probs, np.zeros(len(ids)))
+    np.testing.assert_allclose(part.log_probs, np.full(3, -1 / 3))
+    each = np.log((np.exp(-2 / len(codes)) + np.exp(-3 / len(codes))) / 2)
+    np.testing.assert_allclose(image.log_probs, np.full(len(codes), each))
+    assert "document 'mine' has an image that cannot be read" in str(refused)
+    assert f"ids 2 to 9 are not among the {len(ids)} of the segment" in str(outside)
+    alone = model.score(fox, start=1, end=3)
+    assert (len(alone.log_probs), told.targets) == (2, [ids[1:3]])
 
 
 def test_an_answer_shows_itself_and_is_plain_data(model: Model, calls: list[Call], pictures, tmp_path: Path):
