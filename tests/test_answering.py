@@ -13,6 +13,7 @@ import jaxtyping
 import numpy as np
 import PIL.Image
 import pytest
+from compilations import compilations
 from decoding_spy import Call, watch_decoding
 from scoring_spy import Told, watch_scoring
 from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
@@ -136,6 +137,11 @@ def test_what_no_prompt_may_be_is_one_line(model: Model, pictures, unchecked, as
     with pytest.raises(InputError, match=re.escape(said)) as refused:
         asked(model, pictures[0])
     assert "\n" not in str(refused.value)
+def test_another_number_of_samples_compiles_nothing(model: Model):
+    """Neither the engine's programs nor those of the VQGAN and CLIP, of which each of 8 devices gets a row at a time."""
+    model.generate(PROMPT, samples=8)
+    for samples in (16, 3):
+        assert compilations(lambda samples=samples: model.generate(PROMPT, samples=samples, seed=samples)) == 0
 
 
 def test_what_is_masked_does_not_retrieve(model: Model, pictures):

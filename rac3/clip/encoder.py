@@ -191,8 +191,8 @@ def query_dropout_keys(seed: int, documents: Sequence[str], view: int = 0) -> Ke
 class MixedEncoder:
     """Frozen towers (CLIP, SigLIP) over batches, on all of this process's devices.
 
-    A batch has `batch_size` rows; a smaller last or only one is padded to a power of two, and so are texts, in tokens.
-    Each such shape compiles once.
+    Batches have few shapes (`DeviceBatches`), and texts are padded to a power of two, in tokens. Each shape compiles
+    once.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from rac3.config import InputError
 T = TypeVar("T")
 R = TypeVar("R")
 AHEAD = 2  # batches prepared while the devices work on one
+FEW = 8  # rows per device that are not worth a program: one at a time costs about as much
 
 
 class DeviceBatches:
@@ -26,7 +27,8 @@ class DeviceBatches:
         devices:            | apply 0   | apply 1   | ...
 
     A batch has `size` rows, rounded up to a multiple of the device count; a smaller last batch is padded to a power of
-    two per device. So each jitted function compiles for only a few shapes, for any number of rows.
+    two per device. A few rows in all run one per device at a time. So each jitted function compiles for only a few
+    shapes, for any number of rows, and for one shape however few they are.
 
     Raises:
       InputError: `size` is below 1.
@@ -74,9 +76,10 @@ class DeviceBatches:
     def _prepared(self, rows: np.ndarray, prepare: Callable[[np.ndarray], PyTree]) -> Iterator[tuple[PyTree, int]]:
         """Yield the batches, on the devices, and how many of their rows are not padding."""
         waiting: deque[Future[tuple[PyTree, int]]] = deque()
+        size = self.devices if len(rows) <= FEW * self.devices else self.size
         with ThreadPoolExecutor(1, "prepare-batch") as thread:
-            for start in range(0, len(rows), self.size):
-                waiting.append(thread.submit(self._put, rows[start : start + self.size], prepare))
+            for start in range(0, len(rows), size):
+                waiting.append(thread.submit(self._put, rows[start : start + size], prepare))
                 if len(waiting) > AHEAD:
                     yield waiting.popleft().result()
             while waiting:

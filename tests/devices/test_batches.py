@@ -14,11 +14,13 @@ def run(batches: DeviceBatches, rows: np.ndarray, apply=lambda arrays: arrays[0]
     return list(batches.run(rows, lambda some: (some.astype(np.float32), some[:, None]), apply))
 
 
-@pytest.mark.parametrize("total", [0, 1, 7, 8, 9, 16, 37, 64])
+@pytest.mark.parametrize("total", [0, 1, 7, 8, 9, 37, 64, 65, 80, 101])
 def test_every_row_once_in_order(total):
+    """Up to eight for each of the devices, one by one."""
     rows = np.random.default_rng(0).permutation(total)
     parts = run(DeviceBatches(16), rows)
-    assert [len(part) for part in parts] == [min(16, total - start) for start in range(0, total, 16)]
+    size = 8 if total <= 64 else 16
+    assert [len(part) for part in parts] == [min(size, total - start) for start in range(0, total, size)]
     np.testing.assert_array_equal(np.concatenate([np.zeros(0), *parts]), rows * 2)
 
 
@@ -32,8 +34,12 @@ def test_few_shapes_over_all_devices():
         shapes.add((numbers.shape, column.shape))
         return numbers
 
-    for total in range(1, 41):
-        run(DeviceBatches(30), np.arange(total), apply)  # rounded up to 32
+    batches = DeviceBatches(30)  # rounded up to 32
+    for total in range(1, 65):
+        run(batches, np.arange(total), apply)
+    assert shapes == {((8,), (8, 1))}
+    for total in range(65, 101):
+        run(batches, np.arange(total), apply)
     assert shapes == {((size,), (size, 1)) for size in (8, 16, 32)}
 
 

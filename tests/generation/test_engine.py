@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from plain_transformer import random_params
 
 from rac3.config import InputError
@@ -265,21 +266,6 @@ def test_many_devices_draw_what_one_draws(engine, sizes):
     requests = [*REQUESTS, Request(PROMPTS[:2], CAPTION, 2)] if sizes == (1, 4, 2) else REQUESTS
     for samples, expected in zip(drawn(sharded, requests), drawn(engine, requests), strict=True):
         assert_same(samples, expected)
-
-
-def compilations(call: Callable[[], Any]) -> int:
-    found = []
-
-    def listen(event: str, _: float, **__: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        call()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return len(found)
 
 
 def test_another_prompt_sample_count_or_temperature_compiles_nothing():
