@@ -108,7 +108,8 @@ class World:
             raise InputError(f"world: tuning={self.tuning} leaves no entity for the split tuning; use 40, say")
 
     def shards(self, data_dir: Path) -> Sequence[str]:
-        return [f"{start:06d}" for start in range(0, len(self._plan()), self.documents_per_shard)]
+        documents = len(self._entities_shown()) * self._documents_of_each()  # without drawing any: every command asks
+        return [f"{start:06d}" for start in range(0, documents, self.documents_per_shard)]
 
     def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
         start = int(shard)
@@ -143,28 +144,31 @@ class World:
         """All entities: the seen ones, the unseen ones of `test`, and those of `tuning`."""
         return _entities(self.seed, self.seen + self.unseen + self.tuning)
 
+    def _entities_shown(self) -> range:
+        """Which of the entities the split shows."""
+        known, tested = self.seen, self.seen + self.unseen
+        every = tested + self.tuning
+        return {
+            "train": range(known),
+            "validation": range(known),
+            "memory": range(known, every),
+            "test": range(known, tested),
+            "tuning": range(tested, every),
+        }[self.split]
+
+    def _documents_of_each(self) -> int:
+        return self.documents_per_entity if self.split in ("train", "memory") else self.questions_per_entity
+
     def _plan(self) -> list[tuple[Entity, Setting]]:
         """The (entity, setting) of each document, shuffled."""
         rng = np.random.default_rng([self.seed, 1])
-        known, tested = self.seen, self.seen + self.unseen
-        every = tested + self.tuning
-        first, last = {
-            "train": (0, known),
-            "validation": (0, known),
-            "memory": (known, every),
-            "test": (known, tested),
-            "tuning": (tested, every),
-        }[self.split]
-        settings = all_settings()
-        shown = self.documents_per_entity
+        settings, entities = all_settings(), self._entities_shown()
+        first = 0 if self.split in ("train", "memory") else self.documents_per_entity  # of an entity's settings
         plan = []
         for index, entity in enumerate(self.entities()):
             order = [settings[i] for i in rng.permutation(len(settings))]
-            group = (
-                order[:shown] if self.split in ("train", "memory") else order[shown : shown + self.questions_per_entity]
-            )
-            if first <= index < last:
-                plan += [(entity, setting) for setting in group]
+            if index in entities:
+                plan += [(entity, setting) for setting in order[first : first + self._documents_of_each()]]
         return [plan[i] for i in rng.permutation(len(plan))]
 
 

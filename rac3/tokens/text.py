@@ -27,6 +27,7 @@ CLIP_TOKENIZER = ("vocab.json", "merges.txt")  # the format before tokenizer.jso
 FILES = ("*.json", "*.txt", "*.model")  # vocabularies and settings of published tokenizers
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
 FITTED_CLASS = "PreTrainedTokenizerFast"  # of transformers, for what `fit` saves
+FITTED_CLASSES = (FITTED_CLASS, "TokenizersBackend")  # the same class, under the name that it saves itself with
 SENTENCEPIECE = "spiece.model"  # SigLIP's
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 SPACES = ("\u0120", "\u2581")  # before a word, in the tokens of byte-level BPE and of SentencePiece
@@ -278,7 +279,7 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
         # The errors of `read_json` name the damaged file; those of transformers do not.
         read = {name: read_json(folder / name) for name in JSON_FILES if (folder / name).is_file()}
         settings = read.get("tokenizer_config.json", {})
-        if settings.get("tokenizer_class") == FITTED_CLASS and "config.json" not in read:
+        if settings.get("tokenizer_class") in FITTED_CLASSES and "config.json" not in read:
             kind = FITTED_CLASS  # as AutoTokenizer finds too, but it imports torch, if that is installed
     import transformers
 

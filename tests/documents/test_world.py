@@ -18,6 +18,7 @@ from rac3.documents.world import (
     WEATHERS,
     Setting,
     World,
+    _entities,
     draw,
     draw_emblem,
     nearest_entities,
@@ -78,6 +79,19 @@ def test_documents_name_their_entity_and_keep_their_keys_apart():
             assert document.metadata["seen"] == (split in ("train", "validation"))
             setting = Setting(*(document.metadata[key] for key in ("ground", "weather")), "").words.split(" with")[0]
             assert document.text.split(" ", 1)[1] == f"{setting} with {document.metadata['frame']}"
+
+
+@pytest.mark.parametrize(
+    ("split", "entities", "each"),
+    [("train", 12, 4), ("memory", 8, 4), ("validation", 12, 2), ("tuning", 3, 2), ("test", 5, 2)],
+)
+def test_the_shards_hold_every_document_and_are_known_without_drawing(split: str, entities: int, each: int):
+    _entities.cache_clear()
+    shards = world(split).shards(Path())
+    assert _entities.cache_info().misses == 0
+    assert len(shards) == -(-entities * each // 10)
+    assert [item.key for item in documents(world(split))] == [f"{split}/{i:06d}" for i in range(entities * each)]
+    assert len(world(split)._plan()) == entities * each
 
 
 def test_the_world_is_a_function_of_its_fields():

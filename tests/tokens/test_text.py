@@ -53,12 +53,13 @@ def test_any_unicode_text_survives(tokenizer):
         assert all(0 <= i < tokenizer.size for i in ids)
 
 
-def test_a_fitted_one_opens_without_torch(folder):
-    """Which takes longer to import than all else that `rac3 generate` opens."""
+def test_a_fitted_one_opens_without_torch(folder, tmp_path):
+    """Which takes longer to import than all else that `rac3 generate` opens. So does the copy that CLIP saves."""
     code = f"""
 import sys
 from rac3.tokens.text import TextTokenizer
-TextTokenizer().load({str(folder)!r})
+TextTokenizer().load({str(folder)!r}).save({str(tmp_path)!r})
+TextTokenizer().load({str(tmp_path)!r})
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
