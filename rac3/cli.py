@@ -568,6 +568,7 @@ def _generate(run: Model, options: Any) -> None:
 def _demo(run: Model, options: Any) -> None:
     from rac3.demo.page import demo
 
+    keep_programs(run.workdir.path)
     run.experiment.mesh.build()
     _index(run, options)
     demo(run, options)

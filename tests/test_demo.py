@@ -210,6 +210,16 @@ def test_without_gradio_the_command_says_what_to_install(
     assert capsys.readouterr().err.splitlines()[-1] == "rac3: `rac3 demo` needs gradio; run: pip install 'rac3[demo]'"
 
 
+def test_the_command_keeps_compiled_programs_before_it_opens_the_model(
+    finished_workdir: tuple[Path, Path], rac3: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+):
+    done: list[Path | str] = []
+    monkeypatch.setattr("rac3.cli.keep_programs", done.append)
+    monkeypatch.setattr("rac3.demo.page.demo", lambda model, options: done.append(model.experiment.name))
+    assert rac3("demo", str(finished_workdir[1])) == 0
+    assert done == [finished_workdir[1], "tiny"]
+
+
 # The page in a browser.
 
 CHROMIUM = shutil.which("chromium") or ""
