@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import io
 import json
 import re
 import shlex
@@ -989,3 +990,17 @@ def test_a_folder_named_like_a_shipped_config_does_not_hide_it(tmp_path: Path, m
     (tmp_path / "quickstart").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_experiment("quickstart").name == "quickstart"
+
+
+def test_a_terminal_hears_of_the_command_before_anything_is_imported(monkeypatch: pytest.MonkeyPatch):
+    import rac3.__main__ as command
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "argv", ["rac3", "generate", "quickstart"])
+    monkeypatch.setattr("rac3.cli.main", lambda: terminal.write("the command\n"))
+    command.main()
+    assert terminal.getvalue() == "rac3 generate: starting\nthe command\n"
+    imported = "import rac3.__main__, sys; assert not {'jax', 'numpy', 'rac3.cli'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", imported], check=True)

@@ -25,6 +25,7 @@ FLOORS = (
     ("stages",),
     ("plan", "report", "demo"),
     ("cli",),
+    ("__main__",),
 )
 # Not even from a lower floor: (importer, imported, why).
 FORBIDDEN = (
