@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -117,10 +117,8 @@ def generate(run: Model, options: GenerateOptions) -> str:
         return _generate_all(run, options, folder)
     if options.task in get_args(Judging):
         return _judge_one(run, options, folder)
-    with Progress("opening", 1, "models", shown=sys.stderr.isatty()) as bar:  # the first thing that is seen
-        prompt = _prompt(run, options, Path())
-        run.engine  # noqa: B018  # opens it
-        bar.update()
+    prompt = _prompt(run, options, Path())
+    _open(run, draws=True, retrieves=prompt.retrieve > 0)
     with _Bar() as drawing:
         answer = run.answer(prompt, drawing)
     name = _file_name(prompt.task, options)
@@ -128,6 +126,19 @@ def generate(run: Model, options: GenerateOptions) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{name}.json", answer.to_json(files) + "\n")
     return "\n".join(_report(answer, folder, files))
+
+
+def _open(run: Model, draws: bool, retrieves: bool) -> None:
+    """Opens what is needed in any case, each part with its name on the bar."""
+    parts: dict[str, Callable[[], Any]] = {"text tokenizer": lambda: run.tokenizer, "VQGAN": lambda: run.images}
+    if retrieves and run.experiment.retrieves:
+        parts |= {"CLIP": lambda: run.encoder, "memory": run.memory}
+    parts["model"] = lambda: run.engine if draws else run.scorer
+    with Progress("opening", len(parts), "parts", shown=sys.stderr.isatty()) as bar:
+        for name, part in parts.items():
+            bar.update(0, name)
+            part()
+            bar.update()
 
 
 def _file_name(task: str, options: GenerateOptions) -> str:
@@ -192,8 +203,15 @@ def _generate_all(run: Model, options: GenerateOptions, folder: Path) -> str:
     asked = [fingerprint([*common, line]) for line in lines]
     done = _answered(answers, asked)
     failed = sum("error" in record for record in done)
+    if left := lines[len(done) :]:
+        draws = any(line.get("task", options.task) not in get_args(Judging) for line in left)
+        _open(run, draws, retrieves=options.retrieve != 0)
     with Progress("answers", len(lines), "prompts", initial=len(done)) as bar, answers.open("ab") as file:
-        for number, answer in _each(run, options, path.parent, lines, len(done)):
+
+        def moved(prompts: int) -> None:
+            bar.update(max(0, prompts - bar.done))
+
+        for number, answer in _each(run, options, path.parent, lines, len(done), moved):
             record = {"number": number, "asked": asked[number]}
             if isinstance(answer, InputError):
                 failed += 1
@@ -205,16 +223,25 @@ def _generate_all(run: Model, options: GenerateOptions, folder: Path) -> str:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
-            bar.update()
+            moved(number + 1)
     if failed:
         raise InputError(f'{failed} of {len(lines)} prompts of {path} have no answer; see "error" in {answers}')
     return f"{len(lines)} answers: {answers}"
 
 
 def _each(
-    run: Model, options: GenerateOptions, files: Path, lines: Sequence[dict[str, Any]], start: int
+    run: Model,
+    options: GenerateOptions,
+    files: Path,
+    lines: Sequence[dict[str, Any]],
+    start: int,
+    moved: Callable[[int], None],
 ) -> Iterator[tuple[int, Answer | Judged | InputError]]:
-    """The answers to the lines from number `start` on, in order; a few prompts are in memory at a time."""
+    """The answers to the lines from number `start` on, in order; a few prompts are in memory at a time.
+
+    Args:
+      moved: called with the number of prompts that is done; of those drawn together, each share of their ids counts.
+    """
     for begin in range(start, len(lines), AT_ONCE):
         prompts: list[Prompt | Judged | InputError] = []
         for number in range(begin, min(begin + AT_ONCE, len(lines))):
@@ -224,7 +251,14 @@ def _each(
                 prompts.append(_judge(run, own, files, options) if judging else _prompt(run, own, files))
             except InputError as error:
                 prompts.append(error)
-        answers = run.answers([prompt for prompt in prompts if isinstance(prompt, Prompt)])
+            moved(begin + sum(not isinstance(prompt, Prompt) for prompt in prompts))
+        asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+        ready = begin + len(prompts) - len(asked)
+
+        def drawn(progress: Drawing, ready: int = ready, asked: int = len(asked)) -> None:
+            moved(ready + asked * progress.drawn // progress.total)
+
+        answers = run.answers(asked, drawn)
         for number, prompt in enumerate(prompts, begin):
             yield number, next(answers)[1] if isinstance(prompt, Prompt) else prompt
 
@@ -338,9 +372,7 @@ def _prompt(run: Model, options: GenerateOptions, files: Path) -> Prompt:
 
 
 def _judge_one(run: Model, options: GenerateOptions, folder: Path) -> str:
-    with Progress("opening", 1, "models", shown=sys.stderr.isatty()) as bar:
-        run.scorer  # noqa: B018  # opens it
-        bar.update()
+    _open(run, draws=False, retrieves=bool(options.retrieve))
     judged = _judge(run, options, Path(), GenerateOptions())
     folder.mkdir(parents=True, exist_ok=True)
     line = json.dumps(judged.record, ensure_ascii=False, allow_nan=False)

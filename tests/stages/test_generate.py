@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -21,8 +22,10 @@ from rac3.answering import Model
 from rac3.artifacts.workdir import Workdir
 from rac3.cli import parse
 from rac3.config import InputError
+from rac3.execution.progress import Progress
 from rac3.experiment import Experiment
 from rac3.generation.copying import Copying
+from rac3.generation.engine import Engine
 from rac3.generation.request import Draw
 from rac3.generation.sampling import Guidance, Sampling
 from rac3.retrieval.exact import Exact
@@ -87,6 +90,33 @@ def test_pictures_are_written_in_their_order(run: Model, calls: list[Call], tmp_
     assert record["scores"] == sorted(record["scores"], reverse=True) == [round(score, 6) for score in answer.scores]
     assert [each["key"] for each in record["documents"]] == [found[0].document.key]
     assert (record["task"], record["settings"]["seed"], record["settings"]["retrieve"]) == ("draw", 7, 1)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_draws_over_a_mesh_what_it_draws_on_one_device(
+    rac3: Callable[..., int],
+    finished_workdir: tuple[Path, Path],
+    run: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    calls, engines = watch_decoding(monkeypatch), []
+    init = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *how: engines.append(self) or init(self, *how))
+    mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+    command = ["generate", tiny_config.__file__, "--workdir", str(finished_workdir[1]), "--out", str(tmp_path)]
+    assert rac3(*command, "--prompt", PROMPT, *mesh) == 0
+    (engine,) = engines
+    assert engine.shards == 4
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(engine.weights)} == {8}
+    params = jax.device_get(run.params)
+    one = Engine(run.model, params, run.vocabulary, None, run.form.image_width, engine.word_starts)
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(one.weights)} == {1}
+    (sharded,) = calls
+    [*one.run(sharded.requests, sharded.samplings, sharded.seeds)]
+    assert [len(samples) for samples in sharded.out] == [4]
+    for drawn, alone in zip(sharded.out[0], calls[1].out[0], strict=True):
+        np.testing.assert_array_equal(drawn.runs[0], alone.runs[0])
 
 
 @pytest.mark.parametrize(("named", "asked", "k"), [(None, None, 2), (None, 0, 0), (3, None, 3), (3, 1, 1)])
@@ -425,6 +455,27 @@ LINES = [
 
 def written(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_file_of_prompts_moves_before_its_first_answer(run: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Prompts that are drawn together count by the share of their ids. What is written after that counts once."""
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"{PROMPT} {number}"}) for number in range(5)))
+    seen = []
+    update = Progress.update
+
+    def watched(self: Progress, count: int = 1, note: str = "") -> None:
+        update(self, count, note)
+        if self.label == "answers":
+            seen.append((self.done, answers.read_bytes().count(b"\n")))
+
+    monkeypatch.setattr(Progress, "update", watched)
+    monkeypatch.setattr(run.engine, "steps", 8)  # of the 25 ids of a picture
+    generate(run, GenerateOptions(prompts=str(prompts), samples=1, retrieve=0, out=str(tmp_path)))
+    before = [done for done, written in seen if not written]
+    assert before[-4:] == [5 * ids // 25 for ids in (8, 16, 24, 25)]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (5, 5)
 
 
 def test_a_file_of_prompts_goes_on_where_it_was_killed(
