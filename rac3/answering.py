@@ -67,6 +67,7 @@ Mask = Shaped[np.ndarray, "_ _"] | PIL.Image.Image | tuple[int, int, int, int]
 CLIP_SCORE, LOG_PROB = "CLIP score", "log p per id"
 MASK = "<mask>"  # in the text of a prompt: a part to fill in
 MASK_TOKENS = (1, 2, 4, 8)  # ids that a masked part of a text may have
+PARTIAL_EVERY = 4  # steps of the engine between two looks at what it draws
 AT_ONCE = 64  # prompts that are retrieved for and decoded together
 
 
@@ -335,20 +336,72 @@ class Model(Run):
         )
         return asked, found
 
-    def answer(self, prompt: Prompt, on_progress: Callable[[Progress], None] | None = None) -> Answer:
-        """The answer to one prompt; `on_progress` as in `answers`."""
-        ((_, answer),) = self.answers([prompt], on_progress)
+    def answer(
+        self,
+        prompt: Prompt,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_partial: Callable[[list[tuple[Part, ...]]], None] | None = None,
+    ) -> Answer:
+        """The answer to one prompt.
+
+        Args:
+          on_progress: as in `answers`.
+          on_partial: called with what there is of each sample, in the order of their numbers: a text so far, and a
+            picture that is black below the rows of codes that are drawn. Of the tasks draw, controlled, caption and
+            continue; the others give nothing until they are done.
+        """
+        heard = on_progress if on_partial is None else self._hearing(prompt, on_progress, on_partial)
+        ((_, answer),) = self.answers([prompt], heard, None if on_partial is None else PARTIAL_EVERY)
         if isinstance(answer, InputError):
             raise answer
         return answer
 
+    def _hearing(
+        self,
+        prompt: Prompt,
+        on_progress: Callable[[Progress], None] | None,
+        on_partial: Callable[[list[tuple[Part, ...]]], None],
+    ) -> Callable[[Progress], None]:
+        """What is called every few steps for `answer`; of the best of an ensemble, it shows the first prompt's samples."""
+        drawn: dict[int, Sample] = {}
+        kinds: dict[str, Sequence[Kind]] = {
+            "draw": ["image"],
+            "controlled": ["image"],
+            "caption": ["text"],
+            "continue": prompt.follow,
+        }
+
+        def heard(progress: Progress) -> None:
+            if on_progress is not None:
+                on_progress(progress)
+            going_on = progress.partial().get(0, {})
+            drawn.update(going_on)
+            if going_on and prompt.task in kinds:
+                made = [continuation.answer(self.form, kinds[prompt.task], drawn[number]) for number in sorted(drawn)]
+                on_partial([tuple(map(self._so_far, segments)) for segments in made])
+
+        return heard
+
+    def _so_far(self, segment: Segment) -> Part:
+        """What there is of a text or a picture."""
+        if not segment.is_image:
+            return self.tokenizer.decode(segment.ids.tolist()).rstrip("\N{REPLACEMENT CHARACTER}")  # half a letter
+        tokens, width = self.images.tokens_per_image, max(1, self.form.image_width)
+        picture = self.images.decode(np.pad(segment.ids, (0, tokens - len(segment.ids)), "edge")[None])[0].copy()
+        picture[len(picture) * (len(segment.ids) // width * width) // tokens :] = 0
+        return PIL.Image.fromarray(picture)
+
     def answers(
-        self, prompts: Sequence[Prompt], on_progress: Callable[[Progress], None] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        on_progress: Callable[[Progress], None] | None = None,
+        steps: int | None = None,
     ) -> Iterator[tuple[int, Answer | InputError]]:
         """The answer to each prompt, in their order; for one that can't be answered, the reason.
 
         Args:
           on_progress: called every few steps of the engine.
+          steps: how many these are; None is as many as the engine has.
 
         Raises:
           InputError: no prompts, or something else among them.
@@ -360,7 +413,7 @@ class Model(Run):
         for start in range(0, len(prompts), AT_ONCE):
             chunk = [self._framed(prompt) for prompt in prompts[start : start + AT_ONCE]]
             work = self._prepare(chunk)
-            samples = self._samples([each for each in work if isinstance(each, _Work)], on_progress)
+            samples = self._samples([each for each in work if isinstance(each, _Work)], on_progress, steps)
             for number, each in enumerate(work, start):
                 if isinstance(each, InputError):
                     yield number, each
@@ -428,12 +481,15 @@ class Model(Run):
             return prompt.query if prompt.retrieve and self.experiment.retrieves else None
         return None
 
-    def _samples(self, work: Sequence[_Work], on_progress: Callable[[Progress], None] | None) -> Iterator[list[Sample]]:
+    def _samples(
+        self, work: Sequence[_Work], on_progress: Callable[[Progress], None] | None, steps: int | None
+    ) -> Iterator[list[Sample]]:
         """The samples of all requests of each prompt."""
         requests = [each.requests for each in work]
         samplings = [each.sampling for each, own in zip(work, requests, strict=True) for _ in own]
         seeds = [each.prompt.seed for each, own in zip(work, requests, strict=True) for _ in own]
-        out = dict(self.engine.run([request for own in requests for request in own], samplings, seeds, on_progress))
+        every = [request for own in requests for request in own]
+        out = dict(self.engine.run(every, samplings, seeds, on_progress, steps))
         found = (out[number] for number in range(len(out)))
         for own in requests:
             yield [sample for _ in own for sample in next(found)]

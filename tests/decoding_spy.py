@@ -60,10 +60,15 @@ def watch_decoding(monkeypatch: pytest.MonkeyPatch, real: bool = True) -> list[C
     run = Engine.run
 
     def watched(
-        self: Engine, requests: Sequence[Request], samplings: Sequence[Sampling], seeds: Sequence[int], progress=None
+        self: Engine,
+        requests: Sequence[Request],
+        samplings: Sequence[Sampling],
+        seeds: Sequence[int],
+        progress=None,
+        steps=None,
     ):
         if real:
-            found = dict(run(self, requests, samplings, seeds, progress))
+            found = dict(run(self, requests, samplings, seeds, progress, steps))
         else:
             found = {number: made_up(self, *each) for number, each in enumerate(zip(requests, seeds, strict=True))}
         out = [found[number] for number in range(len(requests))]

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,35 @@ def test_what_no_prompt_may_be_is_one_line(model: Model, pictures, unchecked, as
         asked(model, pictures[0])
     assert "\n" not in str(refused.value)
 def test_another_number_of_samples_compiles_nothing(model: Model):
-    """Neither the engine's programs nor those of the VQGAN and CLIP, of which each of 8 devices gets a row at a time."""
+    """Neither the engine's programs nor those of the VQGAN and CLIP, which get a row for each of 8 devices."""
     model.generate(PROMPT, samples=8)
     for samples in (16, 3):
         assert compilations(lambda samples=samples: model.generate(PROMPT, samples=samples, seed=samples)) == 0
+
+
+def test_texts_and_pictures_are_seen_while_they_are_drawn(model: Model, pictures, monkeypatch: pytest.MonkeyPatch):
+    """Each text is the beginning of the next one, and of the sample; a picture grows by rows of codes."""
+    monkeypatch.setattr("rac3.answering.PARTIAL_EVERY", 1)
+    seen: list[list[tuple]] = []
+    prompt = Prompt("caption", image=pictures[0], samples=2, retrieve=0)
+    answer = model.answer(prompt, on_partial=seen.append)
+    assert len(seen) > 1
+    assert answer.to_json() == model.answer(prompt).to_json()
+    last = []
+    for number in range(2):
+        texts = [samples[number][0] for samples in seen if samples[number]]
+        assert all(after.startswith(before) for before, after in pairwise(texts))
+        last.append(texts[-1])
+    assert all(any(text.startswith(part) for text in answer.texts) for part in last)
+    assert len(set(last)) == 2
+
+    seen.clear()
+    answer = model.answer(Prompt("draw", PROMPT, samples=1, retrieve=0), on_partial=seen.append)
+    black = [(np.asarray(samples[0][0]) == 0).all((1, 2)) for samples in seen]
+    shown = [8 * (ids // 5) for ids in range(1, 25)]  # of 40 rows of pixels, 8 for each row of 5 codes
+    assert [rows.tolist() for rows in black] == [[row >= first for row in range(40)] for first in shown]
+    top, whole = (np.asarray(picture)[:24].astype(int) for picture in (seen[-1][0][0], answer.images[0]))
+    assert np.abs(top - whole).mean() < np.abs(top - whole[::-1]).mean()
 
 
 def test_what_is_masked_does_not_retrieve(model: Model, pictures):

@@ -150,6 +150,7 @@ class Engine:
         samplings: Sequence[Sampling],
         seeds: Sequence[int],
         on_progress: Callable[[Progress], None] | None = None,
+        steps: int | None = None,
     ) -> Iterator[tuple[int, list[Sample]]]:
         """Yields the place of each request in `requests` and its samples, as they finish.
 
@@ -157,6 +158,7 @@ class Engine:
           samplings: one for each request. Requests with as many prompts and samplings of one structure share batches.
           seeds: one for each request.
           on_progress: called after every few steps.
+          steps: how many these are; None is as many as the engine has.
 
         Raises:
           InputError: at once, if a request does not fit (`check` says so of each).
@@ -167,12 +169,13 @@ class Engine:
             stacked = stack([sampling])
             kind = len(request.prompts), jax.tree.structure(stacked)
             groups.setdefault(kind, []).append(Entry(index, request, stacked, seed, tabulate(request.grammar)))
-        return self._finished(groups, on_progress)
+        return self._finished(groups, on_progress, self.steps if steps is None else steps)
 
     def _finished(
         self,
         groups: dict[Any, list[Entry]],
         on_progress: Callable[[Progress], None] | None,
+        steps: int,
     ) -> Iterator[tuple[int, list[Sample]]]:
         total = sum(len(entry.table.run) * entry.request.samples for group in groups.values() for entry in group)
         before = 0
@@ -180,7 +183,7 @@ class Engine:
             slots = Slots(self, self._shape(kind, group), group)
             while not slots.done:
                 slots.fill()
-                finished = slots.advance()
+                finished = slots.advance(steps)
                 if on_progress is not None:
                     on_progress(Progress(before + slots.drawn, total, slots.partial))
                 for entry in finished:
@@ -306,9 +309,9 @@ class Slots:
                 self.prefilled = prefill(engine.decoder, engine.weights, self.prefilled, *chunk, np.int32(start))
             self.batch, self.rows = insert(engine.decoder, self.batch, self.rows, self.prefilled, new)
 
-    def advance(self) -> list[Entry]:
+    def advance(self, steps: int) -> list[Entry]:
         """Decodes for some steps, or until a slot is free for a waiting request; gives the requests that finished."""
-        engine, limits = self.engine, (np.int32(self.engine.steps), np.bool_(bool(self.waiting)))
+        engine, limits = self.engine, (np.int32(steps), np.bool_(bool(self.waiting)))
         with engine.on_mesh():
             constant = engine.decoder, engine.vocabulary, engine.image_width, engine.weights, engine.word_starts
             self.rows = advance(*constant, self.batch, self.rows, *limits)

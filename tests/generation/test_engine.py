@@ -360,7 +360,7 @@ def test_a_slot_keeps_nothing_of_the_request_before(engine):
     finished = []
     while not slots.done:
         slots.fill()
-        finished += slots.advance()
+        finished += slots.advance(32)
     assert [entry.index for entry in finished] == [0, 1]
     drawn = [*group[1].samples[0].runs[0], MASK[0]]
     rows, batch = slots.rows, slots.batch
