@@ -362,7 +362,7 @@ class Model(Run):
         on_progress: Callable[[Progress], None] | None,
         on_partial: Callable[[list[tuple[Part, ...]]], None],
     ) -> Callable[[Progress], None]:
-        """What is called every few steps for `answer`; of the best of an ensemble, it shows the first prompt's samples."""
+        """What is called every few steps for `answer`; of an ensemble's `best`, it shows the samples of one prompt."""
         drawn: dict[int, Sample] = {}
         kinds: dict[str, Sequence[Kind]] = {
             "draw": ["image"],

@@ -138,6 +138,8 @@ def test_what_no_prompt_may_be_is_one_line(model: Model, pictures, unchecked, as
     with pytest.raises(InputError, match=re.escape(said)) as refused:
         asked(model, pictures[0])
     assert "\n" not in str(refused.value)
+
+
 def test_another_number_of_samples_compiles_nothing(model: Model):
     """Neither the engine's programs nor those of the VQGAN and CLIP, which get a row for each of 8 devices."""
     model.generate(PROMPT, samples=8)
