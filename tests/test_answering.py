@@ -26,6 +26,7 @@ from rac3.documents.document import Document, Image, Text, captioned, encode_png
 from rac3.experiment import Experiment
 from rac3.generation.answers import Answer
 from rac3.generation.sampling import Guidance, Sampling, Without
+from rac3.tokens.html import Segment
 
 PROMPT = "a fox on water in night"
 
@@ -162,6 +163,8 @@ def test_texts_and_pictures_are_seen_while_they_are_drawn(model: Model, pictures
         last.append(texts[-1])
     assert all(any(text.startswith(part) for text in answer.texts) for part in last)
     assert len(set(last)) == 2
+    ids = np.array(model.tokenizer.encode("a fox é"), np.int32)
+    assert model._so_far(Segment(False, ids[:-1])) == "a fox "  # not half a letter
 
     seen.clear()
     answer = model.answer(Prompt("draw", PROMPT, samples=1, retrieve=0), on_partial=seen.append)
