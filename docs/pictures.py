@@ -4,15 +4,18 @@
     python docs/pictures.py runs/quickstart
     python docs/pictures.py --growth configs/ra_cm3_2_7b.py
 
-Writes into `docs/images/`, the first two from the models as the config evaluates them:
+Writes into `docs/images/`, the first three from the models as the config evaluates them:
 
 strip.png     what RA-CM3 and CM3 draw for captions of the test split, whose entities neither saw in training, and the
               documents that each caption retrieves. The rows are the first documents of the split, not a selection.
+tasks.png     what other tasks make of the same documents: a caption; the middle, infilled with and without retrieved
+              documents; edited by the documents of the next row's entity; and the row's setting drawn after them.
 generate.png  what `rac3 generate` draws for PROMPT: its four samples, the one that CLIP likes best first.
 growth.png    what training takes on 8 to 1,024 GPUs, as `rac3 plan` computes it; the table of it is printed.
 """
 
 import argparse
+import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from matplotlib.figure import Figure
 from PIL import ImageDraw, ImageFont
 
 import rac3
-from rac3.answering import Model
+from rac3.answering import Model, Prompt
 from rac3.config import load_config_module
 from rac3.experiment import Experiment
 from rac3.plan.table import amount, duration
@@ -41,14 +44,15 @@ GAP, TEXT_WIDTH, HEADER, CAPTION = 28, 290, 70, 80  # pixels
 GROWTH = [2**power for power in range(3, 11)]  # GPUs
 FAMILIES = {"fsdp of 8": (8, 1), "fsdp of all, up to 512": (512, 1), "fsdp of 8, tensor of 4": (8, 4)}  # fsdp, tensor
 INK, PALE, RULE = "#1f2328", "#59636e", "#d1d9e0"
+Captioned = tuple[str, UInt8[np.ndarray, "_ _ 3"]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt, the documents it retrieves as (caption, picture), what each model draws, and the document itself."""
+    """A prompt, the documents it retrieves, what each model draws, and the document itself."""
 
     prompt: str
-    retrieved: Sequence[tuple[str, UInt8[np.ndarray, "_ _ 3"]]]
+    retrieved: Sequence[Captioned]
     ra_cm3: UInt8[np.ndarray, "_ _ 3"]
     cm3: UInt8[np.ndarray, "_ _ 3"]
     truth: UInt8[np.ndarray, "_ _ 3"]
@@ -79,23 +83,52 @@ def strip(rows: Sequence[Row]) -> PIL.Image.Image:
     the test set | caption   | caption   |
     """
     retrieved = max(len(row.retrieved) for row in rows)
-    left = TEXT_WIDTH + GAP
-    columns = [left + column * (TILE + GAP) for column in range(retrieved + 3)]
-    height = HEADER + len(rows) * (TILE + CAPTION)
+    headings = ["prompt", *["retrieved"] * retrieved, "RA-CM3 draws", "CM3 draws", "truth"]
+    lines = [(row.prompt, [*row.retrieved, ("", row.ra_cm3), ("", row.cm3), ("", row.truth)]) for row in rows]
+    return grid(headings, lines)
+
+
+def grid(headings: Sequence[str], lines: Sequence[tuple[str, Sequence[Captioned]]]) -> PIL.Image.Image:
+    """A text and captioned pictures on each line, under a line of headings."""
+    columns = [TEXT_WIDTH + GAP + column * (TILE + GAP) for column in range(len(headings) - 1)]
+    height = HEADER + len(lines) * (TILE + CAPTION)
     canvas = PIL.Image.new("RGB", (columns[-1] + TILE + GAP, height), "white")
     draw = ImageDraw.Draw(canvas)
-    headings = ["retrieved"] * retrieved + ["RA-CM3 draws", "CM3 draws", "truth"]
-    for x, heading in zip([GAP, *columns], ["prompt", *headings], strict=True):
+    for x, heading in zip([GAP, *columns], headings, strict=True):
         draw.text((x, HEADER - 46), heading, INK, _font(26, bold=True))
-    for number, row in enumerate(rows):
+    for number, (text, pictures) in enumerate(lines):
         top = HEADER + number * (TILE + CAPTION)
-        draw.text((GAP, top), textwrap.fill(row.prompt, 16), INK, _font(26), spacing=10)
-        drawn = [("", row.ra_cm3), ("", row.cm3), ("", row.truth)]
-        for x, (caption, pixels) in zip(columns, [*row.retrieved, *drawn], strict=True):
+        draw.text((GAP, top), textwrap.fill(text, 16), INK, _font(26), spacing=10)
+        for x, (caption, pixels) in zip(columns, pictures, strict=True):
             canvas.paste(_tile(pixels), (x, top))
             draw.rectangle((x, top, x + TILE - 1, top + TILE - 1), outline=RULE)
             draw.text((x, top + TILE + 6), textwrap.fill(caption, 22), PALE, _font(19), spacing=5)
     return canvas
+
+
+def tasks(run: Model) -> PIL.Image.Image:
+    """A line of pictures for each of the first documents of the test split; their middle is 60% of the side."""
+    headings = ["image of", "captioned", "infilled", "... alone", "document of", "edited by it", "drawn after it"]
+    documents = [item.document for item in run.documents("test").many(range(ROWS + 1))]
+    lines = []
+    for document, other in itertools.pairwise(documents):
+        image = document.images[0].pixels()
+        edge = round(0.2 * len(image))
+        middle = (edge, edge, image.shape[1] - edge, len(image) - edge)
+        shown = [found.document for found in run.retrieve(other.text, k=run.experiment.evaluation.num_retrieved)]
+        setting = document.text.replace(document.metadata[run.experiment.data.entity_field], "something")
+        answers = (
+            run.infill(image, middle, document.text),
+            run.infill(image, middle, document.text, retrieve=0),
+            run.edit(image, middle, shown),
+            run.answer(Prompt("controlled", setting, documents=shown, retrieve=0)),
+        )
+        infilled, alone, edited, drawn = (np.asarray(answer.images[0]) for answer in answers)
+        line = [(run.caption(image).texts[0], image), ("", infilled), ("", alone)]
+        lines.append(
+            (document.text, [*line, (shown[0].text, shown[0].images[0].pixels()), ("", edited), (setting, drawn)])
+        )
+    return grid(headings, lines)
 
 
 def _tile(pixels: UInt8[np.ndarray, "height width 3"]) -> PIL.Image.Image:
@@ -191,6 +224,7 @@ def main() -> None:
         parser.error("name the workdir of a finished quickstart, or --growth CONFIG")
     run = rac3.load(arguments.workdir)
     strip(rows(run)).save(arguments.out / "strip.png", optimize=True)
+    tasks(run).save(arguments.out / "tasks.png", optimize=True)
     side_by_side([np.asarray(image) for image in run.generate(PROMPT).images]).save(
         arguments.out / "generate.png", optimize=True
     )
