@@ -29,11 +29,12 @@ from matplotlib.figure import Figure
 from PIL import ImageDraw, ImageFont
 
 import rac3
-from rac3.answering import Model, Prompt
+from rac3.answering import Model
 from rac3.config import load_config_module
 from rac3.experiment import Experiment
 from rac3.plan.table import amount, duration
 from rac3.plan.training import Estimate, Setting, TrainingPlan, growth
+from rac3.prompt import Prompt
 from rac3.stages.evaluate import comparisons
 
 IMAGES = Path(__file__).parent / "images"

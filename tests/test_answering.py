@@ -19,13 +19,14 @@ from decoding_spy import Call, watch_decoding
 from scoring_spy import Told, watch_scoring
 from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
 
-from rac3.answering import Model, Passage, Prompt, Task, _unframed, mask_of, pixels_of, scaled_mask
+from rac3.answering import Model, _unframed
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text, captioned, encode_png
 from rac3.experiment import Experiment
 from rac3.generation.answers import Answer
 from rac3.generation.sampling import Guidance, Sampling, Without
+from rac3.prompt import Passage, Prompt, Task, mask_of, pixels_of, scaled_mask
 from rac3.tokens.html import Segment
 
 PROMPT = "a fox on water in night"
@@ -126,6 +127,10 @@ WRONG: list[tuple[Callable[[Model, np.ndarray], object], str]] = [
         lambda model, image: model.score(_document("a", image), ensemble="best"),
         "ensemble='best': a score has no samples",
     ),
+    (lambda model, image: model.score("a fox"), "document='a fox' is no Document; give"),
+    (lambda model, image: model.score(_document("a", image), 0.5), "segment=0.5 is no int from 0"),
+    (lambda model, image: model.score(_document("a", image), end=1.5), "end=1.5 is no int from 0"),
+    (lambda model, image: model.score(_document("a", image), retrieve=-1), "retrieve=-1 is no int from 0"),
     (lambda model, image: model.generate("a fox", sampling="hot"), "sampling='hot' is no Sampling"),
     (lambda model, image: [*model.answers([])], "prompts=[] is no list of Prompts; give at least one"),
     (lambda model, image: [*model.answers(["a fox"])], "prompts=['a fox'] is no list of Prompts"),
@@ -405,6 +410,25 @@ def test_pictures_and_masks_come_in_any_form(tmp_path: Path, pictures):
     half[1:3, 1:4] = True  # rows 2 to 4 and columns 3 to 6, of which any pixel counts
     np.testing.assert_array_equal(scaled_mask(wanted, 20), half)
     np.testing.assert_array_equal(scaled_mask(half, 40), half.repeat(2, 0).repeat(2, 1))
+
+
+def test_documents_are_framed_as_those_of_the_memory(
+    model: Model, calls: list[Call], told: Told, pictures, monkeypatch: pytest.MonkeyPatch
+):
+    """Two pictures side by side, 40 x 80, have 20 white rows above and below."""
+    wide = np.concatenate(pictures[:2], axis=1)
+    padded = np.full((80, 80, 3), 255, np.uint8)
+    padded[20:60] = wide
+    codes, unframed = ((FIRST_CODE + each).tolist() for each in model.images.encode([padded, wide]))
+    assert codes != unframed
+    for name in ("tokenizer", "images", "engine", "scorer", "form"):  # of this run, which has the other framing
+        monkeypatch.setattr(Model, name, getattr(model, name))
+    monkeypatch.setattr(model, "experiment", replace(model.experiment, framing="pad-white"))
+    document = Document("mine", (pixels_as_image(wide),), {})
+    model.resume(["text"], document=document, documents=[document], retrieve=0, samples=1)
+    assert calls[-1].prompts == [[1, 2, 3, *codes, 4, 1, 2, 3, *codes, 4]]
+    model.score(document, 0)
+    assert told.targets == [codes]
 
 
 @pytest.mark.parametrize("shape", [(4, 10), (10, 4), (5, 8), (6, 6)])

@@ -64,7 +64,7 @@ def test_it_needs_nothing_of_rac3_but_the_package(notebook: nbformat.NotebookNod
     own = [each for each in imported if each.split(".")[0] == "rac3"]
     assert own[0] == "rac3"
     shows = {"rac3.report.page", "rac3.report.samples", "rac3.report.table", "rac3.stages.evaluate"}
-    assert set(own[1:]) <= {"rac3.answering", "rac3.generation.copying", "rac3.generation.sampling", *shows}
+    assert set(own[1:]) <= {"rac3.generation.copying", "rac3.generation.sampling", "rac3.prompt", *shows}
 
 
 def test_it_runs(

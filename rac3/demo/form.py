@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
-from rac3.answering import Prompt, mask_of
 from rac3.config import InputError
 from rac3.documents.document import Document, ImageError, captioned, decode_image
 from rac3.generation.sampling import Contrast, Guidance, Sampling
+from rac3.prompt import Prompt, mask_of
 from rac3.run import Found
 
 Task = Literal["draw", "caption", "infill_image", "edit"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from rac3 import recipes
-from rac3.answering import AT_ONCE, Ensemble, Model, Prompt, Task, mask_of, pixels_of
+from rac3.answering import AT_ONCE, Model
 from rac3.artifacts.workdir import write_atomic
 from rac3.config import InputError, fingerprint, quoted
 from rac3.documents.document import Document, Text, captioned
@@ -20,6 +20,7 @@ from rac3.generation.engine import Progress as Drawing
 from rac3.generation.sampling import Guidance, Sampling, Without
 from rac3.generation.tasks.classify import Scored
 from rac3.generation.tasks.continuation import Kind
+from rac3.prompt import Ensemble, Prompt, Task, mask_of, pixels_of
 from rac3.retrieval.retriever import Chosen
 
 Judging = Literal["classify", "score"]  # tasks that draw nothing
