@@ -154,7 +154,8 @@ class Model(Run):
         Args:
           labels: demonstrations of each, as many of one as of another.
           shots: use the first k of them; None is all.
-          scored: the label given the image, as in the paper, or the image given the label.
+          scored: the label given the image (text), as in the paper, or the image given the label (image); or that
+            after the demonstration of this label alone (apart), which small models are better at.
 
         Raises:
           InputError: fewer than two labels, labels with different numbers of demonstrations, or fewer than k.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rac3.artifacts.recipe import Recipe
 from rac3.clip.encoder import Encoder
@@ -15,6 +15,7 @@ from rac3.documents.document import Stored
 from rac3.documents.store import FORMAT
 from rac3.evaluation.features import weights_file
 from rac3.experiment import Experiment, Split
+from rac3.generation.tasks.classify import Scored
 from rac3.model.exchange import identity
 from rac3.retrieval.retriever import search_only_fields
 from rac3.tokens.text import tokenizer_identity
@@ -334,7 +335,8 @@ def few_shot(experiment: Experiment, trained: Experiment, step: int | None = Non
     held_out = [split for split in experiment.data.sources() if split in ("validation", "test")]
     inputs = {f"documents {split}": documents(experiment, split) for split in held_out}
     inputs |= {"train": train(trained), "clip": clip(experiment), **_memory(experiment)}
-    return Recipe("few_shot", {**_compared(experiment), **_at(step)}, inputs)
+    scored = {"scored": [*get_args(Scored)]}
+    return Recipe("few_shot", {**_compared(experiment), **_at(step), **scored}, inputs)
 
 
 def coco(experiment: Experiment, trained: Experiment, step: int | None = None) -> Recipe:

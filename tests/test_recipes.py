@@ -592,6 +592,11 @@ def test_the_step_of_a_model_tells_its_evaluations_apart(fitted: Experiment):
         assert make(fitted, fitted).fingerprint == make(fitted, fitted, None).fingerprint
 
 
+def test_an_evaluation_of_few_shot_depends_on_its_ways(fitted: Experiment):
+    """One that was made when there were fewer lacks figures."""
+    assert recipes.few_shot(fitted, fitted).config["scored"] == ["text", "image", "apart"]
+
+
 def test_a_split_that_is_not_there_is_not_evaluated(fitted: Experiment):
     alone = replace(fitted, data=replace(fitted.data, validation=None))
     inputs = recipes.evaluation(alone, alone).inputs

@@ -13,7 +13,11 @@ from rac3.run import Run
 from rac3.stages.evaluate_few_shot import LABELS, SCORED, questions
 
 SHOWN = 8  # questions
-HOW = {"text": "label given the image", "image": "image given the label"}
+HOW = {
+    "text": "label given the image",
+    "image": "image given the label",
+    "apart": "image after one label's demonstrations",
+}
 GUESSING = "guessing"
 NONE = "no questions: fewer than two entities have images both here and in the memory"
 
@@ -72,12 +76,18 @@ def _cells(label: str, by_k: Mapping[str, float], count: int) -> list[str]:
 
 
 def _plot(lines: Mapping[str, Mapping[str, float]]) -> str:
-    drawn = []
+    """A plot of the ways that have demonstrations of both labels in one context, and one of the other."""
+    together: list[Line] = []
+    apart: list[Line] = []
     for label, by_k in lines.items():
         color = OWN_COLOR if label.startswith("RA-CM3") else CM3_COLOR if label.startswith("CM3") else OTHER_COLOR
         points = [(float(k), 100 * share) for k, share in by_k.items()]
-        drawn.append(Line(label, points, color, dashed=HOW["image"] in label or label == GUESSING))
-    return f'<div class="plots">{plot("Accuracy by demonstrations", "k", "% right", drawn, markers=True)}</div>'
+        line = Line(label, points, color, dashed=HOW["image"] in label or label == GUESSING)
+        for group in [apart] if HOW["apart"] in label else [together, apart] if color == OTHER_COLOR else [together]:
+            group.append(line)
+    drawn = {"Both labels in one context": together, "Each label alone": apart}
+    plots = [plot(title, "k", "% right", group, markers=True) for title, group in drawn.items()]
+    return f'<div class="plots">{"".join(plots)}</div>'
 
 
 def _questions(run: Run, split: Split) -> str:

@@ -8,7 +8,7 @@ one of the two entities has.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -27,7 +27,8 @@ from rac3.run import Run
 METRICS = "metrics.json"
 LABELS = ("animal x", "animal y")
 SHOTS = (1, 2, 4, 8)
-SCORED: tuple[classify.Scored, ...] = ("text", "image")
+AT_ONCE = 16  # questions
+SCORED = get_args(classify.Scored)
 
 Scores = Float[np.ndarray, "questions runs labels"]
 
@@ -94,12 +95,17 @@ def _evaluate_split(run: Run, split: Split) -> dict[str, Any]:
     metrics: dict[str, Any] = {"questions": len(asked), "shots": shots}
     if not asked:
         return metrics
-    with Progress(f"few-shot {run.model_name} on {split}", len(SCORED) + 1, "parts") as bar:
+    total = (len(SCORED) + 1) * len(asked)
+    with Progress(f"few-shot {run.model_name} on {split}", total, "answers") as bar:
         for scored in SCORED:
-            metrics[scored] = _accuracies(_probabilities(run, asked, scored), asked, shots)
-            bar.update()
+            found = []
+            for start in range(0, len(asked), AT_ONCE):
+                some = asked[start : start + AT_ONCE]
+                found.append(_probabilities(run, some, scored))
+                bar.update(len(some))
+            metrics[scored] = _accuracies(np.concatenate(found), asked, shots)
         metrics["encoder"] = _accuracies(_similarities(run, asked), asked, shots)
-        bar.update()
+        bar.update(len(asked))
     return metrics
 
 

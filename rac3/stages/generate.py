@@ -45,7 +45,8 @@ class GenerateOptions:
       follow: what `continue` makes, in order: text and image.
       labels: of `classify`, each a picture that it describes, as FILE=LABEL; of k pictures of each label, k runs have
         one each, and their probabilities are averaged.
-      scored: of `classify` and `score`, what is scored: the text given the image, or the image given the text.
+      scored: of `classify` and `score`, what is scored: the text given the image, or the image given the text. Of
+        `classify` too, apart: the image given a label, after the demonstrations of this label alone.
       prompts: a file with a prompt in each line instead: JSON objects of these options, with files relative to it. The
         command can be killed, and goes on where it was.
       retrieve: documents to retrieve; None is 2, all that retriever:fixed names, or 0 for `edit`, `controlled`,
@@ -422,6 +423,8 @@ def _classify(run: Model, options: GenerateOptions, files: Path) -> Judged:
 
 def _score(run: Model, options: GenerateOptions, files: Path) -> Judged:
     text, image = options.prompt.strip(), options.image
+    if options.scored == "apart":
+        raise InputError("scored='apart' is for the task classify; use text or image")
     if not (text if options.scored == "text" else image):
         raise InputError(f"there is no {options.scored} to score; give --prompt TEXT, or --image FILE --scored image")
     document = captioned(image, text, _image_file(files / image)) if image else Document("", (Text(text),), {})

@@ -50,3 +50,8 @@ def emoji_seeds(path: None) -> ModuleType:
 @pytest.fixture(scope="session")
 def quickstart_seeds(path: None) -> ModuleType:
     return importlib.import_module("quickstart_seeds")
+
+
+@pytest.fixture(scope="session")
+def few_shot(path: None) -> ModuleType:
+    return importlib.import_module("few_shot")

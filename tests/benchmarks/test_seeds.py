@@ -189,6 +189,28 @@ def test_each_claim_of_the_quickstart_fails_alone(seeds: ModuleType, quickstart_
     assert failed == [*claims][[*JUST].index(name)]
 
 
+@pytest.mark.parametrize(
+    ("number", "model", "by_k"),
+    [
+        (0, "ra_cm3", [0.79, 0.92, 0.92]),
+        (1, "ra_cm3", [0.8, 0.9, 0.91]),
+        (2, "ra_cm3", [0.95, 0.9, 0.92]),
+        (3, "cm3", [0.5, 0.9, 0.5]),
+        (3, "cm3_best", [0.8, 0.5, 0.5]),
+    ],
+)
+def test_each_claim_of_few_shot_fails_alone(
+    seeds: ModuleType, few_shot: ModuleType, number: int, model: str, by_k: list[float]
+):
+    def of(by_k: list[float]) -> dict[str, Any]:
+        return {"test": {"apart": dict(zip("124", by_k, strict=True))}}
+
+    just = {"ra_cm3": of([0.8, 0.9, 0.92]), "cm3_best": of([0.5, 0.6, 0.7]), "cm3": of([0.7, 0.8, 0.85])}
+    assert seeds.failed(few_shot.CLAIMS, just) == []
+    assert seeds.failed(few_shot.CLAIMS, {**just, model: of(by_k)}) == [[*few_shot.CLAIMS][number]]
+    assert len(few_shot.CLAIMS) == 4
+
+
 def test_the_quickstart_claims_what_its_table_shows(quickstart_seeds: ModuleType):
     """From the committed figures, as `metrics.json` would have them."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "quickstart_seeds.json"

@@ -19,8 +19,8 @@ from rac3.stages.evaluate_few_shot import questions
 @pytest.fixture
 def metrics() -> dict[str, dict[str, Any]]:
     """46 questions: half of an interval is 5.5% at 0 and 1, and 14.1% at a half."""
-    ours = {"text": {"1": 0.5, "2": 1.0}, "image": {"1": 0.0, "2": 0.5}}
-    cm3 = {"text": {"1": 0.0, "2": 0.0}, "image": {"1": 0.5, "2": 0.0}}
+    ours = {"text": {"1": 0.5, "2": 1.0}, "image": {"1": 0.0, "2": 0.5}, "apart": {"1": 0.5, "2": 0.5}}
+    cm3 = {"text": {"1": 0.0, "2": 0.0}, "image": {"1": 0.5, "2": 0.0}, "apart": {"1": 0.0, "2": 1.0}}
     common = {"questions": 46, "shots": [1, 2], "encoder": {"1": 1.0, "2": 0.5}}
     return {
         name: {"validation": {"questions": 0, "shots": []}, "test": common | values}
@@ -34,8 +34,10 @@ def test_the_summary_has_a_line_for_each_way(metrics: dict[str, Any]):
         "test: 46 questions",
         "  RA-CM3, label given the image: 50.0% ± 14.1% at k = 1, 100.0% ± 5.5% at k = 2",
         "  RA-CM3, image given the label: 0.0% ± 5.5% at k = 1, 50.0% ± 14.1% at k = 2",
+        "  RA-CM3, image after one label's demonstrations: 50.0% ± 14.1% at k = 1, 50.0% ± 14.1% at k = 2",
         "  CM3, label given the image: 0.0% ± 5.5% at k = 1, 0.0% ± 5.5% at k = 2",
         "  CM3, image given the label: 50.0% ± 14.1% at k = 1, 0.0% ± 5.5% at k = 2",
+        "  CM3, image after one label's demonstrations: 0.0% ± 5.5% at k = 1, 100.0% ± 5.5% at k = 2",
         "  encoder without a model: 100.0% ± 5.5% at k = 1, 50.0% ± 14.1% at k = 2",
         "  guessing: 50.0% at k = 1, 50.0% at k = 2",
     ]
@@ -68,6 +70,10 @@ def test_the_page_has_the_figures_and_the_first_questions(
         ("RA-CM3, image given the label", True),
         ("CM3, label given the image", False),
         ("CM3, image given the label", True),
+        ("encoder without a model", False),
+        ("guessing", True),
+        ("RA-CM3, image after one label's demonstrations", False),
+        ("CM3, image after one label's demonstrations", False),
         ("encoder without a model", False),
         ("guessing", True),
     ]

@@ -125,7 +125,7 @@ def labelled(document: TokenizedDocument, label: Sequence[int]) -> list[int]:
     return [2, *label, 3, *(FIRST_CODE + document.ids[1]).tolist(), 4, 1]
 
 
-@pytest.mark.parametrize("scored", ["text", "image"])
+@pytest.mark.parametrize("scored", ["text", "image", "apart"])
 def test_prompts_have_a_label_for_each_name(scored: Any, run: Run, asked: list[Question]):
     """Two runs, each with a demonstration of each label, the second in reverse; then each label for the question."""
     told = Told()
@@ -141,6 +141,7 @@ def test_prompts_have_a_label_for_each_name(scored: Any, run: Run, asked: list[Q
             pair = [labelled(question.demonstrations[n][shown], labels[n]) for n in (0, 1)]
             before = [1, *(id for each in (pair[::-1] if shown else pair) for id in each)]
             for n, label in enumerate(labels):
+                before = [1, *pair[n]] if scored == "apart" else before
                 part = next(parts)
                 tokens = part.group.tokens[: part.start + 1].tolist()
                 targets = part.group.targets[part.start : part.end].tolist()
@@ -187,14 +188,20 @@ def test_the_encoder_compares_the_images_alone(run: Run, asked: list[Question]):
 def test_a_split_has_the_accuracies_of_each_way(run: Run, monkeypatch: pytest.MonkeyPatch):
     """Questions with truths 0, 1, 0, 1: the label's way always says 0, the image's is right, the encoder's wrong."""
     right = np.eye(2)[[0, 1, 0, 1]][:, None].repeat(2, 1)
-    scores = {"text": np.tile([0.7, 0.3], (4, 2, 1)), "image": right}
-    monkeypatch.setattr(stage, "_probabilities", lambda _, __, scored: scores[scored])
+
+    def probabilities(_: Run, some: list[Question], scored: str) -> np.ndarray:
+        own = np.eye(2)[[question.truth for question in some]][:, None].repeat(2, 1)
+        return {"text": np.tile([0.7, 0.3], (len(some), 2, 1)), "image": own, "apart": 1 - own}[scored]
+
+    monkeypatch.setattr(stage, "_probabilities", probabilities)
     monkeypatch.setattr(stage, "_similarities", lambda *_: 1 - right)
+    monkeypatch.setattr(stage, "AT_ONCE", 3)
     assert _evaluate_split(run, "test") == {
         "questions": 4,
         "shots": [1, 2],
         "text": {"1": 0.5, "2": 0.5},
         "image": {"1": 1, "2": 1},
+        "apart": {"1": 0, "2": 0},
         "encoder": {"1": 0, "2": 0},
     }
 

@@ -8,7 +8,8 @@ second run has its demonstrations in reverse, so that no label gains by its plac
 
 The probability of a label is that of the caption given the image, as in the paper, or by Bayes' rule with equal priors
 that of the image given the caption (a noisy channel: Min et al., arXiv 2108.04106), for models that draw what a name
-shows better than they name what an image shows.
+shows better than they name what an image shows. In both, the model has to find the demonstration that is like the
+image. `apart` asks less of it: how probable the image is after the demonstration of one label alone, for each label.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from rac3.documents.store import Tokens
 from rac3.generation.prompts import Context, Form, TextIds
 from rac3.generation.tasks import score
 
-Scored = Literal["text", "image"]  # the caption given the image, or the image given the caption
+# The caption given the image, or the image given the caption; after all demonstrations of a run, or its label's alone.
+Scored = Literal["text", "image", "apart"]
 
 
 class Asked(NamedTuple):
@@ -48,10 +50,11 @@ def request(
 
     Args:
       demonstrations: of each run, its documents; no runs ask without demonstrations.
-      scored: the caption given the image, or the image given the caption.
+      scored: the caption given the image, the image given the caption, or that with its own demonstration alone.
 
     Raises:
-      InputError: another `scored`, fewer than two labels, equal or empty ones, or demonstrations that do not fit.
+      InputError: another `scored`, fewer than two labels, equal or empty ones, demonstrations that do not fit, or for
+        `apart` a run without one of each label.
     """
     form.check_image(codes)
     if scored not in get_args(Scored):
@@ -62,15 +65,19 @@ def request(
         raise InputError("a label is empty, or given twice; give different ones")
     parts, notes = [], []
     for number, demonstrated in enumerate(demonstrations or [()]):
+        if scored == "apart" and demonstrated and len(demonstrated) != len(labels):
+            raise InputError(
+                f"a run has {len(demonstrated)} demonstrations for {len(labels)} labels; give it one of each"
+            )
         run, row = demonstrated[:: -1 if number % 2 else 1], []
-        for label in labels:
+        for place, label in enumerate(labels):
             document = (False, np.asarray(label, np.int32)), (True, codes)
-            segment = int(scored == "image")
-            asked = score.request(form, document, segment, Context(run), infill=scored == "text")
+            shown = demonstrated[place : place + 1] if scored == "apart" else run
+            asked = score.request(form, document, int(scored != "text"), Context(shown), infill=scored == "text")
             if asked.dropped:
                 raise InputError(
-                    f"{len(run)} demonstrations do not fit into one context next to the image; "
-                    "give fewer to a run, and more runs"
+                    f"{len(shown)} demonstrations do not fit into one context next to the image; "
+                    "use fewer labels, or scored='apart'"
                 )
             row += asked.parts
             notes += [note for note in asked.notes if note not in notes]

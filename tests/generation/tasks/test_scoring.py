@@ -125,6 +125,17 @@ def test_labels_are_scored_by_the_image(form: Form, engine: PlainEngine, scorer:
         np.testing.assert_allclose(log_probs, plain(form, engine, RETRIEVED[:1], main, first, first + 9), atol=1e-4)
 
 
+def test_each_label_has_its_own_demonstration_alone(form: Form, engine: PlainEngine, scorer: score.Scorer):
+    """The codes after the label, after one document: in the second run, that of the same label again."""
+    labels, runs = [[10], [11, 12]], [RETRIEVED[:2], RETRIEVED[2:]]
+    asked = classify.request(form, CODES, labels, runs, scored="apart")
+    for number, row in enumerate(asked.parts):
+        for place, (log_probs, label) in enumerate(zip(scorer.log_probs(row), labels, strict=True)):
+            main, first = form.builder.sequence(((False, np.array(label)), (True, CODES))), len(label) + 2
+            expected = plain(form, engine, [RETRIEVED[2 * number + place]], main, first, first + 9)
+            np.testing.assert_allclose(log_probs, expected, atol=1e-4)
+
+
 def test_probabilities_of_tiny_likelihoods():
     """Far below what exp can hold."""
     found = classify.answer([[np.array([-3000.0, -1.0]), np.array([-3001.0])], [np.array([-5000.0]), np.array([-9.0])]])
@@ -145,6 +156,10 @@ BAD = [
     (lambda form: classify.request(form, CODES, [[1], [1]], []), "a label is empty, or given twice"),
     (lambda form: classify.request(form, CODES[1:], [[1], [2]], []), "the image has 8 codes"),
     (lambda form: classify.request(form, CODES, [[1], [2]], [RETRIEVED]), "4 demonstrations do not fit"),
+    (
+        lambda form: classify.request(form, CODES, [[1], [2]], [RETRIEVED[:1]], scored="apart"),
+        "a run has 1 demonstrations for 2 labels",
+    ),
 ]
 
 
