@@ -7,7 +7,7 @@ import html
 import json
 import os
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,8 @@ FILES = ("*.json", "*.txt", "*.model")  # vocabularies and settings of published
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "config.json")
 FITTED_CLASS = "PreTrainedTokenizerFast"  # of transformers, for what `fit` saves
 FITTED_CLASSES = (FITTED_CLASS, "TokenizersBackend")  # the same class, under the name that it saves itself with
+FITTED_FILES = ("tokenizer.json", "tokenizer_config.json")
+FITTED_SETTINGS = {"tokenizer_class": FITTED_CLASS, "clean_up_tokenization_spaces": False}
 SENTENCEPIECE = "spiece.model"  # SigLIP's
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 SPACES = ("\u0120", "\u2581")  # before a word, in the tokens of byte-level BPE and of SentencePiece
@@ -89,8 +91,8 @@ class TextTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         bpe.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": FITTED_CLASS, "clean_up_tokenization_spaces": False}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        settings = json.dumps(FITTED_SETTINGS, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
 
     def load(self, folder: str | os.PathLike[str] | None = None) -> "Tokenizer":
         """The tokenizer of `checkpoint` if set, else the one that `fit` saved into `folder`.
@@ -122,6 +124,38 @@ def cleaned(text: str, clean: Clean) -> str:
     return text if clean == "whitespace" else text.lower()
 
 
+class Fitted:
+    """What `fit` saved, with as much of transformers' class as `Tokenizer` uses: importing that takes over a second."""
+
+    bos_token = eos_token = unk_token = pad_token = None
+    bos_token_id = eos_token_id = unk_token_id = pad_token_id = None
+    padding_side = "right"
+    added_tokens_decoder: Mapping[int, Any] = {}
+    all_special_ids: Sequence[int] = ()
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.files = {name: (folder / name).read_bytes() for name in FITTED_FILES}
+        self.bpe = Tokenizer.from_buffer(self.files["tokenizer.json"])
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.bpe.get_vocab()
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return self.bpe.encode(text).ids
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return self.bpe.decode(ids)
+
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str | None]:
+        return [self.bpe.id_to_token(i) for i in ids]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        for name, data in self.files.items():
+            (Path(folder) / name).write_bytes(data)
+
+
 class Tokenizer:
     """A loaded tokenizer: text to ids in [0, size) and back, without special tokens.
 
@@ -129,7 +163,7 @@ class Tokenizer:
       clean: what is done to a text before.
     """
 
-    def __init__(self, pretrained: "PreTrainedTokenizerBase", clean: Clean = "") -> None:
+    def __init__(self, pretrained: "PreTrainedTokenizerBase | Fitted", clean: Clean = "") -> None:
         self._pretrained = pretrained
         self.clean = clean
         # Ids may have gaps, so the number of tokens does not always bound them.
@@ -180,7 +214,8 @@ class Tokenizer:
         back = {kind: self.decode(self.encode(text)) for kind, text in probes.items()}
         changes = [f"{kind} ({probes[kind]!r} -> {text!r})" for kind, text in back.items() if text != probes[kind]]
         verdict = f"changes {', '.join(changes)}" if changes else f"preserves all {len(probes)} kinds of text tried"
-        return f"{type(self._pretrained).__name__}, {', '.join([f'{self.size} ids', *own])}; {verdict}"
+        kind = FITTED_CLASS if isinstance(self._pretrained, Fitted) else type(self._pretrained).__name__
+        return f"{kind}, {', '.join([f'{self.size} ids', *own])}; {verdict}"
 
     @cached_property
     def word_starts(self) -> Bool[np.ndarray, " size"] | None:
@@ -264,7 +299,7 @@ def load_siglip_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTokenizerBase":
+def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTokenizerBase | Fitted":
     folder = checkpoint_folder("tokenizer", source)
     offline = why_not() if folder is None else None
     local = folder is not None or offline is not None
@@ -281,9 +316,14 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
         settings = read.get("tokenizer_config.json", {})
         if settings.get("tokenizer_class") in FITTED_CLASSES and "config.json" not in read:
             kind = FITTED_CLASS  # as AutoTokenizer finds too, but it imports torch, if that is installed
-    import transformers
-
+            own = settings == FITTED_SETTINGS and read.keys() == set(FITTED_FILES)
+            if own and read["tokenizer.json"].get("added_tokens") == []:
+                kind = "Fitted"
     try:
+        if kind == "Fitted":
+            return Fitted(Path(source))
+        import transformers
+
         if folder is None:
             from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -306,7 +346,7 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
     return loaded
 
 
-def _special_ids(pretrained: "PreTrainedTokenizerBase") -> set[int]:
+def _special_ids(pretrained: "PreTrainedTokenizerBase | Fitted") -> set[int]:
     """Ids that do not represent text: begin, end, padding, unknown, and any other that its files call special."""
     added = {i for i, token in pretrained.added_tokens_decoder.items() if token.special}
     return added | {i for i in pretrained.all_special_ids if i is not None}

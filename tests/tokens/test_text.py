@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rac3.config import InputError
-from rac3.tokens.text import TextTokenizer, Tokenizer
+from rac3.tokens.text import PROBES, TextTokenizer, Tokenizer
 
 CAPTIONS = ["a photo of a red circle", "a photo of a blue square on grass", "the old lighthouse of Zorvath"] * 4
 
@@ -53,14 +53,28 @@ def test_any_unicode_text_survives(tokenizer):
         assert all(0 <= i < tokenizer.size for i in ids)
 
 
-def test_a_fitted_one_opens_without_torch(folder, tmp_path):
-    """Which takes longer to import than all else that `rac3 generate` opens. So does the copy that CLIP saves."""
+def test_a_fitted_one_is_what_transformers_makes_of_it(folder, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    rng = random.Random(1)
+    texts = [*STRINGS, *PROBES.values(), *(random_text(rng) for _ in range(200))]
+    for path in (folder, tmp_path):
+        peer = AutoTokenizer.from_pretrained(str(path))
+        assert peer.get_vocab() == tokenizer.ids()
+        for text in texts:
+            ids = peer.encode(text, add_special_tokens=False)
+            assert tokenizer.encode(text) == tokenizer.encode_with_specials(text, 10**6) == ids
+            assert tokenizer.decode(ids[1:]) == peer.decode(ids[1:], clean_up_tokenization_spaces=False)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.pads_left) == (None, None, None, False)
+
+
+def test_a_fitted_one_opens_without_transformers(folder, tmp_path):
+    """Which takes long to import, and torch longer. So does the copy that CLIP saves."""
     code = f"""
 import sys
 from rac3.tokens.text import TextTokenizer
 TextTokenizer().load({str(folder)!r}).save({str(tmp_path)!r})
 TextTokenizer().load({str(tmp_path)!r})
-assert "torch" not in sys.modules
+assert not {"torch", "transformers"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
