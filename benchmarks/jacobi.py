@@ -3,7 +3,7 @@
     rac3 quickstart
     python benchmarks/jacobi.py runs/quickstart [--windows 2 4 8 16] [--temperatures 1.0 0.2] [--json FILE]
 
-`mean`: ids per pass. Images of the captions of the tuning split, with what each retrieves, are drawn by the run's model.
+`mean`: ids per pass. Images of the captions of the tuning split, with what each retrieves, are drawn by the model.
 Each pass computes the whole sequence, so that passes are counted, and no time is measured.
 `pass_cost`: on one core, the time of a pass over a window of ids through that of a pass over one id, for the model of
 `benchmarks/decode.py` (8 layers of width 512, a prompt of 512 ids). A pass over a window is timed as a step of as many
