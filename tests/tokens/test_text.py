@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -138,6 +139,19 @@ def test_tokenizer_with_special_tokens(folder, tmp_path):
     assert bos not in ids
     assert tokenizer.decode(ids) == "a photo"
     assert bos not in tokenizer.encode("<s>")
+
+
+def test_a_fitted_one_that_was_given_a_control_id_keeps_it_out_of_texts(folder, tmp_path):
+    """By hand, in the folder that `fit` made."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    special = {"id": 300, "content": "<s>", "special": True, "normalized": False}
+    data["added_tokens"] = [special | {"single_word": False, "lstrip": False, "rstrip": False}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    shutil.copy(folder / "tokenizer_config.json", tmp_path)
+    tokenizer = TextTokenizer().load(tmp_path)
+    assert tokenizer.size == 301
+    assert 300 not in tokenizer.encode("<s>")
+    assert tokenizer.decode(tokenizer.encode("<s>")) == "<s>"
 
 
 def test_missing_tokenizers_are_one_clear_line(tmp_path):
