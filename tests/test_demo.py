@@ -20,14 +20,16 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import rac3
 from rac3.config import InputError
 from rac3.demo.form import CANVAS, Context, Form, Listed, brushed, picture_of
-from rac3.demo.look import card, figure, results, thumbnail
-from rac3.demo.page import DemoOptions
+from rac3.demo.look import alert, card, figure, results, so_far, thumbnail
+from rac3.demo.page import DemoOptions, Page, Session, SoFar
 from rac3.documents.document import Document, Image, Text, captioned
 from rac3.documents.store import TokenizedDocument
 from rac3.generation.answers import Answer
 from rac3.generation.copying import Copying
+from rac3.generation.engine import Progress
 from rac3.generation.sampling import Contrast, Guidance, Sampling
 from rac3.run import Found
 
@@ -199,6 +201,77 @@ def test_results_have_every_sample_and_note():
     assert "a note" in results(answer)
 
 
+def test_what_is_not_yet_written_is_no_empty_text():
+    shown = so_far("caption", 3, 1200, [("a <fox>",), ("",), ()])
+    assert re.findall(r"<p>([^<]*)</p>", shown) == ["a &lt;fox&gt;", "..."]
+    assert "Captions: 3 of 1,200 ids" in shown
+
+
+# An answer while it is drawn.
+
+
+@pytest.fixture
+def session(finished_workdir: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Session:
+    monkeypatch.setattr("rac3.demo.page.REFRESH", 1e-3)
+    return Session(rac3.load(finished_workdir[1]), DemoOptions())
+
+
+def test_an_answer_is_seen_while_it_is_drawn_and_is_the_same(session: Session):
+    prompt = FORM.prompt(Context(), session.sampling("draw"))
+    *before, answer = session.answers(prompt)
+    assert all(isinstance(each, SoFar) and each.total == 3 * 25 for each in before)
+    drawn = [each.drawn for each in before]
+    assert len(set(drawn)) > 1
+    assert drawn == sorted(drawn)
+    assert {len(each.samples) for each in before[1:]} == {3}
+    plain = session.model.answer(prompt)
+    assert answer.to_json() == plain.to_json()
+    for picture, expected in zip(answer.images, plain.images, strict=True):
+        np.testing.assert_array_equal(picture, expected)
+
+
+def test_nothing_is_drawn_for_a_visitor_who_has_left(session: Session, monkeypatch: pytest.MonkeyPatch):
+    """What is left of the drawing has ended once the iterator is closed, so that the next visitor's is the only one."""
+    drawn: list[int] = []
+
+    def draw(prompt: Any, on_progress: Callable[[Progress], None], on_partial: Any) -> None:
+        for step in range(1000):
+            drawn.append(step)
+            on_progress(Progress(step, 1000, dict))
+            time.sleep(0.005)
+
+    monkeypatch.setattr(session.model, "answer", draw)
+    answers = session.answers(FORM.prompt(Context(), Sampling()))
+    next(answers)
+    answers.close()
+    count = len(drawn)
+    assert count < 1000
+    time.sleep(0.05)
+    assert len(drawn) == count
+
+
+def test_an_error_while_it_is_drawn_is_one_line_and_takes_away_what_was_drawn(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(prompt: Any, on_progress: Callable[[Progress], None], on_partial: Any) -> None:
+        on_progress(Progress(3, 9, dict))
+        time.sleep(0.1)
+        raise InputError("the disk\nis full")
+
+    page = Page.__new__(Page)  # without gradio; the handler only names its components
+    page.session, page.context, page.result, page.message = session, "context", "result", "message"
+    monkeypatch.setattr(session.model, "answer", fail)
+    asked = (Context(), "draw", "a fox", None, 0, "", 4, 0, 1.0, 1.0, "text", 0.0)
+    context, drawing, failed = page.answer(*asked)
+    assert (context["message"], context["context"].found_for) == ("", ("a fox", 0))
+    assert "3 of 9 ids" in drawing["result"]
+    assert failed == {"message": alert("the disk is full"), "result": ""}
+    monkeypatch.undo()
+    (refused,) = page.answer(asked[0], "draw", " ", *asked[3:])  # nothing was drawn: an earlier answer stays
+    assert "needs a text" in refused["message"]
+    assert "result" not in refused
+
+
 def test_without_gradio_the_command_says_what_to_install(
     finished_workdir: tuple[Path, Path],
     rac3: Callable[..., int],
@@ -242,7 +315,9 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-c", "from rac3.cli import main; main()", "demo", workdir, "--port", str(port)]
+    often = "import rac3.answering; from rac3.demo import page; rac3.answering.PARTIAL_EVERY, page.REFRESH = 1, 0.01"
+    code = f"from rac3.cli import main; {often}; main()"
+    command = [sys.executable, "-c", code, "demo", workdir, "--port", str(port)]
     with subprocess.Popen(
         [*command, "--max-upload-mb", str(LIMIT_MB)], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -330,7 +405,7 @@ class Visitor:
         old = "document.querySelectorAll('#result figure').forEach(each => each.setAttribute('data-old', ''))"
         self.driver.execute_script(old)
         self.all("#go")[0].click()
-        return self.wait(lambda: self.all("#result figure:not([data-old])"))
+        return self.wait(lambda: self.all("#result .samples:not([aria-busy]) figure:not([data-old])"))
 
     def cards(self) -> list[str]:
         return [each.text for each in self.all(".cards figure")]
@@ -400,7 +475,7 @@ def slow(test: Callable[..., None]) -> Callable[..., None]:
 
 @slow
 def test_draws(visitor: Visitor):
-    visitor.write("a red fox")
+    visitor.button("Example").click()
     visitor.wait(lambda: len(visitor.cards()) == 2)  # retrieved before anything is drawn
     assert all("similarity" in each for each in visitor.cards())
     figures = visitor.run()
@@ -408,6 +483,29 @@ def test_draws(visitor: Visitor):
     scores = [float(re.search(r"CLIP score (-?[\d.]+)", each.text)[1]) for each in figures]
     assert scores == sorted(scores, reverse=True)
     visitor.picture(f"draw-{visitor.name}")
+
+
+@slow
+def test_pictures_are_seen_while_they_are_drawn(visitor: Visitor):
+    """The page keeps a record of what it shows: the line of progress, and how many pictures."""
+    visitor.write("a red fox")
+    visitor.wait(lambda: len(visitor.cards()) == 2)
+    visitor.driver.execute_script("""
+        window.shown = [];
+        const count = selector => document.querySelectorAll(selector).length;
+        new MutationObserver(() => {
+          const line = document.querySelector('#result [role=status]');
+          if (line) window.shown.push([line.textContent, count('#result [aria-busy] img'), count('.cards figure')]);
+        }).observe(document.body, {childList: true, subtree: true, characterData: true});
+    """)
+    visitor.run()
+    lines, pictures, documents = zip(*visitor.driver.execute_script("return window.shown"), strict=True)
+    drawn = [int(re.fullmatch(r"Drawn: (\d+) of 100 ids", line)[1]) for line in lines]
+    assert drawn == sorted(drawn)
+    assert len({*drawn}) > 1
+    assert pictures[-1] == 4
+    assert {*documents} == {2}  # which are shown all the time
+    assert not visitor.all("#result [role=status]")
 
 
 @slow
@@ -451,14 +549,22 @@ def test_infills_under_the_brush(visitor: Visitor, picture: Path):
         assert each.shape == (40, 60, 3)
         np.testing.assert_array_equal(each[20:], original[20:])
         assert (each[8, 15:45] != original[8, 15:45]).any(-1).mean() > 0.9
-    visitor.picture(f"infill-{visitor.name}")
     visitor.button("Clear the mask").click()
     visitor.all("#go")[0].click()
     assert "needs a mask" in visitor.alert()
+    visitor.button("Example").click()
+    visitor.wait(lambda: not visitor.all(".alert"))
+    visitor.brush(0.3, 0.5, 0.7, 0.5)
+    assert [visitor.pixels(each).shape for each in visitor.run()] == 4 * [(40, 40, 3)]
+    visitor.picture(f"infill-{visitor.name}")
 
 
 @slow
 def test_edits_by_a_document_of_ones_own(visitor: Visitor, picture: Path):
+    visitor.write("a red fox")
+    document = visitor.wait(lambda: visitor.all(".cards figure"))[0]
+    picture.write_bytes(png(visitor.pixels(document)))
+    caption = document.find_element("css selector", "p").text
     visitor.choose("Edit")
     visitor.button("Example").click()
     visitor.brush(0.3, 0.5, 0.7, 0.5)
@@ -466,7 +572,7 @@ def test_edits_by_a_document_of_ones_own(visitor: Visitor, picture: Path):
     assert "an edit follows documents" in visitor.alert()
     visitor.upload("Add", picture)
     box = visitor.wait(lambda: visitor.all(".cards textarea, .cards input:not([type=file])"))[0]
-    box.send_keys("a striped flag")
+    box.send_keys(caption)
     visitor.all(".title")[0].click()
     time.sleep(1)
     assert len(visitor.run()) == 4

@@ -51,13 +51,23 @@ def card(listed: Listed) -> str:
 
 def results(answer: Answer) -> str:
     """The samples of an answer, best first, and what there is to know about them."""
-    kind = "texts" if answer.task == "caption" else "pictures"
     made = [
         figure(sample, f"{answer.score} {score:.2f}")
         for sample, score in zip(answer.samples, answer.scores, strict=True)
     ]
     notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in answer.notes)
-    return f"<h3>{TITLES[answer.task]}, best first</h3><div class='samples {kind}'>{''.join(made)}</div>{notes}"
+    return f"<h3>{TITLES[answer.task]}, best first</h3>{_samples(answer.task, made)}{notes}"
+
+
+def so_far(task: Task, drawn: int, total: int, samples: Sequence[Sequence[PIL.Image.Image | str]]) -> str:
+    """What there is of the samples, in the order of their numbers, below a line of the ids that are drawn."""
+    made = [figure([part or "..." for part in sample], f"sample {n}") for n, sample in enumerate(samples, 1)]
+    return f"<h3 role='status'>{TITLES[task]}: {drawn:,} of {total:,} ids</h3>{_samples(task, made, 'aria-busy=true')}"
+
+
+def _samples(task: str, made: Sequence[str], state: str = "") -> str:
+    kind = "texts" if task == "caption" else "pictures"
+    return f"<div class='samples {kind}' {state}>{''.join(made)}</div>"
 
 
 def hint(task: Task) -> str:

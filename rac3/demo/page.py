@@ -6,22 +6,25 @@ Only this module uses gradio (`pip install 'rac3[demo]'`), and imports it when t
 import hashlib
 import html
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rac3.answering import Model
 from rac3.config import InputError
 from rac3.demo.form import CANVAS, MASKED, MAX_PIXELS, Context, Form, Task, picture_of
-from rac3.demo.look import BRUSH, BRUSH_CSS, BRUSH_JS, CSS, alert, card, hint, results, thumbnail
+from rac3.demo.look import BRUSH, BRUSH_CSS, BRUSH_JS, CSS, alert, card, hint, results, so_far, thumbnail
 from rac3.documents.document import captioned, decode_image
 from rac3.execution.progress import Progress
-from rac3.generation.answers import png_uri
+from rac3.generation.answers import Answer, Part, png_uri
 from rac3.generation.engine import Progress as Drawing
 from rac3.generation.sampling import Sampling
+from rac3.prompt import Prompt
 
 TASKS: dict[Task, str] = {"draw": "Draw", "caption": "Caption", "infill_image": "Infill", "edit": "Edit"}
 FILES = [".png", ".jpg", ".jpeg", ".webp"]
@@ -29,6 +32,7 @@ EMPTY = "data:,"  # of an `<img>`
 MOST_DOCUMENTS, MOST_SAMPLES, MOST_CHARACTERS = 4, 8, 2000
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # of the events that use it: one at a time
 KEPT = 3600  # seconds that the server keeps uploads
+REFRESH = 0.2  # seconds between two looks at what is drawn
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class DemoOptions:
         return int(self.max_upload_mb * 2**20)
 
 
+class SoFar(NamedTuple):
+    """What there is of an answer: ids drawn, of all samples, and each sample so far; none of infills and edits."""
+
+    drawn: int
+    total: int
+    samples: list[tuple[Part, ...]]
+
+
 class Session:
     """The model, as the page uses it: one call at a time."""
 
@@ -80,6 +92,36 @@ class Session:
         pixels = None if image is None else decode_image(image, MAX_PIXELS)
         k = 0 if task == "edit" else min(int(k), self.most)
         return context.find(query, k, lambda k: self.model.retrieve(text, pixels, k))
+
+    def answers(self, prompt: Prompt) -> Iterator[SoFar | Answer]:
+        """What there is of the answer whenever there is more, and in the end the answer.
+
+        The model draws in another thread, which ends early if the iterator is closed, as gradio does when the visitor
+        leaves: the thread never outlives the iterator, so the model has one prompt at a time.
+        """
+        latest = shown = SoFar(0, 0, [])
+        closed = threading.Event()
+
+        def drawn(drawing: Drawing) -> None:
+            nonlocal latest
+            if closed.is_set():
+                raise InterruptedError("nobody waits for the answer")
+            latest = latest._replace(drawn=drawing.drawn, total=drawing.total)
+
+        def seen(samples: list[tuple[Part, ...]]) -> None:
+            nonlocal latest
+            latest = latest._replace(samples=samples)
+
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                answer = pool.submit(self.model.answer, prompt, drawn, seen)
+                while wait([answer], REFRESH).not_done:
+                    if latest is not shown:
+                        shown = latest
+                        yield shown
+            finally:
+                closed.set()
+        yield answer.result()
 
     def warm(self) -> None:
         """Draws once, so that the first visitor does not wait for the compiler."""
@@ -241,12 +283,9 @@ class Page:
         find(self.text.blur)
         find(self.k.release)
 
-        def answer(progress: Any = self.gr.Progress(), *values: Any) -> dict[Any, Any]:  # noqa: B008  # as gradio wants it
-            return self._safe(partial(self.answer, progress))(*values)
-
         self.gr.on(
             [self.go.click, self.text.submit],
-            answer,
+            self.answer,
             [*query, self.canvas, *settings],
             [self.context, self.result, self.message],
             scroll_to_output=True,
@@ -333,24 +372,24 @@ class Page:
     def add_own(self, context: Context, data: bytes) -> dict[Any, Any]:
         return {self.context: context.added(captioned("yours", "", picture_of(data, self.session.options.max_bytes)))}
 
-    def answer(
-        self,
-        progress: Callable[..., Any],
-        context: Context,
-        task: Task,
-        text: str,
-        picture: bytes | None,
-        k: int,
-        mask: str,
-        *settings: Any,
-    ) -> dict[Any, Any]:
-        progress(0, desc="Retrieving")
+    def answer(self, *values: Any) -> Iterator[dict[Any, Any]]:
+        """The documents, then what there is of the answer, and the answer. An error takes away what there is."""
+        shown: dict[Any, Any] = {}
+        try:
+            for shown in self._answer(*values):
+                yield {self.message: "", **shown}
+        except Exception as error:
+            lost = {self.result: ""} if self.result in shown else {}
+            if not isinstance(error, InputError):
+                yield lost
+                raise
+            yield {self.message: alert(str(error)), **lost}
+
+    def _answer(
+        self, context: Context, task: Task, text: str, picture: bytes | None, k: int, mask: str, *settings: Any
+    ) -> Iterator[dict[Any, Any]]:
         context = self.session.find(context, task, text, picture, k)
         prompt = Form(task, text, picture, mask, *settings).prompt(context, self.session.sampling(task))
-
-        def drawn(drawing: Drawing) -> None:
-            progress((drawing.drawn, drawing.total), desc="Drawing", unit="ids")
-
-        progress(0, desc="Drawing")
-        answer = self.session.model.answer(prompt, drawn)
-        return {self.context: context, self.result: results(answer)}
+        yield {self.context: context}
+        for each in self.session.answers(prompt):
+            yield {self.result: results(each) if isinstance(each, Answer) else so_far(task, *each)}
