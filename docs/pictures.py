@@ -1,8 +1,10 @@
-"""Draws the pictures of the README from a finished run, and that of docs/cluster.md from a config.
+"""Draws the pictures of the README from a finished run, and those of docs/cluster.md and docs/demo.md.
 
     rac3 quickstart
     python docs/pictures.py runs/quickstart
     python docs/pictures.py --growth configs/ra_cm3_2_7b.py
+    RAC3_TEST_DEMO=runs/quickstart RAC3_TEST_SCREENSHOTS=shots pytest tests/test_demo.py
+    python docs/pictures.py --demo shots
 
 Writes into `docs/images/`, the first three from the models as the config evaluates them:
 
@@ -11,6 +13,7 @@ strip.png     what RA-CM3 and CM3 draw for captions of the test split, whose ent
 tasks.png     what other tasks make of the same documents: a caption; the middle, infilled with and without retrieved
               documents; edited by the documents of the next row's entity; and the row's setting drawn after them.
 generate.png  what `rac3 generate` draws for PROMPT: its four samples, the one that CLIP likes best first.
+demo.png      the page of `rac3 demo`, from screenshots; demo_tasks.png has its other tasks, and a phone.
 growth.png    what training takes on 8 to 1,024 GPUs, as `rac3 plan` computes it; the table of it is printed.
 """
 
@@ -26,7 +29,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw, ImageFont, ImageOps
 
 import rac3
 from rac3.answering import Model
@@ -44,6 +47,10 @@ TILE = 240  # pixels of a picture's side; the README shows the strip at about ha
 GAP, TEXT_WIDTH, HEADER, CAPTION = 28, 290, 70, 80  # pixels
 GROWTH = [2**power for power in range(3, 11)]  # GPUs
 FAMILIES = {"fsdp of 8": (8, 1), "fsdp of all, up to 512": (512, 1), "fsdp of 8, tensor of 4": (8, 4)}  # fsdp, tensor
+DEMO = {
+    "demo.png": ["draw-desktop"],
+    "demo_tasks.png": ["infill-desktop", "caption-desktop", "edit-desktop", "draw-phone"],
+}
 INK, PALE, RULE = "#1f2328", "#59636e", "#d1d9e0"
 Captioned = tuple[str, UInt8[np.ndarray, "_ _ 3"]]
 
@@ -151,6 +158,21 @@ def side_by_side(pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> PIL.Image.Im
     return canvas
 
 
+def screenshots(folder: Path, names: Sequence[str], height: int) -> PIL.Image.Image:
+    """Screenshots side by side, without their white margins; taller ones are scaled to the height in pixels."""
+    shots = [PIL.Image.open(folder / f"{name}.png").convert("RGB") for name in names]
+    shots = [shot.crop(ImageOps.invert(shot).getbbox()) for shot in shots]
+    for shot in shots:
+        shot.thumbnail((shot.width, height), PIL.Image.Resampling.LANCZOS)
+    width = sum(shot.width + GAP for shot in shots) + GAP
+    canvas = PIL.Image.new("RGB", (width, max(shot.height for shot in shots) + 2 * GAP), "white")
+    left = GAP
+    for shot in shots:
+        canvas.paste(shot, (left, GAP))
+        left += shot.width + GAP
+    return canvas.quantize(256, dither=PIL.Image.Dither.NONE)  # for a small file
+
+
 def grown(experiment: Experiment) -> list[Estimate]:
     """The fastest setting that fits on each number of GPUs."""
     return growth(experiment, GROWTH)
@@ -213,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path, nargs="?", help="of a finished quickstart")
     parser.add_argument("--growth", help="a config, whose growth is drawn instead")
+    parser.add_argument("--demo", type=Path, help="a folder of screenshots, which are composed instead")
     parser.add_argument("--out", type=Path, default=IMAGES)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -221,8 +244,12 @@ def main() -> None:
         print(growth_table(experiment, grown(experiment)))
         growth_plot(experiment).savefig(arguments.out / "growth.png", dpi=120)
         return
+    if arguments.demo:
+        for name, shots in DEMO.items():
+            screenshots(arguments.demo, shots, 900).save(arguments.out / name, optimize=True)
+        return
     if arguments.workdir is None:
-        parser.error("name the workdir of a finished quickstart, or --growth CONFIG")
+        parser.error("name the workdir of a finished quickstart, --growth CONFIG, or --demo FOLDER")
     run = rac3.load(arguments.workdir)
     strip(rows(run)).save(arguments.out / "strip.png", optimize=True)
     tasks(run).save(arguments.out / "tasks.png", optimize=True)
