@@ -204,6 +204,8 @@ def _generate_all(run: Model, options: GenerateOptions, folder: Path) -> str:
     common = run.training_recipe.fingerprint, searched, replace(options, prompts="", out="")
     asked = [fingerprint([*common, line]) for line in lines]
     done = _answered(answers, asked)
+    for half in folder.glob(f"{len(done):06d}-*.tmp"):  # written when the command was killed
+        half.unlink()
     failed = sum("error" in record for record in done)
     if left := lines[len(done) :]:
         draws = any(line.get("task", options.task) not in get_args(Judging) for line in left)

@@ -504,6 +504,7 @@ def test_a_file_of_prompts_goes_on_where_it_was_killed(
     part.mkdir()
     lines = whole["answers.jsonl"].splitlines(keepends=True)
     (part / "answers.jsonl").write_bytes(lines[0] + lines[1][:40])
+    (part / "000001-0.png.0123456789ab.tmp").write_bytes(b"half")
     for name in pictures[:2]:
         (part / name).write_bytes(whole[name])
     calls.clear()
