@@ -80,6 +80,18 @@ assert not {"torch", "transformers"} & sys.modules.keys()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_copy_that_transformers_saved_opens_without_torch(folder, tmp_path):
+    """Under its own name for the class; torch takes longer to import than all else that `rac3 generate` opens."""
+    AutoTokenizer.from_pretrained(str(folder)).save_pretrained(tmp_path)
+    code = f"""
+import sys
+from rac3.tokens.text import TextTokenizer
+TextTokenizer().load({str(tmp_path)!r})
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_fitted_on_the_captions(tokenizer):
     assert tokenizer.size == 300
     assert len(tokenizer.encode("a photo of a red circle")) < len("a photo of a red circle") / 2
