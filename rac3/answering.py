@@ -289,15 +289,12 @@ class Model(Run):
         prompts: Sequence[Prompt],
         on_progress: Callable[[Progress], None] | None = None,
         steps: int | None = None,
-        first: int = 0,
     ) -> Iterator[tuple[int, Answer | InputError]]:
         """The answer to each prompt, in their order; for one that can't be answered, the reason.
 
         Args:
           on_progress: called every few steps of the engine.
           steps: how many these are; None is as many as the engine has.
-          first: the number of the first prompt that is answered. Those before it are retrieved for with it, as when
-            they were answered: in another batch, the vector of a prompt would differ by rounding.
 
         Raises:
           InputError: no prompts, or something else among them.
@@ -306,12 +303,11 @@ class Model(Run):
             raise InputError(
                 f"prompts={quoted(prompts)} is no list of Prompts; give at least one, as Prompt('draw', ...)"
             )
-        for start in range(first - first % AT_ONCE, len(prompts), AT_ONCE):
+        for start in range(0, len(prompts), AT_ONCE):
             chunk = [self._framed(prompt) for prompt in prompts[start : start + AT_ONCE]]
-            left = max(start, first)
-            work = self._prepare(chunk)[left - start :]
+            work = self._prepare(chunk)
             samples = self._samples([each for each in work if isinstance(each, _Work)], on_progress, steps)
-            for number, each in enumerate(work, left):
+            for number, each in enumerate(work, start):
                 if isinstance(each, InputError):
                     yield number, each
                 else:

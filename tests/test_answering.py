@@ -19,7 +19,6 @@ from decoding_spy import Call, watch_decoding
 from scoring_spy import Told, watch_scoring
 from tiny_prompts import FIRST_CODE, FIRST_MASK, FIRST_TEXT, spelled
 
-from rac3 import answering
 from rac3.answering import Model, _unframed
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError
@@ -283,28 +282,6 @@ def test_an_interleaved_document_is_continued(model: Model, calls: list[Call], p
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     return watch_scoring(monkeypatch)
-
-
-@pytest.mark.parametrize("first", [0, 2, 3])
-def test_answers_from_a_number_on_are_retrieved_for_with_those_before(
-    model: Model, calls: list[Call], monkeypatch: pytest.MonkeyPatch, first: int
-):
-    """Three at a time: those of earlier batches are left alone, those of the same one are embedded, and not drawn."""
-    monkeypatch.setattr(answering, "AT_ONCE", 3)
-    embedded: list[list[str]] = []
-    texts = type(model.encoder).embed_texts
-
-    def embed_texts(encoder: Any, some: list[str]) -> Any:
-        embedded.append(list(some))
-        return texts(encoder, some)
-
-    monkeypatch.setattr(type(model.encoder), "embed_texts", embed_texts)
-    names = ["fox", "owl", "cat", "elk"]
-    prompts = [Prompt("draw", name, retrieve=1, samples=1) for name in names]
-    found = [*model.answers(prompts, first=first)]
-    assert [number for number, _ in found] == [*range(first, 4)]
-    assert embedded[0] == (names[:3] if first < 3 else names[3:])
-    assert sum(len(call.requests) for call in calls) == 4 - first
 
 
 def test_labels_are_scored_after_one_demonstration_of_each_a_run(model: Model, told: Told, pictures):

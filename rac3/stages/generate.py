@@ -246,33 +246,25 @@ def _each(
     Args:
       moved: called with the number of prompts that is done; of those drawn together, each share of their ids counts.
     """
-    for begin in range(start - start % AT_ONCE, len(lines), AT_ONCE):
-        prompts: list[Prompt | Judged | InputError | None] = []
+    for begin in range(start, len(lines), AT_ONCE):
+        prompts: list[Prompt | Judged | InputError] = []
         for number in range(begin, min(begin + AT_ONCE, len(lines))):
             try:
                 own = _with(options, lines[number], number)
                 judging = own.task in get_args(Judging)
-                if judging:
-                    prompts.append(None if number < start else _judge(run, own, files, options))
-                else:
-                    prompts.append(_prompt(run, own, files))
+                prompts.append(_judge(run, own, files, options) if judging else _prompt(run, own, files))
             except InputError as error:
                 prompts.append(error)
             moved(begin + sum(not isinstance(prompt, Prompt) for prompt in prompts))
         asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
         ready = begin + len(prompts) - len(asked)
-        first = sum(isinstance(prompt, Prompt) for prompt in prompts[: max(0, start - begin)])
 
         def drawn(progress: Drawing, ready: int = ready, asked: int = len(asked)) -> None:
             moved(ready + asked * progress.drawn // progress.total)
 
-        answers = run.answers(asked, drawn, first=first)
+        answers = run.answers(asked, drawn)
         for number, prompt in enumerate(prompts, begin):
-            if number < start:
-                continue
-            answer = next(answers)[1] if isinstance(prompt, Prompt) else prompt
-            assert answer is not None  # only of what is answered already
-            yield number, answer
+            yield number, next(answers)[1] if isinstance(prompt, Prompt) else prompt
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
