@@ -10,8 +10,8 @@ folders is then compared byte by byte, and every answer; its scores, probabiliti
 rounding, since prompts that are left are in a batch of another size. Exit code 1 if anything differs by more than 1e-5.
 
 `kills`: answers in the file when the command was killed. `files` and `bytes`: what was compared. `seconds`: of the
-uninterrupted command, and of the four others together. `numbers`: in the answers, with six digits; `other_numbers`: those
-that differ; `largest_difference`: of them.
+uninterrupted command, and of the four others together. `numbers`: those in the answers, with six digits;
+`other_numbers`: those of them that differ, by `largest_difference` at most.
 """
 
 import argparse
