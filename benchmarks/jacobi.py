@@ -127,13 +127,14 @@ def pass_cost(windows: list[int], rounds: int) -> dict[int, float]:
     from rac3.generation.sampling import Sampling
     from rac3.tokens.html import Sequenced
 
-    engine, _ = our_engine(CPU, max(windows), "float32")
+    # One for each window: an engine answers a few samples more in two rounds of a program that it has.
+    engines = {n: our_engine(CPU, n, "float32")[0] for n in (1, *windows)}
     prompt = np.random.default_rng(0).integers(8, 4096, CPU["prompt"]).astype(np.int32)
-    every = np.ones(engine.model.vocab_size, bool)
+    every = np.ones(engines[1].model.vocab_size, bool)
 
     def call(samples: int, new: int) -> None:
         request = Request([Sequenced(prompt, np.zeros_like(prompt))], [Draw(every, new)], samples)
-        list(engine.run([request], [Sampling(temperature=0.0)], [0]))
+        list(engines[samples].run([request], [Sampling(temperature=0.0)], [0]))
 
     short, long = 8, 64  # ids; what both have in common cancels out
     calls = {(n, new): partial(call, n, new) for n in (1, *windows) for new in (short, long)}
