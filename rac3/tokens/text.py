@@ -304,6 +304,7 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
     offline = why_not() if folder is None else None
     local = folder is not None or offline is not None
     fix = "check the hub name and the network, or give a folder"
+    settings: dict[str, Any] | None = None
     if folder is not None:
         fix = (
             "a folder needs tokenizer.json, or the files of its class: vocab.json and merges.txt, or a SentencePiece "
@@ -321,20 +322,9 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
                 kind = "Fitted"
     try:
         if kind == "Fitted":
-            return Fitted(Path(source))
-        import transformers
-
-        if folder is None:
-            from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-            settings = get_tokenizer_config(source)
-        custom = settings.get("auto_map")
-        if custom and (not isinstance(custom, dict) or "AutoTokenizer" in custom):
-            raise InputError(
-                f"tokenizer {source!r} needs its own code (auto_map in tokenizer_config.json), which is never run; "
-                "give one whose class is part of transformers"
-            )
-        loaded = getattr(transformers, kind).from_pretrained(source, local_files_only=local, trust_remote_code=False)
+            loaded: PreTrainedTokenizerBase | Fitted = Fitted(Path(source))
+        else:
+            loaded = _by_transformers(source, kind, settings, local)
         Tokenizer(loaded)  # settings of a wrong type may fail only when they are used
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
@@ -344,6 +334,30 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
     if _special_ids(loaded).issuperset(loaded.get_vocab().values()):  # as transformers loads a missing vocabulary
         raise InputError(f"tokenizer {source!r} has no vocabulary, only special tokens ({fix})")
     return loaded
+
+
+def _by_transformers(
+    source: str, kind: str, settings: Mapping[str, Any] | None, local: bool
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a class of transformers.
+
+    Args:
+      settings: the `tokenizer_config.json` of a folder; None asks for that of a name on the hub.
+      local: read the hub's files from its cache alone.
+    """
+    import transformers
+
+    if settings is None:
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+        settings = get_tokenizer_config(source)
+    custom = settings.get("auto_map")
+    if custom and (not isinstance(custom, dict) or "AutoTokenizer" in custom):
+        raise InputError(
+            f"tokenizer {source!r} needs its own code (auto_map in tokenizer_config.json), which is never run; "
+            "give one whose class is part of transformers"
+        )
+    return getattr(transformers, kind).from_pretrained(source, local_files_only=local, trust_remote_code=False)
 
 
 def _special_ids(pretrained: "PreTrainedTokenizerBase | Fitted") -> set[int]:

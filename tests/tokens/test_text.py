@@ -192,3 +192,20 @@ def test_config_does_not_import_transformers():
     heavy = "{'transformers', 'tokenizers'}"
     code = f"import sys; from rac3.tokens.text import *; TextTokenizer(); assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data["model"].update(vocab={}, merges=[]), "tokenizer"),
+        (lambda data: data["model"].update(merges=[["a", "nothing"]]), "cannot be loaded"),
+        (lambda data: data.pop("model"), "cannot be loaded"),
+    ],
+)
+def test_a_damaged_fitted_one_is_one_clear_line(folder, tmp_path, damage, said):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    damage(data)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    shutil.copy(folder / "tokenizer_config.json", tmp_path)
+    with pytest.raises(InputError, match=said):
+        TextTokenizer().load(tmp_path)
