@@ -152,6 +152,7 @@ class Fitted:
         return [self.bpe.id_to_token(i) for i in ids]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
             (Path(folder) / name).write_bytes(data)
 

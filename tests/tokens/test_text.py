@@ -55,10 +55,10 @@ def test_any_unicode_text_survives(tokenizer):
 
 
 def test_a_fitted_one_is_what_transformers_makes_of_it(folder, tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
+    tokenizer.save(tmp_path / "new" / "folder")
     rng = random.Random(1)
     texts = [*STRINGS, *PROBES.values(), *(random_text(rng) for _ in range(200))]
-    for path in (folder, tmp_path):
+    for path in (folder, tmp_path / "new" / "folder"):
         peer = AutoTokenizer.from_pretrained(str(path))
         assert peer.get_vocab() == tokenizer.ids()
         for text in texts:
