@@ -5,9 +5,10 @@
 
 The prompts draw, caption, infill, classify and score, in turn, with documents of the test split. `rac3 generate RUN
 --prompts FILE --out DIR` answers them once without interruption. Into another folder it is killed (SIGKILL) a random
-moment after each of three random numbers of answers, and started again with the same command. Every picture of the two
-folders is then compared byte by byte, and every answer; its scores, probabilities and similarities may differ by
-rounding, since prompts that are left are in a batch of another size. Exit code 1 if anything differs by more than 1e-5.
+moment after each of three random numbers of answers, perhaps while it starts, and started again with the same command.
+Every picture of the two folders is then compared byte by byte, and every answer; its scores, probabilities and
+similarities may differ by rounding, since prompts that are left are in a batch of another size. Exit code 1 if anything
+differs by more than 1e-5.
 
 `kills`: answers in the file when the command was killed. `files` and `bytes`: what was compared. `seconds`: of the
 uninterrupted command, and of the four others together. `numbers`: those in the answers, with six digits;

@@ -43,7 +43,12 @@ CLAIMS = {
 def measured(workdir: Path) -> dict[str, Any]:
     """The metrics of each model of a workdir, made or read."""
     runs = {run.model_name: run for run in comparisons(rac3.load(workdir)).values()}
-    return {name: evaluate_few_shot(run) for name, run in runs.items()}
+    if not {"ra_cm3", "cm3"} <= runs.keys():
+        raise SystemExit(f"{workdir} has {', '.join(runs)}; the claims are of RA-CM3 next to CM3")
+    metrics = {name: evaluate_few_shot(run) for name, run in runs.items()}
+    if not metrics["ra_cm3"]["test"]["questions"]:
+        raise SystemExit(f"{workdir} has no entity with images both in the test split and in the memory")
+    return metrics
 
 
 def main() -> None:

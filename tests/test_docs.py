@@ -235,6 +235,22 @@ def test_the_pictures_are_of_the_first_test_documents(
         np.testing.assert_array_equal(shown[1:-1, 1:-1], truth[1:-1, 1:-1])  # in a frame of one pixel
 
 
+def test_screenshots_lose_their_margins_and_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A red one of 30 x 40 pixels and a blue one of 20 x 100, which is scaled to half, in white margins."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    pictures = importlib.import_module("pictures")
+    for name, color, size in (("a", "red", (30, 40)), ("b", "blue", (20, 100))):
+        shot = PIL.Image.new("RGB", (200, 200), "white")
+        shot.paste(color, (50, 60, 50 + size[0], 60 + size[1]))
+        shot.save(tmp_path / f"{name}.png")
+    found = np.asarray(pictures.screenshots(tmp_path, ["a", "b"], 50).convert("RGB"))
+    gap = pictures.GAP
+    assert found.shape == (50 + 2 * gap, 30 + 10 + 3 * gap, 3)
+    assert (found[gap : gap + 40, gap : gap + 30] == (255, 0, 0)).all()
+    assert (found[gap : gap + 50, 2 * gap + 30 : 2 * gap + 40] == (0, 0, 255)).all()
+    assert (found == 255).all(axis=2).sum() == found[..., 0].size - 30 * 40 - 10 * 50
+
+
 def test_the_table_of_planted_mistakes_is_that_of_the_last_run():
     results = json.loads((ROOT / "benchmarks" / "results" / "mutants_cpu.json").read_text())["results"]
     planted, killed = Counter(), Counter()

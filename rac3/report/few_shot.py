@@ -83,8 +83,11 @@ def _plot(lines: Mapping[str, Mapping[str, float]]) -> str:
         color = OWN_COLOR if label.startswith("RA-CM3") else CM3_COLOR if label.startswith("CM3") else OTHER_COLOR
         points = [(float(k), 100 * share) for k, share in by_k.items()]
         line = Line(label, points, color, dashed=HOW["image"] in label or label == GUESSING)
-        for group in [apart] if HOW["apart"] in label else [together, apart] if color == OTHER_COLOR else [together]:
-            group.append(line)
+        of_model, is_apart = color != OTHER_COLOR, HOW["apart"] in label
+        if is_apart or not of_model:
+            apart.append(line)
+        if not is_apart:
+            together.append(line)
     drawn = {"Both labels in one context": together, "Each label alone": apart}
     plots = [plot(title, "k", "% right", group, markers=True) for title, group in drawn.items()]
     return f'<div class="plots">{"".join(plots)}</div>'

@@ -306,6 +306,7 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
     local = folder is not None or offline is not None
     fix = "check the hub name and the network, or give a folder"
     settings: dict[str, Any] | None = None
+    fitted = False
     if folder is not None:
         fix = (
             "a folder needs tokenizer.json, or the files of its class: vocab.json and merges.txt, or a SentencePiece "
@@ -318,14 +319,11 @@ def _load_pretrained(source: str, kind: str = "AutoTokenizer") -> "PreTrainedTok
         settings = read.get("tokenizer_config.json", {})
         if settings.get("tokenizer_class") in FITTED_CLASSES and "config.json" not in read:
             kind = FITTED_CLASS  # as AutoTokenizer finds too, but it imports torch, if that is installed
-            own = settings == FITTED_SETTINGS and read.keys() == set(FITTED_FILES)
-            if own and read["tokenizer.json"].get("added_tokens") == []:
-                kind = "Fitted"
+            fitted = settings == FITTED_SETTINGS and read.keys() == set(FITTED_FILES)
+            fitted = fitted and read["tokenizer.json"].get("added_tokens") == []  # as `fit` saved it
     try:
-        if kind == "Fitted":
-            loaded: PreTrainedTokenizerBase | Fitted = Fitted(Path(source))
-        else:
-            loaded = _by_transformers(source, kind, settings, local)
+        loaded: PreTrainedTokenizerBase | Fitted
+        loaded = Fitted(Path(source)) if fitted else _by_transformers(source, kind, settings, local)
         Tokenizer(loaded)  # settings of a wrong type may fail only when they are used
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
