@@ -27,22 +27,19 @@ from variants import (
     PACKAGES,
     Figures,
     Settings,
-    accuracies,
     command,
     common,
-    held_out_perplexities,
     interval,
+    measure,
     measured,
-    neighbor_counts,
     parser,
     run_main,
+    table,
 )
 
 from rac3.cli import load_experiment
 from rac3.config import InputError
 from rac3.experiment import Experiment
-from rac3.run import Run
-from rac3.stages.evaluate import best_step
 
 DROPOUT, SIMILARITY, ALPHA = 0.2, 0.9, 0.1  # the paper's (sections 3.2 and 3.3)
 FULL = "full"
@@ -90,22 +87,6 @@ def variants(experiment: Experiment, steps: int | None) -> dict[str, Settings]:
     return {name: {**full, **change} for name, change in changes.items()}
 
 
-def measure(run: Run, samples: int) -> Figures:
-    """The figures of a trained variant; accuracies only of `samples` images and captions for each document."""
-    tuned = run.experiment.data.tuning is not None
-    at = run.variant(run.experiment, run.trained, best_step(run)) if tuned else run
-    by_k = held_out_perplexities(at)
-    steps = [line["step_seconds"] for line in run.training_metrics()]
-    return {
-        "step": at.step or run.experiment.training.steps,
-        "perplexity": {split: {name: each[-1] for name, each in found.items()} for split, found in by_k.items()},
-        "perplexity_by_k": by_k,
-        **({"accuracy": accuracies(at)} if samples else {}),
-        **({"neighbors": neighbor_counts(run)} if run.experiment.retrieves else {}),
-        "step_seconds": round(statistics.median(steps), 4),
-    }
-
-
 def loss(figures: Figures) -> float:
     """The mean over image and text of the log of the perplexity on the test split (nats).
 
@@ -144,24 +125,6 @@ def orderings(seeds: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
             },
         }
     return found
-
-
-def table(seeds: Mapping[str, Mapping[str, Figures]]) -> str:
-    """A line for each variant: its mean perplexities on the test split over the seeds, with their 95% intervals."""
-    lines = [f"{'test split':24} {'image perplexity':>24} {'text perplexity':>24}   best steps"]
-    for name in next(iter(seeds.values())):
-        cells = []
-        for modality in ("image", "text"):
-            values = [figures[name]["perplexity"]["test"][modality] for figures in seeds.values()]
-            cells.append(_cell(values) if None not in values else "-")
-        steps = " ".join(str(figures[name]["step"]) for figures in seeds.values())
-        lines.append(f"{name:24} {cells[0]:>24} {cells[1]:>24}   {steps}")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    ends = interval(values)
-    return f"{statistics.mean(values):.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
 def verdicts(found: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How the 2.7B training step is sharded: shardings, bytes and collectives of the program that XLA makes of it.
+"""How the 2.7B training step is sharded: shardings, bytes, products and collectives of the program that XLA makes.
 
     python benchmarks/sharding.py                  # writes benchmarks/results/sharding_cpu.json, in about 2 minutes
     python benchmarks/sharding.py --mesh 8/8/4     # prints one mesh, and writes nothing
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,15 @@ def square_arrays(hlo: str, lengths: tuple[int, ...]) -> list[str]:
     return sorted(shape for shape in shapes if sum(int(size) in lengths for size in shape.split(",")) > 1)
 
 
+def products(stablehlo: str) -> dict[str, int]:
+    """How many matrix products a lowered program has, by the types that they multiply and give."""
+    types = r"dot_general.*: \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\) -> tensor<(?:\d+x)*(\w+)>"
+    found = Counter(f"{a} x {b} -> {out}" for a, b, out in re.findall(types, stablehlo))
+    if found.total() != stablehlo.count("stablehlo.dot_general"):
+        raise ValueError("the types of some matrix products are not read")
+    return dict(sorted(found.items()))
+
+
 def measure(mesh: str, layers: int | None, dump: Path) -> dict[str, Any]:
     """One mesh, in this process, whose fake devices were set before JAX started; XLA writes programs to `dump`."""
     from dataclasses import replace
@@ -189,6 +198,7 @@ def measure(mesh: str, layers: int | None, dump: Path) -> dict[str, Any]:
         "layers": model.num_layers,
         "argument_bytes": compiled.memory_analysis().argument_size_in_bytes,
         "seq_by_seq_arrays": square_arrays(hlo, lengths) + square_arrays(compiled.as_text(), lengths),
+        "products": products(lowered.as_text()),
         "parameters": {
             "/".join(key.key for key in path): [*leaf.shape, str(leaf.sharding.spec)]
             for path, leaf in jax.tree_util.tree_leaves_with_path(state.params["params"])

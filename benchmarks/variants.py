@@ -1,4 +1,4 @@
-"""Shared by the ablations and the scaling laws: trains variants of a config and measures them on held-out documents.
+"""Shared by the benchmarks that compare designs: trains variants of a config and measures them on held-out documents.
 
 A variant is a few settings, given as `rac3` takes them on its command line. All variants of a seed have one workdir, so
 that only what a variant changes is made again; and a run that was killed goes on where it was.
@@ -25,7 +25,7 @@ from rac3.devices.cpu import keep_freed_memory
 from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.held_out import SPLITS, held_out
 from rac3.run import Run, keep_programs
-from rac3.stages.evaluate import MODALITIES, evaluate, perplexities
+from rac3.stages.evaluate import MODALITIES, best_step, evaluate, perplexities
 from rac3.training.preemption import RUN_AGAIN, PreemptedError
 
 PACKAGES = ("rac3", "jax", "jaxlib", "flax", "numpy", "scann")
@@ -161,6 +161,40 @@ def neighbor_counts(run: Run) -> dict[str, dict[str, int]]:
             wanted = ("queries", "neighbors", *(name for name in counts if name.startswith("dropped_")))
             found[split] = {name: counts[name] for name in wanted}
     return found
+
+
+def measure(run: Run, samples: int) -> Figures:
+    """The figures of a trained variant; accuracies only of `samples` images and captions for each document."""
+    tuned = run.experiment.data.tuning is not None
+    at = run.variant(run.experiment, run.trained, best_step(run)) if tuned else run
+    by_k = held_out_perplexities(at)
+    steps = [line["step_seconds"] for line in run.training_metrics()]
+    return {
+        "step": at.step or run.experiment.training.steps,
+        "perplexity": {split: {name: each[-1] for name, each in found.items()} for split, found in by_k.items()},
+        "perplexity_by_k": by_k,
+        **({"accuracy": accuracies(at)} if samples else {}),
+        **({"neighbors": neighbor_counts(run)} if run.experiment.retrieves else {}),
+        "step_seconds": round(statistics.median(steps), 4),
+    }
+
+
+def table(seeds: Mapping[str, Mapping[str, Figures]]) -> str:
+    """A line for each variant: its mean perplexities on the test split over the seeds, with their 95% intervals."""
+    lines = [f"{'test split':24} {'image perplexity':>24} {'text perplexity':>24}   best steps"]
+    for name in next(iter(seeds.values())):
+        cells = []
+        for modality in ("image", "text"):
+            values = [figures[name]["perplexity"]["test"][modality] for figures in seeds.values()]
+            cells.append(_cell(values) if None not in values else "-")
+        steps = " ".join(str(figures[name]["step"]) for figures in seeds.values())
+        lines.append(f"{name:24} {cells[0]:>24} {cells[1]:>24}   {steps}")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    ends = interval(values)
+    return f"{statistics.mean(values):.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -148,10 +148,10 @@ def test_orderings_of_variants_that_are_not_there_are_left_out(ablations: Module
     assert [*ablations.orderings(seeds)] == ["relevant documents beat random ones"]
 
 
-def test_the_table_has_means_intervals_and_steps(ablations: ModuleType):
+def test_the_table_has_means_intervals_and_steps(ablations: ModuleType, variants: ModuleType):
     """Two seeds: 2 and 3 have a mean of 2.5, and 12.706 x 0.7071 / sqrt(2) = 6.353 to each side."""
     seeds = {"0": {"full": figures(2.0, None)}, "1": {"full": {**figures(3.0, None), "step": 200}}}
-    line = ablations.table(seeds).splitlines()[1]
+    line = variants.table(seeds).splitlines()[1]
     assert line.split() == ["full", "2.500", "(-3.853", "to", "8.853)", "-", "100", "200"]
     said = ablations.verdicts(ablations.orderings({"0": {**ONE, "random": figures(2.0, 8.0)}})).splitlines()
     assert said[0] == (

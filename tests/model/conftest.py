@@ -3,9 +3,18 @@
 import jax
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from plain_transformer import random_params
 
 from rac3.model.transformer import TransformerConfig
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs for cuDNN's attention can be traced, as on a GPU of that generation; not run."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda least: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda other: False)
 
 
 @pytest.fixture(scope="session")

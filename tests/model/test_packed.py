@@ -90,6 +90,36 @@ def test_all_forms_are_plain_attention_forward_and_backward(form, head_dim, dtyp
         assert np.abs(one - other).max() <= TOLERANCE[dtype] * np.abs(other).max()
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_are_plain_attention_over_random_packings(form, seed):
+    """Rows of up to 9 groups (`FORMS["cudnn"]` has as many slots) with ends drawn anywhere, and padding in most."""
+    rng = np.random.default_rng(seed)
+    ends = [np.sort(rng.choice(np.arange(1, 129), rng.integers(1, 10), replace=False)) for _ in range(4)]
+    segments = segments_of([np.diff(each, prepend=0).tolist() for each in ends], 128)
+    arrays = [np.float32(rng.normal(size=(4, 128, 2, 64))) for _ in range(4)]
+    wanted = plain_forward_and_backward(*arrays, segments)[:4]
+    for one, other in zip(forward_and_backward(FORMS[form], *arrays, segments), wanted, strict=True):
+        assert np.abs(one - other).max() <= TOLERANCE["float32"] * np.abs(other).max()
+
+
+@pytest.mark.gpu  # JAX_PLATFORMS=cuda pytest -m gpu tests/model/test_packed.py
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("form", ["blockwise", "cudnn", "cudnn_packed"])
+def test_forms_of_a_gpu_are_plain_attention_forward_and_backward(form, head_dim):
+    """The kernels themselves, which take bfloat16 alone; `cudnn_packed` needs Hopper or later."""
+    if form == "cudnn_packed" and float(jax.devices()[0].compute_capability) < 9:
+        pytest.skip("takes packed rows on Hopper and later")
+    segments = segments_of([row for rows in PACKINGS.values() for row in rows], 128)
+    rng = np.random.default_rng(head_dim)
+    arrays = [jnp.asarray(rng.normal(size=(len(segments), 128, 2, head_dim)), jnp.bfloat16) for _ in range(4)]
+    wanted = plain_forward_and_backward(*map(np.asarray, arrays), segments)[:4]
+    attend = functools.partial(packed.FORMS[form], PackedAttention(form, max_group=128, max_groups=9))
+    for one, other in zip(forward_and_backward(attend, *arrays, segments), wanted, strict=True):
+        assert np.abs(one - other).max() <= TOLERANCE["bfloat16"] * np.abs(other).max()
+
+
 @pytest.mark.parametrize("seq", [100, 33, 7])
 def test_rows_need_not_be_whole_blocks(seq):
     segments = segments_of([[seq // 2, 1, seq - seq // 2 - 2], [seq]], seq)
@@ -176,15 +206,16 @@ def quadratic(jaxpr: Any, seq: int) -> list[tuple[int, ...]]:
     return found
 
 
-def test_only_the_plain_form_makes_an_array_of_seq_by_seq():
-    seq = 1024
-    x, ids = jax.ShapeDtypeStruct((1, seq, 2, 64), jnp.float32), jax.ShapeDtypeStruct((1, seq), jnp.int32)
+def test_only_the_plain_form_makes_an_array_of_seq_by_seq(as_on_hopper):
+    """Read off the program that runs on the form's own device, forward and backward."""
+    seq, sizes = 1024, PackedAttention(max_group=256, max_groups=8)
+    x, ids = jax.ShapeDtypeStruct((1, seq, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, seq), jnp.int32)
 
-    def program(form: Callable[..., Any]) -> Any:
-        return jax.make_jaxpr(lambda q, k, v, s: jax.vjp(lambda *x: form(*x, s), q, k, v)[1](q))(x, x, x, ids).jaxpr
+    def makes_one(form: Callable[..., Any]) -> bool:
+        both = jax.make_jaxpr(lambda q, k, v, s: jax.vjp(lambda *x: form(sizes, *x, s), q, k, v)[1](q))
+        return bool(quadratic(both(x, x, x, ids).jaxpr, seq))
 
-    assert quadratic(program(functools.partial(packed.FORMS["plain"], None)), seq)
-    assert not quadratic(program(functools.partial(packed.FORMS["blockwise"], None)), seq)
+    assert [name for name, form in packed.FORMS.items() if makes_one(form)] == ["plain"]
 
 
 @pytest.mark.parametrize("form", ["plain", "blockwise"])

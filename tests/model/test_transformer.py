@@ -17,7 +17,7 @@ from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
 from rac3.model.blockwise import blockwise_attention
 from rac3.model.losses import weighted_cross_entropy
-from rac3.model.packed import attend, packed_mask
+from rac3.model.packed import PackedAttention, attend, packed_mask
 from rac3.model.transformer import Transformer, TransformerConfig
 
 # init_std is large, so that attention is far from uniform and every path matters
@@ -217,6 +217,19 @@ def test_attention_runs_again_only_where_its_output_is_not_kept(remat, times):
     gradient = jax.grad(lambda params: jnp.sum(model.apply(params, ids, ids, ids, ids)))
     names = [each.primitive.name for each in equations(jax.make_jaxpr(gradient)(random_params(model)).jaxpr)]
     assert names.count("exp") == 2 * times + 1
+
+
+@pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("attention", 1), ("full", 2)])
+@pytest.mark.parametrize("form", ["cudnn", "cudnn_packed"])
+def test_kernels_of_cudnn_run_again_only_where_their_output_is_not_kept(as_on_hopper, form, remat, times):
+    """Counted in the program for a GPU; with one group a row, `cudnn` calls one kernel."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", remat=remat)
+    model = Transformer(config, VOCAB, POSITIONS, IMAGE, PackedAttention(form, max_group=POSITIONS, max_groups=1))
+    ids = jnp.ones((2, 8), jnp.int32)
+    gradient = jax.grad(lambda params: jnp.sum(model.apply(params, ids, ids, ids, ids).astype(jnp.float32)))
+    found = [each.primitive.name for each in equations(jax.make_jaxpr(gradient)(random_params(model)).jaxpr)]
+    assert found.count("dot_product_attention_fwd_wrapper") == times
+    assert found.count("dot_product_attention_bwd_wrapper") == 1
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_counts(batch):

@@ -224,6 +224,20 @@ def test_no_array_of_the_program_is_seq_by_seq(mesh: str):
     assert GOLDEN[mesh]["seq_by_seq_arrays"] == []
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_all_products_of_the_program_are_of_bfloat16(mesh: str):
+    """Operands, forward and backward; results may be the float32 sums that they are made of."""
+    assert {types.partition(" -> ")[0] for types in GOLDEN[mesh]["products"]} == {"bf16 x bf16"}
+
+
+def test_products_are_counted_by_type(sharding: ModuleType):
+    x, y = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))
+    program = jax.jit(lambda x, y: (x @ x.T, (x @ y, x @ y), (x @ x.T) @ x)).lower(x, y).as_text()
+    assert sharding.products(program) == {"bf16 x bf16 -> bf16": 3, "f32 x f32 -> f32": 2}
+    with pytest.raises(ValueError, match="types of some matrix products are not read"):
+        sharding.products(program + "stablehlo.dot_general of another form")
+
+
 PARTITIONED = """
 HloModule jit_step
 
