@@ -4,9 +4,10 @@
 
 The groups are the paper's: K in {0, 1, 2} retrieved documents before a main one, of some 1,061 tokens each, in
 bfloat16. Measured are, one process each: rac3 with the groups packed into rows of 16,384, for each policy of
-rematerialization; rac3 with one group a row; transformers' OPT with torch.compile, SDPA under autocast and fused AdamW,
-with one group a row, from the same weights. Padding does not count. What fails or finds no time left is recorded as
-such, so that one call ends within the minutes given. Losses of the first step are recorded: they agree to about 1e-2.
+rematerialization and each form of attention; rac3 with one group a row; transformers' OPT with torch.compile, SDPA
+under autocast and fused AdamW, with one group a row, from the same weights. Padding does not count. What fails or finds
+no time left is recorded as such, so that one call ends within the minutes given. Losses of the first step are recorded:
+they agree to about 1e-2.
 
 Without a GPU, `--size tiny` runs the same on CPUs, where torch is not compiled and the peak, hence the MFU, is unknown.
 Needs the extra `parity`.
@@ -33,13 +34,15 @@ SIZES = {
     "1.3b": (Size(24, 2048, 32, 60_032, "bfloat16"), 1061),
 }
 DOCUMENTS_A_ROW = 15  # 16,384 // 1,061
-CONTESTANTS = [  # who, rows, the policy of rematerialization
-    ("rac3", "packed", "dots"),
-    ("torch", "one group a row", "none"),
-    ("rac3", "one group a row", "dots"),
-    ("rac3", "packed", "none"),
-    ("rac3", "packed", "attention"),
-    ("rac3", "packed", "full"),
+CONTESTANTS = [  # who, rows, the policy of rematerialization, the form of attention
+    ("rac3", "packed", "dots", "auto"),
+    ("torch", "one group a row", "none", "sdpa"),
+    ("rac3", "one group a row", "dots", "auto"),
+    ("rac3", "packed", "dots", "cudnn"),
+    ("rac3", "packed", "none", "auto"),
+    ("rac3", "packed", "attention", "auto"),
+    ("rac3", "packed", "full", "auto"),
+    ("rac3", "packed", "dots", "blockwise"),
 ]
 
 
@@ -50,7 +53,9 @@ def groups_of(count: int, document: int) -> list[int]:
     return [int(document * documents) for documents in np.random.default_rng(0).integers(1, 4, count)]
 
 
-def measured(who: str, rows: str, remat: str, size: Size, document: int, groups: int, steps: int) -> dict[str, Any]:
+def measured(
+    who: str, rows: str, remat: str, attention: str, size: Size, document: int, groups: int, steps: int
+) -> dict[str, Any]:
     """One contestant, in this process."""
     import numpy as np
 
@@ -58,7 +63,9 @@ def measured(who: str, rows: str, remat: str, size: Size, document: int, groups:
 
     lengths, longest = groups_of(groups, document), DOCUMENTS_A_ROW * document
     packed = [[lengths[group] for group in row] for row in pack(np.array(lengths), longest)]
-    model, params, batch = training_case(packed if rows == "packed" else [[n] for n in lengths], size, remat=remat)
+    form = {"attention": attention} if who == "rac3" else {}
+    case = packed if rows == "packed" else [[n] for n in lengths]
+    model, params, batch = training_case(case, size, remat=remat, **form)
     call, device, memory = ours(model, params, batch) if who == "rac3" else torchs(params, batch, size)
     started = time.perf_counter()
     loss = call()
@@ -113,12 +120,12 @@ def rates(model: Any, batch: Any, step: float, device: str) -> dict[str, Any]:
     return found
 
 
-def child(arguments: argparse.Namespace, who: str, rows: str, remat: str, limit: float) -> dict[str, Any]:
+def child(arguments: argparse.Namespace, contestant: tuple[str, ...], limit: float) -> dict[str, Any]:
     """`measured` in a process that ends after `limit` seconds."""
-    command = [sys.executable, __file__, "--contestant", who, rows, remat, "--size", arguments.size]
+    command = [sys.executable, __file__, "--contestant", *contestant, "--size", arguments.size]
     command += ["--groups", str(arguments.groups), "--steps", str(arguments.steps)]
     # Torch shares the GPU with nobody: our weights are made on the CPU.
-    env = {**os.environ, **({"JAX_PLATFORMS": "cpu"} if who == "torch" else {})}
+    env = {**os.environ, **({"JAX_PLATFORMS": "cpu"} if contestant[0] == "torch" else {})}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=env)
     except subprocess.TimeoutExpired:
@@ -134,18 +141,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="that are timed")
     parser.add_argument("--minutes", type=float, default=8.5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--contestant", nargs=3, help=argparse.SUPPRESS)  # what a child process measures
+    parser.add_argument("--contestant", nargs=4, help=argparse.SUPPRESS)  # what a child process measures
     arguments = parser.parse_args()
     if arguments.contestant:
-        who, rows, remat = arguments.contestant
-        size, document = SIZES[arguments.size]
-        print(json.dumps(measured(who, rows, remat, size, document, arguments.groups, arguments.steps)))
+        found = measured(*arguments.contestant, *SIZES[arguments.size], arguments.groups, arguments.steps)
+        print(json.dumps(found))
         return
     deadline, results = time.monotonic() + 60 * arguments.minutes, []
-    for who, rows, remat in CONTESTANTS:
+    for contestant in CONTESTANTS:
         left = deadline - time.monotonic()
-        found = child(arguments, who, rows, remat, left) if left > 30 else {"error": "no time left"}
-        results.append({"who": who, "rows": rows, "remat": remat, **found})
+        found = child(arguments, contestant, left) if left > 30 else {"error": "no time left"}
+        results.append({**dict(zip(("who", "rows", "remat", "attention"), contestant, strict=True)), **found})
         print(json.dumps(results[-1]), flush=True)
         if arguments.json:  # after each, in case the call is cut short
             command = f"python benchmarks/train_gpu.py --size {arguments.size} --groups {arguments.groups}"

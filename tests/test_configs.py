@@ -70,7 +70,7 @@ PAPER = {
     "cluster.documents": 150_000_000,
     "cluster.hosts": 32,
     "cluster.gpus": 8,  # 256 in all
-    "cluster.gpu_memory_gb": 80.0,
+    "cluster.gpu": "A100",
 }
 
 

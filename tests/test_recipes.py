@@ -325,6 +325,7 @@ FITTED: dict[str, Row] = {
     "evaluation.max_caption_tokens": (5, EVALUATION),
     "evaluation.features": ("vgg.pth", EVALUATION | KNOWLEDGE),
     "evaluation.control": (False, NOTHING),  # one evaluation more or less, and this one as it is
+    "cluster.gpu": ("H100", NOTHING),
     **{
         f"cluster.{name}": (value, NOTHING)
         for value, names in (

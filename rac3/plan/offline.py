@@ -197,10 +197,10 @@ def _problem(experiment: Experiment, line: Line) -> str:
             f"{amount(cluster.host_bytes)}; use retriever:exact, which streams the memory, smaller vectors "
             "(--retriever.reorder-dtype int8 or none of scann), or a host with more"
         )
-    if cluster.gpus and line.gpu_bytes > 1e9 * cluster.gpu_memory_gb:
+    if cluster.gpus and line.gpu_bytes > cluster.gpu_bytes:
         return (
             f"{line.stage}: {name} takes {amount(line.gpu_bytes)} of each GPU's memory, which is "
-            f"{cluster.gpu_memory_gb:g} GB; lower --retriever.block-rows"
+            f"{amount(cluster.gpu_bytes)}; lower --retriever.block-rows"
         )
     return ""
 
@@ -222,7 +222,9 @@ def _table(experiment: Experiment, sizes: Mapping[Split, int], lines: list[Line]
     counted = " + ".join(f"{count:,} {split}" for split, count in sizes.items())
     machine = f"{cluster.hosts} x {cluster.host_cores} cores, {amount(cluster.host_bytes)}"
     if cluster.gpus:
-        machine += f", {cluster.gpus} GPUs of {cluster.gpu_tflops:g} TFLOP/s"
+        machine += (
+            f", {cluster.gpus} x {cluster.gpu} of {amount(cluster.gpu_bytes)} and {cluster.gpu_flops / 1e12:g} TFLOP/s"
+        )
     head = ["stage", "FLOP", "time", "limited by", "host memory", "GPU memory", "disk"]
     rows = [
         [

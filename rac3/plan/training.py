@@ -370,7 +370,7 @@ class TrainingPlan:
         inner = math.prod(getattr(setting, axis) for axis in AXES[AXES.index(axes[-1]) + 1 :])
         span = inner * math.prod(getattr(setting, axis) for axis in axes)
         within = self.cluster.gpus and self.cluster.gpus % span == 0
-        return 1e9 * (self.cluster.link_gb_per_second if within else self.cluster.network_gb_per_second)
+        return self.cluster.link_bytes_per_second if within else 1e9 * self.cluster.network_gb_per_second
 
     # Other settings.
 
@@ -498,7 +498,7 @@ def _lines(plan: TrainingPlan, estimate: Estimate) -> Iterator[str]:
         f"a step: {duration(seconds)}. Products take {duration(estimate.compute_seconds)} at {cluster.utilization:.0%} "
         f"of the peak, and messages across tensor another {duration(estimate.tensor_seconds)};\n"
         f"{duration(estimate.other_seconds)} across data and fsdp pass while products run. "
-        f"{cluster.link_gb_per_second:g} GB/s within a host, {cluster.network_gb_per_second:g} between hosts."
+        f"{cluster.link_bytes_per_second / 1e9:g} GB/s within a host, {cluster.network_gb_per_second:g} between hosts."
     )
     yield (
         f"{steps:,} steps of {plan.tokens / 1e6:.3g}M tokens, {steps * plan.tokens / 1e9:,.0f}B in all: {days:.3g} "

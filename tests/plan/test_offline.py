@@ -32,7 +32,7 @@ def table(experiment, folder) -> dict[str, list[str]]:
 def test_the_papers_memory(tmp_path, capsys):
     run(["plan", "configs/ra_cm3_2_7b.py", "--workdir", str(tmp_path / "work")])
     out = capsys.readouterr().out
-    assert "150,000,000 train documents on 32 x 96 cores, 1 TB, 8 GPUs" in out
+    assert "150,000,000 train documents on 32 x 96 cores, 1 TB, 8 x A100 of 80 GB" in out
     assert not (tmp_path / "work").exists()  # nothing is made
     rows = table(PAPER, tmp_path)
     flops = 2 * 150e6 * 2.0 * 150e6 * 768  # two queries a document, an inner product with each
@@ -98,7 +98,7 @@ def test_a_retriever_that_does_not_say_what_it_needs(tmp_path):
     ("wrong", "message"),
     [
         ({"hosts": 0}, "hosts=0 is not above 0; use a positive"),
-        ({"gpu_tflops": 0.0}, r"gpu_tflops=0.0 is not above 0"),
+        ({"gpu_tflops": -1.0}, r"gpu_tflops=-1.0 is neg"),
         ({"decode_images_per_second": 0.0}, "decode_images_per_second=0.0 is not above 0"),
         ({"utilization": 1.5}, "outside"),
         ({"utilization": 0.0}, "outside"),
@@ -226,5 +226,9 @@ def test_the_cluster_is_the_product_of_its_parts():
     gpus = replace(cluster, gpus=8, gpu_tflops=100.0)
     assert gpus.device_flops == 3 * 8 * 100e12 * 0.5
     assert gpus.cpu_flops == cluster.cpu_flops
+    h100 = replace(cluster, gpus=8, gpu="H100")
+    assert (h100.device_bytes, h100.device_flops, h100.link_bytes_per_second) == (80e9, 3 * 8 * 989e12 * 0.5, 450e9)
+    assert replace(h100, gpu_memory_gb=94.0, link_gb_per_second=300.0).device_bytes == 94e9
+    assert replace(h100, gpu_memory_gb=94.0, link_gb_per_second=300.0).link_bytes_per_second == 300e9
     assert Cluster().host_cores >= 1
     assert Cluster().host_bytes > 1e8
