@@ -28,6 +28,11 @@ def ablations(path: None) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def masking(path: None) -> ModuleType:
+    return importlib.import_module("masking")
+
+
+@pytest.fixture(scope="session")
 def scaling(path: None) -> ModuleType:
     return importlib.import_module("scaling")
 
