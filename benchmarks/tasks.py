@@ -6,7 +6,6 @@ Of each document of the test split of `Data`, whose captions name the entity, wi
 retrieves in context and without; the first of four samples counts:
 
     infill_text  the name is masked in the caption, next to the picture; right if the caption comes out letter by letter
-    named        the same; right if what is filled in begins with the name, however it goes on
     continue     a picture after the caption; right if the source sees the entity in it
     score        its caption against three with other test entities' names, each scored after the picture; right if its
                  own is the most probable. By chance: 25%
@@ -73,10 +72,6 @@ def right(model: Model, k: int) -> dict[str, list[bool]]:
     shown = [look[model.experiment.data.entity_field] for look in judge.shown(drawn)]
     return {
         "infill_text": [text == document.text for text, (document, _, _) in zip(texts, asked, strict=True)],
-        "named": [
-            text.startswith(document.text[: document.text.index(name)] + name)
-            for text, (document, name, _) in zip(texts, asked, strict=True)
-        ],
         "continue": [look == name for look, (_, name, _) in zip(shown, asked, strict=True)],
         "score": (np.reshape(log_probs, (len(asked), 1 + OTHERS)).argmax(1) == 0).tolist(),
     }
@@ -105,7 +100,7 @@ def main() -> None:
                 f"{workdir.name}, {k} documents:", ", ".join(f"{task} {value:.1%}" for task, value in figures.items())
             )
     if options.out:
-        command = f"python benchmarks/tasks.py {' '.join(results)}"
+        command = f"python benchmarks/tasks.py {' '.join(map(str, options.workdirs))}"
         options.out.write_text(record(command, PACKAGES, results), encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rac3.config import InputError, quoted, to_plain
 from rac3.documents.document import (
@@ -65,8 +65,8 @@ from rac3.prompt import (
 from rac3.run import Found, Run, tokenize
 from rac3.tokens.html import Segment
 
-CLIP_SCORE, LOG_PROB = "CLIP score", "log p per id"
-MASK_TOKENS = (1, 2, 4, 8)  # ids that a masked part of a text may have
+CLIP_SCORE, LOG_PROB, LOG_PROB_WHOLE = "CLIP score", "log p per id", "log p of the text"
+MASK_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)  # ids that a masked part of a text may have
 PARTIAL_EVERY = 4  # steps of the engine between two looks at what it draws
 AT_ONCE = 64  # prompts that are retrieved for and decoded together
 
@@ -493,9 +493,44 @@ class Model(Run):
             for sample in samples:
                 filled = [self.tokenizer.decode(ids.tolist()).strip() for ids in infill_text.answer(sample)]
                 texts.append("".join(piece for pair in zip(parts, [*filled, ""], strict=True) for piece in pair))
-            return by_log_prob([(text,) for text in texts], samples)
+            if not any(part.strip() for part in parts[1:]):  # no text follows that a filled part may fit badly
+                return by_log_prob([(text,) for text in texts], samples)
+            apart = prompt.ensemble == "best"  # then each request was one for each prompt of the ensemble
+            of_prompt = [number // prompt.samples for number in range(len(texts))] if apart else None
+            return self._by_likelihood(texts, codes, context, of_prompt)
 
         return asked, finish
+
+    def _by_likelihood(
+        self,
+        texts: list[str],
+        codes: Int[np.ndarray, " tokens"] | None,
+        context: Context,
+        of_prompt: Sequence[int] | None = None,
+    ) -> Ranked:
+        """The text that is most probable as a whole first, given its image and the documents.
+
+        What fills a gap was drawn without regard to how well the text goes on after it, and for another number of ids
+        in each request, so its own probability does not tell which fits.
+
+        Args:
+          of_prompt: which prompt of the context each text is judged by, in turn; None averages over all of them.
+        """
+        of_image: Tokens = () if codes is None else ((True, codes),)
+        given, infill = Context(context.documents, context.ensemble), codes is not None
+        whole = {text: np.array(self.tokenizer.encode(text), np.int32) for text in texts}
+        asked = {
+            text: score.request(self.form, ((False, ids), *of_image), 0, given, infill=infill)
+            for text, ids in whole.items()
+        }
+        log_probs = iter(self.scorer.log_probs([part for each in asked.values() for part in each.parts]))
+        found = {text: [next(log_probs) for _ in each.parts] for text, each in asked.items()}
+        totals = []
+        for number, text in enumerate(texts):
+            each = found[text]
+            own = each if of_prompt is None else [each[of_prompt[number] % len(each)]]
+            totals.append(score.answer(own).sum())
+        return _ranked([(text,) for text in texts], np.array(totals), LOG_PROB_WHOLE)
 
     def _continue(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
         form, ids = self.form, np.array(self.tokenizer.encode(prompt.text.strip()), np.int32)

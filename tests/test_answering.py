@@ -195,18 +195,37 @@ def test_what_is_masked_does_not_retrieve(model: Model, pictures):
     np.testing.assert_array_equal(whole, pictures[0])
 
 
-def test_a_masked_text_is_filled_in(model: Model, calls: list[Call]):
-    """Of an unknown number of ids, several are tried; the best texts of all of them are the answer."""
-    answer = model.infill_text("a <mask> on water", samples=2, retrieve=1)
+@pytest.mark.parametrize("with_image", [False, True])
+def test_a_masked_text_is_filled_in(model: Model, calls: list[Call], pictures, with_image: bool):
+    """Of an unknown number of ids, several are tried; the answer are the texts that are most probable as a whole, as
+    `score` has them with the same document in context: alone, or given the image."""
+    image = pictures[0] if with_image else None
+    answer = model.infill_text("a <mask> on water", image=image, samples=2, retrieve=1)
     lengths = [run.count for run in calls[0].draws]
-    assert lengths == [1, 2, 4, 8]
+    assert lengths == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
     every = [sample for samples in calls[0].out for sample in samples]
-    best = sorted(every, key=lambda sample: -sample.mean_log_prob)[:2]
-    filled = [model.tokenizer.decode((sample.runs[0] - FIRST_TEXT).tolist()).strip() for sample in best]
-    assert answer.texts == [f"a {text} on water" for text in filled]
-    assert answer.scores == pytest.approx([sample.mean_log_prob for sample in best])
+    filled = [model.tokenizer.decode((sample.runs[0] - FIRST_TEXT).tolist()).strip() for sample in every]
+    texts = [f"a {text} on water" for text in filled]
     (document,) = answer.documents
     assert document == model.retrieve("a on water", k=1)[0].document
+    rest = _document("x", image).segments[-1:] if with_image else ()
+    passages = [
+        Passage(Document("", (Text(text), *rest), {}), documents=[document], infill=with_image, retrieve=0)
+        for text in texts
+    ]
+    wanted = [found.log_probs.sum() for found in model.scores(passages) if not isinstance(found, InputError)]
+    order = np.argsort(-np.array(wanted), kind="stable")[:2]
+    assert answer.texts == [texts[number] for number in order]
+    assert answer.scores == pytest.approx([wanted[number] for number in order], rel=1e-4)
+    assert answer.score == "log p of the text"
+
+
+@pytest.mark.parametrize("text", ["<mask>", "<mask> <mask>", "a <mask>"])
+def test_what_fills_the_end_of_a_text_is_ranked_by_its_own_perplexity(model: Model, calls: list[Call], text: str):
+    answer = model.infill_text(text, samples=2, retrieve=0)
+    means = sorted((sample.mean_log_prob for samples in calls[0].out for sample in samples), reverse=True)
+    assert answer.score == "log p per id"
+    assert answer.scores == pytest.approx(means[:2])
 
 
 @pytest.mark.parametrize(

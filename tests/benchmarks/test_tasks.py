@@ -33,7 +33,7 @@ class Judging(World):
 
 @pytest.fixture
 def model(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Fills in the third caption alone as it was, and goes on after the first name; scores a caption by its length."""
+    """Fills in the third caption alone as it was; scores a caption by its length."""
     pixels = np.zeros((8, 8, 3), np.uint8)
     items = [
         SimpleNamespace(document=Document(name, (Text(text), Image(encode_png(pixels))), {"entity": name}))
@@ -70,7 +70,6 @@ def test_what_counts_as_right(tasks: ModuleType, model: Any):
     """The shortest caption, beta's, wins each choice that it is in: all, since three others are all there are."""
     assert tasks.right(model, 1) == {
         "infill_text": [False, False, True, False],
-        "named": [True, False, True, False],
         "continue": [False, True, False, False],
         "score": [False, True, False, False],
     }
@@ -85,6 +84,6 @@ def test_a_finished_run_has_all_figures(finished_workdir: tuple[Path, Path], tmp
     (by_k,) = json.loads(out.read_text(encoding="utf-8"))["results"].values()
     assert [*by_k] == ["2 documents", "0 documents"]
     for figures in by_k.values():
-        assert figures.keys() == {"questions", "infill_text", "named", "continue", "score"}
+        assert figures.keys() == {"questions", "infill_text", "continue", "score"}
         assert figures["questions"] > 0
         assert all(0 <= value <= 1 for name, value in figures.items() if name != "questions")
