@@ -72,11 +72,12 @@ AT_ONCE = 64  # prompts that are retrieved for and decoded together
 
 
 class Ranked(NamedTuple):
-    """The samples of an answer, best first, their scores, and what the scores are."""
+    """The samples of an answer, best first, their scores, what the scores are, and what else to tell the user."""
 
     samples: list[tuple[Part, ...]]
     scores: list[float]
     score: str
+    notes: tuple[str, ...] = ()
 
 
 Finish = Callable[[list[Sample]], Ranked]  # of the samples of all requests
@@ -404,7 +405,7 @@ class Model(Run):
             documents=[found.document for found in kept],
             similarities=[found.score for found in kept],
             dropped=[work.found[number].document for number in asked.dropped],
-            notes=asked.notes,
+            notes=[*asked.notes, *ranked.notes],
             settings={
                 "retrieve": prompt.retrieve,
                 "ensemble": prompt.ensemble,
@@ -544,7 +545,10 @@ class Model(Run):
 
         def finish(samples: list[Sample]) -> Ranked:
             made = [continuation.answer(form, prompt.follow, sample) for sample in samples]
-            return by_log_prob([tuple(map(self._part, segments)) for segments in made], samples)
+            ended = sum(len(segments) < len(prompt.follow) for segments in made)
+            note = f"{ended} of {len(made)} samples lack a text that was to follow: the model wrote none there"
+            ranked = by_log_prob([tuple(map(self._part, segments)) for segments in made], samples)
+            return ranked._replace(notes=(note,)) if ended else ranked
 
         return [asked], finish
 

@@ -25,6 +25,8 @@ from rac3.config import InputError
 from rac3.documents.document import Document, Image, Text, captioned, encode_png
 from rac3.experiment import Experiment
 from rac3.generation.answers import Answer
+from rac3.generation.prompts import Context
+from rac3.generation.request import Sample
 from rac3.generation.sampling import Guidance, Sampling, Without
 from rac3.prompt import Passage, Prompt, Task, mask_of, pixels_of, scaled_mask
 from rac3.tokens.html import Segment
@@ -275,6 +277,17 @@ def test_a_document_is_continued_in_the_order_that_is_asked_for(model: Model, ca
     codes = (calls[0].out[0][0].runs[1] - FIRST_CODE)[None]
     assert np.abs(np.asarray(image).astype(int) - model.images.decode(codes)[0]).max() <= 1
     assert text == model.tokenizer.decode((calls[0].out[0][0].runs[0] - FIRST_TEXT).tolist())
+
+
+def test_samples_that_end_before_their_text_are_counted(model: Model, pictures):
+    """As of a model whose documents end with their image; the first sample here has one word."""
+    _, finish = model._continue(Prompt("continue", image=pictures[0], follow=("text",)), Context())
+    word, none = np.array([FIRST_TEXT + 1]), np.array([], np.int64)
+    samples = [Sample([word], [np.array([-1.0, -1.0])]), *[Sample([none], [np.array([-2.0])])] * 2]
+    ranked = finish(samples)
+    assert [len(sample) for sample in ranked.samples] == [1, 0, 0]
+    assert ranked.notes == ("2 of 3 samples lack a text that was to follow: the model wrote none there",)
+    assert finish(samples[:1]).notes == ()
 
 
 def test_an_interleaved_document_is_continued(model: Model, calls: list[Call], pictures):
