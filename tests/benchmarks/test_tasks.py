@@ -25,10 +25,10 @@ def tasks(path: None) -> ModuleType:
 
 
 class Judging(World):
-    """Sees "beta" everywhere."""
+    """Sees the second and the fourth entity where they are."""
 
     def shown(self, pictures: Any) -> list[dict[str, str]]:
-        return [{"entity": "beta"} for _ in pictures]
+        return [{"entity": name} for name, _ in zip(("beta", "beta", "alpha", "delta"), pictures, strict=True)]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_what_counts_as_right(tasks: ModuleType, model: Any):
     """The shortest caption, beta's, wins each choice that it is in: all, since three others are all there are."""
     assert tasks.right(model, 1) == {
         "infill_text": [False, False, True, False],
-        "continue": [False, True, False, False],
+        "continue": [False, True, False, True],
         "score": [False, True, False, False],
     }
 
