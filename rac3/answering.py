@@ -484,10 +484,15 @@ class Model(Run):
         codes = None if prompt.image is None else self.images.encode([prompt.image])[0]
         ends_open = len(parts) == 2 and not parts[1].strip()  # nothing after the mask tells how long it is
         lengths = (self.experiment.evaluation.max_caption_tokens,) if ends_open else MASK_TOKENS
-        asked = [
-            infill_text.request(self.form, known, [tokens] * (len(parts) - 1), context, codes, prompt.samples)
-            for tokens in lengths
-        ]
+        asked: list[Asked] = []
+        for tokens in lengths:
+            assumed = [tokens] * (len(parts) - 1)
+            try:
+                asked.append(infill_text.request(self.form, known, assumed, context, codes, prompt.samples))
+            except InputError:
+                if not asked:
+                    raise
+                break  # a shorter one fits
 
         def finish(samples: list[Sample]) -> Ranked:
             texts = []
@@ -519,19 +524,19 @@ class Model(Run):
         """
         of_image: Tokens = () if codes is None else ((True, codes),)
         given, infill = Context(context.documents, context.ensemble), codes is not None
-        whole = {text: np.array(self.tokenizer.encode(text), np.int32) for text in texts}
-        asked = {
-            text: score.request(self.form, ((False, ids), *of_image), 0, given, infill=infill)
-            for text, ids in whole.items()
-        }
+        asked: dict[str, Parts] = {}
+        for text in dict.fromkeys(texts):
+            ids = np.array(self.tokenizer.encode(text), np.int32)
+            with contextlib.suppress(InputError):  # one that is too long as a whole is no answer
+                asked[text] = score.request(self.form, ((False, ids), *of_image), 0, given, infill=infill)
         log_probs = iter(self.scorer.log_probs([part for each in asked.values() for part in each.parts]))
         found = {text: [next(log_probs) for _ in each.parts] for text, each in asked.items()}
-        totals = []
-        for number, text in enumerate(texts):
-            each = found[text]
+        totals, kept = [], [number for number, text in enumerate(texts) if text in found]
+        for number in kept:
+            each = found[texts[number]]
             own = each if of_prompt is None else [each[of_prompt[number] % len(each)]]
             totals.append(score.answer(own).sum())
-        return _ranked([(text,) for text in texts], np.array(totals), LOG_PROB_WHOLE)
+        return _ranked([(texts[number],) for number in kept], np.array(totals), LOG_PROB_WHOLE)
 
     def _continue(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
         form, ids = self.form, np.array(self.tokenizer.encode(prompt.text.strip()), np.int32)

@@ -222,6 +222,19 @@ def test_a_masked_text_is_filled_in(model: Model, calls: list[Call], pictures, w
     assert answer.score == "log p of the text"
 
 
+def test_lengths_that_do_not_fit_are_not_tried(model: Model, calls: list[Call], monkeypatch: pytest.MonkeyPatch):
+    """Of a text that has five ids fewer than the longest in training, and of one that is longer by itself."""
+    known = " on water"
+    most = len(model.tokenizer.encode(known)) + 5
+    form = replace(model.form, max_segment_tokens=most)
+    monkeypatch.setattr(Model, "form", property(lambda self: form))
+    answer = model.infill_text("<mask>" + known, samples=1, retrieve=0)
+    assert [run.count for run in calls[0].draws] == [1, 2, 3, 4, 5]
+    assert answer.texts[0].endswith(known)
+    with pytest.raises(InputError, match=f"exceeds the {most} that the model was trained for"):
+        model.infill_text("<mask>" + 9 * known, retrieve=0)
+
+
 @pytest.mark.parametrize("text", ["<mask>", "<mask> <mask>", "a <mask>"])
 def test_what_fills_the_end_of_a_text_is_ranked_by_its_own_perplexity(model: Model, calls: list[Call], text: str):
     answer = model.infill_text(text, samples=2, retrieve=0)
