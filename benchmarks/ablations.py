@@ -27,6 +27,7 @@ from variants import (
     PACKAGES,
     Figures,
     Settings,
+    add_samples,
     command,
     common,
     interval,
@@ -145,7 +146,7 @@ def verdicts(found: Mapping[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__, "ablations_cpu.json")
     options.add_argument("--steps", type=int, help="of each training; the config's unless given")
-    options.add_argument("--samples", type=int, default=0, help="drawn and written for accuracies; 0: perplexity alone")
+    add_samples(options)
     options.add_argument("--only", nargs="+", metavar="VARIANT", help="such as full 'alpha 0'; all unless given")
     arguments, overrides = options.parse_known_args()
     chosen = variants(load_experiment(arguments.config), arguments.steps)
@@ -154,9 +155,6 @@ def main() -> None:
             raise InputError(f"--only {name!r} is no variant; there are: {', '.join(chosen)}")
     chosen = {name: settings for name, settings in chosen.items() if name in (arguments.only or chosen)}
     overrides = common(arguments, overrides)
-    if arguments.samples:
-        samples = str(arguments.samples)
-        overrides += ["--evaluation.image-samples", samples, "--evaluation.caption-samples", samples]
     seeds = measured(
         arguments.config,
         arguments.seeds,

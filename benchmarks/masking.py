@@ -16,7 +16,19 @@ that it makes, for which it has to fill in what was masked whole.
 from collections.abc import Mapping
 
 from measure import record
-from variants import PACKAGES, Figures, Settings, command, common, measure, measured, parser, run_main, table
+from variants import (
+    PACKAGES,
+    Figures,
+    Settings,
+    add_samples,
+    command,
+    common,
+    measure,
+    measured,
+    parser,
+    run_main,
+    table,
+)
 
 PRESETS = ("ra_cm3", "metaseq")
 VARIANTS: dict[str, Settings] = {
@@ -39,19 +51,12 @@ def accuracy_table(seeds: Mapping[str, Mapping[str, Figures]]) -> str:
 
 def main() -> None:
     options = parser(__doc__, "masking_cpu.json")
-    options.add_argument("--samples", type=int, default=0, help="drawn and written for accuracies; 0: perplexity alone")
+    add_samples(options)
     arguments, overrides = options.parse_known_args()
-    overrides = common(arguments, overrides)
-    if arguments.samples:
-        samples = str(arguments.samples)
-        overrides += ["--evaluation.image-samples", samples, "--evaluation.caption-samples", samples]
+    common_to_all = common(arguments, overrides)
+    config, workdir = arguments.config, arguments.workdir
     seeds = measured(
-        arguments.config,
-        arguments.seeds,
-        arguments.workdir,
-        overrides,
-        VARIANTS,
-        lambda run: measure(run, arguments.samples),
+        config, arguments.seeds, workdir, common_to_all, VARIANTS, lambda run: measure(run, arguments.samples)
     )
     print(table(seeds))
     if arguments.samples:

@@ -10,10 +10,14 @@ retrieves in context and without; the first of four samples counts:
     score        its caption against three with other test entities' names, each scored after the picture; right if its
                  own is the most probable. By chance: 25%
 
+Next to RA-CM3 with documents and without stand CM3 at its best, and copying: the gap is filled with the name that the
+first document's metadata gives, its picture is returned, and the caption with its name is chosen.
+
 The other tasks are measured by `rac3 evaluate` and its `--task infilling` and `--task few-shot`.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,10 @@ import rac3
 from rac3.answering import Model
 from rac3.config import InputError
 from rac3.documents.document import Document, Judge, Text
+from rac3.evaluation.entities import entity_of
 from rac3.held_out import entity, held_out_documents
 from rac3.prompt import MASK, Passage, Prompt
+from rac3.stages.evaluate import comparisons
 
 OTHERS = 3  # captions that a caption is scored against
 
@@ -48,14 +54,35 @@ def questions(model: Model) -> list[tuple[Document, str, list[str]]]:
     return found
 
 
-def right(model: Model, k: int) -> dict[str, list[bool]]:
-    """By task, whether each answer is right, with k documents in context."""
-    asked, judge = questions(model), model.experiment.data.test
+def seen(model: Model, pictures: Sequence[np.ndarray]) -> list[str]:
+    """The entity that the test source sees in each picture."""
+    judge = model.experiment.data.test
     if not isinstance(judge, Judge):
         raise SystemExit(f"{model.workdir.path} has a test source that can't tell what a picture shows")
+    return [look[model.experiment.data.entity_field] for look in judge.shown(np.stack(pictures))]
+
+
+def retrieved(model: Model, k: int) -> list[list[Document]]:
+    """The k documents that the picture of each question retrieves."""
+    pictures = [document.images[0].pixels() for document, _, _ in questions(model)]
+    return [[each.document for each in found] for found in model.retrieve_many(pictures, k)]
+
+
+def copied(model: Model) -> dict[str, list[bool]]:
+    """By task, whether the first document has the answer."""
+    asked, first = questions(model), [documents[0] for documents in retrieved(model, 1)]
+    names = [entity_of(document, model.experiment.data.entity_field) for document in first]
+    shown = seen(model, [document.images[0].pixels() for document in first])
+    named = [copy == name for copy, (_, name, _) in zip(names, asked, strict=True)]
+    drawn = [look == name for look, (_, name, _) in zip(shown, asked, strict=True)]
+    return {"infill_text": named, "continue": drawn, "score": named}
+
+
+def right(model: Model, k: int) -> dict[str, list[bool]]:
+    """By task, whether each answer is right, with k documents in context."""
+    asked = questions(model)
     pictures = [document.images[0].pixels() for document, _, _ in asked]
-    found = model.retrieve_many(pictures, k) if k else [[] for _ in asked]
-    contexts = [[each.document for each in documents] for documents in found]
+    contexts = retrieved(model, k) if k else [[] for _ in asked]
     infills, follows, passages = [], [], []
     for (document, name, others), pixels, documents in zip(asked, pictures, contexts, strict=True):
         given: dict[str, Any] = {"image": pixels, "documents": documents, "retrieve": 0}
@@ -67,9 +94,8 @@ def right(model: Model, k: int) -> dict[str, list[bool]]:
             passages.append(Passage(scored, 1, documents=documents))
     answers = [_made(answer) for _, answer in model.answers([*infills, *follows])]
     texts = [answer.texts[0] for answer in answers[: len(asked)]]
-    drawn = np.stack([np.asarray(answer.images[0]) for answer in answers[len(asked) :]])
+    shown = seen(model, [np.asarray(answer.images[0]) for answer in answers[len(asked) :]])
     log_probs = [_made(each).log_probs.sum() for each in model.scores(passages)]
-    shown = [look[model.experiment.data.entity_field] for look in judge.shown(drawn)]
     return {
         "infill_text": [text == document.text for text, (document, _, _) in zip(texts, asked, strict=True)],
         "continue": [look == name for look, (_, name, _) in zip(shown, asked, strict=True)],
@@ -90,15 +116,22 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = {}
     for workdir in options.workdirs:
-        model = rac3.load(workdir)
+        models = comparisons(rac3.load(workdir))
+        if not {"ra_cm3", "cm3_best"} <= models.keys():
+            raise SystemExit(f"{workdir} has {', '.join(models)}; it takes RA-CM3, and CM3 at its best")
+        model = models["ra_cm3"]
         most = max(model.experiment.batches.num_retrieved)
-        for k in dict.fromkeys((most, 0)):
-            answers = right(model, k)
-            figures = {task: round(float(np.mean(each)), 4) for task, each in answers.items()}
-            results.setdefault(workdir.name, {})[f"{k} documents"] = {"questions": len(answers["score"]), **figures}
-            print(
-                f"{workdir.name}, {k} documents:", ", ".join(f"{task} {value:.1%}" for task, value in figures.items())
-            )
+        answers = {
+            f"RA-CM3, {most} documents": right(model, most),
+            "RA-CM3, no documents": right(model, 0),
+            "CM3 at its best": right(models["cm3_best"], 0),
+            "the first document, copied": copied(model),
+        }
+        results[workdir.name] = {"questions": len(questions(model))}
+        for name, each in answers.items():
+            figures = {task: round(float(np.mean(of_task)), 4) for task, of_task in each.items()}
+            results[workdir.name][name] = figures
+            print(f"{workdir.name}, {name}:", ", ".join(f"{task} {value:.1%}" for task, value in figures.items()))
     if options.out:
         command = f"python benchmarks/tasks.py {' '.join(map(str, options.workdirs))}"
         options.out.write_text(record(command, PACKAGES, results), encoding="utf-8")

@@ -58,6 +58,11 @@ def parser(doc: str, out: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_samples(options: argparse.ArgumentParser) -> None:
+    """The option that `common` and `measure` take."""
+    options.add_argument("--samples", type=int, default=0, help="drawn and written for accuracies; 0: perplexity alone")
+
+
 def command() -> str:
     """This command, without where its files go."""
     kept, words = [], iter(sys.argv[1:])
@@ -72,7 +77,9 @@ def command() -> str:
 def common(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
     """What all variants are run with."""
     documents = [] if arguments.documents is None else ["--evaluation.documents", str(arguments.documents)]
-    return [*overrides, *documents, "--no-compare-with-cm3"]
+    count = str(getattr(arguments, "samples", 0))
+    samples = ["--evaluation.image-samples", count, "--evaluation.caption-samples", count] if count != "0" else []
+    return [*overrides, *documents, "--no-compare-with-cm3", *samples]
 
 
 def flags(settings: Settings) -> list[str]:

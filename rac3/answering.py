@@ -9,11 +9,11 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from rac3.config import InputError, quoted, to_plain
 from rac3.documents.document import (
@@ -62,22 +62,13 @@ from rac3.prompt import (
     pixels_of,
     scaled_mask,
 )
+from rac3.ranking import Ranked, by_clip, by_likelihood, by_log_prob
 from rac3.run import Found, Run, tokenize
 from rac3.tokens.html import Segment
 
-CLIP_SCORE, LOG_PROB, LOG_PROB_WHOLE = "CLIP score", "log p per id", "log p of the text"
 MASK_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)  # ids that a masked part of a text may have
 PARTIAL_EVERY = 4  # steps of the engine between two looks at what it draws
 AT_ONCE = 64  # prompts that are retrieved for and decoded together
-
-
-class Ranked(NamedTuple):
-    """The samples of an answer, best first, their scores, what the scores are, and what else to tell the user."""
-
-    samples: list[tuple[Part, ...]]
-    scores: list[float]
-    score: str
-    notes: tuple[str, ...] = ()
 
 
 Finish = Callable[[list[Sample]], Ranked]  # of the samples of all requests
@@ -440,7 +431,7 @@ class Model(Run):
 
         def finish(samples: list[Sample]) -> Ranked:
             codes = [draw.answer(form, sample) for sample in samples]
-            return self._by_clip([*self.images.decode(np.stack(codes))], text, samples)
+            return by_clip(self.encoder, [*self.images.decode(np.stack(codes))], text, samples)
 
         return [asked], finish
 
@@ -464,7 +455,7 @@ class Model(Run):
             pictures = [image.copy() for _ in filled]
             for picture, drawn in zip(pictures, self.images.decode(np.stack(filled)), strict=True):
                 picture[square] = infill_image.plug(image[square], prepare_image(drawn, len(inside)), inside)
-            return self._by_clip(pictures, text, samples)
+            return by_clip(self.encoder, pictures, text, samples)
 
         return [asked], finish
 
@@ -503,40 +494,10 @@ class Model(Run):
                 return by_log_prob([(text,) for text in texts], samples)
             apart = prompt.ensemble == "best"  # then each request was one for each prompt of the ensemble
             of_prompt = [number // prompt.samples for number in range(len(texts))] if apart else None
-            return self._by_likelihood(texts, codes, context, of_prompt)
+            encode = self.tokenizer.encode
+            return by_likelihood(self.form, self.scorer, encode, texts, codes, context, of_prompt)
 
         return asked, finish
-
-    def _by_likelihood(
-        self,
-        texts: list[str],
-        codes: Int[np.ndarray, " tokens"] | None,
-        context: Context,
-        of_prompt: Sequence[int] | None = None,
-    ) -> Ranked:
-        """The text that is most probable as a whole first, given its image and the documents.
-
-        What fills a gap was drawn without regard to how well the text goes on after it, and for another number of ids
-        in each request, so its own probability does not tell which fits.
-
-        Args:
-          of_prompt: which prompt of the context each text is judged by, in turn; None averages over all of them.
-        """
-        of_image: Tokens = () if codes is None else ((True, codes),)
-        given, infill = Context(context.documents, context.ensemble), codes is not None
-        asked: dict[str, Parts] = {}
-        for text in dict.fromkeys(texts):
-            ids = np.array(self.tokenizer.encode(text), np.int32)
-            with contextlib.suppress(InputError):  # one that is too long as a whole is no answer
-                asked[text] = score.request(self.form, ((False, ids), *of_image), 0, given, infill=infill)
-        log_probs = iter(self.scorer.log_probs([part for each in asked.values() for part in each.parts]))
-        found = {text: [next(log_probs) for _ in each.parts] for text, each in asked.items()}
-        totals, kept = [], [number for number, text in enumerate(texts) if text in found]
-        for number in kept:
-            each = found[texts[number]]
-            own = each if of_prompt is None else [each[of_prompt[number] % len(each)]]
-            totals.append(score.answer(own).sum())
-        return _ranked([(texts[number],) for number in kept], np.array(totals), LOG_PROB_WHOLE)
 
     def _continue(self, prompt: Prompt, context: Context) -> tuple[list[Asked], Finish]:
         form, ids = self.form, np.array(self.tokenizer.encode(prompt.text.strip()), np.int32)
@@ -562,14 +523,6 @@ class Model(Run):
             return PIL.Image.fromarray(self.images.decode(segment.ids[None])[0])
         return self.tokenizer.decode(segment.ids.tolist())
 
-    def _by_clip(self, pictures: list[Pixels], text: str, samples: list[Sample]) -> Ranked:
-        """By the cosine of CLIP's vectors of picture and text (paper, section 4.2); without a text, by perplexity."""
-        parts: list[tuple[Part, ...]] = [(PIL.Image.fromarray(picture),) for picture in pictures]
-        if not text:
-            return by_log_prob(parts, samples)
-        scores = self.encoder.embed_images(pictures) @ self.encoder.embed_texts([text])[0]
-        return _ranked(parts, scores, CLIP_SCORE)
-
 
 def _likelihood(asked: Parts, found: list[Found], log_probs: list[Float[np.ndarray, " _"]]) -> Likelihood:
     """The score of a passage, of the log probabilities after each prompt of its context."""
@@ -594,16 +547,6 @@ def _unframed(answer: Answer, asked: Prompt, prompt: Prompt) -> Answer:
     box = (columns.start, rows.start, columns.stop, rows.stop)
     samples = [tuple(part if isinstance(part, str) else part.crop(box) for part in each) for each in answer.samples]
     return dataclasses.replace(answer, samples=samples)
-
-
-def by_log_prob(parts: list[tuple[Part, ...]], samples: list[Sample]) -> Ranked:
-    """The lowest perplexity first (paper, section 4.2)."""
-    return _ranked(parts, np.array([sample.mean_log_prob for sample in samples]), LOG_PROB)
-
-
-def _ranked(parts: list[tuple[Part, ...]], scores: Float[np.ndarray, " samples"], unit: str) -> Ranked:
-    order = np.argsort(-scores, kind="stable").tolist()
-    return Ranked([parts[i] for i in order], [float(scores[i]) for i in order], unit)
 
 
 def _given_image(prompt: Prompt) -> Pixels:

@@ -28,7 +28,7 @@ from rac3.generation.answers import Answer
 from rac3.generation.prompts import Context
 from rac3.generation.request import Sample
 from rac3.generation.sampling import Guidance, Sampling, Without
-from rac3.prompt import Passage, Prompt, Task, mask_of, pixels_of, scaled_mask
+from rac3.prompt import Ensemble, Passage, Prompt, Task, mask_of, pixels_of, scaled_mask
 from rac3.tokens.html import Segment
 
 PROMPT = "a fox on water in night"
@@ -197,24 +197,21 @@ def test_what_is_masked_does_not_retrieve(model: Model, pictures):
     np.testing.assert_array_equal(whole, pictures[0])
 
 
-@pytest.mark.parametrize("with_image", [False, True])
-def test_a_masked_text_is_filled_in(model: Model, calls: list[Call], pictures, with_image: bool):
-    """Of an unknown number of ids, several are tried; the answer are the texts that are most probable as a whole, as
-    `score` has them with the same document in context: alone, or given the image."""
-    image = pictures[0] if with_image else None
-    answer = model.infill_text("a <mask> on water", image=image, samples=2, retrieve=1)
+@pytest.mark.parametrize(("with_image", "ensemble"), [(False, ""), (True, ""), (False, "mean")])
+def test_a_masked_text_is_filled_in(model: Model, calls: list[Call], pictures, with_image: bool, ensemble: Ensemble):
+    """Of an unknown number of ids, several are tried; the answer is the texts that are most probable as a whole, as
+    `score` has them with the same documents: alone, given the image, or averaged over two prompts of an ensemble."""
+    image, k = pictures[0] if with_image else None, 4 if ensemble else 1
+    answer = model.infill_text("a <mask> on water", image=image, samples=2, retrieve=k, ensemble=ensemble)
     lengths = [run.count for run in calls[0].draws]
     assert lengths == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
     every = [sample for samples in calls[0].out for sample in samples]
     filled = [model.tokenizer.decode((sample.runs[0] - FIRST_TEXT).tolist()).strip() for sample in every]
     texts = [f"a {text} on water" for text in filled]
-    (document,) = answer.documents
-    assert document == model.retrieve("a on water", k=1)[0].document
+    assert answer.documents == [found.document for found in model.retrieve("a on water", k=k)]
     rest = _document("x", image).segments[-1:] if with_image else ()
-    passages = [
-        Passage(Document("", (Text(text), *rest), {}), documents=[document], infill=with_image, retrieve=0)
-        for text in texts
-    ]
+    given: dict[str, Any] = {"documents": answer.documents, "infill": with_image, "retrieve": 0, "ensemble": ensemble}
+    passages = [Passage(Document("", (Text(text), *rest), {}), **given) for text in texts]
     wanted = [found.log_probs.sum() for found in model.scores(passages) if not isinstance(found, InputError)]
     order = np.argsort(-np.array(wanted), kind="stable")[:2]
     assert answer.texts == [texts[number] for number in order]

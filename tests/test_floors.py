@@ -21,7 +21,7 @@ FLOORS = (
     ("training", "generation"),
     ("evaluation",),
     ("experiment",),
-    ("recipes", "run", "prompt", "answering", "held_out", "experiment_file"),
+    ("recipes", "run", "prompt", "ranking", "answering", "held_out", "experiment_file"),
     ("stages",),
     ("plan", "report", "demo"),
     ("cli",),
@@ -36,7 +36,7 @@ FORBIDDEN = (
 )
 # The order inside a package. Modules that are not listed come after the listed ones, in any order without a cycle.
 ORDER = {
-    "": ("recipes", "run", "prompt", "answering", "held_out", "experiment_file"),
+    "": ("recipes", "run", "prompt", "ranking", "answering", "held_out", "experiment_file"),
     "artifacts": ("recipe", "files", "workdir", "arrays"),
     "weights": (
         "fitting",

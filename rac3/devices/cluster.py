@@ -1,4 +1,4 @@
-"""The cluster and the amount of data that `rac3 plan` assumes. Nothing else reads them."""
+"""GPUs by their data sheets, and the cluster and the amount of data that `rac3 plan` assumes."""
 
 import os
 from dataclasses import dataclass

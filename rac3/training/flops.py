@@ -5,16 +5,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rac3.batches.packing import PackedBatch
+from rac3.devices.cluster import GPUS
 from rac3.model.transformer import Transformer
 
 # Peak FLOP/s of dense bfloat16 products with float32 sums, by JAX's `device_kind`, from the vendors' data sheets.
 PEAKS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-40GB": 1e12 * GPUS["A100-40GB"].tflops,
+    "NVIDIA A100-SXM4-80GB": 1e12 * GPUS["A100"].tflops,
+    "NVIDIA A100 80GB PCIe": 1e12 * GPUS["A100"].tflops,
+    "NVIDIA H100 80GB HBM3": 1e12 * GPUS["H100"].tflops,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
+    "NVIDIA H200": 1e12 * GPUS["H200"].tflops,
+    "NVIDIA B200": 1e12 * GPUS["B200"].tflops,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,

@@ -27,7 +27,7 @@ def tasks(path: None) -> ModuleType:
 class Judging(World):
     """Sees the second and the fourth entity where they are."""
 
-    def shown(self, pictures: Any) -> list[dict[str, str]]:
+    def shown(self, pictures: np.ndarray) -> list[dict[str, str]]:
         return [{"entity": name} for name, _ in zip(("beta", "beta", "alpha", "delta"), pictures, strict=True)]
 
 
@@ -57,7 +57,7 @@ def model(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
         assert {each.document.segments[each.segment].text for each in passages} <= set(CAPTIONS)
         return [SimpleNamespace(log_probs=-np.ones(len(each.document.text))) for each in passages]
 
-    memory = SimpleNamespace(document=Document("memory", (Text("beta"),), {}))
+    memory = SimpleNamespace(document=Document("memory", (Image(encode_png(pixels)), Text("b")), {"entity": "gamma"}))
     return SimpleNamespace(
         experiment=SimpleNamespace(data=SimpleNamespace(test=Judging(), entity_field="entity")),
         retrieve_many=lambda pictures, k: [[memory] * k for _ in pictures],
@@ -75,15 +75,27 @@ def test_what_counts_as_right(tasks: ModuleType, model: Any):
     }
 
 
+def test_what_a_copy_has_right(tasks: ModuleType, model: Any):
+    """The first document is gamma's by its metadata."""
+    of_name = [False, False, True, False]
+    drawn = [False, True, False, True]
+    assert tasks.copied(model) == {"infill_text": of_name, "continue": drawn, "score": of_name}
+
+
 @pytest.mark.slow
 def test_a_finished_run_has_all_figures(finished_workdir: tuple[Path, Path], tmp_path: Path):
     out = tmp_path / "out.json"
     script = [sys.executable, "benchmarks/tasks.py", str(finished_workdir[1]), "--out", str(out)]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (by_k,) = json.loads(out.read_text(encoding="utf-8"))["results"].values()
-    assert [*by_k] == ["2 documents", "0 documents"]
-    for figures in by_k.values():
-        assert figures.keys() == {"questions", "infill_text", "continue", "score"}
-        assert figures["questions"] > 0
-        assert all(0 <= value <= 1 for name, value in figures.items() if name != "questions")
+    (found,) = json.loads(out.read_text(encoding="utf-8"))["results"].values()
+    assert found.pop("questions") > 0
+    assert [*found] == [
+        "RA-CM3, 2 documents",
+        "RA-CM3, no documents",
+        "CM3 at its best",
+        "the first document, copied",
+    ]
+    for figures in found.values():
+        assert figures.keys() == {"infill_text", "continue", "score"}
+        assert all(0 <= value <= 1 for value in figures.values())
