@@ -20,7 +20,7 @@ from rac3.generation.engine import Progress as Drawing
 from rac3.generation.sampling import Guidance, Sampling, Without
 from rac3.generation.tasks.classify import Scored
 from rac3.generation.tasks.continuation import Kind
-from rac3.prompt import Ensemble, Prompt, Task, mask_of, pixels_of
+from rac3.prompt import Ensemble, Passage, Prompt, Task, mask_of, pixels_of
 from rac3.retrieval.retriever import Chosen
 
 Judging = Literal["classify", "score"]  # tasks that draw nothing
@@ -246,25 +246,32 @@ def _each(
     Args:
       moved: called with the number of prompts that is done; of those drawn together, each share of their ids counts.
     """
-    for begin in range(start, len(lines), AT_ONCE):
-        prompts: list[Prompt | Judged | InputError] = []
-        for number in range(begin, min(begin + AT_ONCE, len(lines))):
+    for begin in range(start - start % AT_ONCE, len(lines), AT_ONCE):
+        end = min(begin + AT_ONCE, len(lines))
+        found: dict[int, Prompt | Judged | InputError] = {}
+        scored: dict[int, tuple[GenerateOptions, Passage]] = {}
+        for number in range(begin, end):
             try:
                 own = _with(options, lines[number], number)
-                judging = own.task in get_args(Judging)
-                prompts.append(_judge(run, own, files, options) if judging else _prompt(run, own, files))
+                if own.task == "score":  # those with an answer too: the last digits depend on what is scored together
+                    scored[number] = own, _passage(own, files, options)
+                elif number >= start:
+                    classifies = own.task == "classify"
+                    found[number] = _classify(run, own, files, options) if classifies else _prompt(run, own, files)
             except InputError as error:
-                prompts.append(error)
-            moved(begin + sum(not isinstance(prompt, Prompt) for prompt in prompts))
-        asked = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-        ready = begin + len(prompts) - len(asked)
+                found[number] = error
+            moved(begin + sum(not isinstance(each, Prompt) for each in found.values()))
+        if any(number >= start for number in scored):
+            found |= zip(scored, _scores(run, [*scored.values()]), strict=True)
+        prompts = [prompt for prompt in found.values() if isinstance(prompt, Prompt)]
 
-        def drawn(progress: Drawing, ready: int = ready, asked: int = len(asked)) -> None:
+        def drawn(progress: Drawing, ready: int = end - len(prompts), asked: int = len(prompts)) -> None:
             moved(ready + asked * progress.drawn // progress.total)
 
-        answers = run.answers(asked, drawn)
-        for number, prompt in enumerate(prompts, begin):
-            yield number, next(answers)[1] if isinstance(prompt, Prompt) else prompt
+        answers = run.answers(prompts, drawn)
+        for number in range(max(begin, start), end):
+            each = found[number]
+            yield number, next(answers)[1] if isinstance(each, Prompt) else each
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -377,31 +384,33 @@ def _prompt(run: Model, options: GenerateOptions, files: Path) -> Prompt:
 
 def _judge_one(run: Model, options: GenerateOptions, folder: Path) -> str:
     _open(run, draws=False, retrieves=bool(options.retrieve))
-    judged = _judge(run, options, Path(), GenerateOptions())
+    common = GenerateOptions()
+    if options.task == "classify":
+        judged: Judged | InputError = _classify(run, options, Path(), common)
+    else:
+        (judged,) = _scores(run, [(options, _passage(options, Path(), common))])
+    if isinstance(judged, InputError):
+        raise judged
     folder.mkdir(parents=True, exist_ok=True)
     line = json.dumps(judged.record, ensure_ascii=False, allow_nan=False)
     write_atomic(folder / f"{_file_name(options.task, options)}.json", line + "\n")
     return "\n".join(judged.lines)
 
 
-def _judge(run: Model, options: GenerateOptions, files: Path, common: GenerateOptions) -> Judged:
-    """Classifies or scores.
+def _check_used(options: GenerateOptions, common: GenerateOptions, *unused: str) -> None:
+    """Refuses what a task that draws nothing has no use for.
 
     Args:
       common: the options of all prompts, whose sampling is for those that draw.
-
-    Raises:
-      InputError: something that the task needs is not given, or something is that it can't use.
     """
-    unused = ["mask", "follow", *(["prompt", "documents"] if options.task == "classify" else [])]
     given = [name for name in unused if getattr(options, name)]
     given += [name for name in SAMPLING if getattr(options, name) != getattr(common, name)]
     if given:
         raise InputError(f"the task {options.task} has no use for {', '.join(given)}; leave that out")
-    return (_classify if options.task == "classify" else _score)(run, options, files)
 
 
-def _classify(run: Model, options: GenerateOptions, files: Path) -> Judged:
+def _classify(run: Model, options: GenerateOptions, files: Path, common: GenerateOptions) -> Judged:
+    _check_used(options, common, "mask", "follow", "prompt", "documents")
     if not options.image:
         raise InputError("the task classify needs an image; give --image FILE")
     if options.retrieve:
@@ -423,33 +432,44 @@ def _classify(run: Model, options: GenerateOptions, files: Path) -> Judged:
     return Judged(record, [*found.notes, *(f"{label}: {value:.3f}" for label, value in found.probabilities.items())])
 
 
-def _score(run: Model, options: GenerateOptions, files: Path) -> Judged:
+def _passage(options: GenerateOptions, files: Path, common: GenerateOptions) -> Passage:
+    _check_used(options, common, "mask", "follow")
     text, image = options.prompt.strip(), options.image
     if options.scored == "apart":
         raise InputError("scored='apart' is for the task classify; use text or image")
     if not (text if options.scored == "text" else image):
         raise InputError(f"there is no {options.scored} to score; give --prompt TEXT, or --image FILE --scored image")
-    document = captioned(image, text, _image_file(files / image)) if image else Document("", (Text(text),), {})
     rest = bool(text and image)
-    retrieve = (2 if rest else 0) if options.retrieve is None else options.retrieve
-    found = run.score(
-        document,
+    return Passage(
+        captioned(image, text, _image_file(files / image)) if image else Document("", (Text(text),), {}),
         int(rest and options.scored == "image"),
         infill=rest and options.scored == "text",
         documents=[_document(files, each) for each in options.documents],
-        retrieve=retrieve,
+        retrieve=(2 if rest else 0) if options.retrieve is None else options.retrieve,
         ensemble=options.ensemble,
     )
+
+
+def _scores(run: Model, asked: Sequence[tuple[GenerateOptions, Passage]]) -> list[Judged | InputError]:
+    """How probable passages are, all in one batch."""
+    found = run.scores([passage for _, passage in asked])
+    return [
+        each if isinstance(each, InputError) else _scored(options, passage, each)
+        for (options, passage), each in zip(asked, found, strict=True)
+    ]
+
+
+def _scored(options: GenerateOptions, passage: Passage, found: Likelihood) -> Judged:
     total, count = float(found.log_probs.sum()), len(found.log_probs)
     record = {
         "task": "score",
-        "prompt": {"text": text, "image": image},
+        "prompt": {"text": options.prompt.strip(), "image": options.image},
         "log_prob": round(total, 6),
         "log_probs": [round(value, 6) for value in found.log_probs.tolist()],
         "documents": plain_documents(found.documents, found.similarities),
         "dropped": [each.key for each in found.dropped],
         "notes": found.notes,
-        "settings": {"scored": options.scored, "retrieve": retrieve, "ensemble": options.ensemble},
+        "settings": {"scored": options.scored, "retrieve": passage.retrieve, "ensemble": options.ensemble},
     }
     line = f"{options.scored}: log p {total:.3f} nats, {count} ids, perplexity {math.exp(-total / count):.3f}"
     return Judged(record, [*_context_lines(found), line])

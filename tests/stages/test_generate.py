@@ -22,12 +22,14 @@ from rac3.answering import Model
 from rac3.artifacts.workdir import Workdir
 from rac3.cli import parse
 from rac3.config import InputError
+from rac3.documents.document import Document, Text
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment
 from rac3.generation.copying import Copying
 from rac3.generation.engine import Engine
 from rac3.generation.request import Draw
 from rac3.generation.sampling import Guidance, Sampling
+from rac3.generation.tasks.score import Scorer
 from rac3.retrieval.exact import Exact
 from rac3.retrieval.fixed import Fixed
 from rac3.run import Found
@@ -521,6 +523,39 @@ def test_a_file_of_prompts_goes_on_where_it_was_killed(
         with pytest.raises(InputError, match="has answers to other prompts, or with other options"):
             generate(model, replace(other, out=str(part)))
     assert written(part) == whole
+
+
+def test_texts_of_a_file_are_scored_together(run: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In blocks that do not depend on where a kill was. One that is too long fails alone; each has its own score."""
+    monkeypatch.setattr("rac3.stages.generate.AT_ONCE", 4)
+    texts = ["an owl", "a fox", "a fox " * 100, "a red fox on the grass", "a cat"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"task": "score", "prompt": text}) for text in texts))
+    options = GenerateOptions(prompts=str(prompts), out=str(tmp_path / "whole"))
+    together = []
+    log_probs = Scorer.log_probs
+    monkeypatch.setattr(Scorer, "log_probs", lambda self, parts: together.append(len(parts)) or log_probs(self, parts))
+    with pytest.raises(InputError, match="1 of 5 prompts"):
+        generate(run, options)
+    assert together == [3, 1]
+    whole = (tmp_path / "whole" / "answers.jsonl").read_bytes()
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert "exceeds" in records[2]["error"]
+    for text, record in zip(texts, records, strict=True):
+        if "error" not in record:
+            alone = run.score(Document("", (Text(text),), {}))
+            assert record["prompt"]["text"] == text
+            assert record["log_probs"] == pytest.approx(alone.log_probs, rel=1e-4)
+
+    for lines, blocks in ((1, [3, 1]), (3, [3, 1]), (4, [1])):
+        part = tmp_path / f"part{lines}"
+        part.mkdir()
+        (part / "answers.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:lines]))
+        together.clear()
+        with pytest.raises(InputError, match="1 of 5 prompts"):
+            generate(run, replace(options, out=str(part)))
+        assert (part / "answers.jsonl").read_bytes() == whole
+        assert together == blocks
 
 
 @pytest.mark.parametrize(
