@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 from jaxtyping import PyTree
-from plain_transformer import plain_logits, plain_nats
+from plain_transformer import plain_logits, plain_nats, plain_turns
 
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking, move_spans
@@ -14,7 +14,7 @@ from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_END, IMA
 
 VOCAB = 128
 MODEL = TransformerConfig(
-    num_layers=2, embed=32, num_heads=4, mlp=64, dtype="float32", remat="dots", init_std=0.1
+    num_layers=2, embed=32, num_heads=4, mlp=64, dtype="float32", remat="dots", init_std=0.1, rotary_offsets=True
 ).build(VOCAB, 24, 9)
 VOCABULARY = Vocabulary(text_size=40, image_size=30)
 FIRST_TEXT, FIRST_IMAGE, MASK = 8, 48, 78
@@ -62,7 +62,10 @@ def plain_cm3_loss(params: PyTree, alpha: float) -> tuple[float, dict[str, float
         memory = [pair for document in retrieved for pair in document]
         for part, context, scored in ((RETRIEVED, [], memory), (MAIN, memory, main)):
             ids, offsets = np.array([(EOD, 0), *context, *scored]).T
-            losses = plain_nats(plain_logits(params, 4, ids[:-1], offsets[:-1]), ids[1:]) if scored else []
+            logits = (
+                plain_logits(params, 4, ids[:-1], offsets[:-1], plain_turns(offsets[:-1], 8, 9)) if scored else None
+            )
+            losses = [] if logits is None else plain_nats(logits, ids[1:])
             for target, loss in zip(ids[len(context) + 1 :], losses[len(context) :], strict=True):
                 if target != MASK:
                     kind = "text" if 8 <= target < 48 else "image" if 48 <= target < 78 else "markup"

@@ -85,6 +85,7 @@ ORDER = {
         "splash",
         "packed",
         "product",
+        "rotary",
         "embedding",
         "attention",
         "transformer",

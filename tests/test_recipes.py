@@ -271,6 +271,7 @@ FITTED: dict[str, Row] = {
     "model.num_heads": (2, MODEL),
     "model.mlp": (64, MODEL),
     "model.offset_embedding": (False, MODEL),
+    "model.rotary_offsets": (True, MODEL),
     "model.dtype": ("float32", MODEL),
     "model.attention": ("plain", NOTHING),  # the same numbers up to rounding
     "model.remat": ("full", NOTHING),  # the same numbers with less memory

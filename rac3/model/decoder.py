@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from rac3.devices.mesh import constrain, map_shards, mesh_axes
 from rac3.model.blockwise import HIDDEN
+from rac3.model.rotary import Rotation, rotate
 from rac3.model.transformer import EPSILON, Transformer
 
 # The axes of each kernel of a layer, [*in, *out] in training, in the order [*out, *in].
@@ -188,21 +189,27 @@ class Decoder:
         if self.model.config.offset_embedding:
             x += weights["offset_embedding"][offsets]
         x = constrain(x, None, None, None)  # on a mesh, tables are sharded along `embed`, and rows by `batch`
+        rotation = self.model.rotation(offsets)
         x, kept = jnp.moveaxis(x, -1, 0), []
         for layer, cache in zip(weights["blocks"], caches, strict=True):
-            x, new = self._block(layer, constrain(x, None, "batch", None), cache, attend)
+            x, new = self._block(layer, constrain(x, None, "batch", None), rotation, cache, attend)
             kept.append(new)
         return x, kept
 
     def _block(
-        self, weights: Weights, x: Float[Array, "embed streams seq"], cache: Any, attend: Attend
+        self,
+        weights: Weights,
+        x: Float[Array, "embed streams seq"],
+        rotation: Rotation | None,
+        cache: Any,
+        attend: Attend,
     ) -> tuple[Float[Array, "embed streams seq"], KeyValues]:
         """`rac3.model.transformer.Block`, with the attention to a cache."""
         attention, mlp_in, mlp_out = weights["attention"], weights["mlp_in"], weights["mlp_out"]
         qkv = _affine(attention["qkv_kernel"], self._norm(weights["attention_norm"], x), attention["qkv_bias"])
         qkv = constrain(qkv, None, "heads", None, "batch", None)
-        query, *new = (part.transpose(2, 3, 0, 1) for part in qkv)  # [streams, seq, heads, head_dim]
-        out, kept = attend(cache, query, KeyValues(*new))
+        query, key, value = (part.transpose(2, 3, 0, 1) for part in qkv)  # [streams, seq, heads, head_dim]
+        out, kept = attend(cache, rotate(query, rotation), KeyValues(rotate(key, rotation), value))
         x += _affine(attention["out_kernel"], out.transpose(2, 3, 0, 1), attention["out_bias"], 2)
         x = constrain(x, None, "batch", None)
         hidden = _affine(mlp_in["kernel"], self._norm(weights["mlp_norm"], x), mlp_in["bias"])

@@ -1,4 +1,4 @@
-"""The Transformer in a folder that others read: as Hugging Face's OPT, or in rac3's own form with the offset table.
+"""The Transformer in a folder that others read: as Hugging Face's OPT, or in rac3's own form with its offsets.
 
 config.json  model.safetensors, or shards and their index  text_tokenizer/
 
@@ -112,7 +112,7 @@ def parameters(params: PyTree) -> dict[str, Any]:
 
 def model_type(model: Transformer) -> str:
     """The form that can hold the model."""
-    return OWN if model.config.offset_embedding else OPT
+    return OWN if model.config.offset_embedding or model.config.rotary_offsets else OPT
 
 
 def settings_of(model: Transformer, vocabulary: Vocabulary, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +152,7 @@ def settings_of(model: Transformer, vocabulary: Vocabulary, more: Mapping[str, A
             "image_start": vocabulary.image_start,
             "mask_start": vocabulary.mask_start,
             "max_segment_tokens": model.max_segment_tokens,
+            "rotary_offsets": config.rotary_offsets,
             **more,
         },
     }
@@ -327,6 +328,7 @@ def read_pretrained(source: str, model: Transformer, shapes: Shapes, vocabulary:
     vocab_size = settings.get("vocab_size", int)
     positions = settings.get("max_position_embeddings", int)
     longest = own.get("max_segment_tokens", int) if own is not None else 0
+    _check_rotary(settings, own, model)
     rows = {
         "token_embedding": _token_rows(settings, own, vocabulary, vocab_size, model.vocab_size),
         "position_embedding": _first_rows(positions, model.max_positions, FIRST_POSITION[kind]),
@@ -387,6 +389,23 @@ def _check_sizes(settings: Settings, model: Transformer) -> str:
                 f"{found}, or start from another model"
             )
     return kind
+
+
+def _check_rotary(settings: Settings, own: Settings | None, model: Transformer) -> None:
+    """Refuses weights whose queries and keys are turned otherwise than here."""
+    ours = model.config.rotary_offsets
+    theirs = own is not None and own.get("rotary_offsets", bool, False)
+    if theirs != ours:
+        raise InputError(
+            f"{settings.file}: rotary_offsets={theirs}, but model.rotary_offsets={ours}; set "
+            f"--model.{'' if theirs else 'no-'}rotary-offsets, or start from another model"
+        )
+    longest = own.get("max_segment_tokens", int) if own is not None and theirs else model.max_segment_tokens
+    if longest != model.max_segment_tokens:
+        raise InputError(
+            f"{settings.file}: max_segment_tokens={longest}, but {model.max_segment_tokens} here, which rotary offsets "
+            "depend on; use images of as many tokens, and the same max_text_tokens"
+        )
 
 
 def _token_rows(

@@ -15,8 +15,10 @@ from rac3.model.blockwise import SAVED
 from rac3.model.embedding import look_up
 from rac3.model.packed import AttentionName, PackedAttention, choose_attention
 from rac3.model.product import dot_general
+from rac3.model.rotary import Rotation, rotation
 
 EPSILON = 1e-5  # of the norms, as in OPT
+SMALLEST_HEAD = 8  # with rotary offsets: two pairs of dimensions that turn
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class TransformerConfig:
       offset_embedding: embed a token's place in its text or image, in addition to its position in the group. The
         position of a document varies with what stands before it; with this, "the same patch in the retrieved image" or
         "the same word in the retrieved caption" is a match of keys rather than arithmetic on positions. OPT has none.
+      rotary_offsets: turn queries and keys by these places, and let two heads of each layer start by looking one place
+        ahead in other texts and images (`rac3.model.rotary`). Neither the paper nor OPT does. Small models learn to use
+        documents in fewer steps with it.
       dtype: of the computation. Parameters are float32.
       attention: the form of attention over packed rows (`rac3.model.packed`): `auto` is the fastest one that agrees
         with the plain one on this device.
@@ -45,6 +50,7 @@ class TransformerConfig:
     num_heads: int = 32
     mlp: int = 10240
     offset_embedding: bool = True
+    rotary_offsets: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: AttentionName = "auto"
     remat: Literal["none", "dots", "attention", "full"] = "dots"
@@ -58,6 +64,12 @@ class TransformerConfig:
         if self.embed % self.num_heads:
             raise InputError(
                 f"model.num_heads={self.num_heads} does not divide model.embed={self.embed}; use heads of 64 to 128"
+            )
+
+        if self.rotary_offsets and self.embed // self.num_heads < SMALLEST_HEAD:
+            raise InputError(
+                f"model.rotary_offsets turns pairs of dimensions, and model.embed={self.embed} gives "
+                f"model.num_heads={self.num_heads} heads less than {SMALLEST_HEAD}; use fewer heads"
             )
 
     def build(self, vocab_size: int, max_positions: int, max_segment_tokens: int, max_groups: int = 0) -> "Transformer":
@@ -93,12 +105,14 @@ class Block(nn.Module):
 
     config: TransformerConfig
     packed: PackedAttention
+    longest: int
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
         segments: Int[Array, "batch seq"],
+        rotation: Rotation | None,
     ) -> tuple[Float[Array, "batch seq embed"], None]:
         config = self.config
         output_std = config.init_std / (2 * config.num_layers) ** 0.5
@@ -109,8 +123,9 @@ class Block(nn.Module):
             init_std=config.init_std,
             output_init_std=output_std,
             packed=self.packed,
+            longest=self.longest if config.rotary_offsets else 0,
             name="attention",
-        )(_layer_norm(config, "attention_norm")(x), segments)
+        )(_layer_norm(config, "attention_norm")(x), segments, rotation)
         x = constrain(x + attended, "batch", "seq", None)
         hidden = _dense(config, config.mlp, ("embed", "mlp"), config.init_std, "mlp_in")(
             _layer_norm(config, "mlp_norm")(x)
@@ -152,11 +167,11 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # all layers share the segments
+            in_axes=nn.broadcast,  # all layers share the segments and the rotation
             length=self.config.num_layers,
             unroll=self._unroll(),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.config, self.packed)
+        )(self.config, self.packed, self.max_segment_tokens)
         self.final_norm = _layer_norm(self.config, "final_norm")
 
     def _unroll(self) -> int:
@@ -180,8 +195,15 @@ class Transformer(nn.Module):
           offsets: 1 + the place of each token in its text or image (raster order), 0 at markup.
           segments: the group of each token, from 1; 0 is padding.
         """
-        x, _ = self.blocks(self._embedded(tokens, positions, offsets), segments)
+        x, _ = self.blocks(self._embedded(tokens, positions, offsets), segments, self.rotation(offsets))
         return constrain(self.final_norm(x), "batch", "seq", None)
+
+    def rotation(self, offsets: Int[Array, "batch seq"]) -> Rotation | None:
+        """By what queries and keys are turned; None is nothing."""
+        config = self.config
+        if not config.rotary_offsets:
+            return None
+        return rotation(offsets, config.embed // config.num_heads, self.max_segment_tokens)
 
     def _embedded(self, tokens: Array, positions: Array, offsets: Array) -> Array:
         """The sum of the embeddings of ids, positions and offsets. `init`, which needs no values, gets zeros."""

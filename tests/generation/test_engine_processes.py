@@ -29,7 +29,8 @@ from rac3.tokens.html import Sequenced
 from rac3.tokens.vocabulary import Vocabulary
 
 vocabulary = Vocabulary(text_size=40, image_size=30)
-model = TransformerConfig(num_layers=2, embed=32, num_heads=4, mlp=48, dtype="float32").build(128, 64, 64)
+config = TransformerConfig(num_layers=2, embed=32, num_heads=4, mlp=48, rotary_offsets=True, dtype="float32")
+model = config.build(128, 64, 64)
 mesh = MeshConfig(*((2, 2, 2) if count > 1 else (1, 1, 1))).build()
 boxed = jax.eval_shape(model.init, jax.random.key(0), *[jnp.zeros((1, 2), jnp.int32)] * 4)
 params = jax.tree.map(

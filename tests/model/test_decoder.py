@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_transformer import plain_logits, random_params
+from plain_transformer import plain_logits, plain_turns, random_params
 
 from rac3.model.decoder import Cache, Decoder
 from rac3.model.transformer import Transformer, TransformerConfig
@@ -66,12 +66,12 @@ def cached_logits(
     return found
 
 
-@pytest.mark.parametrize("offset_embedding", [True, False])
+@pytest.mark.parametrize(("offset_embedding", "rotary"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("streams", "samples"), [(1, 1), (3, 1), (1, 4), (2, 3)])
-def test_prefill_and_steps_have_the_logits_of_plain_numpy(offset_embedding, streams, samples):
+def test_prefill_and_steps_have_the_logits_of_plain_numpy(offset_embedding, rotary, streams, samples):
     """Prompts of 13, 16 and 3 ids in chunks of 8, whose samples go on differently. The streams begin at different
     steps, and the ring of 28 slots wraps around. Embeddings are small, so that the norms' epsilon counts."""
-    config = TransformerConfig(**{**vars(CONFIG), "offset_embedding": offset_embedding})
+    config = TransformerConfig(**{**vars(CONFIG), "offset_embedding": offset_embedding, "rotary_offsets": rotary})
     model = config.build(VOCAB, POSITIONS, IMAGE)
     params = random_params(model)
     for name in ("token_embedding", "position_embedding", "offset_embedding")[: 3 if offset_embedding else 2]:
@@ -86,7 +86,8 @@ def test_prefill_and_steps_have_the_logits_of_plain_numpy(offset_embedding, stre
     got = cached_logits(model, params, tokens, offsets, lengths, begun, ring=28)
     for stream, sample in np.ndindex(streams, samples):
         own = [x[stream, sample] for x in (tokens, offsets)]
-        expected = plain_logits(params, 4, own[0], own[1] if offset_embedding else None)[lengths[stream] :]
+        turns = plain_turns(own[1], 8, IMAGE) if rotary else None
+        expected = plain_logits(params, 4, own[0], own[1] if offset_embedding else None, turns)[lengths[stream] :]
         atol = EPS * np.abs(expected).max()
         np.testing.assert_allclose(got[stream, sample, lengths[stream] :], expected, rtol=0, atol=atol)
 

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from plain_transformer import plain_logits, random_params
+from exported_model import page_code
+from plain_transformer import plain_logits, plain_turns, random_params
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -46,10 +47,11 @@ def read(folder: Path, model: Transformer, vocabulary: Vocabulary = VOCABULARY) 
     return found.over(jax.tree.map(jax.numpy.asarray, random_params(model, seed=9)))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["opt", "own"])
+@pytest.fixture(scope="module", params=[(False, False), (True, False), (True, True)], ids=["opt", "own", "rotary"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """A model with random parameters, without and with offsets, and its folder."""
-    model = model_of(dataclasses.replace(CONFIG, offset_embedding=request.param))
+    """A model with random parameters, without offsets, with a table of them, and with rotary ones too; its folder."""
+    table, rotary = request.param
+    model = model_of(dataclasses.replace(CONFIG, offset_embedding=table, rotary_offsets=rotary))
     params, folder = random_params(model), tmp_path_factory.mktemp("exported")
     exchange.write_model(folder, model, params, VOCABULARY, {})
     return model, params, folder
@@ -256,11 +258,35 @@ def test_an_export_is_read_with_its_own_vocabulary_alone(exported: Any):
         read(folder, model, other)
 
 
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_the_code_of_the_page_has_the_logits_of_plain_numpy(table: bool, rotary: bool, tmp_path: Path):
+    model = model_of(dataclasses.replace(CONFIG, offset_embedding=table, rotary_offsets=rotary))
+    if exchange.model_type(model) == "opt":
+        return
+    params = random_params(model)
+    exchange.write_model(tmp_path, model, params, VOCABULARY, {})
+    rng, page = np.random.default_rng(0), page_code()
+    tokens, offsets = rng.integers(0, 100, POSITIONS), rng.integers(0, LONGEST + 1, POSITIONS)
+    turns = plain_turns(offsets, 8, LONGEST) if rotary else None
+    expected = plain_logits(params, 4, tokens, offsets if table else None, turns)
+    got = page["logits"](*page["load"](tmp_path), tokens, offsets)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=EPS * np.abs(expected).max())
+
+
 def test_offsets_are_not_dropped_in_silence(exported: Any):
     model, _, folder = exported
-    if model.config.offset_embedding:
+    config = model.config
+    if config.offset_embedding:
         with pytest.raises(InputError, match="have 'offset_embedding'"):
-            read(folder, model_of())
+            read(folder, model_of(dataclasses.replace(CONFIG, rotary_offsets=config.rotary_offsets)))
+    other = dataclasses.replace(config, rotary_offsets=not config.rotary_offsets)
+    with pytest.raises(InputError, match=f"rotary_offsets={config.rotary_offsets}, but"):
+        read(folder, model_of(other))
+    if config.rotary_offsets:
+        longer = config.build(VOCABULARY.padded_size, POSITIONS, LONGEST + 1)
+        with pytest.raises(InputError, match=f"max_segment_tokens={LONGEST}, but {LONGEST + 1} here"):
+            read(folder, longer)
 
 
 def test_the_identity_of_a_folder_is_its_content(exported: Any, tmp_path: Path):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_transformer import plain_logits, random_params
+from plain_transformer import plain_logits, plain_turns, random_params
 
 from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
@@ -82,10 +82,11 @@ def test_the_packed_mask_is_the_one_that_is_drawn():
     np.testing.assert_array_equal(packed_mask(jnp.asarray(SEGMENTS))[:, 0], visible(SEGMENTS))
 
 
-@pytest.mark.parametrize("offset_embedding", [True, False])
-def test_the_forward_pass_is_that_of_plain_numpy(offset_embedding):
+@pytest.mark.parametrize(("offset_embedding", "rotary"), [(True, False), (False, False), (True, True), (False, True)])
+def test_the_forward_pass_is_that_of_plain_numpy(offset_embedding, rotary):
     """Each group of the packed rows alone, in float64. Embeddings are small, so that the norms' epsilon counts."""
-    model = dataclasses.replace(CONFIG, offset_embedding=offset_embedding).build(VOCAB, 12, IMAGE)
+    config = dataclasses.replace(CONFIG, offset_embedding=offset_embedding, rotary_offsets=rotary)
+    model = config.build(VOCAB, 12, IMAGE)
     params = random_params(model)
     for name in ("token_embedding", "position_embedding", "offset_embedding")[: 3 if offset_embedding else 2]:
         params["params"][name] /= 50
@@ -98,7 +99,9 @@ def test_the_forward_pass_is_that_of_plain_numpy(offset_embedding):
     got = np.asarray(model.apply(params, hidden, method="logits"))
     for row, segment in [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)]:
         place = SEGMENTS[row] == segment
-        expected = plain_logits(params, 4, tokens[row, place], offsets[row, place] if offset_embedding else None)
+        own = offsets[row, place]
+        turns = plain_turns(own, 8, IMAGE) if rotary else None
+        expected = plain_logits(params, 4, tokens[row, place], own if offset_embedding else None, turns)
         np.testing.assert_allclose(got[row, place], expected, rtol=0, atol=EPS * np.abs(expected).max())
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_config
+from exported_model import page_code
 from handmade import document, experiment_of, workdir_of
 
 from rac3 import recipes
@@ -26,7 +26,6 @@ from rac3.stages.train import train
 
 TINY = tiny_config.get_config()
 DOCUMENTS = {"train": [[document(f"t{number}", f"number {number}", b"%d" % number) for number in range(12)]]}
-PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
 
 def run_of(folder: Path, **fields: Any) -> Run:
@@ -54,11 +53,7 @@ def folder(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_code_of_the_page_reads_a_model_with_offsets(run: Run, folder: Path):
     """Plain NumPy from the page; the logits are those of the model of the run."""
-    (code,) = [
-        each for each in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S) if "load_file" in each
-    ]
-    names: dict[str, Any] = {}
-    exec(code, names)
+    names = page_code()
     config, weights = names["load"](folder)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, run.vocabulary.size, 30)
