@@ -76,10 +76,17 @@ def get_config() -> Experiment:
             read_threads=1,
         ),
         model=TransformerConfig(
-            num_layers=4, embed=192, num_heads=6, mlp=768, dtype="float32", remat="none", init_std=0.02
+            num_layers=4,
+            embed=192,
+            num_heads=6,
+            mlp=768,
+            rotary_offsets=True,
+            dtype="float32",
+            remat="none",
+            init_std=0.02,
         ),
         optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=50, weight_decay=0.01),
-        training=TrainingConfig(steps=1200, checkpoint_every=100, keep=12),
+        training=TrainingConfig(steps=4000, checkpoint_every=400, keep=10),
         evaluation=EvaluationConfig(
             documents=300,
             image_samples=4,
