@@ -57,7 +57,7 @@ from rac3.prompt import (
     PixelMask,
     Pixels,
     Prompt,
-    check_int,
+    checked_int,
     mask_of,
     pixels_of,
     scaled_mask,
@@ -159,7 +159,7 @@ class Model(Run):
             )
         most = max(counts, default=0)
         shots = most if shots is None else shots
-        check_int("shots", shots)
+        shots = checked_int("shots", shots)
         if shots > most:
             raise InputError(f"shots={shots} is not among the 0 to {most} demonstrations of each label")
         documents = [

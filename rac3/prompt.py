@@ -71,7 +71,7 @@ class Prompt:
         if not isinstance(self.text, str):
             raise InputError(f"text={quoted(self.text)} is no text; give a str")
         for name, least in (("retrieve", 0), ("samples", 1), ("seed", 0)):
-            check_int(name, getattr(self, name), least)
+            object.__setattr__(self, name, checked_int(name, getattr(self, name), least))
         if not isinstance(self.sampling, Sampling | None):
             raise InputError(f"sampling={quoted(self.sampling)} is no Sampling; give such as Sampling(temperature=0.5)")
         if self.image is not None:
@@ -134,9 +134,9 @@ class Passage:
     def __post_init__(self) -> None:
         _check_document(self.document)
         for name in ("segment", "start", "retrieve"):
-            check_int(name, getattr(self, name))
+            object.__setattr__(self, name, checked_int(name, getattr(self, name)))
         if self.end is not None:
-            check_int("end", self.end)
+            object.__setattr__(self, "end", checked_int("end", self.end))
         if self.ensemble not in ("", "mean"):
             raise InputError(
                 f"ensemble={quoted(self.ensemble)}: a score has no samples to rank; use mean, or '' for none"
@@ -179,10 +179,15 @@ def _check_document(document: object) -> None:
         raise InputError(f"document={quoted(document)} is no Document; give such as rac3.Document(...)")
 
 
-def check_int(name: str, value: object, least: int = 0) -> None:
-    """Raises InputError unless this is an int of 64 bits from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+def checked_int(name: str, value: object, least: int = 0) -> int:
+    """The value as an int of Python.
+
+    Raises:
+      InputError: it is no int of 64 bits from `least` on, of Python or NumPy.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**63:
         raise InputError(f"{name}={quoted(value)} is no int from {least} to 2**63 - 1; give one")
+    return int(value)
 
 
 def mask_of(mask: Mask, image: Pixels) -> PixelMask:

@@ -148,6 +148,15 @@ def test_what_no_prompt_may_be_is_one_line(model: Model, pictures, unchecked, as
     assert "\n" not in str(refused.value)
 
 
+def test_the_ints_of_numpy_are_ints():
+    """A notebook loops over `np.arange`; JSON has no `np.int64`."""
+    prompt = Prompt("draw", "a fox", retrieve=np.int32(0), samples=np.uint8(2), seed=np.int64(3))
+    passage = Passage(Document("", (Text("a fox"),), {}), segment=np.int64(0), start=np.int64(1), end=np.int64(2))
+    found = prompt.retrieve, prompt.samples, prompt.seed, passage.segment, passage.start, passage.end
+    assert found == (0, 2, 3, 0, 1, 2)
+    assert {type(each) for each in found} == {int}
+
+
 def test_another_number_of_samples_compiles_nothing(model: Model):
     """Neither the engine's programs nor those of the VQGAN and CLIP, which get a row for each of 8 devices."""
     model.generate(PROMPT, samples=8)
