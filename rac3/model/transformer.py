@@ -65,7 +65,6 @@ class TransformerConfig:
             raise InputError(
                 f"model.num_heads={self.num_heads} does not divide model.embed={self.embed}; use heads of 64 to 128"
             )
-
         if self.rotary_offsets and self.embed // self.num_heads < SMALLEST_HEAD:
             raise InputError(
                 f"model.rotary_offsets turns pairs of dimensions, and model.embed={self.embed} gives "

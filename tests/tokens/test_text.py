@@ -128,7 +128,7 @@ def test_a_checkpoint_goes_before_the_folder_of_a_fitted_one(folder, tmp_path):
 
 def test_tokenizer_with_special_tokens(folder, tmp_path):
     """Published tokenizers add special tokens; ours does not. Ids may have gaps."""
-    data = json.loads((folder / "tokenizer.json").read_text())
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     data["model"]["vocab"]["zzzz"] = 309
     special = {"id": 301, "content": "<s>", "special": True, "normalized": False}
     data["added_tokens"] = [special | {"single_word": False, "lstrip": False, "rstrip": False}]
@@ -155,7 +155,7 @@ def test_tokenizer_with_special_tokens(folder, tmp_path):
 
 def test_a_fitted_one_that_was_given_a_control_id_keeps_it_out_of_texts(folder, tmp_path):
     """By hand, in the folder that `fit` made."""
-    data = json.loads((folder / "tokenizer.json").read_text())
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     special = {"id": 300, "content": "<s>", "special": True, "normalized": False}
     data["added_tokens"] = [special | {"single_word": False, "lstrip": False, "rstrip": False}]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
@@ -203,7 +203,7 @@ def test_config_does_not_import_transformers():
     ],
 )
 def test_a_damaged_fitted_one_is_one_clear_line(folder, tmp_path, damage, said):
-    data = json.loads((folder / "tokenizer.json").read_text())
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     damage(data)
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     shutil.copy(folder / "tokenizer_config.json", tmp_path)

@@ -177,12 +177,12 @@ def test_both_forms_of_files_are_the_same_tokenizer(tokenizers: dict[str, Tokeni
 
 def test_long_texts_are_whole_and_unpadded(folders: dict[str, Path], tmp_path: Path):
     """Some tokenizer.json files store a length to truncate and pad to, left over from training."""
-    data = json.loads((folders["Llama 3"] / "tokenizer.json").read_text())
+    data = json.loads((folders["Llama 3"] / "tokenizer.json").read_text(encoding="utf-8"))
     data["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     data["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
     data["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
     families.write_json(tmp_path / "tokenizer.json", data)
-    settings = (folders["Llama 3"] / "tokenizer_config.json").read_text()
+    settings = (folders["Llama 3"] / "tokenizer_config.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text(settings)
     tokenizer = TextTokenizer(checkpoint=str(tmp_path)).load()
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in ("a", "a photo of a red circle" * 9))
@@ -228,14 +228,14 @@ def remove(*names: str) -> Callable[[Path], None]:
 def with_code(folder: Path) -> None:
     """As in repositories with their own tokenizer class; running the code would create a file."""
     (folder / "own.py").write_text(f"open({str(folder / 'EXECUTED')!r}, 'w').close()\nclass Own: pass\n")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     families.write_json(folder / "tokenizer_config.json", config)
 
 
 def with_code_next_to_a_known_class(folder: Path) -> None:
     with_code(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     families.write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "GPT2Tokenizer"})
 
 
@@ -277,7 +277,7 @@ def test_the_command_tells_what_it_found_and_stores_ids_as_narrow_as_they_are(
         folder = tmp_path / width
         folder.mkdir()
         families.write_llama3(folder)
-        data = json.loads((folder / "tokenizer.json").read_text())
+        data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         data["model"]["vocab"]["zzzz"] = highest
         families.write_json(folder / "tokenizer.json", data)
         arguments = [str(config), "--workdir", str(workdir), "--text.checkpoint", str(folder)]
