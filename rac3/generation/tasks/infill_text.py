@@ -3,8 +3,8 @@
     <eod> m1 <eod> <img alt=" a <mask:0> fox " src=" I0 I1 I2 I3 "> <mask:0>  ->  red <eoi>
 
 The ids after a mask keep their offsets in training, which tell the model how long the masked part is. So a mask has an
-assumed number of ids, unless it ends the text: several assumptions are several requests, of which the answer with the
-lowest perplexity is kept.
+assumed number of ids, unless it ends the text: several assumptions are several requests, of which the text that is most
+probable as a whole is kept.
 """
 
 from collections.abc import Sequence
