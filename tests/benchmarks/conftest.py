@@ -28,11 +28,6 @@ def ablations(path: None) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def near_copies(path: None) -> ModuleType:
-    return importlib.import_module("near_copies")
-
-
-@pytest.fixture(scope="session")
 def masking(path: None) -> ModuleType:
     return importlib.import_module("masking")
 
