@@ -21,7 +21,7 @@ from rac3.report.table import (
     lookup,
     model_label,
     model_names,
-    peer,
+    peers,
     ratio_line,
     recall_rows,
     unjudged_line,
@@ -175,7 +175,7 @@ def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
 
 def _content(run: Run, models: Mapping[str, Run], metrics: Mapping[str, Any]) -> Content:
     own = next(iter(models))
-    shown = {name: models[name] for name in (own, peer([*models])) if name}  # not the control
+    shown = {name: models[name] for name in (own, *peers([*models]))}  # not the control
     split = next((split for split in reversed(SPLITS) if split in run.experiment.data.sources()), None)
     samples = None if split is None else Samples.open(run, split, shown)
     encoders = [of for of in (recipes.vqgan, recipes.clip) if recipes.OWN not in run.recipe(of).config]

@@ -10,7 +10,7 @@ from rac3.documents.document import Document, prepare_image
 from rac3.experiment import Split
 from rac3.held_out import held_out, retrieved
 from rac3.report.page import Mark, Picture, figure, sheet, table
-from rac3.report.table import LITE0, model_label, peer
+from rac3.report.table import LITE0, model_label, peers
 from rac3.run import Run
 from rac3.stages.evaluate_knowledge import ENCODER, FIRST, KEPT, NETWORK, SOURCE, drawings, told
 
@@ -109,12 +109,12 @@ def _cell(share: Mapping[str, float]) -> str:
 
 
 def _cards(models: Mapping[str, Run], split: Split) -> str:
-    """Of the first questions: the real picture, the documents that the first model had, what it and its peer drew."""
+    """Of the first questions: the real picture, the documents that the first model had, what it and its peers drew."""
     run, answers = next(iter(models.values())), told(models, split)[:SHOWN]
     items, neighbors = held_out(run, split)
     places = {item.document.key: place for place, item in enumerate(items)}
     rows = [answer["row"] for answer in answers]
-    shown = filter(None, [next(iter(models)), peer([*models])])
+    shown = [next(iter(models)), *peers([*models])]
     drawn = {name: drawings(models[name], split, rows)[KEPT] for name in shown}
     cards = []
     for number, answer in enumerate(answers):

@@ -69,15 +69,16 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 16px; margi
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); gap: 14px; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; min-width: 0; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 10px; max-width: 620px; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(70px, 1fr)); gap: 10px; max-width: 620px; }
 .pictures.all { max-width: none; margin-bottom: 14px; } .pictures.all figure + figure { margin-top: 8px; }
 figure { margin: 0; font-size: .78rem; line-height: 1.3; min-width: 0; }
+.pictures figure { display: grid; grid-row: span 3; grid-template-rows: subgrid; row-gap: 0; }
 figure img { display: block; width: 100%; max-width: SIDEpx; aspect-ratio: 1; border-radius: 4px;
   border: 1px solid var(--line); }
 img.small { image-rendering: pixelated; }
 figcaption { margin-top: 4px; overflow-wrap: anywhere; display: -webkit-box; -webkit-box-orient: vertical;
   -webkit-line-clamp: 7; overflow: hidden; }
-figure .label { display: block; font-weight: 600; margin-bottom: 3px; white-space: nowrap; }
+figure .label { display: block; font-weight: 600; margin-bottom: 3px; align-self: end; }
 .right, .wrong { display: block; font-weight: 600; } .right { color: #17713a; } .wrong { color: #b3261e; }
 dd .right, dd .wrong { display: inline; }
 .caption { display: grid; grid-template-columns: 84px 1fr; gap: 14px; align-items: start; }

@@ -107,9 +107,16 @@ def side_by_side(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[
     }
 
 
-def peer(names: Sequence[str]) -> str | None:
-    """The CM3 that the first model is compared with: at its best, if that is known; None if there is none."""
-    return next((name for name in ("cm3_best", "cm3") if name in names[1:]), None)
+def peers(names: Sequence[str]) -> list[str]:
+    """The CM3s that the first model is compared with: at its best, if that is known, and at its last step."""
+    return [name for name in ("cm3_best", "cm3") if name in names[1:]]
+
+
+def _better(row: Row, models: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The model with the best value of a row: no step of a CM3 is its best for texts and images alike. None without."""
+    known = [values for values in models if lookup(values, row.path) is not None]
+    choose = min if row.lower_is_better else max
+    return choose(known, key=lambda values: lookup(values, row.path)) if known else None
 
 
 def lookup(values: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -129,21 +136,26 @@ def interval(values: Mapping[str, Any], row: Row) -> tuple[float, float] | None:
 def verdict(metrics: Mapping[str, Any]) -> str:
     """What the table shows, in one or two sentences that follow from its numbers."""
     names = model_names(metrics)
-    other = peer(names)
-    if other is None:
+    others = peers(names)
+    if not others:
         return "One model was evaluated; there is none to compare it with."
-    ours, theirs = metrics[names[0]], metrics[other]
+    ours = metrics[names[0]]
     said: dict[str, list[str]] = {"better in": [], "worse in": [], "not clearly different in": []}
     for row in ROWS:
-        left, right = lookup(ours, row.path), lookup(theirs, row.path)
-        if left is not None and right is not None:
+        theirs = _better(row, [metrics[name] for name in others])
+        left = lookup(ours, row.path)
+        if left is not None and theirs is not None:
+            right = lookup(theirs, row.path)
             noise = _noise(row, ours, theirs, metrics)
             ahead = right - left if row.lower_is_better else left - right
             kind = "better in" if ahead > noise else "worse in" if ahead < -noise else "not clearly different in"
             said[kind].append(row.label)
-    same = all(ours[name] == theirs[name] for name in ("parameters", "steps"))
-    best = other == "cm3_best" and ours["parameters"] == theirs["parameters"]
-    whom = "CM3 of the same size and as many steps" if same else "CM3 of the same size, at its best" if best else "CM3"
+    whom = "CM3"
+    if all(metrics[name]["parameters"] == ours["parameters"] for name in others):
+        if len(others) > 1:
+            whom = "CM3 of the same size, at its best or at its last step, whichever is better"
+        elif metrics[others[0]]["steps"] == ours["steps"]:
+            whom = "CM3 of the same size and as many steps"
     clauses = [f"{kind} {_listed(labels)}" for kind, labels in said.items() if labels]
     if not clauses:
         return "Nothing was measured of both models."
@@ -177,18 +189,17 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def ratio_line(metrics: Mapping[str, Any]) -> str:
-    """The first model's perplexities over those of the CM3 that it is compared with; "" without both."""
+    """The first model's perplexities over those of the better CM3; "" without both."""
     names = model_names(metrics)
-    if not names or (other := peer(names)) is None:
-        return ""
-    ratios = []
-    for modality in ("image", "text"):
-        ours, theirs = (lookup(metrics, (name, "perplexity", modality)) for name in (names[0], other))
-        if ours is not None and theirs is not None:
-            ratios.append(f"{modality} {ours / theirs:.2f}")
+    others, ratios = peers(names), []
+    for row in ROWS[:2]:
+        theirs = _better(row, [metrics[name] for name in others])
+        if theirs is not None and (ours := lookup(metrics[names[0]], row.path)) is not None:
+            ratios.append(f"{row.path[1]} {ours / lookup(theirs, row.path):.2f}")
     if not ratios:
         return ""
-    return f"perplexity of {model_label(names[0])} over that of {model_label(other)}: {', '.join(ratios)}"
+    whom = "the better CM3" if len(others) > 1 else model_label(others[0])
+    return f"perplexity of {model_label(names[0])} over that of {whom}: {', '.join(ratios)}"
 
 
 def unjudged_line(metrics: Mapping[str, Any]) -> str:

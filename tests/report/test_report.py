@@ -542,7 +542,7 @@ def test_cards_show_what_was_found_and_made(shown: Page, run: Run, experiment: E
     folders = [workdir.require(recipes.embeddings(experiment, split)).folder for split in ("train", "memory")]
     vectors = np.concatenate([Vectors(folder / "document")[:] for folder in folders])
     compared = comparisons(run)
-    labels = {"ra_cm3": "RA-CM3", "cm3_best": "CM3 at its best"}  # not that of its last step, nor the control
+    labels = {"ra_cm3": "RA-CM3", "cm3_best": "CM3 at its best", "cm3": "CM3"}  # not the control
     drawn = {label: np.load(folder_of(compared[name]) / "test.npy") for name, label in labels.items()}
     assert len(shown.cards) == 8
     for number, (card, document) in enumerate(zip(shown.cards[:4], documents, strict=True)):
@@ -556,9 +556,9 @@ def test_cards_show_what_was_found_and_made(shown: Page, run: Run, experiment: E
         for figure, i in zip(card.figures, found, strict=False):
             assert figure.caption.startswith(memory[i].text)
             np.testing.assert_array_equal(figure.pixels, memory[i].images[0].pixels())
-        for figure in card.figures[2:4]:
+        for figure in card.figures[2:5]:
             np.testing.assert_array_equal(figure.pixels, drawn[figure.label][number])
-        np.testing.assert_array_equal(card.figures[4].pixels, document.images[0].pixels())
+        np.testing.assert_array_equal(card.figures[5].pixels, document.images[0].pixels())
     for number, (card, document) in enumerate(zip(shown.cards[4:], documents, strict=True)):
         np.testing.assert_array_equal(card.figures[0].pixels, document.images[0].pixels())
         assert card.terms[0] == ["truth", f" {document.text}"]
@@ -677,7 +677,7 @@ def test_summary_shows_models_as_columns_and_skips_what_has_no_meaning(made_up: 
         ["CLIP score", "0.312", "0.100", "0.200", "0.250"],
         ["retrieval recall at 2, test: 50.0% by text, 25.0% by image"],
         ["retrieval recall at 2, validation: 100.0% by text, 75.0% by image"],
-        ["perplexity of RA-CM3 over that of CM3 at its best: image 0.63, text 1.06"],
+        ["perplexity of RA-CM3 over that of the better CM3: image 0.63, text 1.12"],
     ]
     for name in MODELS:
         made_up[name]["entity_accuracy"] = {"seen": None, "unseen": None}
