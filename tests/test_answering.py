@@ -148,7 +148,7 @@ def test_what_no_prompt_may_be_is_one_line(model: Model, pictures, unchecked, as
     assert "\n" not in str(refused.value)
 
 
-def test_the_ints_of_numpy_are_ints():
+def test_the_ints_of_numpy_are_ints(unchecked):
     """A notebook loops over `np.arange`; JSON has no `np.int64`."""
     prompt = Prompt("draw", "a fox", retrieve=np.int32(0), samples=np.uint8(2), seed=np.int64(3))
     passage = Passage(Document("", (Text("a fox"),), {}), segment=np.int64(0), start=np.int64(1), end=np.int64(2))
