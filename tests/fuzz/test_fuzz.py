@@ -7,7 +7,7 @@ import pytest
 
 from fuzz.kinds import KINDS, outcome, workdir_file
 
-CASES = {"tokenizer": 40, "vqgan": 8, "clip": 20, "config": 60, "command": 20, "table": 60, "torch": 100}
+CASES = {"tokenizer": 40, "vqgan": 8, "clip": 20, "config": 60, "command": 60, "table": 60, "torch": 100}
 NEEDS = {"torch": "torch", "vqgan": "torch"}
 
 
