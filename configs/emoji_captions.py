@@ -3,7 +3,7 @@
 The whole chain on img2dataset shards of 64x64 image-caption pairs: DIR holds the folders `train`, `unseen-memory`,
 `validation` and `unseen-test`. Any captioned images in this layout work; if their metadata names no `concept`, add
 `--clip.subject-field ""`. The retriever and the distances of pictures need `pip install 'rac3[features]'`. Sized for
-two CPU cores and a short training.
+two CPU cores and two hours.
 For one GPU: `--model.num-layers 12 --model.embed 768 --model.num-heads 12 --model.mlp 3072 --model.dtype bfloat16
 --batches.rows 64 --training.steps 20000 --optimizer.peak-lr 6e-4 --optimizer.warmup-steps 500`, a VQGAN of
 `--vqgan.model.ch 64 --vqgan.model.n-embed 1024 --vqgan.fit.steps 20000`.

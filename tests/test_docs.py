@@ -205,6 +205,32 @@ def test_the_map_has_every_package_and_module():
     assert sorted(named) == sorted(path.name for path in paths if path.name not in ("__init__.py", "configs"))
 
 
+def test_the_figures_of_real_pictures_are_those_of_the_benchmark():
+    """Each row of the page's table, and the sentence of the README, from the JSON."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "emoji_seeds_cpu.json").read_text(encoding="utf-8"))
+    found, page = results["results"]["0"], (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    table = page[page.index("| subjects that were not trained on |") :].partition("\n\n")[0].splitlines()[2:]
+    models = ("ra_cm3", "cm3_best", "cm3", "ra_cm3_random", "copy")
+    rows = {
+        "text perplexity": ("perplexity.text", 1, ".1f"),
+        "CIDEr-D of captions": ("cider_d", 1, ".2f"),
+        "captions with the whole name": ("name_accuracy", 100, ".1f"),
+        "image perplexity": ("perplexity.image", 1, ".1f"),
+        "FD (EfficientNet-Lite0)": ("fd", 1, ".0f"),
+        "KID (EfficientNet-Lite0)": ("kid", 1, ".3f"),
+    }
+    assert [line.split("|")[1].strip() for line in table] == [*rows]
+    for line, (name, scale, form) in zip(table, rows.values(), strict=True):
+        for cell, model in zip(line.split("|")[2:-1], models, strict=True):
+            value, shown = found[f"{model}.{name}"], re.match(r"\W*([\d.]+)", cell)
+            assert (value is None) == (shown is None), (line, model)
+            assert shown is None or float(shown[1]) == float(format(scale * value, form)), (line, model)
+    sentence = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for name, form in (("perplexity.text", ".1f"), ("cider_d", ".2f"), ("perplexity.image", ".1f")):
+        ours, theirs = (format(found[f"{model}.{name}"], form) for model in ("ra_cm3", "better"))
+        assert re.search(rf"{re.escape(ours)} against (CM3's )?{re.escape(theirs)}", sentence), name
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
     assert {f"{page.stem}.md" for page in (ROOT / "docs").glob("*.md")} - {"README.md"} == set(
