@@ -9,6 +9,7 @@ A step feeds one id to each row, and draws the next under the tables of the row'
 fed, not prefilled, so that the first step is like every other.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,11 +35,13 @@ class Shape(NamedTuple):
 
     Attributes:
       requests: slots of the batch.
-      prompts: of each request; with their requests, they are the decoder's streams.
+      prompts: of each request.
       samples: of each slot.
       slots: of the prefix cache: ids of the longest prompt.
-      places: of the longest grammar, and slots of the samples' own caches.
+      places: of the longest grammar.
       masks: sets of allowed ids.
+      endings: of prompts that share their documents.
+      ending: ids of the longest of them; 0 if there is one.
     """
 
     requests: int
@@ -47,6 +50,18 @@ class Shape(NamedTuple):
     slots: int
     places: int
     masks: int
+    endings: int = 1
+    ending: int = 0
+
+    @property
+    def streams(self) -> int:
+        """The decoder's, of each request."""
+        return self.prompts // self.endings
+
+    @property
+    def own(self) -> int:
+        """Slots of the samples' own caches."""
+        return self.places + self.ending
 
 
 @flax.struct.dataclass
@@ -57,6 +72,7 @@ class Tables:
       tokens: ids of the prompts; 0 after the end.
       offsets: their places in texts and images.
       lengths: of the prompts.
+      shared: ids in the prefix cache of each stream: of the prompts without their endings, or without their last ids.
       places: of the grammar.
       forced, stop, jump, offset: as in `rac3.generation.grammar.Table`.
       allowed: the row of the masks that holds at each place.
@@ -66,6 +82,7 @@ class Tables:
     tokens: Int[OnHost, "requests prompts slots"]
     offsets: Int[OnHost, "requests prompts slots"]
     lengths: Int[OnHost, "requests prompts"]
+    shared: Int[OnHost, "requests streams"]
     places: Int[OnHost, " requests"]
     forced: Int[OnHost, "requests places"]
     stop: Int[OnHost, "requests places"]
@@ -85,6 +102,7 @@ def blank(requests: int, shape: Shape, sampling: PyTree) -> Tables:
         tokens=zeros(shape.prompts, shape.slots),
         offsets=zeros(shape.prompts, shape.slots),
         lengths=zeros(shape.prompts) + 1,
+        shared=zeros(shape.streams),
         places=zeros(),
         forced=zeros(shape.places),
         stop=zeros(shape.places),
@@ -120,7 +138,7 @@ class Batch:
     """The requests in the slots; constant while they are decoded.
 
     Attributes:
-      prefix: keys and values of their prompts without the last ids.
+      prefix: keys and values of their prompts, without the endings or the last ids.
       masks: the sets of allowed ids.
       begun: the step at which the rows of each request fed their first id.
       keys: of the samples.
@@ -139,7 +157,7 @@ class Rows:
 
     Attributes:
       step: the number of steps that the batch has had.
-      own: keys and values of what the rows have fed.
+      own: keys and values of what the rows have fed, endings included; rows are [requests, streams, endings, samples].
       feed: the id that each feeds next: the prompt's last, then the one drawn before.
       feed_offset: its place in its text or image.
       place: of the id to draw; rows that have ended are past the last one.
@@ -180,13 +198,13 @@ def empty(
     decoder: Decoder, shape: Shape, shards: int, masks: Bool[OnHost, "masks vocab"], sampling: PyTree
 ) -> tuple[Batch, Rows, Cache]:
     """A batch without requests, its rows, which have ended, and the cache that prompts are prefilled in."""
-    requests, prompts, samples, slots, places, _ = shape
+    requests, prompts, samples, slots, places, *_ = shape
 
     def zeros(*sizes: int, dtype: Any = jnp.int32) -> Array:
         return _replicated(jnp.zeros(sizes, dtype))
 
     batch = Batch(
-        prefix=decoder.empty_prefix(requests * prompts, slots),
+        prefix=decoder.empty_prefix(requests * shape.streams, slots),
         masks=_replicated(jnp.asarray(masks)),
         tables=jax.tree.map(lambda x: _replicated(jnp.asarray(x)), blank(requests, shape, sampling)),
         begun=zeros(requests),
@@ -194,7 +212,7 @@ def empty(
     )
     rows = Rows(
         step=zeros(),
-        own=decoder.empty_own(requests * prompts, samples, places),
+        own=decoder.empty_own(requests * shape.streams, shape.endings * samples, shape.own),
         feed=zeros(requests, prompts, samples),
         feed_offset=zeros(requests, prompts, samples),
         place=zeros(requests, samples),
@@ -203,7 +221,7 @@ def empty(
         drawn_offsets=zeros(requests, samples, places),
         log_probs=zeros(requests, samples, places, dtype=jnp.float32),
     )
-    return batch, rows, decoder.empty_prefix(shards * prompts, slots)
+    return batch, rows, decoder.empty_prefix(shards * shape.streams, slots)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -219,9 +237,21 @@ def prefill(
     return decoder.prefill(weights, cache, tokens, offsets, start)
 
 
+@partial(jax.jit, static_argnums=(0, 4))
+def ending(decoder: Decoder, cache: Cache, lengths: Int[Array, " streams"], step: Int[Array, ""], slots: int) -> Cache:
+    """`Decoder.endings`, compiled."""
+    return decoder.endings(cache, lengths, step, slots)
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def insert(decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, new: Arrivals) -> tuple[Batch, Rows]:
-    """The batch with other requests in some slots, and their rows at the beginning."""
+def insert(
+    decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, endings: Sequence[Cache], new: Arrivals
+) -> tuple[Batch, Rows]:
+    """The batch with other requests in some slots, and their rows at the beginning.
+
+    Args:
+      endings: of the prompts, from `ending`, for the rows' own slots; none if prompts have no ending of their own.
+    """
 
     def put(old: Array, value: OnHost) -> Array:
         return _replicated(old.at[new.slots].set(value, mode="drop"))
@@ -240,8 +270,10 @@ def insert(decoder: Decoder, batch: Batch, rows: Rows, prefilled: Cache, new: Ar
     ]
     exists = jnp.arange(shape[1]) < new.count[:, None]
     zeros = jnp.zeros((*shape, rows.drawn.shape[-1]), jnp.int32)
+    own = decoder.insert_endings(rows.own, endings, shape[1], jnp.asarray(new.slots)) if endings else rows.own
     rows = replace(
         rows,
+        own=own,
         feed=put(rows.feed, first[0]),
         feed_offset=put(rows.feed_offset, first[1]),
         place=put(rows.place, jnp.where(exists, 0, new.tables.places[:, None])),
@@ -290,19 +322,29 @@ def _step(
     """Feeds an id to each row and draws the next. Rows that have ended do as the others, but nothing is kept of it."""
     tables: Any = batch.tables  # on the devices, all arrays
     requests, prompts, samples = rows.feed.shape
+    streams = tables.shared.shape[1]
     prefilled = tables.lengths - 1
     position = prefilled + (rows.step - batch.begun)[:, None]
+    # The ids of an ending count as fed before the request's first step.
+    begun = batch.begun[:, None] - prefilled + jnp.tile(tables.shared, (1, prompts // streams))
+
+    def by_stream(x: Array) -> Array:
+        """[requests, prompts, ...] -> [requests * streams, endings * ...]"""
+        turned = x.reshape(requests, prompts // streams, streams, *x.shape[2:]).swapaxes(1, 2)
+        return turned.reshape(requests * streams, -1)
+
     logits, own = decoder.step(
         weights,
         batch.prefix,
         rows.own,
-        prefilled.reshape(-1),
-        jnp.repeat(batch.begun, prompts),
+        tables.shared.reshape(-1),
+        by_stream(begun if prompts == streams else begun[..., None].repeat(samples, -1)),
         rows.step,
-        rows.feed.reshape(-1, samples),
-        jnp.broadcast_to(position[..., None], rows.feed.shape).reshape(-1, samples),
-        rows.feed_offset.reshape(-1, samples),
+        by_stream(rows.feed),
+        by_stream(jnp.broadcast_to(position[..., None], rows.feed.shape)),
+        by_stream(rows.feed_offset),
     )
+    logits = logits.reshape(requests, streams, prompts // streams, samples, -1).swapaxes(1, 2)
     logits = constrain(logits.reshape(requests, prompts, samples, -1), "batch", None, None, None)
     place = jnp.minimum(rows.place, tables.jump.shape[1] - 1)
 

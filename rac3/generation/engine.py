@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 from rac3.config import InputError
 from rac3.devices.batches import power_of_two
 from rac3.devices.mesh import DeviceMesh
-from rac3.generation.batch import Arrivals, Batch, Rows, Shape, advance, blank, empty, insert, prefill
+from rac3.generation.batch import Arrivals, Batch, Rows, Shape, Tables, advance, blank, empty, ending, insert, prefill
 from rac3.generation.grammar import Table, allowed_ids, longest, parse, tabulate
 from rac3.generation.request import Draw, Request, Sample
 from rac3.generation.sampling import Sampling, stack
@@ -31,6 +31,7 @@ from rac3.tokens.vocabulary import Vocabulary
 FEWEST_MASKS = 8  # sets of allowed ids that each program has room for
 FEWEST_PLACES = 64
 FEWEST_SLOTS = 256
+FEWEST_ENDING = 32
 EXCESS = 4  # a program that is compiled serves if none of its sizes is more than this many times too large
 FEW_ROUNDS = 2  # and if it fills its slots at most so often
 
@@ -155,7 +156,8 @@ class Engine:
         """Yields the place of each request in `requests` and its samples, as they finish.
 
         Args:
-          samplings: one for each request. Requests with as many prompts and samplings of one structure share batches.
+          samplings: one for each request. Requests with as many prompts and endings and samplings of one structure
+            share batches.
           seeds: one for each request.
           on_progress: called after every few steps.
           steps: how many these are; None is as many as the engine has.
@@ -167,7 +169,7 @@ class Engine:
         for index, (request, sampling, seed) in enumerate(zip(requests, samplings, seeds, strict=True)):
             self.check(request)
             stacked = stack([sampling])
-            kind = len(request.prompts), jax.tree.structure(stacked)
+            kind = len(request.prompts), request.endings, jax.tree.structure(stacked)
             groups.setdefault(kind, []).append(Entry(index, request, stacked, seed, tabulate(request.grammar)))
         return self._finished(groups, on_progress, self.steps if steps is None else steps)
 
@@ -192,8 +194,9 @@ class Engine:
 
     def _shape(self, kind: Any, group: list[Entry]) -> Shape:
         """The shape that suits the requests. For few of them, one that is compiled and not far from it."""
-        prompts = len(group[0].request.prompts)
+        prompts, endings, _ = kind
         prompt = max(len(prompt.ids) for entry in group for prompt in entry.request.prompts)
+        ended = max(int(_endings(entry.request).max()) for entry in group)
         places = max(len(entry.table.run) for entry in group)
         masks = len(_masks(group, self.vocabulary.padded_size)[0])
         samples = max(entry.request.samples for entry in group)
@@ -204,14 +207,17 @@ class Engine:
         of_slot = min(power_of_two(samples), _power_below(self.rows // prompts))
         slots = -(-min(_rounded(prompt, FEWEST_SLOTS), self.model.max_positions) // self.chunk) * self.chunk
         own = min(_rounded(places, FEWEST_PLACES), self.model.max_positions)
+        kept = power_of_two(max(ended, FEWEST_ENDING)) if endings > 1 else 0
         config = self.model.config
         of_id = 2 * config.num_layers * config.embed * jnp.dtype(config.dtype).itemsize
-        most = min(self.rows / of_slot, self.cache_bytes / of_id / (slots + of_slot * own)) / prompts / self.shards
+        of_request = prompts // endings * (slots + endings * of_slot * (own + kept))
+        most = min(self.rows / of_slot / prompts, self.cache_bytes / of_id / of_request) / self.shards
         requests = self.shards * min(power_of_two(-(-parts(of_slot) // self.shards)), _power_below(int(most)))
-        suiting = Shape(requests, prompts, of_slot, slots, own, power_of_two(max(masks, FEWEST_MASKS)))
+        suiting = Shape(requests, prompts, of_slot, slots, own, power_of_two(max(masks, FEWEST_MASKS)), endings, kept)
 
         def serves(shape: Shape) -> bool:
             large_enough = shape.slots >= prompt and shape.places >= places and shape.masks >= masks
+            large_enough &= shape.ending >= ended
             rows = shape.requests * shape.samples, suiting.requests * suiting.samples
             sizes = [rows, *zip(shape[3:], suiting[3:], strict=True)]
             few = -(-parts(shape.samples) // shape.requests) <= FEW_ROUNDS
@@ -289,6 +295,7 @@ class Slots:
             if part is None:
                 continue
             entry, table = part.entry, part.entry.table
+            tables.shared[shard] = entry.request.shared
             for number, prompt in enumerate(entry.request.prompts):
                 length = len(prompt.ids)
                 tables.tokens[shard, number, :length], tables.offsets[shard, number, :length] = prompt
@@ -302,12 +309,27 @@ class Slots:
             new.digest[shard] = prompt_digest(entry.request.prompts[0].ids)
             new.numbers[shard] = entry.request.first + part.first + np.arange(shape.samples)
             new.count[shard] = part.size
-        tokens, offsets = (x.reshape(-1, shape.slots) for x in (tables.tokens, tables.offsets))
         with engine.on_mesh():
-            for start in range(0, int(tables.lengths.max()) - 1, engine.chunk):
+            endings = self._prefill(tables)
+            self.batch, self.rows = insert(engine.decoder, self.batch, self.rows, self.prefilled, endings, new)
+
+    def _prefill(self, tables: Tables) -> list[Cache]:
+        """Prefills these requests, one of each shard; gives the endings of the prompts if there are several."""
+        engine, shape = self.engine, self.shape
+        endings = []
+        for first in range(0, shape.prompts, shape.streams):
+            of_ending = slice(first, first + shape.streams)
+            tokens, offsets = (x[:, of_ending].reshape(-1, shape.slots) for x in (tables.tokens, tables.offsets))
+            lengths = tables.lengths[:, of_ending].reshape(-1) - 1
+            # What the first ending has left in the cache is that of the others too, up to where prompts differ.
+            shared = int(tables.shared.reshape(-1)[lengths > 0].min(initial=shape.slots)) if first else 0
+            begin = shared // engine.chunk * engine.chunk
+            for start in range(begin, int(lengths.max()), engine.chunk):
                 chunk = [x[:, start : start + engine.chunk] for x in (tokens, offsets)]
                 self.prefilled = prefill(engine.decoder, engine.weights, self.prefilled, *chunk, np.int32(start))
-            self.batch, self.rows = insert(engine.decoder, self.batch, self.rows, self.prefilled, new)
+            if shape.endings > 1:
+                endings.append(ending(engine.decoder, self.prefilled, lengths, self.rows.step, shape.own))
+        return endings
 
     def advance(self, steps: int) -> list[Entry]:
         """Decodes for some steps, or until a slot is free for a waiting request; gives the requests that finished."""
@@ -372,6 +394,12 @@ class Drawn:
 def prompt_digest(prompt: Int[np.ndarray, " seq"]) -> int:
     """32 bits of the prompt's ids."""
     return int.from_bytes(hashlib.blake2b(np.asarray(prompt, "<i4").tobytes(), digest_size=4).digest(), "little")
+
+
+def _endings(request: Request) -> Int[np.ndarray, " prompts"]:
+    """The ids of each prompt between those that it shares and its last."""
+    lengths = np.array([len(prompt.ids) for prompt in request.prompts])
+    return lengths - 1 - np.tile(request.shared, request.endings)
 
 
 def _masks(

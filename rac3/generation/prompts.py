@@ -176,7 +176,8 @@ def ask(
         if not any(fitted.contexts):
             notes.append("guidance without the documents changes nothing: there are none in the prompt")
         prompts.append(_joined([], own))
-    return Asked(Request(prompts, grammar, samples, first), fitted.contexts, fitted.dropped, notes)
+    endings = 2 if context.without == "text" else 1
+    return Asked(Request(prompts, grammar, samples, first, endings), fitted.contexts, fitted.dropped, notes)
 
 
 def each_alone(asked: Asked) -> list[Request]:

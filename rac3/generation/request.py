@@ -57,16 +57,34 @@ class Request:
       grammar: what follows, the same after each of the prompts.
       samples: how many to draw.
       first: the number of the first sample; sample i is the same in every request that asks for it.
+      endings: how many prompts end differently after the same documents, whose keys and values they then share. The
+        prompts are those of the first ending, then as many of the second, in the same order of documents.
     """
 
     prompts: Sequence[Sequenced]
     grammar: Sequence[Draw | Given]
     samples: int = 1
     first: int = 0
+    endings: int = 1
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise InputError(f"samples={self.samples} is below 1; use at least 1")
+        if self.endings < 1 or len(self.prompts) % self.endings:
+            raise InputError(f"{len(self.prompts)} prompts can't have {self.endings} endings each; use a divisor")
+
+    @property
+    def shared(self) -> Int[np.ndarray, " streams"]:
+        """How many ids the endings of each prompt begin with in common; the last id of a prompt is never one."""
+        streams = len(self.prompts) // self.endings
+        return np.array([_common(self.prompts[stream::streams]) for stream in range(streams)], np.int32)
+
+
+def _common(prompts: Sequence[Sequenced]) -> int:
+    most = min(len(prompt.ids) for prompt in prompts) - 1
+    rows = np.array([[prompt.ids[:most], prompt.offsets[:most]] for prompt in prompts])
+    differs = (rows != rows[0]).any(axis=(0, 1))
+    return int(differs.argmax()) if differs.any() else most
 
 
 class Sample(NamedTuple):

@@ -5,13 +5,16 @@
     own     of each sample, a ring: what all rows feed at step t is in slot t mod slots
             3 4 5 0 1 2     step 5; a row that began at step 3 sees the slots of 3, 4 and 5
 
-A prompt is called a stream. A step reads all weights and all filled slots once, and does little with them, so it is as
-fast as memory if it copies neither. Hence each layer has its own arrays, where a scan would slice them out of its
-stack; kernels are [*out, *in] and activations [embed, ...], so that products run along each kernel from front to back;
-and the keys and values of a head are [head_dim, slots].
+A prompt is called a stream. Prompts that differ at their ends alone are one stream: what they have in common is its
+prefix, and the rest of each is in its samples' own slots, as if they had begun so many steps earlier.
+
+A step reads all weights and all filled slots once, and does little with them, so it is as fast as memory if it copies
+neither. Hence each layer has its own arrays, where a scan would slice them out of its stack; kernels are [*out, *in]
+and activations [embed, ...], so that products run along each kernel from front to back; and the keys and values of a
+head are [head_dim, slots].
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,18 +134,36 @@ class Decoder:
           slots: where it goes: a request of n streams is in streams [n * slot, n * (slot + 1)), of the shard's own;
             an index past the last is nowhere.
         """
-        names = ("batch", "heads", None, None)
+        return self._insert(prefix, prefilled, slots, ("batch", "heads", None, None))
 
+    def endings(self, prefilled: Cache, lengths: Int[Array, " streams"], step: Int[Array, ""], slots: int) -> Cache:
+        """The last of the prefilled ids, [streams, heads, head_dim, slots], as samples' own slots have them.
+
+        Args:
+          lengths: ids that are prefilled in each stream; the last counts as fed in the step before `step`.
+        """
+        age = (step - 1 - jnp.arange(slots)) % slots
+        places = jnp.maximum(lengths[:, None] - 1 - age, 0)[:, None, None]  # slots from before the prompt are unseen
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, places, axis=-1), prefilled)
+
+    def insert_endings(self, own: Cache, endings: Sequence[Cache], samples: int, slots: Int[Array, " shards"]) -> Cache:
+        """The own slots of new samples, so many for each ending; `slots` is as for `insert`."""
+        new = jax.tree.map(lambda *each: jnp.repeat(jnp.stack(each, axis=1), samples, axis=1), *endings)
+        rows = jax.tree.map(lambda old, new: old.reshape(-1, *new.shape[1:]), own, new)
+        inserted = self._insert(rows, new, slots, ("batch", None, "heads", None, None))
+        return jax.tree.map(lambda old, new: new.reshape(old.shape), own, inserted)
+
+    def _insert(self, old: Cache, new: Cache, slots: Array, names: tuple[str | None, ...]) -> Cache:
         def write(old: Array, new: Array, slots: Array) -> Array:
             streams, own = len(new), len(old) // len(new)
             axes = mesh_axes("batch")
             at = slots[0] - (jax.lax.axis_index(axes) * own if axes else 0)
-            first = (jnp.clip(at, 0, own - 1) * streams, 0, 0, 0)
-            kept = jnp.where((at >= 0) & (at < own), new, jax.lax.dynamic_slice(old, first, new.shape))
-            return jax.lax.dynamic_update_slice(old, kept, first)
+            first = jnp.clip(at, 0, own - 1) * streams
+            kept = jnp.where((at >= 0) & (at < own), new, jax.lax.dynamic_slice_in_dim(old, first, streams))
+            return jax.lax.dynamic_update_slice_in_dim(old, kept, first, 0)
 
         inserted = map_shards(write, (names, names, ("batch",)), names)
-        return jax.tree.map(lambda old, new: inserted(old, new, slots), prefix, prefilled)
+        return jax.tree.map(lambda old, new: inserted(old, new, slots), old, new)
 
     def step(
         self,
@@ -150,7 +171,7 @@ class Decoder:
         prefix: Cache,
         own: Cache,
         lengths: Int[Array, " streams"],
-        begun: Int[Array, " streams"],
+        begun: Int[Array, "#streams #samples"],
         step: Int[Array, ""],
         tokens: Int[Array, "streams samples"],
         positions: Int[Array, "streams samples"],
@@ -160,13 +181,13 @@ class Decoder:
 
         Args:
           lengths: ids in the prefix of each stream.
-          begun: the step at which the samples of each stream fed their first id.
+          begun: the step at which samples fed their first id after the prefix.
           step: the current one.
         """
         slots, ring = prefix[0].keys.shape[-1], own[0].keys.shape[-1]
-        filled = jnp.arange(slots) < lengths[:, None]
-        recent = (step - jnp.arange(ring)) % ring <= (step - begun)[:, None]
-        seen = jnp.concatenate([filled, recent], axis=1)[:, None, None]
+        recent = (step - jnp.arange(ring)) % ring <= (step - begun)[..., None]
+        filled = jnp.broadcast_to(jnp.arange(slots) < lengths[:, None, None], (*begun.shape, slots))
+        seen = jnp.concatenate([filled, recent], axis=-1)[:, None]
 
         def attend(caches: tuple[KeyValues, KeyValues], query: Array, new: KeyValues) -> tuple[Array, KeyValues]:
             shared, old = caches
@@ -264,7 +285,7 @@ def _shared_prefix(
     """Attention of each sample to the prefix of its stream and to its own slots, in one softmax.
 
     Args:
-      seen: [streams, 1, 1, slots of the prefix and own slots], bool.
+      seen: [streams, 1, 1 or samples, slots of the prefix and own slots], bool.
     """
     query = query * query.shape[-1] ** -0.5
     of_prefix = _product(query.swapaxes(1, 2), prefix.keys, (3, 2))  # [streams, heads, samples, slots]

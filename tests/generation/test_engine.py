@@ -14,7 +14,7 @@ from plain_transformer import random_params
 
 from rac3.config import InputError
 from rac3.devices.mesh import MeshConfig
-from rac3.generation.batch import Shape
+from rac3.generation.batch import Shape, prefill
 from rac3.generation.engine import Engine, Entry, Progress, Slots
 from rac3.generation.grammar import tabulate
 from rac3.generation.request import Draw, Given, Request, Sample
@@ -179,10 +179,72 @@ def test_requests_of_all_kinds_in_one_batch_are_as_computed_again_for_each_id(en
 
 
 def test_several_prompts_have_the_mean_of_their_probabilities(engine, logits_after):
-    """Of 8, 25 and 12 ids."""
+    """Of 8, 23 and 12 ids."""
     request = Request(PROMPTS[:3], INFILL, 2)
     (samples,) = drawn(engine, [request])
     assert_same(samples, [plain(logits_after, request, WARM, 0, number) for number in range(2)])
+
+
+def ending_otherwise(documents: int, seed: int, *ends: list[int]) -> list[Sequenced]:
+    """Prompts of the same documents, of 16 ids each, and different ends."""
+    before = prompt(0, seed, documents).ids[: 1 + 16 * documents].tolist()
+    return [sequenced([*before, *end]) for end in ends]
+
+
+TEXT_ENDS = [IMAGE_ALT, 9, 10, 11, 12, 13, IMAGE_SOURCE], [IMAGE_ALT, *MASK.tolist(), IMAGE_SOURCE]
+ONE, OTHER = ending_otherwise(2, 7, *TEXT_ENDS), ending_otherwise(1, 8, *TEXT_ENDS)
+FORKED = [
+    Request(ONE, PICTURE, 2, endings=2),
+    Request(ONE[::-1], INFILL, 3, endings=2),
+    Request(OTHER, PICTURE, 1, first=2, endings=2),
+    Request(ending_otherwise(0, 0, [], [IMAGE_ALT, *range(9, 40)]), CAPTION, 2, endings=2),  # nothing in common
+    Request([OTHER[0], Sequenced(*(x[:20] for x in OTHER[0]))], PICTURE, 1, endings=2),  # one begins as the other
+    Request([OTHER[1], OTHER[1]], PICTURE, 1, endings=2),
+    # An ensemble of two contexts, each with and without its text; and three endings of one context.
+    Request([ONE[0], OTHER[0], ONE[1], OTHER[1]], PICTURE, 2, endings=2),
+    Request(ending_otherwise(1, 9, *TEXT_ENDS, [IMAGE_SOURCE]), INFILL, 2, endings=3),
+]
+
+
+def test_how_many_ids_endings_have_in_common():
+    """Up to the documents of 16 ids after <eod>, and <img alt=" where both have it. The last id is always fed."""
+    shared = [request.shared.tolist() for request in FORKED]
+    assert shared == [[34], [34], [18], [0], [19], [19], [34, 18], [17]]
+    assert Request(PROMPTS[:3], PICTURE).shared.tolist() == [7, 22, 11]
+    turned = Sequenced(ONE[0].ids, ONE[0].offsets + (np.arange(len(ONE[0].ids)) == 20))
+    assert Request([ONE[0], turned], PICTURE, endings=2).shared.tolist() == [20]
+    with pytest.raises(InputError, match="3 prompts can't have 2 endings each"):
+        Request(PROMPTS[:3], PICTURE, endings=2)
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(8, None), (16, 8)])
+def test_prompts_that_share_their_documents_are_as_computed_apart(logits_after, rows, chunk):
+    """Twice over, so that slots and the ring are used again."""
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=rows, chunk=chunk, steps=5)
+    found = drawn(engine, FORKED * 2)
+    for request, once, again in zip(FORKED, found[: len(FORKED)], found[len(FORKED) :], strict=True):
+        expected = [plain(logits_after, request, WARM, 0, request.first + n) for n in range(request.samples)]
+        assert_same(once, expected)
+        assert_same(again, expected)
+
+
+def test_shared_documents_are_prefilled_and_held_once(monkeypatch):
+    """Of 40 and 36 ids, the last of which are fed: 5 chunks of 8 for the first. Of the second, 34 are known
+    then, so that only the chunk from 32 on is prefilled again. Apart, it would be all 5."""
+    chunks = []
+
+    def counted(decoder, weights, cache, tokens, offsets, start):
+        chunks.append((int(start), tokens.shape))
+        return prefill(decoder, weights, cache, tokens, offsets, start)
+
+    monkeypatch.setattr("rac3.generation.engine.prefill", counted)
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=8, chunk=8)
+    drawn(engine, [FORKED[0]])
+    assert chunks == [(start, (1, 8)) for start in (0, 8, 16, 24, 32, 32)]
+    group = [Entry(0, FORKED[6], stack([WARM]), 0, tabulate(PICTURE))]
+    slots = Slots(engine, Shape(1, 4, 2, 64, 64, 8, endings=2, ending=32), group)
+    assert slots.batch.prefix[0].keys.shape == (2, 4, 8, 64)  # contexts, not prompts
+    assert slots.rows.own[0].keys.shape == (2, 4, 4, 8, 96)  # of each, two samples for each ending
 
 
 def test_texts_end_by_themselves_and_at_their_longest(engine):
@@ -263,7 +325,8 @@ def test_many_devices_draw_what_one_draws(engine, sizes):
     kernels = [leaf for leaf in jax.tree.leaves(sharded.weights) if leaf.ndim > 1]
     parts = {leaf.size // leaf.addressable_shards[0].data.size for leaf in kernels}
     assert max(parts) == sizes[1] * sizes[2]  # as in training
-    requests = [*REQUESTS, Request(PROMPTS[:2], CAPTION, 2)] if sizes == (1, 4, 2) else REQUESTS
+    requests = [*REQUESTS, *FORKED[:3]]
+    requests += [Request(PROMPTS[:2], CAPTION, 2), *FORKED[3:]] if sizes == (1, 4, 2) else []
     for samples, expected in zip(drawn(sharded, requests), drawn(engine, requests), strict=True):
         assert_same(samples, expected)
 
@@ -433,8 +496,15 @@ def test_prompts_are_padded_within_the_positions_of_the_model(logits_after):
     assert_same(samples, [plain(logits_after, request, GREEDY, 0, 0)])
 
 
-@pytest.mark.parametrize(("limit", "rounds"), [(1.0, 4), (131_071.0, 4), (131_072.0, 2)])
-def test_caches_keep_to_their_memory(limit, rounds):
-    """A request takes 2 layers x 2 x 32 numbers x 4 bytes of each of 64 + 64 slots: 65,536."""
-    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=2, cache_bytes=limit)
-    assert len(reports_of(engine, [Request([PROMPTS[0]], PICTURE)] * 4)) == rounds
+@pytest.mark.parametrize(
+    ("request_", "limit", "rounds"),
+    [
+        *((Request([PROMPTS[0]], PICTURE), *case) for case in [(1.0, 4), (131_071.0, 4), (131_072.0, 2)]),
+        *((FORKED[0], *case) for case in [(458_751.0, 4), (458_752.0, 2)]),
+    ],
+)
+def test_caches_keep_to_their_memory(request_, limit, rounds):
+    """A request takes 2 layers x 2 x 32 numbers x 4 bytes of each slot: of 64 + 64 slots, 65,536. Two samples of each
+    of two endings have 64 + 32 slots each, next to the 64 of the documents: 448 make 229,376."""
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=8 if request_ is FORKED[0] else 2, cache_bytes=limit)
+    assert len(reports_of(engine, [request_] * 4)) == rounds

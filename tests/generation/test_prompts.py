@@ -7,7 +7,7 @@ import pytest
 
 from rac3.config import InputError
 from rac3.documents.store import Tokens
-from rac3.generation.prompts import Asked, Context, Form, ask, given, sequence
+from rac3.generation.prompts import Asked, Context, Form, ask, each_alone, given, sequence
 from rac3.generation.request import Draw
 from rac3.tokens.vocabulary import END_OF_INFILL, IMAGE_ALT, IMAGE_SOURCE
 
@@ -134,7 +134,14 @@ def test_guidance_adds_the_prompts_that_lack_something(form: Form, ensemble: boo
     form = replace(form, max_positions=96, max_documents=2 if ensemble else 3)
     out = asked(form, Context(documents, ensemble, "text"), bare=bare)
     assert prompts(out) == [*([1, *each, *MAIN] for each in before), *([1, *each, *bare] for each in before)]
+    streams = len(before)  # with and without the text, after the same documents: shared up to its <img alt="
+    assert (out.request.endings, out.request.shared.tolist()) == (2, [2 + len(each) for each in before])
+    alone = each_alone(out)
+    assert [(len(each.prompts), each.endings, *each.shared) for each in alone] == [
+        (2, 2, 2 + len(each)) for each in before
+    ]
     out = asked(form, Context(documents, ensemble, "documents"), bare=bare)
+    assert (out.request.endings, len(out.request.shared)) == (1, streams + 1)
     assert prompts(out) == [*([1, *each, *MAIN] for each in before), [1, *MAIN]]
     assert out.notes == []
 
