@@ -1,6 +1,6 @@
 """Decoding against transformers: same weights, same prompts, same ids, and the share of the memory's bandwidth.
 
-    python benchmarks/decode.py [--rounds 5] [--batches 1 8 16] [--only step shared] [--json FILE]
+    python benchmarks/decode.py [--rounds 5] [--batches 1 8 16] [--only step shared guided] [--json FILE]
     python benchmarks/decode.py --gpu [--json FILE]
 
 `step`: greedy continuation of prompts of 512 ids by 256 more, of 8 layers of width 512 in float32 on one pinned core,
@@ -8,7 +8,8 @@ against `generate` of transformers' OPT with its dynamic and its static cache. T
 compared. Prints the median ratio of their times (above 1: ours is faster) with its extremes, and our share of the
 roofline: the time in which this core, by its own measured rate, would read the weights and the filled slots once.
 `shared`: 16 samples of one prompt of 2,000 ids: seconds until each has two ids, seconds of a step, and memory above
-what the process has before. Each case has its own process. Needs the extra `parity`.
+what the process has before. `guided`: the same with guidance, whose second prompt lacks the last 40 ids, by requests
+whose prompts share what they have in common and by others. Each case has its own process. Needs the extra `parity`.
 
 `--gpu`: 2.7B parameters in bfloat16 at a context of 3,072, batches of 1, 16 and 64, against `generate` with
 torch.compile and a static cache, each in its own process. `--layers`, `--width`, `--context` and `--new` change sizes.
@@ -29,7 +30,7 @@ from typing import Any
 from measure import interleaved, ratio, record
 
 PACKAGES = ("rac3", "jax", "jaxlib", "flax", "torch", "transformers", "numpy")
-PARTS = ("step", "shared")
+PARTS = ("step", "shared", "guided")
 Sizes = dict[str, int]
 CPU: Sizes = {"layers": 8, "width": 512, "heads": 8, "vocab": 8192, "prompt": 512, "new": 256}
 GPU: Sizes = {"layers": 32, "width": 2560, "heads": 32, "vocab": 60_032, "prompt": 3008, "new": 64}
@@ -177,19 +178,25 @@ def step(batch: int, rounds: int, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def shared(samples: int, sizes: Sizes) -> dict[str, Any]:
-    """Of one prompt of 2,000 ids, each sample up to 256 more."""
+def shared(samples: int, sizes: Sizes, endings: int = 0) -> dict[str, Any]:
+    """Of one prompt of 2,000 ids, each sample up to 256 more.
+
+    Args:
+      endings: with guidance, whether its two prompts share what they have in common (2) or not (1); 0 is no guidance.
+    """
     import numpy as np
 
     from rac3.generation.request import Draw, Request
-    from rac3.generation.sampling import Sampling
+    from rac3.generation.sampling import Guidance, Sampling
     from rac3.tokens.html import Sequenced
 
-    engine, _ = our_engine(sizes, samples, "float32")
+    engine, _ = our_engine(sizes, samples * (2 if endings else 1), "float32")
     base = _resident()
     prompt = np.random.default_rng(0).integers(8, sizes["vocab"] - 16, sizes["prompt"] - 48).astype(np.int32)
-    sequenced = Sequenced(prompt, np.zeros_like(prompt))
-    request = Request([sequenced], [Draw(np.ones(engine.model.vocab_size, bool), sizes["new"])], samples)
+    prompts = [Sequenced(ids, np.zeros_like(ids)) for ids in (prompt, prompt[:-40])[: 2 if endings else 1]]
+    grammar = [Draw(np.ones(engine.model.vocab_size, bool), sizes["new"])]
+    request = Request(prompts, grammar, samples, endings=endings or 1)
+    sampling = Sampling(guidance=Guidance(3.0 if endings else 1.0))
 
     def run() -> tuple[float, float]:
         """Seconds until the first report, which comes after two steps, and of a step after that."""
@@ -200,14 +207,15 @@ def shared(samples: int, sizes: Sizes) -> dict[str, Any]:
             marks.append(time.perf_counter())
             engine.steps = 8
 
-        dict(engine.run([request], [Sampling()], [0], mark))
+        dict(engine.run([request], [sampling], [0], mark))
         return marks[1] - marks[0], (marks[-1] - marks[1]) / (sizes["new"] - 2)
 
     compiled = run()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     times = [run() for _ in range(3)]
     return {
-        "case": f"{samples} samples of a prompt of {len(prompt):,} ids",
+        "case": f"{samples} samples of a prompt of {len(prompt):,} ids"
+        + ("", ", guided, two caches", ", guided, one cache")[endings],
         "prefill_and_two_steps_seconds": round(min(first for first, _ in times), 3),
         "with_compilation_seconds": round(compiled, 2),
         "step_ms": round(1e3 * min(each for _, each in times), 2),
@@ -300,7 +308,7 @@ def one_case(arguments: argparse.Namespace) -> None:
         if part == "step":
             result = step(int(more[0]), arguments.rounds, {**CPU, **given})
         else:
-            result = shared(16, {**CPU, "prompt": 2048, **given})
+            result = shared(16, {**CPU, "prompt": 2048, **given}, *map(int, more))
     arguments.row.write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -334,6 +342,8 @@ def main() -> None:
             results["step"] = [in_process("step", arguments, str(batch)) for batch in batches]
         if "shared" in arguments.only:
             results["shared"] = [in_process("shared", arguments)]
+        if "guided" in arguments.only:
+            results["guided"] = [in_process("shared", arguments, endings) for endings in ("1", "2")]
     if arguments.json:
         command = " ".join(["python benchmarks/decode.py", *sys.argv[1:]])
         arguments.json.write_text(record(command, PACKAGES, results), encoding="utf-8")
