@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 from rac3.devices.mesh import constrain
 from rac3.generation.sampling import sample
 from rac3.generation.step import Step
-from rac3.model.decoder import Cache, Decoder
+from rac3.model.decoder import Cache, Decoder, Endings
 from rac3.tokens.vocabulary import NUM_SPECIALS, Vocabulary
 
 # Arrays that come from the host.
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
       places: of the longest grammar.
       masks: sets of allowed ids.
       endings: of prompts that share their documents.
-      ending: ids of the longest of them; 0 if there is one.
+      ending: slots of the cache of each of several; 0 if there is one.
     """
 
     requests: int
@@ -57,11 +57,6 @@ class Shape(NamedTuple):
     def streams(self) -> int:
         """The decoder's, of each request."""
         return self.prompts // self.endings
-
-    @property
-    def own(self) -> int:
-        """Slots of the samples' own caches."""
-        return self.places + self.ending
 
 
 @flax.struct.dataclass
@@ -139,12 +134,14 @@ class Batch:
 
     Attributes:
       prefix: keys and values of their prompts, without the endings or the last ids.
+      endings: those of the endings, [requests, streams, endings] in one axis; None if each stream has one.
       masks: the sets of allowed ids.
       begun: the step at which the rows of each request fed their first id.
       keys: of the samples.
     """
 
     prefix: Cache
+    endings: Cache | None
     masks: Bool[Array, "masks vocab"]
     tables: Tables
     begun: Int[Array, " requests"]
@@ -157,7 +154,7 @@ class Rows:
 
     Attributes:
       step: the number of steps that the batch has had.
-      own: keys and values of what the rows have fed, endings included; rows are [requests, streams, endings, samples].
+      own: keys and values of what the rows have fed; rows are [requests, streams, endings, samples].
       feed: the id that each feeds next: the prompt's last, then the one drawn before.
       feed_offset: its place in its text or image.
       place: of the id to draw; rows that have ended are past the last one.
@@ -205,6 +202,7 @@ def empty(
 
     batch = Batch(
         prefix=decoder.empty_prefix(requests * shape.streams, slots),
+        endings=decoder.empty_prefix(requests * prompts, shape.ending) if shape.endings > 1 else None,
         masks=_replicated(jnp.asarray(masks)),
         tables=jax.tree.map(lambda x: _replicated(jnp.asarray(x)), blank(requests, shape, sampling)),
         begun=zeros(requests),
@@ -212,7 +210,7 @@ def empty(
     )
     rows = Rows(
         step=zeros(),
-        own=decoder.empty_own(requests * shape.streams, shape.endings * samples, shape.own),
+        own=decoder.empty_own(requests * shape.streams, shape.endings * samples, places),
         feed=zeros(requests, prompts, samples),
         feed_offset=zeros(requests, prompts, samples),
         place=zeros(requests, samples),
@@ -237,10 +235,10 @@ def prefill(
     return decoder.prefill(weights, cache, tokens, offsets, start)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def ending(decoder: Decoder, cache: Cache, lengths: Int[Array, " streams"], step: Int[Array, ""], slots: int) -> Cache:
-    """`Decoder.endings`, compiled."""
-    return decoder.endings(cache, lengths, step, slots)
+@partial(jax.jit, static_argnums=(0, 3))
+def ending(decoder: Decoder, cache: Cache, start: Int[Array, " streams"], slots: int) -> Cache:
+    """`Decoder.ending`, compiled."""
+    return decoder.ending(cache, start, slots)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -250,15 +248,20 @@ def insert(
     """The batch with other requests in some slots, and their rows at the beginning.
 
     Args:
-      endings: of the prompts, from `ending`, for the rows' own slots; none if prompts have no ending of their own.
+      endings: each as from `ending`; none if each stream has one.
     """
 
     def put(old: Array, value: OnHost) -> Array:
         return _replicated(old.at[new.slots].set(value, mode="drop"))
 
+    of_endings = batch.endings
+    if of_endings is not None:
+        stacked = jax.tree.map(lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:]), *endings)
+        of_endings = decoder.insert(of_endings, stacked, jnp.asarray(new.slots))
     batch = replace(
         batch,
         prefix=decoder.insert(batch.prefix, prefilled, jnp.asarray(new.slots)),
+        endings=of_endings,
         tables=jax.tree.map(put, batch.tables, new.tables),
         begun=put(batch.begun, jnp.broadcast_to(rows.step, new.slots.shape)),
         keys=put(batch.keys, sample_keys(new.seeds, new.digest, new.numbers)),
@@ -270,10 +273,8 @@ def insert(
     ]
     exists = jnp.arange(shape[1]) < new.count[:, None]
     zeros = jnp.zeros((*shape, rows.drawn.shape[-1]), jnp.int32)
-    own = decoder.insert_endings(rows.own, endings, shape[1], jnp.asarray(new.slots)) if endings else rows.own
     rows = replace(
         rows,
-        own=own,
         feed=put(rows.feed, first[0]),
         feed_offset=put(rows.feed_offset, first[1]),
         place=put(rows.place, jnp.where(exists, 0, new.tables.places[:, None])),
@@ -325,24 +326,24 @@ def _step(
     streams = tables.shared.shape[1]
     prefilled = tables.lengths - 1
     position = prefilled + (rows.step - batch.begun)[:, None]
-    # The ids of an ending count as fed before the request's first step.
-    begun = batch.begun[:, None] - prefilled + jnp.tile(tables.shared, (1, prompts // streams))
 
     def by_stream(x: Array) -> Array:
         """[requests, prompts, ...] -> [requests * streams, endings * ...]"""
         turned = x.reshape(requests, prompts // streams, streams, *x.shape[2:]).swapaxes(1, 2)
         return turned.reshape(requests * streams, -1)
 
+    ended = prefilled - jnp.tile(tables.shared, (1, prompts // streams))
     logits, own = decoder.step(
         weights,
         batch.prefix,
         rows.own,
         tables.shared.reshape(-1),
-        by_stream(begun if prompts == streams else begun[..., None].repeat(samples, -1)),
+        jnp.repeat(batch.begun, streams),
         rows.step,
         by_stream(rows.feed),
         by_stream(jnp.broadcast_to(position[..., None], rows.feed.shape)),
         by_stream(rows.feed_offset),
+        None if batch.endings is None else Endings(batch.endings, by_stream(ended)),
     )
     logits = logits.reshape(requests, streams, prompts // streams, samples, -1).swapaxes(1, 2)
     logits = constrain(logits.reshape(requests, prompts, samples, -1), "batch", None, None, None)

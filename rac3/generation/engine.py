@@ -210,7 +210,7 @@ class Engine:
         kept = power_of_two(max(ended, FEWEST_ENDING)) if endings > 1 else 0
         config = self.model.config
         of_id = 2 * config.num_layers * config.embed * jnp.dtype(config.dtype).itemsize
-        of_request = prompts // endings * (slots + endings * of_slot * (own + kept))
+        of_request = prompts // endings * (slots + endings * (kept + of_slot * own))
         most = min(self.rows / of_slot / prompts, self.cache_bytes / of_id / of_request) / self.shards
         requests = self.shards * min(power_of_two(-(-parts(of_slot) // self.shards)), _power_below(int(most)))
         suiting = Shape(requests, prompts, of_slot, slots, own, power_of_two(max(masks, FEWEST_MASKS)), endings, kept)
@@ -328,7 +328,7 @@ class Slots:
                 chunk = [x[:, start : start + engine.chunk] for x in (tokens, offsets)]
                 self.prefilled = prefill(engine.decoder, engine.weights, self.prefilled, *chunk, np.int32(start))
             if shape.endings > 1:
-                endings.append(ending(engine.decoder, self.prefilled, lengths, self.rows.step, shape.own))
+                endings.append(ending(engine.decoder, self.prefilled, tables.shared.reshape(-1), shape.ending))
         return endings
 
     def advance(self, steps: int) -> list[Entry]:

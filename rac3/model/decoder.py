@@ -6,7 +6,7 @@
             3 4 5 0 1 2     step 5; a row that began at step 3 sees the slots of 3, 4 and 5
 
 A prompt is called a stream. Prompts that differ at their ends alone are one stream: what they have in common is its
-prefix, and the rest of each is in its samples' own slots, as if they had begun so many steps earlier.
+prefix, and the rest of each is in a cache of endings, between the two.
 
 A step reads all weights and all filled slots once, and does little with them, so it is as fast as memory if it copies
 neither. Hence each layer has its own arrays, where a scan would slice them out of its stack; kernels are [*out, *in]
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -40,6 +41,20 @@ class KeyValues(NamedTuple):
 
 
 Cache = list[KeyValues]  # one of each layer
+
+
+class Endings(NamedTuple):
+    """What prompts do not have in common.
+
+    Attributes:
+      cache: its rows are [streams, endings] in one axis.
+      lengths: ids in each.
+    """
+
+    cache: Cache
+    lengths: Int[Array, "streams endings"]
+
+
 Weights = Mapping[str, Any]
 # The caches of a layer, the queries, and the new keys and values -> what is attended to, and the cache with these.
 Attend = Callable[[Any, Array, KeyValues], tuple[Array, KeyValues]]
@@ -134,36 +149,23 @@ class Decoder:
           slots: where it goes: a request of n streams is in streams [n * slot, n * (slot + 1)), of the shard's own;
             an index past the last is nowhere.
         """
-        return self._insert(prefix, prefilled, slots, ("batch", "heads", None, None))
+        names = ("batch", "heads", None, None)
 
-    def endings(self, prefilled: Cache, lengths: Int[Array, " streams"], step: Int[Array, ""], slots: int) -> Cache:
-        """The last of the prefilled ids, [streams, heads, head_dim, slots], as samples' own slots have them.
-
-        Args:
-          lengths: ids that are prefilled in each stream; the last counts as fed in the step before `step`.
-        """
-        age = (step - 1 - jnp.arange(slots)) % slots
-        places = jnp.maximum(lengths[:, None] - 1 - age, 0)[:, None, None]  # slots from before the prompt are unseen
-        return jax.tree.map(lambda x: jnp.take_along_axis(x, places, axis=-1), prefilled)
-
-    def insert_endings(self, own: Cache, endings: Sequence[Cache], samples: int, slots: Int[Array, " shards"]) -> Cache:
-        """The own slots of new samples, so many for each ending; `slots` is as for `insert`."""
-        new = jax.tree.map(lambda *each: jnp.repeat(jnp.stack(each, axis=1), samples, axis=1), *endings)
-        rows = jax.tree.map(lambda old, new: old.reshape(-1, *new.shape[1:]), own, new)
-        inserted = self._insert(rows, new, slots, ("batch", None, "heads", None, None))
-        return jax.tree.map(lambda old, new: new.reshape(old.shape), own, inserted)
-
-    def _insert(self, old: Cache, new: Cache, slots: Array, names: tuple[str | None, ...]) -> Cache:
         def write(old: Array, new: Array, slots: Array) -> Array:
             streams, own = len(new), len(old) // len(new)
             axes = mesh_axes("batch")
             at = slots[0] - (jax.lax.axis_index(axes) * own if axes else 0)
-            first = jnp.clip(at, 0, own - 1) * streams
-            kept = jnp.where((at >= 0) & (at < own), new, jax.lax.dynamic_slice_in_dim(old, first, streams))
-            return jax.lax.dynamic_update_slice_in_dim(old, kept, first, 0)
+            first = (jnp.clip(at, 0, own - 1) * streams, 0, 0, 0)
+            kept = jnp.where((at >= 0) & (at < own), new, jax.lax.dynamic_slice(old, first, new.shape))
+            return jax.lax.dynamic_update_slice(old, kept, first)
 
         inserted = map_shards(write, (names, names, ("batch",)), names)
-        return jax.tree.map(lambda old, new: inserted(old, new, slots), old, new)
+        return jax.tree.map(lambda old, new: inserted(old, new, slots), prefix, prefilled)
+
+    def ending(self, prefilled: Cache, start: Int[Array, " streams"], slots: int) -> Cache:
+        """What is prefilled of each stream from id number `start` on, so many slots."""
+        places = jnp.minimum(start[:, None] + jnp.arange(slots), prefilled[0].keys.shape[-1] - 1)
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, places[:, None, None], axis=-1), prefilled)
 
     def step(
         self,
@@ -171,31 +173,38 @@ class Decoder:
         prefix: Cache,
         own: Cache,
         lengths: Int[Array, " streams"],
-        begun: Int[Array, "#streams #samples"],
+        begun: Int[Array, " streams"],
         step: Int[Array, ""],
         tokens: Int[Array, "streams samples"],
         positions: Int[Array, "streams samples"],
         offsets: Int[Array, "streams samples"],
+        endings: Endings | None = None,
     ) -> tuple[Float[Array, "streams samples vocab"], Cache]:
         """The logits, in float32, after one id of each sample, and its own cache with that id.
 
         Args:
           lengths: ids in the prefix of each stream.
-          begun: the step at which samples fed their first id after the prefix.
+          begun: the step at which the samples of each stream fed their first id.
           step: the current one.
+          endings: of the prompts, if each stream has several; its samples are then as many of the first ending, of the
+            second, and so on.
         """
         slots, ring = prefix[0].keys.shape[-1], own[0].keys.shape[-1]
-        recent = (step - jnp.arange(ring)) % ring <= (step - begun)[..., None]
-        filled = jnp.broadcast_to(jnp.arange(slots) < lengths[:, None, None], (*begun.shape, slots))
-        seen = jnp.concatenate([filled, recent], axis=-1)[:, None]
+        seen = [jnp.arange(slots) < lengths[:, None], (step - jnp.arange(ring)) % ring <= (step - begun)[:, None]]
+        seen = [each[:, None, None] for each in seen]
+        if endings is not None:
+            count, slots = endings.lengths.shape[1], endings.cache[0].keys.shape[-1]
+            of_each = jnp.repeat(endings.lengths, tokens.shape[1] // count, axis=1)  # sample
+            seen.insert(1, (jnp.arange(slots) < of_each[..., None])[:, None])
 
-        def attend(caches: tuple[KeyValues, KeyValues], query: Array, new: KeyValues) -> tuple[Array, KeyValues]:
-            shared, old = caches
+        def attend(caches: tuple[KeyValues, ...], query: Array, new: KeyValues) -> tuple[Array, KeyValues]:
+            *shared, old = caches
             fed = [x.reshape(*old.keys.shape[:-1], 1) for x in new]
             kept = KeyValues(*(_write(x, y, step % ring) for x, y in zip(old, fed, strict=True)))
             return _shared_prefix(query, shared, kept, seen), kept
 
-        x, own = self._layers(weights, tokens, positions, offsets, list(zip(prefix, own, strict=True)), attend)
+        caches = [prefix, own] if endings is None else [prefix, endings.cache, own]
+        x, own = self._layers(weights, tokens, positions, offsets, list(zip(*caches, strict=True)), attend)
         x = self._norm(weights["final_norm"], x)
         logits = jnp.tensordot(weights["token_embedding"], x, 1, preferred_element_type=jnp.float32)
         return jnp.moveaxis(logits, 0, -1), own
@@ -278,26 +287,38 @@ def _causal(
 
 def _shared_prefix(
     query: Float[Array, "streams samples heads head_dim"],
-    prefix: KeyValues,
+    shared: Sequence[KeyValues],
     own: KeyValues,
-    seen: Array,
+    seen: Sequence[Array],
 ) -> Float[Array, "streams samples heads head_dim"]:
-    """Attention of each sample to the prefix of its stream and to its own slots, in one softmax.
+    """Attention of each sample to what it shares with others and to its own slots, in one softmax.
 
     Args:
-      seen: [streams, 1, 1 or samples, slots of the prefix and own slots], bool.
+      shared: each of as many rows as streams, or of a multiple: then as many samples read the first of a stream, the
+        second, and so on.
+      seen: of each of these and of the own slots, [streams, 1, 1 or samples, slots], bool.
     """
     query = query * query.shape[-1] ** -0.5
-    of_prefix = _product(query.swapaxes(1, 2), prefix.keys, (3, 2))  # [streams, heads, samples, slots]
+    streams, samples, heads, _ = query.shape
+    scores = []
+    for cache in shared:
+        rows = query.reshape(len(cache.keys), -1, *query.shape[2:])
+        each = _product(rows.swapaxes(1, 2), cache.keys, (3, 2))  # [rows, heads, samples of each, slots]
+        each = each.reshape(streams, -1, *each.shape[1:]).swapaxes(1, 2)
+        scores.append(each.reshape(streams, heads, samples, -1))
     of_own = _product(query.reshape(own.keys.shape[:-1]), own.keys, (-1, -2))
-    of_own = of_own.reshape(*query.shape[:3], -1).swapaxes(1, 2)
-    scores = jnp.where(seen, jnp.concatenate([of_prefix, of_own], axis=-1), HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1).astype(prefix.values.dtype)
-    for_prefix, for_own = jnp.split(weights, [prefix.keys.shape[-1]], axis=-1)
-    out = _product(prefix.values, for_prefix, (3, 3)).transpose(0, 3, 1, 2)
+    scores.append(of_own.reshape(*query.shape[:3], -1).swapaxes(1, 2))
+    masked = [jnp.where(where, each, HIDDEN) for where, each in zip(seen, scores, strict=True)]
+    weights = jax.nn.softmax(jnp.concatenate(masked, axis=-1), axis=-1).astype(own.values.dtype)
+    ends = np.cumsum([each.shape[-1] for each in scores])[:-1]
+    *for_shared, for_own = jnp.split(weights, ends.tolist(), axis=-1)
     for_own = for_own.swapaxes(1, 2).reshape(*own.values.shape[:-2], -1)
-    out += _product(for_own, own.values, (-1, -1)).reshape(query.shape)
-    return out.astype(prefix.values.dtype)
+    out = _product(for_own, own.values, (-1, -1)).reshape(query.shape)
+    for cache, each in zip(shared, for_shared, strict=True):
+        of_row = each.reshape(streams, heads, len(cache.values) // streams, -1, each.shape[-1]).swapaxes(1, 2)
+        of_row = of_row.reshape(len(cache.values), heads, -1, each.shape[-1])
+        out += _product(cache.values, of_row, (3, 3)).transpose(0, 3, 1, 2).reshape(query.shape)
+    return out.astype(own.values.dtype)
 
 
 def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:

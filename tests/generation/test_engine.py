@@ -244,7 +244,8 @@ def test_shared_documents_are_prefilled_and_held_once(monkeypatch):
     group = [Entry(0, FORKED[6], stack([WARM]), 0, tabulate(PICTURE))]
     slots = Slots(engine, Shape(1, 4, 2, 64, 64, 8, endings=2, ending=32), group)
     assert slots.batch.prefix[0].keys.shape == (2, 4, 8, 64)  # contexts, not prompts
-    assert slots.rows.own[0].keys.shape == (2, 4, 4, 8, 96)  # of each, two samples for each ending
+    assert slots.batch.endings[0].keys.shape == (4, 4, 8, 32)
+    assert slots.rows.own[0].keys.shape == (2, 4, 4, 8, 64)  # of each context, two samples for each ending
 
 
 def test_texts_end_by_themselves_and_at_their_longest(engine):
@@ -500,11 +501,11 @@ def test_prompts_are_padded_within_the_positions_of_the_model(logits_after):
     ("request_", "limit", "rounds"),
     [
         *((Request([PROMPTS[0]], PICTURE), *case) for case in [(1.0, 4), (131_071.0, 4), (131_072.0, 2)]),
-        *((FORKED[0], *case) for case in [(458_751.0, 4), (458_752.0, 2)]),
+        *((FORKED[0], *case) for case in [(393_215.0, 4), (393_216.0, 2)]),
     ],
 )
 def test_caches_keep_to_their_memory(request_, limit, rounds):
-    """A request takes 2 layers x 2 x 32 numbers x 4 bytes of each slot: of 64 + 64 slots, 65,536. Two samples of each
-    of two endings have 64 + 32 slots each, next to the 64 of the documents: 448 make 229,376."""
+    """A request takes 2 layers x 2 x 32 numbers x 4 bytes of each slot: of 64 + 64 slots, 65,536. With two
+    endings of 32, and two samples of each of 64, next to 64 of the documents, 384 make 196,608."""
     engine = Engine(MODEL, PARAMS, VOCABULARY, rows=8 if request_ is FORKED[0] else 2, cache_bytes=limit)
     assert len(reports_of(engine, [request_] * 4)) == rounds

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from plain_transformer import plain_logits, plain_turns, random_params
 
-from rac3.model.decoder import Cache, Decoder
+from rac3.model.decoder import Cache, Decoder, Endings
 from rac3.model.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(num_layers=2, embed=32, num_heads=4, mlp=48, dtype="float32", remat="none")
@@ -59,9 +59,7 @@ def cached_logits(
         each = np.arange(streams)
         fed = [np.asarray(x[each, :, place], np.int32) for x in (tokens, offsets)]
         positions = np.broadcast_to(place[:, None], (streams, samples))
-        logits, own = step(
-            weights, prefix, own, np.array(lengths), np.array(begun)[:, None], number, fed[0], positions, fed[1]
-        )
+        logits, own = step(weights, prefix, own, np.array(lengths), np.array(begun), number, fed[0], positions, fed[1])
         for stream in range(streams):
             if begun[stream] <= number < begun[stream] + ids - lengths[stream]:
                 found[stream, :, place[stream]] = logits[stream]
@@ -120,8 +118,10 @@ def test_bfloat16_is_read_as_bfloat16_and_the_norms_as_float32():
     assert np.abs(got - expected).max() < 0.04 * np.abs(expected).max()  # 8 bits, in two orders of summation
 
 
-@pytest.mark.parametrize(("streams", "samples", "each"), [(1, 1, 1), (3, 1, 1), (1, 4, 1), (2, 3, 1), (2, 3, 3)])
-def test_a_step_copies_neither_caches_nor_weights(streams, samples, each):
+@pytest.mark.parametrize(
+    ("streams", "samples", "endings"), [(1, 1, 0), (3, 1, 0), (1, 4, 0), (2, 3, 0), (1, 2, 2), (2, 4, 2)]
+)
+def test_a_step_copies_neither_caches_nor_weights(streams, samples, endings):
     """Read off the compiled program of a loop of steps: what it copies, transposes, slices or concatenates is smaller
     than any cache or matrix. Before the loop, nothing of a donated cache is copied either."""
     config = TransformerConfig(num_layers=2, embed=128, num_heads=2, mlp=256, dtype="float32", remat="none")
@@ -130,18 +130,24 @@ def test_a_step_copies_neither_caches_nor_weights(streams, samples, each):
     weights = decoder.weights(random_params(model))
     prefix, own = decoder.empty_prefix(streams, 160), decoder.empty_own(streams, samples, 140)
     ids = jnp.zeros((streams, samples), jnp.int32)
-    lengths, begun = jnp.zeros(streams, jnp.int32), jnp.zeros((streams, each), jnp.int32)
+    of_stream = jnp.zeros(streams, jnp.int32)
+    ended = None
+    if endings:
+        ended = Endings(decoder.empty_prefix(streams * endings, 150), jnp.zeros((streams, endings), jnp.int32))
 
-    def loop(weights, prefix, own, ids, steps):
+    def loop(weights, prefix, ended, own, ids, steps):
         def body(carry):
             step, own, ids = carry
-            logits, own = decoder.step(weights, prefix, own, lengths, begun, step, ids, 0 * ids + step, 0 * ids)
+            each = of_stream, of_stream, step, ids, 0 * ids + step, 0 * ids
+            logits, own = decoder.step(weights, prefix, own, *each, ended)
             return step + 1, own, jnp.argmax(logits, -1).astype(jnp.int32)
 
         return jax.lax.while_loop(lambda carry: carry[0] < steps, body, (0, own, ids))
 
-    program = jax.jit(loop, donate_argnums=2).lower(weights, prefix, own, ids, 3).compile().as_text()
+    program = jax.jit(loop, donate_argnums=3).lower(weights, prefix, ended, own, ids, 3).compile().as_text()
     moved = re.findall(r"= f32\[([\d,]*)\]\S* (?:copy|transpose|slice|dynamic-slice|concatenate|pad)\(", program)
     largest = max(math.prod(map(int, dims.split(","))) for dims in moved if dims)
     assert largest < 128 * 128 < 128 * 140
-    assert largest <= streams * samples * max(2 * 300, 3 * 128)  # scores, and what the projection of qkv gives
+    assert largest <= streams * samples * max(
+        2 * (300 + (150 if endings else 0)), 3 * 128
+    )  # scores, and what the projection of qkv gives
