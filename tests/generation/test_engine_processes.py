@@ -40,9 +40,11 @@ params = jax.tree.map(
 engine = Engine(model, params, vocabulary, mesh, rows=16)
 text = Draw(vocabulary.is_text(np.arange(128)), 12, stop=5)
 prompts = [np.arange(8, 8 + size, dtype=np.int32) for size in (3, 20, 11, 1, 30)]
-requests = [Request([Sequenced(ids, np.arange(1, len(ids) + 1, dtype=np.int32))], [text], 3) for ids in prompts]
-found = dict(engine.run(requests, [Sampling(temperature=2.0)] * 5, [7] * 5))
-print([sample.runs[0].tolist() for index in range(5) for sample in found[index]])
+given = [Sequenced(ids, np.arange(1, len(ids) + 1, dtype=np.int32)) for ids in prompts]
+requests = [Request([prompt], [text], 3) for prompt in given]
+requests += [Request([given[1], prompt], [text], 2, endings=2) for prompt in given[2:]]
+found = dict(engine.run(requests, [Sampling(temperature=2.0)] * 8, [7] * 8))
+print([sample.runs[0].tolist() for index in range(8) for sample in found[index]])
 """
 
 
