@@ -31,7 +31,7 @@ from rac3.tokens.vocabulary import Vocabulary
 FEWEST_MASKS = 8  # sets of allowed ids that each program has room for
 FEWEST_PLACES = 64
 FEWEST_SLOTS = 256
-FEWEST_ENDING = 32
+FEWEST_ENDING = 64
 EXCESS = 4  # a program that is compiled serves if none of its sizes is more than this many times too large
 FEW_ROUNDS = 2  # and if it fills its slots at most so often
 

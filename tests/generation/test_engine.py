@@ -349,6 +349,9 @@ def test_another_prompt_sample_count_or_temperature_compiles_nothing():
     ]:
         assert compilations(lambda case=(other, sampling, seed): drawn(engine, [case[0]], *case[1:])) == 0
     assert compilations(lambda: drawn(engine, [request, replace(request, prompts=[PROMPTS[2]])])) == 0
+    assert compilations(lambda: drawn(engine, FORKED[:1])) > 0
+    for other in FORKED[1:4]:  # other documents, longer endings
+        assert compilations(lambda other=other: drawn(engine, [other])) == 0
 
 
 def test_many_requests_do_not_wait_for_a_program_of_few_rows():
@@ -501,11 +504,11 @@ def test_prompts_are_padded_within_the_positions_of_the_model(logits_after):
     ("request_", "limit", "rounds"),
     [
         *((Request([PROMPTS[0]], PICTURE), *case) for case in [(1.0, 4), (131_071.0, 4), (131_072.0, 2)]),
-        *((FORKED[0], *case) for case in [(393_215.0, 4), (393_216.0, 2)]),
+        *((FORKED[0], *case) for case in [(458_751.0, 4), (458_752.0, 2)]),
     ],
 )
 def test_caches_keep_to_their_memory(request_, limit, rounds):
     """A request takes 2 layers x 2 x 32 numbers x 4 bytes of each slot: of 64 + 64 slots, 65,536. With two
-    endings of 32, and two samples of each of 64, next to 64 of the documents, 384 make 196,608."""
+    endings of 64, and two samples of each of 64, next to 64 of the documents, 448 make 229,376."""
     engine = Engine(MODEL, PARAMS, VOCABULARY, rows=8 if request_ is FORKED[0] else 2, cache_bytes=limit)
     assert len(reports_of(engine, [request_] * 4)) == rounds
