@@ -148,6 +148,7 @@ def test_the_examples_of_rac3_load_run(page: str, finished_workdir: tuple[Path, 
     assert len(names["answer"].documents) == 2
 
 
+@pytest.mark.slow
 def test_the_encoder_and_the_image_tokenizer_of_the_page_run(tmp_path: Path):
     """Over the tiny config rather than the quickstart; what they give is checked by hand."""
     (code,) = [code for code in python((ROOT / "docs" / "checkpoints.md").read_text()) if "get_config" in code]

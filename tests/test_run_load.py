@@ -81,6 +81,7 @@ def test_a_finished_run_is_loaded_with_all_it_holds(finished_workdir: tuple[Path
     assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
 
 
+@pytest.mark.slow
 def test_overrides_are_stored(rac3: Command, tmp_path: Path):
     """With them the artifacts are current, of which the config alone knows nothing."""
     from rac3.experiment_file import load
@@ -96,6 +97,7 @@ def test_overrides_are_stored(rac3: Command, tmp_path: Path):
         run.documents("train")
 
 
+@pytest.mark.slow
 def test_a_model_is_not_forgotten_for_a_stage_with_other_settings(rac3: Command, workdir: Path):
     """The experiment is that of the model, until another one is trained."""
     from rac3.experiment_file import load

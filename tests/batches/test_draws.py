@@ -69,6 +69,7 @@ def test_a_permutation_has_every_number_once(size: int):
         np.testing.assert_array_equal(draws.permuted(7, epoch, size, some), numbers[some])  # each on its own
 
 
+@pytest.mark.slow
 def test_permutations_are_uniform():
     """The first two of 16 numbers: 240 pairs, 2,400 epochs, 239 degrees of freedom: above 350 with probability 3e-6.
 

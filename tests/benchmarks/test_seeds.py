@@ -48,6 +48,7 @@ def test_a_claim_that_fails_for_a_seed_is_named_and_ends_with_1(
     assert (written["command"], written["results"]) == ("python x.py", results)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_took_only_if_one_process_did_all_of_it(
     seeds: ModuleType, finished_workdir: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -186,6 +186,7 @@ def test_bad_input_is_one_line(form: Form, ask: Callable, message: str):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_engine_draws_as_the_plain_one(form: Form, engine: PlainEngine):
     """With a random model, guidance, an ensemble, and copying where there are documents and words."""
     under = np.isin(np.arange(9), [0, 4, 5])

@@ -281,6 +281,7 @@ def test_a_restored_run_goes_on_bit_for_bit(run: Run, whole, tmp_path: Path):
     assert_trees_equal(resumed[-1][0], whole[-1][0])
 
 
+@pytest.mark.slow
 def test_the_average_and_the_codebook_are_kept(run: Run, documents, tmp_path: Path):
     fitted = fit_vqgan(TOKENIZER, 0, MeshConfig().build(), documents, tmp_path)
     (line,) = read_metrics(tmp_path)
