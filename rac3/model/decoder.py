@@ -193,9 +193,9 @@ class Decoder:
         seen = [jnp.arange(slots) < lengths[:, None], (step - jnp.arange(ring)) % ring <= (step - begun)[:, None]]
         seen = [each[:, None, None] for each in seen]
         if endings is not None:
-            count, slots = endings.lengths.shape[1], endings.cache[0].keys.shape[-1]
+            count, last = endings.lengths.shape[1], endings.cache[0].keys.shape[-1]
             of_each = jnp.repeat(endings.lengths, tokens.shape[1] // count, axis=1)  # sample
-            seen.insert(1, (jnp.arange(slots) < of_each[..., None])[:, None])
+            seen.insert(1, (jnp.arange(last) < of_each[..., None])[:, None])
 
         def attend(caches: tuple[KeyValues, ...], query: Array, new: KeyValues) -> tuple[Array, KeyValues]:
             *shared, old = caches

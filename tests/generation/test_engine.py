@@ -18,7 +18,7 @@ from rac3.generation.batch import Shape, prefill
 from rac3.generation.engine import Engine, Entry, Progress, Slots
 from rac3.generation.grammar import tabulate
 from rac3.generation.request import Draw, Given, Request, Sample
-from rac3.generation.sampling import Sampling, stack
+from rac3.generation.sampling import Guidance, Sampling, stack
 from rac3.model.transformer import TransformerConfig
 from rac3.tokens.html import Segment, Sequenced, encode, segment_offsets
 from rac3.tokens.vocabulary import END_OF_INFILL, EOD, IMAGE_ALT, IMAGE_SOURCE, Vocabulary
@@ -120,15 +120,22 @@ def plain(forward: Forward, request: Request, sampling: Sampling, seed: int, num
         chosen, terms, stopped = [], [], False
         allowed = run.allowed | (run.stop == ALL)
         for step in range(run.count):
-            probs = np.zeros(len(ALL))
+            each = []
             for own, places in zip(ids, offsets, strict=True):
                 weights = np.where(allowed, np.exp(forward(own, places)), 0)
-                probs += weights / weights.sum() / len(ids)
-            log_probs = np.where(allowed, np.log(np.where(allowed, probs, 1)), -np.inf)
+                each.append(weights / weights.sum())
+            guidance = sampling.guidance.scale
+            conditioned = len(each) // 2 if guidance != 1 else len(each)  # the others lack the text
+            probs = np.mean(each[:conditioned], axis=0)
+            log_probs = guided = np.where(allowed, np.log(np.where(allowed, probs, 1)), -np.inf)
+            if guidance != 1:
+                lacking = np.log(np.where(allowed, np.mean(each[conditioned:], axis=0), 1))
+                pulled = lacking + guidance * (np.where(allowed, log_probs, 0) - lacking)
+                guided = np.where(allowed, pulled, -np.inf)
             if sampling.temperature == 0:
-                id = int(log_probs.argmax())
+                id = int(guided.argmax())
             else:
-                scaled = jnp.float32(log_probs / sampling.temperature)
+                scaled = jnp.float32(guided / sampling.temperature)
                 id = int(jax.random.categorical(jax.random.fold_in(key, place + step), scaled))
             terms.append(log_probs[id])
             if id == run.stop:
@@ -226,6 +233,15 @@ def test_prompts_that_share_their_documents_are_as_computed_apart(logits_after, 
         expected = [plain(logits_after, request, WARM, 0, request.first + n) for n in range(request.samples)]
         assert_same(once, expected)
         assert_same(again, expected)
+
+
+def test_guidance_goes_from_the_second_ending_to_the_first(logits_after):
+    """Of one context and of an ensemble of two, whose means have it: exchanged, other ids would come."""
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=16, chunk=8)
+    guided = Sampling(temperature=2.0, guidance=Guidance(3.0))
+    requests = [FORKED[0], FORKED[6], replace(FORKED[6], grammar=INFILL)]
+    for request, samples in zip(requests, drawn(engine, requests, guided), strict=True):
+        assert_same(samples, [plain(logits_after, request, guided, 0, number) for number in range(2)])
 
 
 def test_shared_documents_are_prefilled_and_held_once(monkeypatch):
@@ -501,14 +517,14 @@ def test_prompts_are_padded_within_the_positions_of_the_model(logits_after):
 
 
 @pytest.mark.parametrize(
-    ("request_", "limit", "rounds"),
+    ("asked", "limit", "rounds"),
     [
         *((Request([PROMPTS[0]], PICTURE), *case) for case in [(1.0, 4), (131_071.0, 4), (131_072.0, 2)]),
         *((FORKED[0], *case) for case in [(458_751.0, 4), (458_752.0, 2)]),
     ],
 )
-def test_caches_keep_to_their_memory(request_, limit, rounds):
+def test_caches_keep_to_their_memory(asked, limit, rounds):
     """A request takes 2 layers x 2 x 32 numbers x 4 bytes of each slot: of 64 + 64 slots, 65,536. With two
     endings of 64, and two samples of each of 64, next to 64 of the documents, 448 make 229,376."""
-    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=8 if request_ is FORKED[0] else 2, cache_bytes=limit)
-    assert len(reports_of(engine, [request_] * 4)) == rounds
+    engine = Engine(MODEL, PARAMS, VOCABULARY, rows=8 if asked is FORKED[0] else 2, cache_bytes=limit)
+    assert len(reports_of(engine, [asked] * 4)) == rounds
