@@ -136,7 +136,13 @@ def content(workdir: Path) -> dict[str, Any]:
             name = str(path.relative_to(workdir))
             if path.name == MANIFEST:
                 manifest = json.loads(path.read_text())
-                del manifest["seconds"], manifest["counts"]["throughput"], manifest["command"], manifest["checksum"]
+                del (
+                    manifest["started"],
+                    manifest["seconds"],
+                    manifest["counts"]["throughput"],
+                    manifest["command"],
+                    manifest["checksum"],
+                )
                 found[name] = manifest
             elif path.is_file():
                 found[name] = path.read_bytes()

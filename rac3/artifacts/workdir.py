@@ -198,7 +198,7 @@ class Workdir:
         write_atomic(self.path / OWNER, sealed({"config": self._owner}))
         final, partial = self._final(recipe), self._partial(recipe)
         final.parent.mkdir(exist_ok=True)
-        started = time.monotonic()
+        started, since = time.time(), time.monotonic()
         with _locked(final.with_name(final.name + ".lock"), final):
             if final.exists():
                 self.find(recipe)  # raises if it is damaged
@@ -215,7 +215,8 @@ class Workdir:
                 "contents": self._contents(recipe),
                 "counts": draft.counts,
                 "versions": {"python": platform.python_version(), **_versions()},
-                "seconds": round(time.monotonic() - started, 2),
+                "started": round(started, 2),
+                "seconds": round(time.monotonic() - since, 2),
                 "command": self._command(recipe),
                 "files": describe(partial),
             }

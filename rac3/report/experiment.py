@@ -1,9 +1,10 @@
 """The report: everything that a workdir holds about an experiment, as `metrics.json` and as a page to read."""
 
 import json
+import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _baselines(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
-    """Seconds by stage, of the artifacts that the report rests on."""
+    """Seconds by stage, of the artifacts that the report rests on. Some stages make several at a time."""
     experiment, splits = run.experiment, list(run.experiment.data.sources())
     memory = experiment.data.memory_splits("test")
     retrieving = [compared for compared in models.values() if compared.experiment.retrieves]
@@ -169,8 +170,20 @@ def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
     for stage, needed in made.items():
         found = [artifact for recipe in needed if (artifact := run.workdir.find(recipe))]
         if found:
-            seconds[stage] = round(sum(float(artifact.manifest["seconds"]) for artifact in found), 2)
+            manifests = [artifact.manifest for artifact in found]
+            spans = [(m["started"], m["started"] + m["seconds"]) for m in manifests if "started" in m]
+            unknown = sum(m["seconds"] for m in manifests if "started" not in m)  # of earlier versions
+            seconds[stage] = round(covered(spans) + unknown, 2)
     return seconds
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals (start, end)."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _content(run: Run, models: Mapping[str, Run], metrics: Mapping[str, Any]) -> Content:

@@ -6,6 +6,7 @@ import re
 import shutil
 import xml.etree.ElementTree
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rac3.documents.document import Document, prepare_image
 from rac3.documents.world import draw_emblem
 from rac3.evaluation.captions import caption_metrics
 from rac3.experiment import Experiment
-from rac3.report.experiment import collect, report, summary
+from rac3.report.experiment import collect, covered, report, summary
 from rac3.report.page import Captioned, Content, Mark, Picture, Strip, page
 from rac3.report.plots import Line
 from rac3.report.samples import Samples
@@ -261,14 +262,22 @@ def test_metrics_are_those_of_the_pictures_and_captions(metrics: dict[str, Any],
             assert metrics[name]["clip_score"][which] == pytest.approx(score, abs=1e-5)
 
 
+def test_time_that_artifacts_share_counts_once():
+    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 4.0), (1.5, 3.0)]) == 6.0  # 0 to 4 and 5 to 7
+    assert covered([(0.0, 2.0), (2.0, 3.0)]) == 3.0
+    assert covered([(0.0, 10.0), (2.0, 3.0), (4.0, 5.0)]) == 10.0
+
+
 def test_seconds_are_those_of_the_artifacts(metrics: dict[str, Any], workdir: Workdir):
     manifests = [json.loads(file.read_text()) for file in workdir.path.glob("*/*/manifest.json")]
     made = {"ingest": ["documents"], "embed": ["embeddings", "queries"], "evaluate": ["evaluation"]}
     made |= {stage: [stage] for stage in ("text", "vqgan", "clip", "index")} | {"retrieve": ["neighbors"]}
     made["evaluate"] += ["best"]
     for name, stages in made.items():
-        spent = sum(manifest["seconds"] for manifest in manifests if manifest["stage"] in stages)
-        assert metrics["stages"][name] == pytest.approx(spent, abs=0.01)
+        spans = [(m["started"], m["started"] + m["seconds"]) for m in manifests if m["stage"] in stages]
+        marks = sorted({mark for span in spans for mark in span})
+        busy = [a for a in pairwise(marks) if any(s <= a[0] and a[1] <= e for s, e in spans)]
+        assert metrics["stages"][name] == pytest.approx(sum(end - start for start, end in busy), abs=0.02)
     trained = {("ra_cm3" if "neighbors" in m["inputs"] else "cm3"): m for m in manifests if m["stage"] == "train"}
     for name, manifest in trained.items():
         assert metrics["stages"][f"train {name}"] == pytest.approx(manifest["seconds"], abs=0.01)
