@@ -22,6 +22,7 @@ from rac3.config import InputError
 from rac3.documents.document import Document, Image, Reject, Text, encode_png
 
 SIZE = 40  # pixels a side
+NOISE = 4  # of 255, the most by which a pixel of a copied document differs
 EMBLEM = slice(8, 32)  # its rows and columns: aligned to 8x8 patches, so that no patch mixes emblem and setting
 COLORS = {
     "red": (214, 40, 40),
@@ -83,6 +84,7 @@ class World:
       unseen: number of unseen entities of `test`.
       tuning: number of unseen entities of `tuning`; may be 0.
       documents_per_entity: images of each entity in `train` (seen) or `memory` (unseen).
+      copies: documents with each of these images, which differ in faint noise, as what is found on the web is repeated.
       questions_per_entity: images of each entity in `validation` (seen), `test` or `tuning` (unseen).
       documents_per_shard: documents in each shard but the last.
     """
@@ -93,6 +95,7 @@ class World:
     unseen: int = 40
     tuning: int = 0
     documents_per_entity: int = 6
+    copies: int = 1
     questions_per_entity: int = 2
     documents_per_shard: int = 512
 
@@ -101,22 +104,29 @@ class World:
         wanted = self.documents_per_entity + self.questions_per_entity
         if wanted > settings:
             raise InputError(f"world: {wanted} documents per entity exceed the {settings} settings; use fewer")
-        for name in ("seen", "unseen", "documents_per_entity", "questions_per_entity", "documents_per_shard"):
+        for name in ("seen", "unseen", "documents_per_entity", "copies", "questions_per_entity", "documents_per_shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"world: {name}={getattr(self, name)} is below 1; use at least 1")
         if self.tuning < (self.split == "tuning"):
             raise InputError(f"world: tuning={self.tuning} leaves no entity for the split tuning; use 40, say")
 
     def shards(self, data_dir: Path) -> Sequence[str]:
-        documents = len(self._entities_shown()) * self._documents_of_each()  # without drawing any: every command asks
+        # Without drawing any: every command asks.
+        documents = len(self._entities_shown()) * self._documents_of_each() * self._copies()
         return [f"{start:06d}" for start in range(0, documents, self.documents_per_shard)]
 
     def read(self, data_dir: Path, shard: str) -> Iterator[Document | Reject]:
         start = int(shard)
         for index, (entity, setting) in enumerate(self._plan()[start : start + self.documents_per_shard], start):
+            picture = draw(entity, setting)
+            if self._copies() > 1:
+                noise = np.random.default_rng([self.seed, 2, index]).integers(
+                    -NOISE, NOISE, picture.shape, endpoint=True
+                )
+                picture = np.clip(picture + noise, 0, 255).astype(np.uint8)
             yield Document(
                 key=f"{self.split}/{index:06d}",
-                segments=(Text(f"{entity.name} {setting.words}"), Image(encode_png(draw(entity, setting)))),
+                segments=(Text(f"{entity.name} {setting.words}"), Image(encode_png(picture))),
                 metadata={
                     "entity": entity.name,
                     "seen": self.split in ("train", "validation"),
@@ -159,6 +169,9 @@ class World:
     def _documents_of_each(self) -> int:
         return self.documents_per_entity if self.split in ("train", "memory") else self.questions_per_entity
 
+    def _copies(self) -> int:
+        return self.copies if self.split in ("train", "memory") else 1
+
     def _plan(self) -> list[tuple[Entity, Setting]]:
         """The (entity, setting) of each document, shuffled."""
         rng = np.random.default_rng([self.seed, 1])
@@ -168,7 +181,9 @@ class World:
         for index, entity in enumerate(self.entities()):
             order = [settings[i] for i in rng.permutation(len(settings))]
             if index in entities:
-                plan += [(entity, setting) for setting in order[first : first + self._documents_of_each()]]
+                plan += [
+                    (entity, setting) for setting in order[first : first + self._documents_of_each()]
+                ] * self._copies()
         return [plan[i] for i in rng.permutation(len(plan))]
 
 

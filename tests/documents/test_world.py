@@ -1,6 +1,7 @@
 """The drawn world: held-out entities and settings stay held out, and pixels tell the emblem."""
 
 import io
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,6 +93,26 @@ def test_the_shards_hold_every_document_and_are_known_without_drawing(split: str
     assert len(shards) == -(-entities * each // 10)
     assert [item.key for item in documents(world(split))] == [f"{split}/{i:06d}" for i in range(entities * each)]
     assert len(world(split)._plan()) == entities * each
+
+
+def test_copies_say_the_same_and_look_almost_the_same():
+    for split, entities, each in (("train", 12, 4), ("memory", 8, 4)):
+        plain = {item.text: item.images[0].pixels().astype(int) for item in documents(world(split))}
+        copied = documents(world(split, copies=3))
+        assert [item.key for item in copied] == [f"{split}/{i:06d}" for i in range(entities * each * 3)]
+        assert len(world(split, copies=3).shards(Path())) == -(-entities * each * 3 // 10)
+        assert Counter(item.text for item in copied) == dict.fromkeys(plain, 3)
+        seen = [item.images[0].pixels() for item in copied]
+        assert len({picture.tobytes() for picture in seen}) == len(copied)
+        noise = np.stack([picture - plain[item.text] for item, picture in zip(copied, seen, strict=True)])
+        assert noise.min() == -4
+        assert noise.max() == 4
+        assert abs(noise.mean()) < 0.1
+        assert np.mean([a.text == b.text for a, b in pairwise(copied)]) < 0.3  # spread out
+    assert documents(world("test", copies=3)) == documents(world("test"))
+    assert documents(world("memory", copies=3)) == documents(world("memory", copies=3))
+    with pytest.raises(InputError, match="copies=0 is below 1"):
+        world("train", copies=0).shards(Path())
 
 
 def test_the_world_is_a_function_of_its_fields():
