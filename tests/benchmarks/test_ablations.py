@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from tiny_config import get_config as tiny
 
-from rac3.config import InputError, canonical
+from rac3.config import InputError, canonical, load_config_module
 from rac3.experiment import Experiment
 from rac3.retrieval.baselines import NoRetriever
 
 TINY = Path(__file__).parents[1] / "tiny_config.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CHANGES = {
     "full": {},
     "random": {"retriever": {"class": "Random", "num_neighbors": 16, "seed": 0}},
@@ -51,12 +52,22 @@ def opened(ablations: ModuleType, variants: ModuleType, tmp_path_factory: pytest
 
 
 def test_each_variant_changes_what_it_is_named_for_and_nothing_else(opened: dict[str, Experiment]):
-    config = dict(leaves(canonical(tiny())))
+    config, full = (dict(leaves(canonical(each))) for each in (tiny(), opened["full"]))
+    assert full == {**config, "batches.retrieved_weight": 0.1, "workdir": full["workdir"]}
     assert [*opened] == [*CHANGES]
     for name, experiment in opened.items():
         found = dict(leaves(canonical(experiment)))
-        changed = {key: found[key] for key in found if found[key] != config[key] and key != "workdir"}
-        assert changed == {"batches.retrieved_weight": 0.1, **CHANGES[name]}, name  # whatever the config has
+        assert {key: found[key] for key in found if found[key] != full[key]} == CHANGES[name], name
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_repeated_world_is_the_quickstart_with_three_of_each_document(seed: int):
+    quickstart, repeated = (
+        dict(leaves(canonical(load_config_module(name).get_config(seed))))
+        for name in ("quickstart", str(BENCHMARKS / "repeated_world.py"))
+    )
+    changed = {key: repeated[key] for key in repeated if repeated[key] != quickstart[key]}
+    assert changed == {"name": "repeated_world", "data.train.copies": 3, "data.memory.memory.copies": 3}
 
 
 def test_what_the_config_has_off_is_as_strong_as_in_the_paper(ablations: ModuleType):
