@@ -22,7 +22,7 @@ from rac3 import cli, recipes
 from rac3.artifacts.workdir import Workdir
 from rac3.config import InputError, load_config_module
 from rac3.devices.cpu import keep_freed_memory
-from rac3.evaluation.perplexity import make_token_cross_entropy
+from rac3.generation.tasks.score import make_token_cross_entropy
 from rac3.held_out import SPLITS, held_out
 from rac3.run import Run, keep_programs
 from rac3.stages.evaluate import MODALITIES, best_step, evaluate, perplexities

@@ -257,7 +257,9 @@ class DocumentStore:
 
     def _records(self, rows: Sequence[int]) -> list[bytes]:
         try:
-            return self._source.__getitems__(rows)
+            if len(rows) == 1:
+                return [self._source[rows[0]]]
+            return self._source.__getitems__(rows)  # by a pool of threads, which each call starts
         except RuntimeError as error:
             for row in rows:  # the reader's error does not name the file
                 try:

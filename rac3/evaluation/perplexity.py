@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jaxtyping import PyTree
 
@@ -10,8 +9,6 @@ from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import move_spans
 from rac3.batches.packing import Group
 from rac3.generation.tasks.score import CrossEntropy, group_nats
-from rac3.model.losses import token_cross_entropy
-from rac3.model.transformer import Transformer
 from rac3.tokens.html import Sequenced
 
 
@@ -29,11 +26,6 @@ def text_group(builder: GroupBuilder, retrieved: Sequence[Sequenced], main: Sequ
     edges = np.flatnonzero(np.diff(np.concatenate([[False], text, [False]]).astype(int)))
     spans = [(int(start), int(end)) for start, end in edges.reshape(-1, 2)][: builder.vocabulary.num_masks]
     return builder.join([*retrieved, move_spans(builder.vocabulary, main, spans)])
-
-
-def make_token_cross_entropy(model: Transformer) -> CrossEntropy:
-    """(params, batch) -> -log p of each target in nats, jitted."""
-    return jax.jit(lambda params, batch: token_cross_entropy(model, params, batch))
 
 
 def perplexity(

@@ -18,12 +18,13 @@ from rac3.documents.document import Judge
 from rac3.documents.store import TokenizedDocument
 from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.entities import entity_of, named_accuracy, shown_accuracy, values_of
-from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
+from rac3.evaluation.perplexity import image_group, perplexity, text_group
 from rac3.evaluation.pictures import clipscore, set_metrics
 from rac3.evaluation.recall import clip_metrics
 from rac3.evaluation.reconstruction import reconstruction_metrics
 from rac3.execution.progress import Progress
 from rac3.experiment import Experiment, Split
+from rac3.generation.tasks.score import make_token_cross_entropy
 from rac3.held_out import (
     SPLITS,
     Pictures,

@@ -3,11 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 
 from rac3.batches.groups import GroupBuilder
 from rac3.batches.masking import Masking
 from rac3.batches.packing import MAIN_IMAGE, MAIN_TEXT
-from rac3.evaluation.perplexity import image_group, make_token_cross_entropy, perplexity, text_group
+from rac3.evaluation.perplexity import image_group, perplexity, text_group
+from rac3.generation.tasks.score import make_token_cross_entropy
 from rac3.model.transformer import Transformer, TransformerConfig
 from rac3.tokens.html import Segment, Sequenced, encode
 from rac3.tokens.vocabulary import END_OF_INFILL, Vocabulary
@@ -80,6 +82,16 @@ def test_no_target_of_the_kind_has_no_perplexity(model: Transformer, params) -> 
     ):
         assert perplexity(cross_entropy, params, [group], without, 64) is None
         assert perplexity(cross_entropy, params, [group], with_some, 64) is not None
+
+
+def test_models_that_are_equal_share_their_programs(model: Transformer, params):
+    """Each step and each split of an evaluation opens its model again."""
+    groups = [image_group(BUILDER, [], document(0))]
+    again = model.clone()
+    assert again is not model
+    perplexity(make_token_cross_entropy(model), params, groups, MAIN_IMAGE, 64)
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    assert compilations(lambda: perplexity(make_token_cross_entropy(again), other, groups, MAIN_IMAGE, 64)) == 0
 
 
 def test_all_rows_of_all_batches_count_each_target_once() -> None:

@@ -26,10 +26,10 @@ from rac3.documents.store import TokenizedDocument
 from rac3.documents.world import World, all_settings, draw
 from rac3.evaluation.captions import caption_metrics
 from rac3.evaluation.features import Embedded
-from rac3.evaluation.perplexity import make_token_cross_entropy
 from rac3.evaluation.settings import EvaluationConfig
 from rac3.experiment import Experiment, Split
 from rac3.generation.sampling import Sampling
+from rac3.generation.tasks.score import make_token_cross_entropy
 from rac3.held_out import best_captions, best_images, retrieved, segment_ids
 from rac3.retrieval.baselines import NoRetriever, Random
 from rac3.retrieval.exact import Exact

@@ -110,8 +110,13 @@ class Scorer:
         """Of each part, the log probability of each id, in nats, among all ids."""
         groups = [part.group for part in parts]
         longest = max([self.row_length, *(len(group.tokens) for group in groups)])
-        nats = group_nats(partial(_nats, self.model), self.params, groups, longest, self.max_groups)
+        nats = group_nats(make_token_cross_entropy(self.model), self.params, groups, longest, self.max_groups)
         return [-of_group[part.start : part.end] for of_group, part in zip(nats, parts, strict=True)]
+
+
+def make_token_cross_entropy(model: Transformer) -> CrossEntropy:
+    """(params, batch) -> -log p of each target in nats; equal models share their compiled programs."""
+    return partial(_nats, model)
 
 
 def group_nats(
