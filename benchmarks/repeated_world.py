@@ -6,12 +6,12 @@ pictures. Without redundancy avoidance, two retrieved documents are one.
 
 from dataclasses import replace
 
-from rac3.configs.quickstart import get_config as quickstart
+from rac3.config import load_config_module
 from rac3.experiment import Experiment
 
 
 def get_config(seed: int = 0) -> Experiment:
-    config = quickstart(seed)
+    config = load_config_module("quickstart").get_config(seed)
     data = config.data
     return replace(
         config,
