@@ -129,6 +129,7 @@ FITTED: dict[str, Row] = {
     "data.memory.memory.unseen": (3, EVERYTHING),
     "data.memory.memory.tuning": (3, EVERYTHING),
     "data.memory.memory.documents_per_entity": (3, EVERYTHING),
+    "data.memory.memory.copies": (2, EVERYTHING),
     "data.memory.memory.questions_per_entity": (3, EVERYTHING),
     "data.memory.memory.documents_per_shard": (3, EVERYTHING),
     "data.withdrawn": (("memory",), MEMORY),
@@ -145,6 +146,7 @@ FITTED: dict[str, Row] = {
     "data.test.unseen": (3, TEST_DOCUMENTS),
     "data.test.tuning": (3, TEST_DOCUMENTS),
     "data.test.documents_per_entity": (3, TEST_DOCUMENTS),
+    "data.test.copies": (2, TEST_DOCUMENTS),
     "data.test.questions_per_entity": (3, TEST_DOCUMENTS),
     "data.test.documents_per_shard": (3, TEST_DOCUMENTS),
     "data.tuning.split": ("validation", TUNING_DOCUMENTS),
@@ -152,7 +154,18 @@ FITTED: dict[str, Row] = {
         f"data.tuning.{name}": (value, TUNING_DOCUMENTS)
         for value, names in (
             (7, ("seed",)),
-            (3, ("seen", "unseen", "tuning", "documents_per_entity", "questions_per_entity", "documents_per_shard")),
+            (
+                3,
+                (
+                    "seen",
+                    "unseen",
+                    "tuning",
+                    "documents_per_entity",
+                    "copies",
+                    "questions_per_entity",
+                    "documents_per_shard",
+                ),
+            ),
         )
         for name in names
     },
