@@ -3,9 +3,11 @@
     python benchmarks/quickstart_seeds.py --workdir DIR [--seeds 0 1 2 3] [--out FILE.json]
 
 Runs `rac3 run` once per seed in a new process, prints a table, and writes all figures with the date, the hardware and
-the versions. Exit code 1 if a claim fails for any seed. Takes 11 minutes per seed on one core.
+the versions. Exit code 1 if a claim fails for any seed. Takes 11 minutes per seed on one core. Further options go to
+`rac3 run`.
 """
 
+import shlex
 from typing import Any
 
 from seeds import COSTS, conclude, failed, lookup, parser, run
@@ -71,11 +73,14 @@ def figures_of(metrics: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parser(__doc__, seeds=range(4)).parse_args()
+    arguments, options = parser(__doc__, seeds=range(4)).parse_known_args()
     results = {
-        str(seed): figures_of(*run(CONFIG.format(seed=seed), seed, arguments.workdir)) for seed in arguments.seeds
+        str(seed): figures_of(*run(CONFIG.format(seed=seed), seed, arguments.workdir, options))
+        for seed in arguments.seeds
     }
-    command = f"python benchmarks/quickstart_seeds.py --workdir DIR --seeds {' '.join(results)}"
+    command = shlex.join(
+        ["python", "benchmarks/quickstart_seeds.py", "--workdir", "DIR", "--seeds", *results, *options]
+    )
     conclude(command, results, [*FIGURES, *COSTS], arguments.out)
 
 

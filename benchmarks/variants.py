@@ -26,6 +26,7 @@ from rac3.generation.tasks.score import make_token_cross_entropy
 from rac3.held_out import SPLITS, held_out
 from rac3.run import Run, keep_programs
 from rac3.stages.evaluate import MODALITIES, best_step, evaluate, perplexities
+from rac3.stages.evaluate_retrieval import entity_recall
 from rac3.training.preemption import RUN_AGAIN, PreemptedError
 
 PACKAGES = ("rac3", "jax", "jaxlib", "flax", "numpy", "scann")
@@ -182,6 +183,7 @@ def measure(run: Run, samples: int) -> Figures:
         "perplexity_by_k": by_k,
         **({"accuracy": accuracies(at)} if samples else {}),
         **({"neighbors": neighbor_counts(run)} if run.experiment.retrieves else {}),
+        "recall": entity_recall(run, "test", run.experiment.evaluation.num_retrieved),
         "step_seconds": round(statistics.median(steps), 4),
     }
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -170,17 +170,18 @@ def _seconds(run: Run, models: Mapping[str, Run]) -> dict[str, float]:
     for stage, needed in made.items():
         found = [artifact for recipe in needed if (artifact := run.workdir.find(recipe))]
         if found:
-            manifests = [artifact.manifest for artifact in found]
-            spans = [(m["started"], m["started"] + m["seconds"]) for m in manifests if "started" in m]
-            unknown = sum(m["seconds"] for m in manifests if "started" not in m)  # of earlier versions
-            seconds[stage] = round(covered(spans) + unknown, 2)
+            seconds[stage] = round(spent([artifact.manifest for artifact in found]), 2)
     return seconds
 
 
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals (start, end)."""
-    total, reached = 0.0, -math.inf
-    for start, end in sorted(intervals):
+def spent(manifests: Sequence[Mapping[str, Any]]) -> float:
+    """The seconds in which at least one of some artifacts was made.
+
+    Those of earlier versions, which do not say when, count in full.
+    """
+    total, reached = sum(m["seconds"] for m in manifests if "started" not in m), -math.inf
+    for start, seconds in sorted((m["started"], m["seconds"]) for m in manifests if "started" in m):
+        end = start + seconds
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total

@@ -198,6 +198,7 @@ def test_two_variants_to_the_end(
         assert all(len(by_k[modality]) == 3 and min(by_k[modality]) > 1 for modality in ("image", "text"))
         assert found["perplexity"]["test"] == {modality: by_k[modality][2] for modality in ("image", "text")}
         assert 0 <= found["accuracy"]["test"]["joint_accuracy"] <= 1
+        assert found["recall"].keys() == {"text", "image"}
     assert measured["random"]["perplexity"] != measured["text only"]["perplexity"]
     printed = capsys.readouterr().out
     assert "== 2 of 2: seed 0, text only" in printed

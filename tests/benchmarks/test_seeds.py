@@ -1,7 +1,9 @@
 """The claims that are checked with several seeds: figures made by hand, and a run that was finished before."""
 
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,6 +67,26 @@ def test_a_run_says_what_it_took_only_if_one_process_did_all_of_it(
     (tmp_path / "seed_7_cost.json").write_text(json.dumps({"whose": [text], "cost": kept}), encoding="utf-8")
     assert seeds.run(text, 7, tmp_path)[1] == kept
     assert seeds.run(f"{text}\n", 7, tmp_path)[1] == dict.fromkeys(seeds.COSTS)  # of another config
+
+
+def test_options_of_rac3_reach_every_seed_of_the_quickstart(
+    seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    quickstart_seeds = importlib.import_module("quickstart_seeds")
+    asked = []
+
+    def run(config: str, seed: int, workdir: Path, options: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked.append((f"seed={seed}" in config, seed, options))
+        return {"encoders": {}, "stages": {}}, dict.fromkeys(seeds.COSTS)
+
+    monkeypatch.setattr(quickstart_seeds, "run", run)
+    words = ["--workdir", str(tmp_path), "--seeds", "2", "5", "--training.steps", "9"]
+    monkeypatch.setattr(sys, "argv", ["quickstart_seeds.py", *words, "--out", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit):  # no figure, no claim
+        quickstart_seeds.main()
+    assert asked == [(True, 2, ["--training.steps", "9"]), (True, 5, ["--training.steps", "9"])]
+    command = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["command"]
+    assert command == "python benchmarks/quickstart_seeds.py --workdir DIR --seeds 2 5 --training.steps 9"
 
 
 def test_a_run_that_fails_ends_the_benchmark(seeds: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

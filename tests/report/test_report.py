@@ -26,7 +26,7 @@ from rac3.documents.document import Document, prepare_image
 from rac3.documents.world import draw_emblem
 from rac3.evaluation.captions import caption_metrics
 from rac3.experiment import Experiment
-from rac3.report.experiment import collect, covered, report, summary
+from rac3.report.experiment import collect, report, spent, summary
 from rac3.report.page import Captioned, Content, Mark, Picture, Strip, page
 from rac3.report.plots import Line
 from rac3.report.samples import Samples
@@ -263,9 +263,13 @@ def test_metrics_are_those_of_the_pictures_and_captions(metrics: dict[str, Any],
 
 
 def test_time_that_artifacts_share_counts_once():
-    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 4.0), (1.5, 3.0)]) == 6.0  # 0 to 4 and 5 to 7
-    assert covered([(0.0, 2.0), (2.0, 3.0)]) == 3.0
-    assert covered([(0.0, 10.0), (2.0, 3.0), (4.0, 5.0)]) == 10.0
+    def made(*spans: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"started": start, "seconds": end - start} for start, end in spans]
+
+    assert spent(made((5.0, 7.0), (0.0, 2.0), (1.0, 4.0), (1.5, 3.0))) == 6.0  # 0 to 4 and 5 to 7
+    assert spent(made((0.0, 2.0), (2.0, 3.0))) == 3.0
+    assert spent(made((0.0, 10.0), (2.0, 3.0), (4.0, 5.0))) == 10.0
+    assert spent([{"seconds": 4.0}, *made((0.0, 2.0), (1.0, 3.0)), {"seconds": 1.5}]) == 8.5  # of earlier versions
 
 
 def test_seconds_are_those_of_the_artifacts(metrics: dict[str, Any], workdir: Workdir):
