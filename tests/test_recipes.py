@@ -205,6 +205,7 @@ FITTED: dict[str, Row] = {
     "vqgan.model.n_embed": (16, VQGAN),
     "vqgan.model.dropout": (0.5, VQGAN),
     "vqgan.model.resamp_with_conv": (False, VQGAN),
+    "vqgan.model.patch_size": (2, VQGAN),
     "vqgan.model.norm_groups": (1, VQGAN),
     "vqgan.model.latent_kernel": (1, VQGAN),
     "vqgan.model.mid_attn": (False, VQGAN),

@@ -6,6 +6,9 @@ The architecture and the config fields are those of taming-transformers, in NHWC
     pixels uint8 -> preprocess -> encoder -> quant_conv -> nearest codes       -> the tokens, raster order
     pixels uint8 <- to_pixels  <- decoder <- post_quant_conv <- codebook[codes] <-
 
+With `patch_size`, patches of pixels are the positions of the first level, as in the Cosmos tokenizer
+(github.com/NVIDIA/Cosmos-Tokenizer, `patch_method` "rearrange"), so that no layer runs at full resolution.
+
 `Codebook` holds the code vectors; `objective.py` fits one, `published.py` loads published ones.
 """
 
@@ -35,7 +38,7 @@ MOST_BLOCKS, MOST_LEVELS = 16, 16  # a file that claims more is damaged
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Field names and defaults of taming-transformers (`ddconfig`, `embed_dim`, `n_embed`), but for the last four."""
+    """Field names and defaults of taming-transformers (`ddconfig`, `embed_dim`, `n_embed`), but for the last five."""
 
     ch: int = 128  # channels at full resolution; level i has ch * ch_mult[i]
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # each level but the last halves height and width
@@ -49,6 +52,7 @@ class VQGANConfig:
     n_embed: int = 1024
     dropout: float = 0.0
     resamp_with_conv: bool = True
+    patch_size: int = 1  # pixels a side that are one position of the first level, their colors its channels
     norm_groups: int = 32  # lowered to a divisor where a layer's channels ask for it
     latent_kernel: int = 3  # of convolutions at the lowest resolution; 1: a token hardly sees its neighbors
     mid_attn: bool = True  # False: no attention in the middle either, for small images on CPU
@@ -59,12 +63,6 @@ class VQGANConfig:
             raise InputError("vqgan.ch_mult is empty; give one multiplier per level, such as (1, 2, 2, 4)")
         if min(self.ch_mult) < 1:
             raise InputError(f"vqgan.ch_mult={self.ch_mult} has a multiplier below 1; use at least 1 in every level")
-        downsampling = 2 ** min(len(self.ch_mult) - 1, 64)
-        if self.resolution % downsampling:
-            raise InputError(
-                f"vqgan.resolution={self.resolution} is not a multiple of {downsampling}, which the "
-                f"{len(self.ch_mult)} levels of ch_mult downsample by; change either"
-            )
         for name in (
             "ch",
             "num_res_blocks",
@@ -74,6 +72,7 @@ class VQGANConfig:
             "z_channels",
             "embed_dim",
             "n_embed",
+            "patch_size",
             "norm_groups",
             "latent_kernel",
         ):
@@ -84,13 +83,25 @@ class VQGANConfig:
                 f"vqgan.num_res_blocks={self.num_res_blocks} or the {len(self.ch_mult)} levels of ch_mult are too "
                 f"many; use at most {MOST_BLOCKS} and {MOST_LEVELS}"
             )
+        downsampling = self.patch_size * 2 ** (len(self.ch_mult) - 1)
+        if self.resolution % downsampling:
+            patches = f"patches of {self.patch_size} pixels and the " if self.patch_size > 1 else ""
+            raise InputError(
+                f"vqgan.resolution={self.resolution} is not a multiple of {downsampling}, which the {patches}"
+                f"{len(self.ch_mult)} levels of ch_mult downsample by; change either"
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"vqgan.dropout={self.dropout} is outside [0, 1); use 0 to switch it off")
 
     @property
     def grid(self) -> int:
         """Tokens along one side of an image."""
-        return self.resolution // 2 ** (len(self.ch_mult) - 1)
+        return self.positions // 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def positions(self) -> int:
+        """Positions along one side in the first level: the pixels, or the patches of them."""
+        return self.resolution // self.patch_size
 
     @property
     def tokens_per_image(self) -> int:
@@ -99,9 +110,9 @@ class VQGANConfig:
 
 def at_resolution(config: VQGANConfig, resolution: int) -> VQGANConfig:
     """The same layers, with attention in the same levels, for images of another size."""
-    levels = range(len(config.ch_mult))
-    attention = tuple(resolution >> level for level in levels if config.resolution >> level in config.attn_resolutions)
-    return replace(config, resolution=resolution, attn_resolutions=attention)
+    other = replace(config, resolution=resolution)
+    attends = (level for level in range(len(config.ch_mult)) if config.positions >> level in config.attn_resolutions)
+    return replace(other, attn_resolutions=tuple(other.positions >> level for level in attends))
 
 
 def _norm(config: VQGANConfig, channels: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
@@ -112,6 +123,24 @@ def _conv(channels: int, size: int, dtype: DTypeLike, name: str) -> nn.Conv:
     return nn.Conv(channels, (size, size), padding="SAME", dtype=dtype, name=name)
 
 
+def _kernel(config: VQGANConfig, height: int) -> int:
+    return config.latent_kernel if height == config.grid else 3
+
+
+def fold_patches(x: Images, size: int) -> Features:
+    """Patches of `size` x `size` pixels as positions. Their channels are the pixels' in raster order, colors last."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels).swapaxes(2, 3)
+    return x.reshape(batch, height // size, width // size, size * size * channels)
+
+
+def unfold_patches(h: Features, size: int) -> Images:
+    """The inverse of `fold_patches`."""
+    batch, height, width, channels = h.shape
+    h = h.reshape(batch, height, width, size, size, channels // size**2).swapaxes(2, 3)
+    return h.reshape(batch, height * size, width * size, channels // size**2)
+
+
 class ResnetBlock(nn.Module):
     config: VQGANConfig
     channels: int
@@ -120,7 +149,7 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool) -> Float[Array, "batch height width features"]:
         h = nn.swish(_norm(self.config, x.shape[-1], self.dtype, "norm1")(x))
-        kernel = self.config.latent_kernel if x.shape[1] == self.config.grid else 3
+        kernel = _kernel(self.config, x.shape[1])
         h = _conv(self.channels, kernel, self.dtype, "conv1")(h)
         h = nn.swish(_norm(self.config, h.shape[-1], self.dtype, "norm2")(h))
         h = nn.Dropout(self.config.dropout, deterministic=not train)(h)
@@ -221,8 +250,9 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> Features:
         config, dtype = self.config, self.dtype
-        resolution = config.resolution
-        h = _conv(config.ch, 3, dtype, "conv_in")(x)
+        resolution = config.positions
+        x = fold_patches(x, config.patch_size)
+        h = _conv(config.ch, _kernel(config, resolution), dtype, "conv_in")(x)
         for level, multiplier in enumerate(config.ch_mult):
             for block in range(config.num_res_blocks):
                 h = ResnetBlock(config, config.ch * multiplier, dtype, name=f"down_{level}_block_{block}")(h, train)
@@ -255,7 +285,8 @@ class Decoder(nn.Module):
                 h = Upsample(config, dtype, name=f"up_{level}_upsample")(h)
                 resolution *= 2
         h = nn.swish(_norm(config, h.shape[-1], dtype, "norm_out")(h))
-        return _conv(config.out_ch, 3, dtype, "conv_out")(h)
+        h = _conv(config.out_ch * config.patch_size**2, _kernel(config, config.positions), dtype, "conv_out")(h)
+        return unfold_patches(h, config.patch_size)
 
 
 def nearest_codes(

@@ -19,9 +19,12 @@ from rac3.vqgan.model import (
     Upsample,
     UpsampleConv,
     VQGANConfig,
+    at_resolution,
+    fold_patches,
     nearest_codes,
     preprocess,
     to_pixels,
+    unfold_patches,
 )
 from rac3.vqgan.objective import (
     CodebookState,
@@ -102,6 +105,41 @@ def test_a_latent_kernel_of_one_pixel_is_that_of_all_convolutions_on_the_grid():
     assert len(on_the_grid) == 2 + 2 * (2 + 2 + 1) + 2 * 2  # two in each of the blocks, one up to two of which
     assert {path for path, size in rest.items() if size == 1} == on_the_grid
     assert {rest[path] for path in rest.keys() - on_the_grid} == {3}
+
+
+def test_with_one_level_all_convolutions_are_on_the_grid():
+    model = VQGAN(replace(TINY, ch_mult=(1,), patch_size=2, latent_kernel=1))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(shapes) if leaf.ndim == 4} == {1}
+
+
+def test_patches_are_positions_and_their_pixels_channels():
+    pixels = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+    folded = np.asarray(fold_patches(jnp.asarray(pixels), 2))
+    assert folded.shape == (2, 2, 3, 12)
+    for image, row, column in np.ndindex(2, 2, 3):
+        patch = pixels[image, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        np.testing.assert_array_equal(folded[image, row, column], patch.ravel())
+    np.testing.assert_array_equal(unfold_patches(jnp.asarray(folded), 2), pixels)
+
+
+def test_a_model_of_patches_sees_its_patches_alone_where_no_kernel_sees_more():
+    """One level, 1 x 1 kernels, no attention, one group of channels per channel: only normalization mixes patches."""
+    config = replace(TINY, ch_mult=(1,), patch_size=2, latent_kernel=1, mid_attn=False, attn_resolutions=())
+    assert (config.grid, config.tokens_per_image) == (4, 16)
+    model = VQGAN(config)
+    params = random_params(model)
+    encoder, decoder = params["encoder"], params["decoder"]
+    assert encoder["conv_in"]["kernel"].shape == (1, 1, 2 * 2 * 3, 8)
+    assert decoder["conv_out"]["kernel"].shape == (1, 1, 8, 2 * 2 * 3)
+    pictures = preprocess(rectangles(0, 2, 8))
+    drawn = apply(model, params, apply(model, params, pictures, "encode"), "decode")
+    assert drawn.shape == pictures.shape
+    turned = pictures[:, ::-1, ::-1]  # patches elsewhere, and the pixels of each in another order
+    moved = jnp.concatenate([pictures[:, 4:], pictures[:, :4]], axis=1)  # whole patches elsewhere
+    grid = apply(model, params, pictures, "encode").reshape(2, 4, 4)
+    np.testing.assert_array_equal(apply(model, params, moved, "encode").reshape(2, 4, 4), jnp.roll(grid, 2, axis=1))
+    assert (apply(model, params, turned, "encode").reshape(2, 4, 4) != grid[:, ::-1, ::-1]).any()
 
 
 def test_dropout_acts_in_training_alone():
@@ -289,6 +327,8 @@ def test_fitting_raises_psnr():
     ("fields", "message"),
     [
         ({"resolution": 100}, "resolution=100 is not a multiple of 16"),
+        ({"resolution": 96, "patch_size": 4}, "resolution=96 is not a multiple of 64, which the patches of 4 pixels"),
+        ({"patch_size": 0}, "patch_size=0 is below 1"),
         ({"ch_mult": ()}, "ch_mult is empty"),
         ({"ch_mult": (1, 0)}, r"ch_mult=\(1, 0\) has a multiplier below 1"),
         ({"n_embed": 0}, "n_embed=0 is below 1"),
@@ -298,6 +338,11 @@ def test_fitting_raises_psnr():
 def test_bad_config(fields, message):
     with pytest.raises(InputError, match=message):
         VQGANConfig(**fields)
+
+
+def test_at_another_resolution_the_same_levels_attend():
+    config = replace(TINY, resolution=32, patch_size=2, ch_mult=(1, 2, 2), attn_resolutions=(8,))  # 16, 8, 4 positions
+    assert at_resolution(config, 64) == replace(config, resolution=64, attn_resolutions=(16,))
 
 
 def taming_name(path: str) -> str:
