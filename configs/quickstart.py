@@ -47,8 +47,9 @@ def get_config(seed: int = 0) -> Experiment:
         text=TextTokenizer(vocab_size=320),  # spells names by letters, so that new names have known ids
         vqgan=FrozenVQGAN(
             model=VQGANConfig(
-                ch=8,
-                ch_mult=(1, 2, 4, 8),
+                patch_size=8,  # one level, on which a token sees its own pixels alone
+                ch=64,
+                ch_mult=(1,),
                 num_res_blocks=1,
                 attn_resolutions=(),
                 resamp_with_conv=False,
@@ -60,8 +61,8 @@ def get_config(seed: int = 0) -> Experiment:
                 latent_kernel=1,
                 mid_attn=False,
             ),
-            objective=VQGANObjective(decay=0.99, revive_below=0.02, locality=0.1),
-            fit=FitConfig(steps=700, batch=8, peak_lr=3e-3),
+            objective=VQGANObjective(decay=0.99, revive_below=0.02, locality=0.3),
+            fit=FitConfig(steps=1400, batch=8, peak_lr=3e-3),
         ),
         clip=FrozenCLIP(
             model=CLIPConfig(

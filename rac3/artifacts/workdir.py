@@ -95,7 +95,7 @@ class Workdir:
         self.arguments, self._needs_model = arguments, needs_model
         self._owner = owner
         self._writing: list[Recipe] = []
-        self._checked: set[Path] = set()
+        self._checked: dict[Path, str] = {}  # artifacts that are as they were written, and what makes each
         self._older = False  # whether an artifact without a record of its files was seen
 
     def _check_owner(self, record: Path, owner: str) -> None:
@@ -116,13 +116,14 @@ class Workdir:
         Raises:
           InputError: it is damaged, or was made from other inputs than the workdir now has under their names.
         """
-        artifact = Artifact(self._final(recipe), self._command(recipe))
-        if not artifact.folder.is_dir():
+        folder = self._final(recipe)
+        if not folder.is_dir():
             return None
-        if artifact.folder not in self._checked:
-            self._check(recipe, artifact)
-            self._checked.add(artifact.folder)
-        return artifact
+        if folder not in self._checked:
+            command = self._command(recipe)
+            self._check(recipe, Artifact(folder, command))
+            self._checked[folder] = command
+        return Artifact(folder, self._checked[folder])
 
     def _check(self, recipe: Recipe, artifact: Artifact) -> None:
         files = artifact.manifest.get("files")
