@@ -1,11 +1,10 @@
 """The reconstruction of held-out images by a VQGAN that is fitted in a given time.
 
-    python benchmarks/fit_vqgan.py --data-dir DIR [--config emoji_captions] [--budget-minutes 10] [--factor 8]
+    python benchmarks/fit_vqgan.py --data-dir DIR [--config emoji_captions] [--budget-minutes 10] [--name NAME]
         [--json FILE] [overrides of the config, as for `rac3 encoders`]
 
 Fits the config's VQGAN on its training and memory documents as `rac3 encoders` does, then encodes and decodes all
-validation images with the parameters that the fit would keep. `--factor` is the downsampling factor of height and
-width: that of the config, or a smaller one by dropping levels.
+validation images with the parameters that the fit would keep.
 
 The budget covers the fit, but not reading documents and measuring. A trial of 60 steps measures the time of a step and
 of compiling; the fit then has as many steps as the rest of the budget allows, so that its learning rate falls to 0 as
@@ -41,14 +40,6 @@ from rac3.vqgan.codec import VQGANCodec
 from rac3.vqgan.model import VQGAN
 
 TRIAL = 60  # steps, of which the last 40 are timed
-
-
-def with_factor(experiment: Experiment, factor: int) -> Experiment:
-    model = experiment.vqgan.model
-    levels = factor.bit_length()
-    if 2 ** (levels - 1) != factor or levels > len(model.ch_mult):
-        raise InputError(f"--factor {factor} is not a power of 2 up to {2 ** (len(model.ch_mult) - 1)}; use one")
-    return replace(experiment, vqgan=replace(experiment.vqgan, model=replace(model, ch_mult=model.ch_mult[:levels])))
 
 
 def with_steps(experiment: Experiment, steps: int) -> Experiment:
@@ -104,18 +95,17 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--config", default="emoji_captions", help="a shipped config, or the path of a config")
     parser.add_argument("--budget-minutes", type=float, default=10)
-    parser.add_argument("--factor", type=int, default=8)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--name", help="of the result in the file; default: f8, for example")
+    parser.add_argument("--name", help="of the result in the file; default: 64 tokens, for example")
     parser.add_argument("--note", default="", help="stored with the result")
     arguments, overrides = parser.parse_known_args()
     try:
-        configured = with_factor(load_config_module(arguments.config).get_config(), arguments.factor)
+        configured = load_config_module(arguments.config).get_config()
         experiment, _ = parse("encoders", replace(configured, data_dir=arguments.data_dir), overrides)
         result = fit_within(experiment, 60 * arguments.budget_minutes)
     except InputError as error:
         sys.exit(f"fit_vqgan: {error}")
-    words = ["--budget-minutes", f"{arguments.budget_minutes:g}", "--factor", str(arguments.factor), *overrides]
+    words = ["--budget-minutes", f"{arguments.budget_minutes:g}", *overrides]
     record = {
         "command": f"python benchmarks/fit_vqgan.py --data-dir DIR {shlex.join(words)}",
         "date": datetime.date.today().isoformat(),
@@ -130,7 +120,7 @@ def main() -> None:
     print(json.dumps(record["validation"], indent=2), f"{record['steps']} steps in {record['seconds']:.0f} s", sep="\n")
     if arguments.json:
         results = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
-        results[arguments.name or f"f{arguments.factor}"] = record
+        results[arguments.name or f"{record['tokens_per_image']} tokens"] = record
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
