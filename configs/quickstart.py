@@ -83,7 +83,7 @@ def get_config(seed: int = 0) -> Experiment:
             rows=5,
             retrieved_weight=0.5,  # with the 0.1 of the paper, a run as short as this learns the settings too late
             candidates=2,
-            masking=Masking(whole_segments=0.8),
+            masking=Masking(mean_spans=1.5, whole_segments=0.8),
             read_threads=1,
         ),
         model=TransformerConfig(
@@ -96,7 +96,7 @@ def get_config(seed: int = 0) -> Experiment:
             remat="none",
             init_std=0.02,
         ),
-        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=50, weight_decay=0.01),
+        optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=50, weight_decay=0.01),
         training=TrainingConfig(steps=1200, checkpoint_every=100, keep=12),  # among which CM3 at its best is found
         evaluation=EvaluationConfig(
             documents=80,
