@@ -3,7 +3,7 @@
     python benchmarks/quickstart_seeds.py --workdir DIR [--seeds 0 1 2 3] [--out FILE.json]
 
 Runs `rac3 run` once per seed in a new process, prints a table, and writes all figures with the date, the hardware and
-the versions. Exit code 1 if a claim fails for any seed. Takes 11 minutes per seed on one core. Further options go to
+the versions. Exit code 1 if a claim fails for any seed. Takes 10 minutes per seed on one core. Further options go to
 `rac3 run`.
 """
 
