@@ -40,7 +40,7 @@ MOST_BLOCKS, MOST_LEVELS = 16, 16  # a file that claims more is damaged
 class VQGANConfig:
     """Field names and defaults of taming-transformers (`ddconfig`, `embed_dim`, `n_embed`), but for the last five."""
 
-    ch: int = 128  # channels at full resolution; level i has ch * ch_mult[i]
+    ch: int = 128  # channels at the first level; level i has ch * ch_mult[i]
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # each level but the last halves height and width
     num_res_blocks: int = 2
     attn_resolutions: tuple[int, ...] = (16,)  # attention in the levels of this height

@@ -124,7 +124,7 @@ def test_patches_are_positions_and_their_pixels_channels():
 
 
 def test_a_model_of_patches_sees_its_patches_alone_where_no_kernel_sees_more():
-    """One level, 1 x 1 kernels, no attention, one group of channels per channel: only normalization mixes patches."""
+    """One level, 1 x 1 kernels and no attention: there are only the norms, over all positions in whatever order."""
     config = replace(TINY, ch_mult=(1,), patch_size=2, latent_kernel=1, mid_attn=False, attn_resolutions=())
     assert (config.grid, config.tokens_per_image) == (4, 16)
     model = VQGAN(config)
