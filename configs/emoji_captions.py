@@ -44,8 +44,9 @@ def get_config() -> Experiment:
         text=TextTokenizer(vocab_size=2048),
         vqgan=FrozenVQGAN(
             model=VQGANConfig(
-                ch=8,
-                ch_mult=(1, 2, 4, 8),
+                patch_size=4,  # on a CPU, layers at full resolution take most of the time and give little
+                ch=32,
+                ch_mult=(1, 2),
                 num_res_blocks=1,
                 attn_resolutions=(),
                 resamp_with_conv=False,
@@ -56,7 +57,7 @@ def get_config() -> Experiment:
                 norm_groups=8,
                 mid_attn=False,
             ),
-            fit=FitConfig(steps=1000, batch=16, peak_lr=2e-3),
+            fit=FitConfig(steps=8000, batch=8, peak_lr=4e-3),
         ),
         clip=FrozenCLIP(
             model=LinearConfig(image_size=128),
