@@ -212,7 +212,7 @@ def test_a_checkpoint_that_is_broken_fails_before_anything_is_fitted(fits: Fits,
 
 
 def test_what_is_opened_is_what_was_fitted_in_the_dtype_of_the_config(fits: Fits, tmp_path: Path):
-    model = replace(TINY.vqgan.model, dropout=0.25, attn_resolutions=(10,), ch_mult=(1, 2, 2), n_embed=24)
+    model = replace(TINY.vqgan.model, dropout=0.25, attn_resolutions=(10,), ch_mult=(1, 2), patch_size=2, n_embed=24)
     experiment = replace(TINY, vqgan=replace(TINY.vqgan, model=model))
     half = replace(
         experiment,
