@@ -408,6 +408,14 @@ def test_a_damaged_manifest_is_named(content: bytes | str, clip: Path):
         Workdir(clip.parents[1], "quickstart").require(CLIP)
 
 
+def test_a_manifest_that_is_damaged_after_it_was_read_is_named_with_what_makes_it_again(clip: Path):
+    workdir = Workdir(clip.parents[1], "quickstart", "my_config.py")
+    workdir.require(CLIP)
+    (clip / MANIFEST).write_bytes(b"7")
+    with pytest.raises(InputError, match=r"is damaged: .* && rac3 prepare my_config\.py`"):
+        workdir.require(CLIP).manifest  # noqa: B018
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"config": "quick', "7"])
 def test_a_damaged_owner_is_named_with_what_it_should_say(content: str, clip: Path):
     record = clip.parents[1] / OWNER
